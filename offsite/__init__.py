@@ -1,0 +1,15 @@
+"""The shared core of offsite-tuning: it knows blocks, texts, artefacts and errors, and no role.
+
+An *owner* distils an *emulator* of a model's middle and ships it with the trainable ends as a
+*package*; a *client* tunes an *adapter* on private data and returns a *bundle*; the owner plugs the
+adapter into the full model. Neither the data nor the full model moves (arXiv:2302.04870).
+
+Start reading at ``offsite/package.py`` and ``offsite/bundle.py``: they say what crosses between the
+two parties and what is checked when it arrives. Importing this package imports no torch.
+"""
+
+__version__ = "0.1.0"
+
+OFFSITE_ROLE = "offsite"
+
+__all__ = ["OFFSITE_ROLE", "__version__"]

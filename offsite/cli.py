@@ -1,0 +1,235 @@
+"""The command line: a table from verb to settings and function, resolved only when a verb is called.
+
+People read stderr; the last line of stdout is one JSON object. Exit codes are in ``offsite/errors.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from offsite.errors import ConfigError, OffsiteError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: a line for ``--help``, where its settings are and where its function is."""
+
+    summary: str
+    settings: str
+    function: str
+
+
+VERBS: dict[str, Verb] = {
+    "fetch": Verb("get the demo's 135M model and convert it once", "offsite.settings:FetchConfig", "offsite.fetch:run"),
+    "distill": Verb(
+        "owner: make a package (emulator, ends) of a model", "emulator.config:DistillConfig", "emulator.distill:run"
+    ),
+    "inspect": Verb(
+        "anyone: show what a package or bundle holds, verified", "offsite.settings:InspectConfig", "offsite.inspect:run"
+    ),
+    "tune": Verb("client: tune an adapter on private data", "client.config:TuneConfig", "client.tune:run"),
+    "plug-in": Verb("owner: put a returned adapter into the full model", "server.config:PlugConfig", "server.plug:run"),
+    "evaluate": Verb(
+        "owner: zero-shot, emulator-tuned, plugged in", "server.config:EvaluateConfig", "server.evaluate:run"
+    ),
+    "serve": Verb("owner: serve an adapted model, OpenAI-style", "server.serveconfig:ServeConfig", "server.serve:run"),
+    "report run": Verb(
+        "anyone: a page from what evaluate wrote", "offsite.settings:ReportConfig", "offsite.report:run"
+    ),
+    "demo": Verb("both sides here, on a real model and text", "offsite.settings:DemoConfig", "offsite.demo:run"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb and exit with the code of its outcome."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one verb. Returns the exit code; an unexpected error propagates (it is a bug)."""
+    _quiet_libraries()
+    try:
+        return _dispatch(arguments)
+    except OffsiteError as error:
+        print(f"offsite: error: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"offsite: hint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("offsite: interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    import click
+    import typer
+
+    words = [word for word in arguments if not word.startswith("-")]
+    chosen = next((name for name in VERBS if words[: len(name.split())] == name.split()), None)
+    app = _app(chosen)
+    command = typer.main.get_command(app)
+    try:
+        outcome = command.main(args=arguments or ["--help"], prog_name="offsite", standalone_mode=False)
+    except click.UsageError as error:
+        verb = f"offsite {chosen}" if chosen else "offsite"
+        raise ConfigError(_one_line(error.format_message()), hint=f"{verb} --help") from None
+    except click.exceptions.Abort:
+        raise KeyboardInterrupt from None
+    return outcome if isinstance(outcome, int) else 0
+
+
+def _one_line(message: str) -> str:
+    text = re.sub(r"( Did you mean [^?]*\?)\1+", r"\1", " ".join(message.split())).rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
+def _app(chosen: str | None) -> Any:
+    """Return the Typer application; only the chosen verb's settings are imported."""
+    import typer
+
+    def version(value: bool | None) -> None:
+        if value:
+            from offsite import __version__
+
+            print(__version__)
+            raise typer.Exit
+
+    app = typer.Typer(
+        name="offsite",
+        no_args_is_help=False,
+        add_completion=False,
+        rich_markup_mode=None,
+        help="Offsite-tuning: adapt a model to data that may not leave its owner, without the model leaving its own.",
+    )
+
+    def root(**_: Any) -> None:
+        """Stands for the verbs' group; ``--version`` is answered by its own callback."""
+
+    option = typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    root.__signature__ = inspect.Signature([_parameter("version", bool | None, option)])  # type: ignore[attr-defined]
+    root.__annotations__ = {"version": Annotated[bool | None, option]}
+    root.__doc__ = None
+    app.callback()(root)
+
+    groups: dict[str, Any] = {}
+    for name, verb in VERBS.items():
+        *group, word = name.split()
+        target = app
+        if group:
+            if group[0] not in groups:
+                groups[group[0]] = typer.Typer(rich_markup_mode=None, help=verb.summary)
+                app.add_typer(groups[group[0]], name=group[0])
+            target = groups[group[0]]
+        function = _command(name, verb) if name == chosen else _placeholder
+        target.command(word, help=verb.summary)(function)
+        if group:  # a group with a single command must still be typed in full
+            target.callback()(_placeholder)
+    return app
+
+
+def _placeholder() -> None:
+    pass  # stands for a verb that was not called; its help is the summary alone
+
+
+def _command(name: str, verb: Verb) -> Callable[..., int]:
+    """Return a function whose signature Typer turns into the verb's flags."""
+    import typer
+
+    from offsite.config import VerbConfig, build, flag_name, is_positional
+
+    cls: type[VerbConfig] = _resolve(verb.settings)
+    fields = cls.model_fields
+    positional = [field for field, info in fields.items() if is_positional(info)]
+    shown = " ".join(field.upper() for field in positional)
+
+    def command(**given: Any) -> int:
+        words: list[str] = list(given.pop("words") or [])
+        file = given.pop("config_file")
+        overrides = [word for word in words if _is_override(word)]
+        plain = [word for word in words if word not in overrides]
+        if len(plain) > len(positional):
+            raise ConfigError(f"unexpected word {plain[len(positional)]!r}", hint=f"offsite {name} --help")
+        flags = {field: value for field, value in given.items() if value is not None and value != []}
+        flags.update(zip(positional, plain, strict=False))
+        config = build(cls, file=Path(file) if file else None, overrides=overrides, flags=flags)
+        _guard()
+        result = _resolve(verb.function)(config)
+        print(json.dumps(result, sort_keys=True, allow_nan=False), flush=True)
+        return 0
+
+    parameters = [
+        _parameter("words", list[str] | None, typer.Argument(metavar=shown or "[KEY=VALUE]", help="also: key=value"))
+    ]
+    for field, info in fields.items():
+        if field in positional:
+            continue
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        flag = flag_name(field)
+        if info.annotation is bool:
+            option = typer.Option(f"{flag}/--no-{flag[2:]}", help=_help(info), show_default=False)
+            parameters.append(_parameter(field, bool | None, option))
+            continue
+        spellings = [flag, str(extra["short"])] if "short" in extra else [flag]
+        repeated = extra.get("repeated", False)
+        option = typer.Option(*spellings, help=_help(info), metavar=_metavar(info.annotation), show_default=False)
+        parameters.append(_parameter(field, (list[str] if repeated else str) | None, option))
+    option = typer.Option("--config", help="YAML file with any of these settings.", metavar="FILE", show_default=False)
+    parameters.append(_parameter("config_file", str | None, option))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+
+
+def _is_override(word: str) -> bool:
+    return re.fullmatch(r"[a-z][a-z0-9_.]*=.*", word) is not None and not Path(word).exists()
+
+
+def _help(info: Any) -> str:
+    default = "" if info.is_required() or info.default in (None, (), {}) else f" [default: {info.default}]"
+    return (info.description or "") + default
+
+
+def _metavar(kind: Any) -> str:
+    if isinstance(kind, type):
+        return {"int": "N", "float": "X", "Path": "PATH", "str": "TEXT"}.get(kind.__name__, kind.__name__.upper())
+    choices = [repr(value).strip("'") for value in getattr(kind, "__args__", ()) if isinstance(value, str)]
+    if choices:
+        return "|".join(choices)
+    names = [_metavar(part) for part in getattr(kind, "__args__", ()) if part is not type(None)]
+    return names[0] if names else "TEXT"
+
+
+def _resolve(spec: str) -> Any:
+    module, _, name = spec.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _guard() -> None:
+    from offsite.guard import check_install
+
+    check_install()
+
+
+def _quiet_libraries() -> None:
+    """Third-party notices stay off the terminal; set before any of those libraries is imported."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "FLWR_TELEMETRY_ENABLED": "0",
+    }.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,157 @@
+"""Settings of a verb: one frozen, strict model, filled from a YAML file, overrides and flags.
+
+Later sources win: defaults, then ``--config FILE``, then ``key=value`` words, then flags. Every problem
+is reported at once, in one `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_origin
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from offsite.errors import ConfigError
+
+
+class VerbConfig(BaseModel):
+    """Settings of one verb. Subclasses stand in ``<role>/config.py`` and import nothing heavy.
+
+    A field marked ``json_schema_extra={"positional": True}`` is given as a word on the command line,
+    in field order; ``json_schema_extra={"short": "-o"}`` names a short flag.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=False)
+
+
+Config = TypeVar("Config", bound=VerbConfig)
+
+
+def build(
+    cls: type[Config],
+    *,
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, object] | None = None,
+) -> Config:
+    """Return the settings of `cls` made of its defaults, `file`, `overrides` and `flags`, in that order.
+
+    Args:
+        file: YAML file with a mapping of field names.
+        overrides: words of the form ``key=value`` or ``key.sub=value``.
+        flags: field name to text (or list of texts, or bool) as typed; absent means not given.
+
+    Raises:
+        ConfigError: listing every unknown key, missing field and wrong value.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values.update(_read_yaml(file))
+    for word in overrides:
+        key, _, text = word.partition("=")
+        _put(cls, values, key.split("."), text)
+    for name, given in (flags or {}).items():
+        values[name] = _json_value(cls.model_fields[name], given)
+    try:
+        return cls.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise ConfigError(_all_problems(cls, error), hint=_hint(cls)) from None
+
+
+def flag_name(field_name: str) -> str:
+    """Return the command-line spelling of a field."""
+    return "--" + field_name.replace("_", "-")
+
+
+def is_positional(field: FieldInfo) -> bool:
+    """Tell whether the field is given as a word rather than a flag."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("positional"))
+
+
+def _put(cls: type[BaseModel], values: dict[str, Any], keys: list[str], text: str) -> None:
+    field = cls.model_fields.get(keys[0])
+    if len(keys) == 1 or field is None:
+        values[".".join(keys)] = text if field is None else _json_value(field, text)
+        return
+    inner = field.annotation
+    nested = values.setdefault(keys[0], {})
+    if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(nested, dict):
+        _put(inner, nested, keys[1:], text)
+    else:
+        raise ConfigError(f"{keys[0]!r} has no setting {'.'.join(keys[1:])!r} inside")
+
+
+def _json_value(field: FieldInfo, given: object) -> object:
+    """Return the JSON form of a typed value, or `given` unchanged for the model's own error to name."""
+    if not isinstance(given, str):
+        return given
+    kind: Any = field.annotation
+    origin = get_origin(kind)
+    if origin in (list, tuple):
+        return [part.strip() for part in given.split(",") if part.strip()]
+    if origin is dict:
+        return dict(part.partition("=")[::2] for part in given.split(",") if part.strip())
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    try:
+        return adapter.dump_python(adapter.validate_strings(given), mode="json")
+    except ValidationError:
+        return given
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.2 floats: ``1e-3`` is a number, not a word."""
+
+    number = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$")
+    whole = re.compile(r"^[-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", whole, list("-+0123456789"))
+    for start in "-+0123456789":
+        resolvers = Loader.yaml_implicit_resolvers[start]
+        resolvers.sort(key=lambda pair: pair[1] is not whole)
+    try:
+        text = file.read_text(encoding="utf-8")
+        found = yaml.load(text, Loader)  # noqa: S506 - a SafeLoader subclass
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration {file.name!r}: {(error.strerror or '').lower()}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"configuration {file.name!r} is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"configuration {file.name!r} is not YAML{where}") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"configuration {file.name!r} holds a {type(found).__name__}, expected a mapping of settings")
+    return {str(key): value for key, value in found.items()}
+
+
+def _all_problems(cls: type[BaseModel], error: ValidationError) -> str:
+    problems = []
+    for item in error.errors(include_url=False, include_context=False):
+        names = [str(part) for part in item["loc"]]
+        name = ".".join(names)
+        field = cls.model_fields.get(names[0]) if names else None
+        spelled = name.upper() if field is not None and is_positional(field) else flag_name(name)
+        if not names:
+            problems.append(item["msg"].removeprefix("Value error, "))
+        elif item["type"] == "extra_forbidden":
+            problems.append(f"unknown setting {name!r}")
+        elif item["type"] == "missing":
+            problems.append(f"{spelled} is missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            problems.append(f"{spelled}: {message[:1].lower()}{message[1:]}, found {item['input']!r}")
+    return "; ".join(problems)
+
+
+def _hint(cls: type[VerbConfig]) -> str:
+    verb = getattr(cls, "verb", None)
+    return f"offsite {verb} --help lists every setting" if verb else "see --help for every setting"
