@@ -230,6 +230,7 @@ def _quiet_libraries() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
     }.items():
         os.environ.setdefault(name, value)

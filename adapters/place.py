@@ -1,0 +1,62 @@
+"""Which blocks carry an adapter, and which of their modules, from the package's layout alone."""
+
+from __future__ import annotations
+
+from offsite.bundle import AdapterSpec
+from offsite.errors import ConfigError
+from offsite.package import Layout
+
+
+def placed_blocks(spec: AdapterSpec, layout: Layout) -> tuple[str, ...]:
+    """Return the canonical blocks that carry the adapter, in model order.
+
+    Counts are taken from the outside: ``1+2`` is the first block of the model and its last two.
+
+    Raises:
+        ConfigError: when an end has fewer blocks than asked for, or ``all`` is asked of a package whose middle keeps
+            nothing that can be lifted into the full model.
+    """
+    if spec.counts is None:
+        if not layout.adaptable_middle:
+            raise ConfigError(
+                "--placement all: this package's middle keeps no module one to one with the full model",
+                hint=f"use --placement {layout.num_bottom}+{layout.num_top}",
+            )
+        return tuple(layout.blocks)
+    bottom, top = spec.counts
+    if bottom > layout.num_bottom or top > layout.num_top:
+        raise ConfigError(
+            f"--placement {spec.placement}: the package's ends have {layout.num_bottom}+{layout.num_top} blocks",
+            hint=f"use at most --placement {layout.num_bottom}+{layout.num_top}",
+        )
+    first_top = layout.num_top - top
+    return tuple(
+        [f"bottom.{number}" for number in range(bottom)]
+        + [f"top.{number}" for number in range(first_top, layout.num_top)]
+    )
+
+
+def placed_linears(spec: AdapterSpec, layout: Layout, *, same_size_only: bool = False) -> dict[str, tuple[int, int]]:
+    """Return the canonical linear modules that carry a low-rank adapter, with (inputs, outputs).
+
+    Args:
+        same_size_only: leave out middle modules that are smaller than the full model's (a shrunk MLP).
+
+    Raises:
+        ConfigError: when nothing is left.
+    """
+    blocks = set(placed_blocks(spec, layout))
+    feed_forward = set(layout.mlp_linears)
+    found = {}
+    for name, dims in layout.linears.items():
+        role, number, inner = name.split(".", 2)
+        if f"{role}.{number}" not in blocks or (role == "middle" and inner not in layout.adaptable_middle):
+            continue
+        if spec.targets != "all-linear" and (spec.targets == "mlp") != (name in feed_forward):
+            continue
+        if role == "middle" and same_size_only and not layout.middle_whole and name in feed_forward:
+            continue
+        found[name] = dims
+    if not found:
+        raise ConfigError(f"--targets {spec.targets}: no linear module of the placed blocks is left to adapt")
+    return found
