@@ -1,0 +1,54 @@
+# Every target works alone on a machine with Python 3.11 or newer, pip and git: the virtual environment is made
+# on first use and again when pyproject.toml or constraints.txt changes.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := $(shell grep '^torch==' constraints.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Small matrices on few cores: one thread per process is faster and steadier than several (torch's default).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+OUT := demo-out$(if $(SHORT),-short)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check test test-slow demo bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: $(READY) ## make the virtual environment and install everything into it
+
+check: $(READY) ## ruff, mypy, import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(READY) ## fast tests
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY) ## tests with the real model, kills and subprocesses
+	$(PYTEST) -m slow
+
+demo: $(READY) ## both sides on a real model and real text; SHORT=1 for the same path at a few steps
+	$(BIN)/offsite demo -o $(OUT) $(if $(SHORT),--short)
+
+bench: $(READY) ## the benchmarks of benchmarks/ (hours on a CPU)
+	$(BIN)/python benchmarks/client_step/run.py
+	$(BIN)/python benchmarks/quality/run.py
+
+clean: ## remove caches, build outputs and the demo's folders; the virtual environment stays
+	rm -rf build dist demo-out demo-out-short *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  for python in $(PYTHON) python3.11 python3; do \
+	    "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; python=; \
+	  done; \
+	  test -n "$$python" || { echo "make: Python 3.11 or newer with venv is needed (PYTHON=/path/to/python3.11)" >&2; exit 1; }; \
+	  echo "making $(VENV) with $$($$python --version)"; "$$python" -m venv --clear $(VENV); }
+	$(PIP) install '$(TORCH)'
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
