@@ -1,0 +1,244 @@
+"""Make the bundled texts, and the larger files of the benchmarks, from the published data sets.
+
+    python benchmarks/data/prepare.py SOURCES --bundled offsite/data
+    python benchmarks/data/prepare.py SOURCES --full .bench-data
+
+SOURCES is a folder that holds ``wikitext-2/{train,valid}.txt.gz`` and ``wikitext-2/raw/wiki.test.raw.gz``,
+``medquad/all.jsonl.gz`` (one question and answer a row, fields source, file, focus, question, answer), and
+for ``--full`` also ``openwebtext-1k``, ``c4-demo``, ``wiki-demo``, ``arc_easy``, ``piqa`` and ``openbookqa``.
+Every choice is by hash, every file is written without a time stamp: the same sources give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+Row = dict[str, object]
+
+NUM_PRIVATE_ROWS, NUM_HELDOUT_ROWS, NUM_PUBLIC_ARTICLES = 4200, 650, 200
+NUM_QUESTIONS = 300
+ANSWER_CHARACTERS = (30, 1500)
+HELD_OUT = 0.1
+
+
+# --- reading and writing
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        yield from file
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in read_lines(path)]
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """The rows are in `path` as gzipped JSON lines; name, rows, bytes and sha256 are on stdout."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    data = gzip.compress("".join(lines).encode(), compresslevel=9, mtime=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    print(f"| {path.name} | {len(lines)} | {len(data)} | {hashlib.sha256(data).hexdigest()} |")
+
+
+def draw(text: str, purpose: str) -> float:
+    """A number in [0, 1) that depends on nothing but `text` and `purpose`."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}/{text}".encode()).digest()[:6], "big") / 2**48
+
+
+# --- WikiText-2
+
+
+def articles(lines: Iterable[str]) -> Iterator[list[str]]:
+    """The paragraphs and headings of each article. A title is ` = Title = `; a line of that form inside
+    an article (the caption of a table) does not follow an empty line, or is followed by text."""
+    padded = [" ", *lines, " "]
+    article: list[str] = []
+    for before, line, after in zip(padded, padded[1:], padded[2:], strict=False):
+        is_title = re.fullmatch(r" = [^=].* = ", line.rstrip("\n")) and not before.strip() and not after.strip()
+        if is_title and article:
+            yield article
+            article = []
+        if line.strip():
+            article.append(line.strip())
+    if article:
+        yield article
+
+
+def raw_articles(lines: Iterable[str]) -> Iterator[list[str]]:
+    """As `articles`, for the raw split, which has no empty lines: there only real titles have the form."""
+    article: list[str] = []
+    for line in filter(str.strip, lines):
+        if re.fullmatch(r" = [^=;,]* = ", line.rstrip("\n")) and article:
+            yield article
+            article = []
+        article.append(line.strip())
+    yield article
+
+
+def without_unknowns(paragraph: str) -> str:
+    """The sentences of a tokenised paragraph in which no word was replaced by <unk>."""
+    sentences = re.split(r"(?<= [.!?]) (?=[A-Z\"])", paragraph)
+    return " ".join(sentence for sentence in sentences if "<unk>" not in sentence)
+
+
+def detokenised(text: str) -> str:
+    """WikiText's spaces before punctuation and its @-@ marks undone; quotes are paired in order."""
+    text = re.sub(r" @([-,.])@ ", r"\1", text)
+    text = re.sub(r" ([,.;:!?%)\]}])", r"\1", text)
+    text = re.sub(r"([(\[{$£€#]) ", r"\1", text)
+    text = re.sub(r" ('(?:s|t|re|ve|m|ll|d)\b)", r"\1", text)
+    text = re.sub(r"\b(O|[Dd]) '(?=[A-Z])", r"\1'", text)
+    text = re.sub(r'" ([^"]*?) "', r'"\1"', text)
+    return re.sub(r"(?<=\w) / (?=\w)", "/", text)
+
+
+def wiki_rows(found: Iterable[list[str]], name: str) -> Iterator[Row]:
+    for number, (title, *paragraphs) in enumerate(found):
+        kept = []
+        for paragraph in paragraphs:
+            if heading := re.fullmatch(r"(?:= )+([^=].*?)(?: =)+", paragraph):
+                if kept and kept[-1].startswith("\n"):
+                    kept.pop()  # the section before lost all its sentences
+                kept.append("\n" + detokenised(heading[1]))
+            elif text := detokenised(without_unknowns(paragraph)):
+                kept.append(text)
+        if kept and kept[-1].startswith("\n"):
+            kept.pop()
+        if sum(map(len, kept)) > 500:
+            heading = detokenised(title.strip("= "))
+            yield {"text": "\n".join([heading, *kept]).replace("<unk>", "").strip(), "document": f"{name}-{number:03d}"}
+
+
+# --- MedQuAD
+
+
+def medquad_rows(path: Path) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and held-out rows, a tenth of all diseases: one disease can have several documents.
+
+    Dropped: answers that are empty, very short or long, and answers that repeat an earlier one word for
+    word (stock sentences on inheritance, for the most part), so that no held-out answer was trained on.
+    """
+    seen: set[str] = set()
+    train, held_out = [], []
+    for source in read_rows(path):
+        answer = " ".join(source["answer"].split())
+        if not ANSWER_CHARACTERS[0] <= len(answer) <= ANSWER_CHARACTERS[1] or answer in seen:
+            continue
+        seen.add(answer)
+        question = re.sub(r"[\s?]+$", "?", " ".join(source["question"].split()))
+        subject = " ".join(source["focus"].lower().split())
+        row = {
+            "document": source["file"].removesuffix(".xml"),
+            "source": source["source"],
+            "prompt": f"Question: {question}\nAnswer:",
+            "completion": f" {answer}",
+        }
+        (held_out if draw(subject, "medquad") < HELD_OUT else train).append(row)
+    straddling = {row["document"] for row in train} & {row["document"] for row in held_out}
+    if straddling:
+        raise SystemExit(f"documents on both sides: {sorted(straddling)[:3]}")
+    return train, held_out
+
+
+def whole_documents(rows: list[Row], num_rows: int, purpose: str) -> list[Row]:
+    """At least `num_rows` rows: whole documents in the order of their hash, rows in their own order."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[str(row["document"])] = counts.get(str(row["document"]), 0) + 1
+    chosen: set[str] = set()
+    for document in sorted(counts, key=lambda name: draw(name, purpose)):
+        if sum(counts[name] for name in chosen) >= num_rows:
+            break
+        chosen.add(document)
+    return [row for row in rows if row["document"] in chosen]
+
+
+# --- web text and multiple choice
+
+
+def web_rows(sources: Path) -> Iterator[Row]:
+    for name in ("openwebtext-1k", "c4-demo"):
+        for number, row in enumerate(read_rows(sources / name / "train.jsonl.gz")):
+            if "\ufffd" not in row["text"]:
+                yield {"text": row["text"].strip(), "document": f"{name}-{number:04d}"}
+    for number, line in enumerate(read_lines(sources / "wiki-demo/train.txt.gz")):
+        if line.strip():
+            yield {"text": line.strip(), "document": f"wiki-demo-{number:02d}"}
+
+
+def choice_rows(path: Path) -> Iterator[Row]:
+    """Question, choices, answer (an index) of ARC, OpenBookQA or PIQA rows."""
+    for row in read_rows(path):
+        if "goal" in row:
+            yield {"question": row["goal"], "choices": [row["sol1"], row["sol2"]], "answer": row["label"]}
+        else:
+            question = row["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+            yield {"question": question, "choices": row["choices"], "answer": row["gold"]}
+
+
+def tuning_rows(rows: Iterable[Row], asked: set[str]) -> Iterator[Row]:
+    for number, row in enumerate(rows):
+        if row["question"] not in asked:
+            completion = f" {row['choices'][row['answer']].strip()}"  # type: ignore[index]
+            prompt = f"Question: {row['question']}\nAnswer:"
+            yield {"prompt": prompt, "completion": completion, "document": f"{number:05d}"}
+
+
+# --- the two sets of files
+
+
+def write_bundled(sources: Path, out: Path) -> None:
+    public = list(wiki_rows(articles(read_lines(sources / "wikitext-2/train.txt.gz")), "wikitext-2-train"))
+    public.sort(key=lambda row: draw(str(row["document"]), "public"))
+    write_rows(out / "public.jsonl.gz", public[:NUM_PUBLIC_ARTICLES])
+    train, held_out = medquad_rows(sources / "medquad/all.jsonl.gz")
+    write_rows(out / "private.jsonl.gz", whole_documents(train, NUM_PRIVATE_ROWS, "private"))
+    write_rows(out / "heldout.jsonl.gz", whole_documents(held_out, NUM_HELDOUT_ROWS, "heldout"))
+
+
+def write_full(sources: Path, out: Path) -> None:
+    for split, name in (("train", "public_wiki"), ("valid", "wikitext_valid")):
+        found = articles(read_lines(sources / f"wikitext-2/{split}.txt.gz"))
+        write_rows(out / f"{name}.jsonl.gz", wiki_rows(found, f"wikitext-2-{split}"))
+    found = raw_articles(read_lines(sources / "wikitext-2/raw/wiki.test.raw.gz"))
+    write_rows(out / "wikitext_test.jsonl.gz", wiki_rows(found, "wikitext-2-test"))
+    write_rows(out / "public_web.jsonl.gz", web_rows(sources))
+    train, held_out = medquad_rows(sources / "medquad/all.jsonl.gz")
+    write_rows(out / "medquad_train.jsonl.gz", train)
+    write_rows(out / "medquad_heldout.jsonl.gz", held_out)
+    for name, split in (("arc_easy", "test"), ("piqa", "validation"), ("openbookqa", "test")):
+        questions = list(choice_rows(sources / name / f"{split}.jsonl.gz"))
+        questions.sort(key=lambda row: draw(str(row["question"]), name))
+        write_rows(out / f"{name}_eval.jsonl.gz", questions[:NUM_QUESTIONS])
+        asked = {str(row["question"]) for row in questions}
+        tuning = tuning_rows(choice_rows(sources / name / "train.jsonl.gz"), asked)
+        write_rows(out / f"{name}_train.jsonl.gz", tuning)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", type=Path, help="folder of the published data sets")
+    parser.add_argument("--bundled", type=Path, metavar="OUT", help="write public, private and heldout here")
+    parser.add_argument("--full", type=Path, metavar="OUT", help="write the benchmarks' files here")
+    arguments = parser.parse_args()
+    if not (arguments.bundled or arguments.full):
+        parser.error("give --bundled OUT, --full OUT, or both")
+    print("| file | rows | bytes | sha256 |\n| --- | --- | --- | --- |")
+    if arguments.bundled:
+        write_bundled(arguments.sources, arguments.bundled)
+    if arguments.full:
+        write_full(arguments.sources, arguments.full)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
