@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,13 @@ class Attached:
 
     model: nn.Module
     trainable: dict[str, nn.Parameter]
+    sites: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The model's blocks at the sites, in order: what sharding gathers one at a time."""
+        base: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator]
+        return [base.get_submodule(site) for site in self.sites.values()]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the adapter's tensors by canonical name: detached copies on the CPU, in their dtype in memory."""
@@ -88,7 +96,9 @@ def attach(model: nn.Module, spec: AdapterSpec, sites: Mapping[str, str], names:
         UnsupportedModel: when exactly these tensors cannot be attached to the model.
     """
     model.requires_grad_(False)
-    return _kind(spec)[1](model, spec, sites, tuple(names))
+    attached = _kind(spec)[1](model, spec, sites, tuple(names))
+    attached.sites = dict(sites)
+    return attached
 
 
 def _kind(spec: AdapterSpec) -> tuple[Declare, Attach]:

@@ -60,9 +60,10 @@ def run(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except OffsiteError as error:
-        print(f"offsite: error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"offsite: hint: {error.hint}", file=sys.stderr)
+        if _speaks():
+            print(f"offsite: error: {error}", file=sys.stderr)
+            if error.hint:
+                print(f"offsite: hint: {error.hint}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("offsite: interrupted", file=sys.stderr)
@@ -75,7 +76,7 @@ def _dispatch(arguments: list[str]) -> int:
 
     words = [word for word in arguments if not word.startswith("-")]
     chosen = next((name for name in VERBS if words[: len(name.split())] == name.split()), None)
-    app = _app(chosen)
+    app = _app(chosen, arguments)
     command = typer.main.get_command(app)
     try:
         outcome = command.main(args=arguments or ["--help"], prog_name="offsite", standalone_mode=False)
@@ -92,7 +93,7 @@ def _one_line(message: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _app(chosen: str | None) -> Any:
+def _app(chosen: str | None, arguments: list[str]) -> Any:
     """Return the Typer application; only the chosen verb's settings are imported."""
     import typer
 
@@ -129,18 +130,23 @@ def _app(chosen: str | None) -> Any:
                 groups[group[0]] = typer.Typer(rich_markup_mode=None, help=verb.summary)
                 app.add_typer(groups[group[0]], name=group[0])
             target = groups[group[0]]
-        function = _command(name, verb) if name == chosen else _placeholder
+        function = _command(name, verb, arguments) if name == chosen else _placeholder
         target.command(word, help=verb.summary)(function)
         if group:  # a group with a single command must still be typed in full
             target.callback()(_placeholder)
     return app
 
 
+def _speaks() -> bool:
+    """Tell whether this process prints: of several that were launched together, only the first does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _placeholder() -> None:
     pass  # stands for a verb that was not called; its help is the summary alone
 
 
-def _command(name: str, verb: Verb) -> Callable[..., int]:
+def _command(name: str, verb: Verb, arguments: list[str]) -> Callable[..., int]:
     """Return a function whose signature Typer turns into the verb's flags."""
     import typer
 
@@ -162,8 +168,13 @@ def _command(name: str, verb: Verb) -> Callable[..., int]:
         flags.update(zip(positional, plain, strict=False))
         config = build(cls, file=Path(file) if file else None, overrides=overrides, flags=flags)
         _guard()
+        if getattr(config, "launch", 0) > 1 and "RANK" not in os.environ:
+            from offsite.processes import launch
+
+            return launch(config.launch, arguments)  # type: ignore[attr-defined]
         result = _resolve(verb.function)(config)
-        print(json.dumps(result, sort_keys=True, allow_nan=False), flush=True)
+        if _speaks():
+            print(json.dumps(result, sort_keys=True, allow_nan=False), flush=True)
         return 0
 
     parameters = [

@@ -1,0 +1,90 @@
+"""Settings of ``offsite tune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from offsite.bundle import DISCLOSABLE, AdapterSpec
+from offsite.config import VerbConfig
+
+LEARNING_RATES = {"blocks": 5e-4, "bitfit": 3e-3, "lora": 2e-3, "rslora": 1e-3, "dora": 2e-3}
+"""Peak rate used when none is given, by kind of adapter."""
+
+
+class TuneConfig(VerbConfig):
+    """Settings of ``offsite tune PACKAGE --data FILE -o BUNDLE``."""
+
+    verb: ClassVar[str] = "tune"
+
+    package: Path = Field(description="package folder from the owner", json_schema_extra={"positional": True})
+    data: Path = Field(description="private text: .txt, .jsonl, .json or .csv, each optionally .gz")
+    output: Path = Field(description="bundle folder to write", json_schema_extra={"short": "-o"})
+
+    fields: dict[str, str] = Field({}, description="columns under other names, as prompt=question,completion=answer")
+    document_field: str | None = Field(
+        None, description="column that tells documents apart; each row is one by default"
+    )
+    separator: str | None = Field(None, description="plain text: what stands between documents; default: blank lines")
+    on_long: Literal["truncate", "error"] = Field(
+        "truncate", description="rows longer than the context: cut, or refuse"
+    )
+    pack: bool = Field(True, description="fill blocks of tokens across rows; otherwise one row per sequence")
+    block_tokens: int = Field(256, ge=2, description="context: tokens per block, and the most of one row")
+    validation: float = Field(0.1, gt=0, lt=1, description="share of the documents held out to choose the checkpoint")
+
+    adapter: str = Field("blocks", description="kind of adapter: blocks, lora, rslora, dora or bitfit")
+    placement: str = Field("2+2", description="blocks of the bottom and top end, as 2+2 or 0+2, or all")
+    targets: Literal["all-linear", "attention", "mlp"] = Field("all-linear", description="LoRA: modules that carry it")
+    rank: int = Field(8, ge=1, le=4096, description="LoRA: rank")
+    alpha: float = Field(16.0, gt=0, description="LoRA: scale, divided by the rank (rsLoRA: by its root)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="LoRA: dropout before the adapter")
+    adapter_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the bundle's tensors")
+
+    epochs: float = Field(3.0, gt=0, description="passes over the data, unless --steps says otherwise")
+    steps: int | None = Field(None, ge=1, description="optimiser steps, instead of --epochs")
+    batch_size: int = Field(4, ge=1, description="sequences per optimiser step")
+    accumulate: int = Field(1, ge=1, description="parts a step's batch is cut into, to save memory")
+    learning_rate: float | None = Field(None, gt=0, description="peak rate of AdamW; default: by kind of adapter")
+    warmup_steps: int = Field(10, ge=0, description="steps over which the rate rises; at most a tenth of all")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of matrices")
+    clip_norm: float = Field(1.0, ge=0, description="largest L2 norm of a step's gradient; 0 for none")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="arithmetic; auto: bf16 where it is fast")
+    gradient_checkpointing: bool = Field(False, description="save memory by computing activations twice")
+    seed: int = Field(0, ge=0, description="seed of the data order, the split and the adapter's start")
+    evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: ten times per run")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints in OUTPUT.work")
+    resume: bool = Field(False, description="go on from the newest checkpoint in OUTPUT.work")
+    device: str = Field("auto", description="cpu, cuda, or auto for an accelerator if there is one")
+    launch: int = Field(0, ge=0, description="processes that share the work (FSDP2); 0 or 1 for none")
+    tensorboard: Path | None = Field(None, description="folder for TensorBoard's curves; none by default")
+    disclose: tuple[str, ...] = Field((), description=f"figures to put into the bundle: {', '.join(DISCLOSABLE)}")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        unknown = [name for name in self.disclose if name not in DISCLOSABLE]
+        if unknown:
+            raise ValueError(f"--disclose: {unknown[0]!r} is not one of {', '.join(DISCLOSABLE)}")
+        if self.adapter not in LEARNING_RATES and self.learning_rate is None:
+            raise ValueError(f"--adapter: no kind {self.adapter!r}, expected one of {', '.join(LEARNING_RATES)}")
+        self.spec()
+        return self
+
+    def spec(self) -> AdapterSpec:
+        """Return the adapter these settings describe."""
+        return AdapterSpec(
+            kind=self.adapter,
+            placement=self.placement,
+            targets=self.targets,
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            dtype=self.adapter_dtype,
+        )
+
+    def rate(self) -> float:
+        """Return the peak learning rate: the one given, or the kind's."""
+        return LEARNING_RATES[self.adapter] if self.learning_rate is None else self.learning_rate

@@ -1,0 +1,73 @@
+"""The client's private text, as batches to train on and examples to validate on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from offsite.errors import DataError
+from offsite.records import Record, split_by_document
+from offsite.text import Batches, Encoded, Example, encode, pack, pad_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """Batches of the training documents, examples of the held-out ones, and what became of the rows."""
+
+    batches: Batches = field(repr=False)
+    validation: list[Example] = field(repr=False)
+    pad_id: int
+    num_records: int
+    num_tokens: int
+    num_truncated: int
+    num_dropped: int
+
+
+def prepare(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_tokens: int,
+    batch_size: int,
+    packed: bool = True,
+    on_long: Literal["truncate", "error"] = "truncate",
+    validation: float = 0.1,
+    seed: int = 0,
+) -> TrainingText:
+    """Return the records as training batches and validation examples; a document is on one side as a whole.
+
+    Args:
+        block_tokens: longest sequence in tokens.
+        batch_size: sequences in one optimiser step.
+        validation: share of documents held out, between 0 and 1.
+
+    Raises:
+        DataError: when a row is too long under "error", or there is too little text for one batch.
+        ConfigError: when the tokenizer cannot serve.
+    """
+    train, held_out = split_by_document(records, fraction=validation, seed=seed)
+    sides: list[Encoded] = []
+    shaped: list[list[Example]] = []
+    for side in (train, held_out):
+        encoded = encode(side, tokenizer, context=block_tokens, on_long=on_long, whole_text=packed)
+        sides.append(encoded)
+        shaped.append(pack(encoded.examples, block_tokens=block_tokens) if packed else list(encoded.examples))
+    if len(shaped[0]) < batch_size:
+        raise DataError(
+            f"too little text: {len(shaped[0])} sequences of up to {block_tokens} tokens, one step needs {batch_size}",
+            hint="use a smaller --batch-size or --block-tokens, or more data",
+        )
+    pad = pad_id(tokenizer)
+    return TrainingText(
+        batches=Batches(shaped[0], batch_size=batch_size, seed=seed, pad_id=pad),
+        validation=shaped[1],
+        pad_id=pad,
+        num_records=len(train),
+        num_tokens=sides[0].num_tokens,
+        num_truncated=sum(side.num_truncated for side in sides),
+        num_dropped=sum(side.num_dropped for side in sides),
+    )
