@@ -87,7 +87,7 @@ def encode(
             if on_long == "error":
                 raise DataError(
                     f"{record.place or f'row {record.row}'}: {num_tokens} tokens, the context is {context}",
-                    hint="on_long=truncate cuts such rows and counts them",
+                    hint="--on-long truncate cuts such rows and counts them",
                 )
             num_truncated += 1
             example = Example(example.input_ids[:context], example.labels[:context], example.document)
