@@ -231,7 +231,10 @@ def _labels(ids: Sequence[int], ends: Sequence[int], spans: Spans, length: int) 
     report them without the spaces before a word."""
     if spans == ((0, length),):
         return list(ids)
-    return [i if any(a < end <= b for a, b in spans) else IGNORED for i, end in zip(ids, ends, strict=True)]
+    labels = [IGNORED] * len(ids)
+    for a, b in spans:
+        labels = [i if a < end <= b else label for i, end, label in zip(ids, ends, labels, strict=True)]
+    return labels
 
 
 def _end(ids: list[int], labels: list[int], eos: int, *, closed: bool, counts: bool) -> None:

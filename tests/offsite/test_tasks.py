@@ -65,10 +65,11 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def questions() -> list[dict]:
     words = ["a", "bb cc", "d e f g", "hé", "i" * 9, "jk"]
-    return [
-        {"question": f"what {{{{ {number} }}}} is", "choices": [words[(number + i) % 6] for i in range(3)], "answer": number % 3}
-        for number in range(24)
-    ]  # fmt: skip
+    made = []
+    for number in range(24):
+        choices = [words[(number + i) % 6] for i in range(3)]
+        made.append({"question": f"what {{{{ {number} }}}} is", "choices": choices, "answer": number % 3})
+    return made
 
 
 @pytest.fixture
