@@ -1,0 +1,254 @@
+"""The OpenAI wire: what a request may hold, what a reply looks like, how a refusal reads.
+
+Clients send many fields; those unknown here are ignored. Known fields that this server cannot honour are
+refused unless they hold a value that changes nothing (`_NEUTRAL`): silently dropping them would give
+another answer than the one asked for. Messages never repeat a prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError, from_json
+
+Prompt = str | tuple[int, ...]
+
+_LIMIT_PROMPTS = 64
+_LIMIT_STOP = 4
+_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "logprobs": (None, False),
+    "top_logprobs": (None,),
+    "suffix": (None, ""),
+    "presence_penalty": (None, 0, 0.0),
+    "frequency_penalty": (None, 0, 0.0),
+    "logit_bias": (None, {}),
+    "tools": (None, []),
+    "functions": (None, []),
+    "response_format": (None, {"type": "text"}),
+}
+
+
+class ApiError(Exception):
+    """A refusal, on its way to the client as a status and an OpenAI-shaped body."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, dict(headers or {})
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(_Wire):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = False
+
+
+class Ask(_Wire):
+    """What both kinds of request share. `None` is what a client sends for "your default"."""
+
+    model: str
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: tuple[str, ...] = ()
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    max_tokens: int | None = Field(None, ge=1)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop(cls, value: object) -> tuple[str, ...]:
+        found = [] if value is None else [value] if isinstance(value, str) else value
+        if not isinstance(found, list) or len(found) > _LIMIT_STOP or not all(isinstance(x, str) and x for x in found):
+            raise PydanticCustomError("stop", f"must be a string or up to {_LIMIT_STOP} strings, none of them empty")
+        return tuple(found)
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionAsk(Ask):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: tuple[Prompt, ...] = ("",)
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompt(cls, value: object) -> tuple[Prompt, ...]:
+        if value is None:
+            return ("",)
+        many: list[Any] = value if isinstance(value, list) and value and not _is_int(value[0]) else [value]
+        prompts = tuple(tuple(one) if isinstance(one, list) else one for one in many)
+        if not 1 <= len(prompts) <= _LIMIT_PROMPTS:
+            raise PydanticCustomError("prompt", f"holds {len(prompts)} prompts, at most {_LIMIT_PROMPTS} are answered")
+        if not all(
+            isinstance(one, str) or (isinstance(one, tuple) and one and all(map(_is_int, one))) for one in prompts
+        ):
+            raise PydanticCustomError(
+                "prompt", "must be a string, a list of strings, token ids, or a list of token ids"
+            )
+        return prompts
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Most tokens wanted in each answer."""
+        return self.max_tokens or _COMPLETION_TOKENS
+
+
+class Message(_Wire):
+    """One turn of a chat. `content` is text, or a list of text parts, which are joined."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _content(cls, value: object) -> str:
+        parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
+        texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+        if not parts or len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
+            raise PydanticCustomError("content", "must be text, or a list of parts of type 'text'")
+        return "".join(map(str, texts))
+
+    @property
+    def for_template(self) -> dict[str, str]:
+        """The turn as chat templates know it."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class ChatAsk(Ask):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Most tokens wanted in the answer; `None`: what there is room for."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+AnyAsk = TypeVar("AnyAsk", CompletionAsk, ChatAsk)
+
+
+def parse(body: bytes, cls: type[AnyAsk]) -> AnyAsk:
+    """Return the request that `body` holds.
+
+    Raises:
+        ApiError: 400; not JSON, a field of the wrong type or range, or a field that cannot be honoured.
+    """
+    try:
+        found = from_json(body, allow_inf_nan=False)
+    except ValueError:
+        raise ApiError(400, "the body is not valid JSON") from None
+    if not isinstance(found, dict):
+        raise ApiError(400, f"the body holds a {type(found).__name__}, expected a JSON object")
+    for name, neutral in _NEUTRAL.items():
+        given = found.get(name)
+        if not any(type(given) is type(value) and given == value for value in neutral):
+            message = (
+                f"{name} is not supported here; leave it out" if name != "n" else "n: only one answer is supported"
+            )
+            raise ApiError(400, message, param=name, code="unsupported_parameter")
+    try:
+        return cls.model_validate(found)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        message = "is missing" if problem["type"] == "missing" else problem["msg"]
+        raise ApiError(400, f"{where}: {message[:1].lower()}{message[1:]}", param=where) from None
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of all prompts and of all answers of one request."""
+
+    num_prompt: int
+    num_answer: int
+
+    @property
+    def body(self) -> dict[str, int]:
+        """As the wire spells it."""
+        total = self.num_prompt + self.num_answer
+        return {"prompt_tokens": self.num_prompt, "completion_tokens": self.num_answer, "total_tokens": total}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The frame of one reply: its kind, its id, when it began, and whether a stream ends with usage."""
+
+    model_id: str
+    is_chat: bool
+    wants_usage: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+    token: str = field(default_factory=lambda: secrets.token_hex(12))
+
+    def whole(self, answers: list[tuple[str, str]], usage: Usage) -> dict[str, Any]:
+        """Return the body of an unstreamed reply; `answers` are texts with their finish reasons."""
+        choices = [self._choice(index, text, finish) for index, (text, finish) in enumerate(answers)]
+        return {**self._frame("chat.completion"), "choices": choices, "usage": usage.body}
+
+    def opening(self) -> str:
+        """Return the event that opens a streamed answer: for chat the role, otherwise nothing."""
+        return self._event([self._delta(0, {"role": "assistant", "content": ""}, None)]) if self.is_chat else ""
+
+    def part(self, index: int, text: str, finish: str | None) -> str:
+        """Return the events for text that became final in answer `index`, and for its end."""
+        if not self.is_chat:
+            return self._event([self._choice(index, text, finish)]) if text or finish else ""
+        told = self._event([self._delta(index, {"content": text}, None)]) if text else ""
+        return told + (self._event([self._delta(index, {}, finish)]) if finish else "")
+
+    def closing(self, usage: Usage) -> str:
+        """Return the events that end a stream."""
+        return (self._event([], usage) if self.wants_usage else "") + sse("[DONE]")
+
+    def _frame(self, chat_object: str) -> dict[str, Any]:
+        prefix, kind = ("chatcmpl", chat_object) if self.is_chat else ("cmpl", "text_completion")
+        return {"id": f"{prefix}-{self.token}", "object": kind, "created": self.created, "model": self.model_id}
+
+    def _choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
+        said = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        return {"index": index, **said, "logprobs": None, "finish_reason": finish}
+
+    def _delta(self, index: int, delta: dict[str, str], finish: str | None) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+
+    def _event(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> str:
+        counts = {"usage": usage.body if usage else None} if self.wants_usage else {}
+        return sse({**self._frame("chat.completion.chunk"), "choices": choices, **counts})
+
+
+def sse(data: str | Mapping[str, Any]) -> str:
+    """Return `data` as one server-sent event."""
+    return f"data: {data if isinstance(data, str) else json.dumps(data, separators=(',', ':'))}\n\n"

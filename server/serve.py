@@ -1,0 +1,209 @@
+"""``offsite serve``: an adapted model behind the OpenAI interface, until Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from offsite.console import say
+from offsite.errors import ConfigError, RunFailed
+from server.app import build_app
+from server.engine import Engine
+from server.serveconfig import ServeConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KEY_VARIABLE = "OFFSITE_API_KEY"
+
+_GRACE_SECONDS = 10
+
+
+class Process(uvicorn.Server):
+    """A uvicorn server whose answers under way break off when it is told to stop."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                ws="none",
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=_GRACE_SECONDS,
+            )
+        )
+        self._engine: Engine = app.state.engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop taking connections, and break off what is under way."""
+        self._engine.stop()
+        super().handle_exit(sig, frame)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a bound socket; `port` 0 takes a free one.
+
+    Raises:
+        ConfigError: `host` is no address of this machine's resolver.
+        RunFailed: the port is taken or may not be used.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror:
+        raise ConfigError(f"--host {host!r} is not an address", hint="--host 127.0.0.1 is this machine alone") from None
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        reason = "is in use" if error.errno == errno.EADDRINUSE else os.strerror(error.errno or 0).lower()
+        message = f"cannot listen on {host} port {port}: {reason}"
+        raise RunFailed(message, hint="choose another with --port, or any free one with --port 0") from None
+    return sock
+
+
+def read_key(key_file: Path | None) -> tuple[str, bool]:
+    """Return the bearer key and whether it is fresh: from `key_file`, else OFFSITE_API_KEY, else random.
+
+    Raises:
+        ConfigError: the file cannot be read, or the key is empty or not one printable ASCII word.
+    """
+    if key_file is not None:
+        origin = f"key file {key_file.name!r}"
+        try:
+            key = key_file.read_text(encoding="ascii").strip()
+        except OSError as error:
+            raise ConfigError(f"cannot read {origin}: {(error.strerror or 'unknown').lower()}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{origin} is not ASCII text") from None
+    elif KEY_VARIABLE in os.environ:
+        origin, key = KEY_VARIABLE, os.environ[KEY_VARIABLE].strip()
+    else:
+        return secrets.token_urlsafe(32), True
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(f"{origin} does not hold one word of printable ASCII", hint="openssl rand -hex 32 makes one")
+    return key, False
+
+
+def load_served(config: ServeConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Return the model on its device in eval mode, its tokenizer, and the name it is served under.
+
+    Raises:
+        ConfigError: the device does not exist; told before anything is loaded.
+        ArtefactError: `adapted` was rejected.
+    """
+    device = _device(config.device)
+    from server.plug import load_adapted
+
+    model, tokenizer = load_adapted(config.adapted, base=config.base)
+    model.to(device)
+    model.eval()
+    return model, tokenizer, config.model_id or config.adapted.resolve().name
+
+
+def _device(name: str) -> str:
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if has_gpu else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ConfigError(f"--device {name!r} is no torch device", hint="--device cpu works anywhere") from None
+    if kind == "cuda" and not has_gpu:
+        raise ConfigError(f"--device {name!r}: there is no GPU here", hint="--device cpu works anywhere")
+    return name
+
+
+def serve(config: ServeConfig) -> dict[str, object]:
+    """Serve until Ctrl-C or SIGTERM, then return what was done.
+
+    Raises:
+        ConfigError: the host or the key is unusable.
+        RunFailed: the port cannot be had.
+        ArtefactError: `adapted` was rejected.
+    """
+    began = time.monotonic()
+    key, is_fresh = read_key(config.key_file)
+    sock = listen(config.host, config.port)
+    with sock:
+        model, tokenizer, model_id = load_served(config)
+        app = build_app(
+            model,
+            tokenizer,
+            model_id=model_id,
+            key=key,
+            context=config.context,
+            limit_tokens=config.limit_tokens,
+            limit_waiting=config.limit_waiting,
+            limit_bytes=config.limit_bytes,
+        )
+        sock.listen()  # from here connections wait in the kernel's queue
+        url = _url(sock)
+        _announce(config, url, model_id, key if is_fresh else None)
+        process = Process(app)
+        with _signals_end(process):
+            process.run(sockets=[sock])
+    engine: Engine = app.state.engine
+    return {"model": model_id, "url": url, "seconds": round(time.monotonic() - began, 1), **engine.counts.as_dict()}
+
+
+run = serve  # the name that every verb's module gives its function
+
+
+def _announce(config: ServeConfig, url: str, model_id: str, fresh_key: str | None) -> None:
+    if not _is_loopback(config.host):
+        say(f"warning: {config.host} can be reached from other machines, without encryption; put TLS in front")
+    say(f"serving {model_id!r} at {url}/v1; Ctrl-C ends it")
+    if fresh_key is not None:
+        say(f"key (shown once): {fresh_key}")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _url(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextmanager
+def _signals_end(process: Process) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end `process` and nothing else: uvicorn raises them again after its own clean end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        process.should_exit = True
+
+    previous = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
