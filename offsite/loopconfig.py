@@ -1,0 +1,42 @@
+"""Settings of the training loop, without torch, so that a verb's settings can include them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+# These change what is written along the way and never a figure of the run, so a resume may change them.
+_COSMETIC = {"checkpoint_every", "tensorboard"}
+
+
+class LoopConfig(BaseModel):
+    """How long, how fast and how exactly to train; the same for the owner's distillation and the client's tuning."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    steps: int = Field(200, ge=1, description="optimizer steps")
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak rate of AdamW, per step")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises linearly to its peak")
+    schedule: Schedule = Field("cosine", description="how the rate falls from its peak to the last step")
+    min_rate_share: float = Field(0.1, ge=0, le=1, description="rate of the last step, as a share of the peak")
+    weight_decay: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="decay per step and unit of rate, of tensors of two or more axes"
+    )
+    clip_norm: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="largest global L2 norm of a step's gradient; 0 = no clipping"
+    )
+    accumulate: int = Field(1, ge=1, description="parts that a process cuts its rows of a step into, to save memory")
+    precision: Precision = Field("auto", description="arithmetic; auto = bf16 where the device has it, else fp32")
+    seed: int = Field(0, ge=0, description="seed of everything random inside a step")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints; the last step always has one")
+    evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0 = only after the last step")
+    tensorboard: Path | None = Field(None, description="folder for TensorBoard scalars; none = not written")
+
+    def binding(self) -> dict[str, str | int | float]:
+        """Return the settings that a resumed run must share with the run it goes on from."""
+        return self.model_dump(mode="json", exclude=_COSMETIC)
