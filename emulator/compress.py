@@ -1,0 +1,142 @@
+"""Making the middle smaller, before any training: from the full model to an emulator, by a method's name.
+
+A method is a function registered under a name. To add one, write a module with such a function, import it where
+the verb should know it, and let it refuse what it cannot do with `ConfigError` or `UnsupportedModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from emulator.choose import by_influence, measure_influences, uniform
+from emulator.config import METHODS
+from emulator.trace import Batch
+from emulator.width import best, measure_channels, narrow, num_kept
+from offsite.blocks import find_mlp, linear_names
+from offsite.errors import ConfigError
+from offsite.split import Plan, extract
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a method may be told; each reads what concerns it.
+
+    Attributes:
+        blocks: number of middle blocks that ``drop`` keeps.
+        choice: ``uniform`` or ``influence``, how ``drop`` chooses them.
+        width: share of the MLP channels that ``width`` keeps in each block.
+        calibration: public text, ``input_ids`` and ``attention_mask`` of (batch, tokens) int64 each.
+    """
+
+    blocks: int | None = None
+    choice: str = "uniform"
+    width: float = 1.0
+    calibration: Sequence[Batch] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """An emulator with the ends around it, and how its blocks correspond to the full model's.
+
+    Attributes:
+        model: same class as the full model. What was not changed shares storage with it.
+        kept: full-model number of every block of `model`, ends included, ascending.
+        channels: kept MLP channels by block (``middle.3``), ascending; absent where all were kept.
+        adaptable_middle: names inside a middle block of linears on which an adapter lifts into the full model.
+        settings: what the package may state of the method: nothing of the full model's numbering.
+    """
+
+    model: PreTrainedModel
+    kept: tuple[int, ...]
+    channels: Mapping[str, tuple[int, ...]]
+    adaptable_middle: tuple[str, ...]
+    settings: Mapping[str, float | int | str]
+
+
+Compressor = Callable[[PreTrainedModel, Plan, Recipe], Compressed]
+
+_COMPRESSORS: dict[str, Compressor] = {}
+
+
+def register_compressor(name: str) -> Callable[[Compressor], Compressor]:
+    """Make the decorated function the method called `name`, for `compress` and for ``--method``.
+
+    Raises:
+        ConfigError: when another function has that name.
+    """
+
+    def register(compressor: Compressor) -> Compressor:
+        if _COMPRESSORS.setdefault(name, compressor) is not compressor:
+            raise ConfigError(f"a compressor named {name!r} is registered already")
+        METHODS.add(name)
+        return compressor
+
+    return register
+
+
+def compress(model: PreTrainedModel, plan: Plan, method: str, recipe: Recipe | None = None) -> Compressed:
+    """Return an emulator of the middle of `model`, training-free; `model` is not modified.
+
+    Raises:
+        ConfigError: an unknown method, or a recipe that does not fit the model.
+        UnsupportedModel: when the method cannot treat this architecture.
+    """
+    if method not in _COMPRESSORS:
+        raise ConfigError(f"unknown method {method!r}, expected one of {', '.join(sorted(_COMPRESSORS))}")
+    return _COMPRESSORS[method](model, plan, recipe or Recipe())
+
+
+@register_compressor("keep-all")
+def keep_all(model: PreTrainedModel, plan: Plan, _recipe: Recipe) -> Compressed:
+    """The middle as it is: the reference that other emulators are measured against; never to be sent out."""
+    kept = (*plan.bottom, *plan.middle, *plan.top)
+    emulator = extract(model, {plan.stack.name: kept})
+    return Compressed(emulator, kept, {}, adaptable(middle_blocks(emulator, plan)), {})
+
+
+@register_compressor("drop")
+def drop(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
+    """Some blocks of the middle whole, its first and last among them. Source: arXiv:2302.04870."""
+    if recipe.blocks is None:
+        raise ConfigError("method drop needs the number of middle blocks to keep")
+    if recipe.choice == "uniform":
+        chosen = uniform(plan.num_middle, recipe.blocks)
+    elif recipe.choice == "influence":
+        chosen = by_influence(measure_influences(model, middle_blocks(model, plan), recipe.calibration), recipe.blocks)
+    else:
+        raise ConfigError(f"unknown choice {recipe.choice!r} of blocks, expected uniform or influence")
+    kept = (*plan.bottom, *(plan.middle[i] for i in chosen), *plan.top)
+    return Compressed(extract(model, {plan.stack.name: kept}), kept, {}, (), {"blocks": recipe.blocks})
+
+
+@register_compressor("width")
+def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
+    """Every block with fewer MLP channels, those that do most on public text. Source: arXiv:2404.11536."""
+    full_blocks = middle_blocks(model, plan)
+    wanted = [num_kept(find_mlp(block).num_channels, recipe.width) for block in full_blocks]
+    scores = measure_channels(model, full_blocks, recipe.calibration)
+    kept = (*plan.bottom, *plan.middle, *plan.top)
+    emulator = extract(model, {plan.stack.name: kept})
+    blocks = middle_blocks(emulator, plan)
+    channels = {}
+    for number, (block, score, num) in enumerate(zip(blocks, scores, wanted, strict=True)):
+        if num < len(score):
+            channels[f"middle.{number}"] = tuple(best(score, num))
+            narrow(block, channels[f"middle.{number}"])
+    return Compressed(emulator, kept, channels, adaptable(blocks), {"width": recipe.width})
+
+
+def middle_blocks(model: PreTrainedModel, plan: Plan) -> list[nn.Module]:
+    """Return the middle's blocks of the full model or of an emulator of it, between the plan's ends."""
+    blocks = list(model.get_submodule(plan.stack.name).children())
+    return blocks[plan.num_bottom : len(blocks) - plan.num_top]
+
+
+def adaptable(blocks: Sequence[nn.Module]) -> tuple[str, ...]:
+    """Return the linears that every one of these blocks has, in the first one's order."""
+    common = set.intersection(*(set(linear_names(block)) for block in blocks))
+    return tuple(name for name in linear_names(blocks[0]) if name in common)
