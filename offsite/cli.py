@@ -49,6 +49,9 @@ VERBS: dict[str, Verb] = {
 }
 
 
+_INTERRUPTED = 130
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit with the code of its outcome."""
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
@@ -67,7 +70,7 @@ def run(arguments: list[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("offsite: interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -85,11 +88,14 @@ def _dispatch(arguments: list[str]) -> int:
         raise ConfigError(_one_line(error.format_message()), hint=f"{verb} --help") from None
     except click.exceptions.Abort:
         raise KeyboardInterrupt from None
+    if outcome == _INTERRUPTED:  # typer turns Ctrl-C into this code and says nothing
+        raise KeyboardInterrupt
     return outcome if isinstance(outcome, int) else 0
 
 
 def _one_line(message: str) -> str:
-    text = re.sub(r"( Did you mean [^?]*\?)\1+", r"\1", " ".join(message.split())).rstrip(".")
+    text = " ".join(message.split()).rstrip(".")
+    text = re.sub(r"\.? \(?Did you mean ([^?]*)\?\)?.*", r"; did you mean \1?", text)
     return text[:1].lower() + text[1:]
 
 

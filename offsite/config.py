@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -57,7 +57,11 @@ def build(
     for name, given in (flags or {}).items():
         values[name] = _json_value(cls.model_fields[name], given)
     try:
-        return cls.model_validate_json(json.dumps(values, default=str))
+        text = json.dumps(values, default=str)
+    except (ValueError, RecursionError):
+        raise ConfigError("a setting contains itself") from None
+    try:
+        return cls.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError(_all_problems(cls, error), hint=_hint(cls)) from None
 
@@ -77,29 +81,36 @@ def _put(cls: type[BaseModel], values: dict[str, Any], keys: list[str], text: st
     if len(keys) == 1 or field is None:
         values[".".join(keys)] = text if field is None else _json_value(field, text)
         return
-    inner = field.annotation
-    nested = values.setdefault(keys[0], {})
-    if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(nested, dict):
-        _put(inner, nested, keys[1:], text)
+    inner, nested = field.annotation, values.get(keys[0], {})
+    if isinstance(nested, dict) and get_origin(inner) is dict:
+        values[keys[0]] = {**nested, ".".join(keys[1:]): text}
+    elif isinstance(nested, dict) and isinstance(inner, type) and issubclass(inner, BaseModel):
+        _put(inner, values.setdefault(keys[0], {}), keys[1:], text)
     else:
-        raise ConfigError(f"{keys[0]!r} has no setting {'.'.join(keys[1:])!r} inside")
+        values[".".join(keys)] = text  # no setting has that name, and the model's own error says so
 
 
 def _json_value(field: FieldInfo, given: object) -> object:
     """Return the JSON form of a typed value, or `given` unchanged for the model's own error to name."""
-    if not isinstance(given, str):
-        return given
     kind: Any = field.annotation
-    origin = get_origin(kind)
-    if origin in (list, tuple):
-        return [part.strip() for part in given.split(",") if part.strip()]
-    if origin is dict:
-        return dict(part.partition("=")[::2] for part in given.split(",") if part.strip())
+    many = next((part for part in (kind, *get_args(kind)) if get_origin(part) in (list, tuple, dict)), None)
+    if many is None:
+        return _item(kind, given) if isinstance(given, str) else given
+    words = given.split(",") if isinstance(given, str) else given
+    if not isinstance(words, list):
+        return given
+    words = [word.strip() for word in words if word.strip()]
+    if get_origin(many) is not dict:
+        return [_item(get_args(many)[0], word) for word in words]
+    return dict(word.split("=", 1) for word in words) if all("=" in word for word in words) else given
+
+
+def _item(kind: Any, text: str) -> object:
     adapter: TypeAdapter[Any] = TypeAdapter(kind)
     try:
-        return adapter.dump_python(adapter.validate_strings(given), mode="json")
+        return adapter.dump_python(adapter.validate_strings(text), mode="json")
     except ValidationError:
-        return given
+        return text
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
