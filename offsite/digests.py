@@ -27,8 +27,8 @@ def sha256_file(path: Path) -> str:
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return one digest over names, dtypes, shapes and bytes, independent of file layout and order.
 
-    Tensors that share storage under several names (tied heads) count once, under their first name,
-    so that a model saved with and without the tied copy has one digest.
+    Tensors that share storage under several names (tied heads) count once, under their first name. A model that
+    was saved with or without the tied copy has one digest once it is loaded, because loading ties it again.
     """
     import torch
 

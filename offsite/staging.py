@@ -47,7 +47,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
         stage.rename(out)
         fsync(out.parent)
     except OSError as error:
-        raise RunFailed(f"cannot write {out.name!r}: {os.strerror(error.errno or 0).lower()}") from error
+        raise RunFailed(f"cannot write {out.name!r}: {_reason(error)}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -70,7 +70,7 @@ def staged_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
         stage.replace(out)
         fsync(out.parent)
     except OSError as error:
-        raise RunFailed(f"cannot write {out.name!r}: {os.strerror(error.errno or 0).lower()}") from error
+        raise RunFailed(f"cannot write {out.name!r}: {_reason(error)}") from error
     finally:
         stage.unlink(missing_ok=True)
 
@@ -82,6 +82,10 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error) or type(error).__name__).lower()
 
 
 def _beside(out: Path) -> Path:
