@@ -56,8 +56,8 @@ class Attached:
         Raises:
             WrongNames, WrongShape: when names or shapes are not exactly the adapter's; dtypes are cast.
         """
-        own = {name: spec_of(parameter, dtype="") for name, parameter in self.trainable.items()}
-        check_exact("the adapter", {name: spec_of(tensor, dtype="") for name, tensor in tensors.items()}, own)
+        own = {name: spec_of(parameter, dtype="any") for name, parameter in self.trainable.items()}
+        check_exact("the adapter", {name: spec_of(tensor, dtype="any") for name, tensor in tensors.items()}, own)
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(tensors[name])

@@ -26,7 +26,7 @@ from offsite.loop import Outcome, train
 from offsite.loopconfig import LoopConfig
 from offsite.measure import perplexity
 from offsite.package import Package, open_package
-from offsite.processes import world
+from offsite.processes import is_launched, world
 from offsite.records import read_records
 from offsite.staging import refuse_existing
 from offsite.step import uses_bf16
@@ -48,7 +48,8 @@ def attach_to_package(package: Package, spec: AdapterSpec, *, device: torch.devi
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         attached = attach(model, spec, package.layout.blocks, names)
-    attached.model.to(device)
+    if not is_launched():  # of several processes, sharding places each block
+        attached.model.to(device)
     return attached
 
 

@@ -10,6 +10,7 @@ model it is bound to; the exact set of tensors that its adapter has, with shapes
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -147,19 +148,23 @@ def write_bundle(
     """Write the bundle folder `out`, whole or not at all: the expected tensors and the figures named in `disclose`.
 
     Raises:
-        ConfigError: when `out` exists, or `disclose` names a figure that may not be disclosed.
+        ConfigError: when `out` exists, or `disclose` names a figure that may not be disclosed or is not in `figures`
+            as a finite number.
         WrongNames, WrongShape, NotFinite: when `tensors` are not the expected, finite ones.
         RunFailed: when the disk is full.
     """
     unknown = sorted(set(disclose) - set(DISCLOSABLE))
     if unknown:
         raise ConfigError(f"--disclose: {unknown[0]!r} is not one of {', '.join(DISCLOSABLE)}")
+    disclosed = {name: float((figures or {}).get(name, math.nan)) for name in disclose}
+    for name, value in disclosed.items():
+        if not math.isfinite(value):
+            raise ConfigError(f"--disclose: this run has no finite figure {name!r}")
     cast = {name: tensor.detach().to(torch_dtype(spec.dtype)) for name, tensor in tensors.items()}
     check_exact("the adapter", {name: spec_of(tensor) for name, tensor in cast.items()}, expected)
     check_finite("the adapter", cast)
     with staged_folder(out) as stage:
         write_tensors(stage / TENSOR_FILE, cast)
-        disclosed = {name: float((figures or {})[name]) for name in disclose}
         manifest = BundleManifest(
             format=BUNDLE_FORMAT,
             package_digest=package.digest,

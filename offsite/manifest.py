@@ -12,15 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from offsite.digests import DIGEST_PATTERN, sha256_bytes, sha256_file
 from offsite.errors import ArtefactError, BadDigest, BadSchema, TooLarge, WrongBinding, WrongNames
+from offsite.tensors import no_duplicates
 
 MANIFEST_NAME = "offsite.json"
 MANIFEST_LIMIT_BYTES = 32 * 2**20
 
 
 class Strict(BaseModel):
-    """Base of everything read from the other side: frozen, strict, no unknown key."""
+    """Base of everything read from the other side: frozen, strict, no unknown key, no NaN or infinity."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class FileEntry(Strict):
@@ -40,7 +41,7 @@ def read_manifest(folder: Path, cls: type[Manifest], format_name: str) -> tuple[
         ArtefactError: when there is no such folder or no manifest in it.
         TooLarge: when the manifest is over `MANIFEST_LIMIT_BYTES`.
         WrongBinding: when it states another format or version than `format_name`.
-        BadSchema: when it is not a JSON object of the form of `cls`.
+        BadSchema: when it is not a JSON object of the form of `cls`, each key once.
     """
     path = folder / MANIFEST_NAME
     kind = format_name.split("/")[1]
@@ -54,9 +55,9 @@ def read_manifest(folder: Path, cls: type[Manifest], format_name: str) -> tuple[
         raise TooLarge(f"{MANIFEST_NAME} of {folder.name!r}: over {MANIFEST_LIMIT_BYTES} bytes")
     raw = path.read_bytes()
     try:
-        stated = json.loads(raw)
+        stated = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError):
-        raise BadSchema(f"{MANIFEST_NAME} of {folder.name!r} is not JSON") from None
+        raise BadSchema(f"{MANIFEST_NAME} of {folder.name!r} is not JSON with distinct keys") from None
     found = stated.get("format") if isinstance(stated, dict) else None
     if found != format_name:
         shown = found if isinstance(found, str) and re.fullmatch(r"[a-z/0-9-]{1,40}", found) else "another format"
@@ -65,7 +66,7 @@ def read_manifest(folder: Path, cls: type[Manifest], format_name: str) -> tuple[
         return cls.model_validate_json(raw), sha256_bytes(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])[:120]
+        where = ascii(".".join(str(part) for part in first["loc"])[:120])  # the key may be the sender's own
         raise BadSchema(f"{MANIFEST_NAME} of {folder.name!r}: {where}: {first['msg'].lower()}") from None
 
 

@@ -20,9 +20,10 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> PreTra
         dtype: ``auto`` keeps the checkpoint's; otherwise a torch dtype's name.
 
     Raises:
-        ConfigError: when nothing is found under that name.
+        ConfigError: when nothing is found under that name, or weights are missing or unreadable.
         UnsupportedModel: when the checkpoint brings code of its own, pickled weights, or another kind of model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -30,13 +31,18 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> PreTra
     _refuse_code(where)
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, trust_remote_code=False, low_cpu_mem_usage=True
+        model, found = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except OSError as error:
         raise ConfigError(f"no usable model under {_shown(name)}: {_first_line(error)}", hint=_HINT) from None
     except ValueError as error:
         raise UnsupportedModel(f"model {_shown(name)}: {_first_line(error)}") from None
+    except (RuntimeError, SafetensorError):
+        raise ConfigError(f"the weights of model {_shown(name)} are not those its config.json describes") from None
+    if found["missing_keys"]:  # transformers would go on with random numbers in their place
+        first = sorted(found["missing_keys"])[0]
+        raise ConfigError(f"model {_shown(name)} lacks {len(found['missing_keys'])} of its weights, such as {first!r}")
     return model.eval().to(device)  # type: ignore[no-any-return]
 
 
@@ -78,13 +84,18 @@ def _locate(name: str) -> str:
 
 
 def _refuse_code(where: str) -> None:
-    config = Path(where) / "config.json"
+    folder = Path(where)
+    config = folder / "config.json"
     if config.is_file():
+        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+            raise UnsupportedModel(
+                f"model {_shown(where)} has pickled weights, which can run code", hint="save it as safetensors first"
+            )
         try:
             stated = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConfigError(f"config.json of model {_shown(where)} is not JSON") from None
-        if "auto_map" in stated:
+        if isinstance(stated, dict) and "auto_map" in stated:
             raise UnsupportedModel(f"model {_shown(where)} brings code of its own (auto_map), which is never run")
 
 

@@ -7,9 +7,12 @@ MLP channels of it were kept. Plugging in renumbers from it.
 from __future__ import annotations
 
 import json
+import math
+import os
+from itertools import pairwise
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from offsite.digests import DIGEST_PATTERN
 from offsite.errors import ArtefactError, BadSchema, ConfigError
@@ -37,6 +40,17 @@ class OwnerRecord(Strict):
     kept: tuple[int, ...]
     channels: dict[str, tuple[int, ...]] = {}
 
+    @model_validator(mode="after")
+    def _agree(self) -> OwnerRecord:
+        if self.format != OWNER_FORMAT:
+            raise ValueError(f"format is not {OWNER_FORMAT}")
+        blocks = self.layout.blocks
+        if len(self.kept) != len(blocks) or not _ascending(self.kept, self.num_blocks):
+            raise ValueError("kept does not name one block of the full model per block of the package, ascending")
+        if not self.channels.keys() <= blocks.keys() or not all(map(_ascending, self.channels.values())):
+            raise ValueError("channels does not list ascending numbers for blocks of the package")
+        return self
+
     @property
     def sites(self) -> dict[str, str]:
         """Map canonical blocks (``top.0``) to module names of the full model."""
@@ -45,9 +59,14 @@ class OwnerRecord(Strict):
         }
 
 
+def _ascending(numbers: tuple[int, ...], limit: float = math.inf) -> bool:
+    return all(0 <= number < limit for number in numbers) and all(a < b for a, b in pairwise(numbers))
+
+
 def owner_record_path(package: Path) -> Path:
     """Return where the record of the package at `package` stands: ``PACKAGE.owner.json``."""
-    return package.parent / f"{package.name}.owner.json"
+    whole = Path(os.path.normpath(package.absolute()))  # "." and "PACKAGE/." have names too
+    return whole.parent / f"{whole.name}.owner.json"
 
 
 def write_owner_record(package: Path, record: OwnerRecord) -> Path:
@@ -91,9 +110,12 @@ def find_owner_record(package_digest: str, package: Path | None, near: list[Path
         return read_owner_record(owner_record_path(package))
     for folder in near:
         for path in sorted([*folder.glob("*.owner.json"), *folder.glob("*/*.owner.json")]):
-            raw = path.read_bytes()
-            if package_digest.encode() in raw:
-                return read_owner_record(path)
+            if not path.is_file() or path.stat().st_size > MANIFEST_LIMIT_BYTES:
+                continue
+            if package_digest.encode() in path.read_bytes():
+                record = read_owner_record(path)
+                if record.package_digest == package_digest:
+                    return record
     raise ConfigError(
         f"no owner's record for package {package_digest[:19]}... was found nearby",
         hint="name the package with --package PACKAGE",

@@ -13,26 +13,38 @@ When whole blocks were dropped, or all kept, ``AutoModelForCausalLM.from_pretrai
 another width is rebuilt here, from declared shapes. Nothing in a package names code, a class or a path: the
 architecture is looked up by ``model_type`` in transformers' own table, and the tokenizer is always the fast one.
 
-On arrival, in this order: manifest size, format, schema; exact set of files; sizes and digests; configuration keys;
-exact set of tensors with shapes and dtypes; finite values.
+On arrival, in this order: manifest size, format, schema; exact set of files; sizes and digests; keys of the
+configuration files; exact set of tensors with shapes and dtypes; a layout that fits them. Then, when the model is
+rebuilt (``offsite/rebuild.py``): only settings the architecture declares; exactly its tensors; finite values.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from offsite.digests import DIGEST_PATTERN
-from offsite.errors import BadSchema, UnsupportedModel, WrongNames, WrongShape
+from offsite.errors import BadSchema, ConfigError, TooLarge, UnsupportedModel, WrongNames, WrongShape
 from offsite.manifest import FileEntry, Strict, check_files, entries, read_manifest, write_manifest
 from offsite.staging import staged_folder
-from offsite.tensors import TensorSpec, check_exact, read_header, read_tensors, spec_of, torch_dtype, write_tensors
+from offsite.tensors import (
+    TensorSpec,
+    check_dtype,
+    check_exact,
+    check_finite,
+    no_duplicates,
+    read_header,
+    spec_of,
+    torch_dtype,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +52,17 @@ if TYPE_CHECKING:
 
 PACKAGE_FORMAT = "offsite/package/1"
 SHARD_LIMIT_BYTES = 4 * 2**30
+JSON_LIMIT_BYTES = 32 * 2**20
+MAX_BLOCKS = 4096
 
+_INDEX = "model.safetensors.index.json"
 _FILES = re.compile(
-    r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json|chat_template\.jinja"
+    r"config\.json|tokenizer\.json|tokenizer_config\.json|chat_template\.jinja"
     r"|model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"
 )
-_TOKENIZER_KEYS = frozenset(
+_REFUSED_KEYS = frozenset({"auto_map", "quantization_config", "transformers_version", "name_or_path"})
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+TOKENIZER_KEYS = frozenset(
     "add_bos_token add_eos_token add_prefix_space additional_special_tokens bos_token clean_up_tokenization_spaces "
     "cls_token eos_token extra_special_tokens mask_token model_input_names model_max_length pad_token padding_side "
     "sep_token split_special_tokens truncation_side unk_token".split()
@@ -60,11 +77,11 @@ class Layout(Strict):
     can be lifted into the full model; ``middle_whole`` says that every middle block is the full model's, unshrunk.
     """
 
-    model_type: str
-    stack: str
-    num_bottom: int = Field(ge=0)
-    num_middle: int = Field(ge=1)
-    num_top: int = Field(ge=0)
+    model_type: str = Field(pattern=r"^[a-z0-9_-]{1,64}$")
+    stack: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,127}$")
+    num_bottom: int = Field(ge=0, le=MAX_BLOCKS)
+    num_middle: int = Field(ge=1, le=MAX_BLOCKS)
+    num_top: int = Field(ge=0, le=MAX_BLOCKS)
     linears: dict[str, tuple[int, int]]
     mlp_linears: tuple[str, ...] = ()
     adaptable_middle: tuple[str, ...] = ()
@@ -111,11 +128,17 @@ def describe_layout(
     return layout.model_copy(update={"linears": linears, "mlp_linears": tuple(feed_forward)})
 
 
+# Whatever is shown to a person is a plain word or printable: no escape sequences reach a terminal.
+Key = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Line = Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Text = Annotated[str, Field(max_length=20_000, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")]
+
+
 class Method(Strict):
     """How the middle was compressed: a registered name and its public settings."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")
-    settings: dict[str, float | int | str] = {}
+    settings: dict[Key, float | int | Line] = {}
 
 
 class PackageManifest(Strict):
@@ -126,9 +149,9 @@ class PackageManifest(Strict):
     layout: Layout
     tensors: dict[str, TensorSpec]
     method: Method
-    figures: dict[str, float] = {}
-    licence: str = Field("", max_length=200)
-    terms: str = Field("", max_length=20_000)
+    figures: dict[Key, float] = {}
+    licence: Line = ""
+    terms: Text = ""
     files: dict[str, FileEntry]
 
 
@@ -160,11 +183,19 @@ class Package:
             BadSchema: when ``config.json`` holds a key or value that the architecture does not declare.
             WrongNames, WrongShape, NotFinite: when the tensors are not the declared, finite ones.
         """
-        return _load_model(self, dtype, device)
+        from offsite.rebuild import load_model
+
+        return load_model(self, dtype, device)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the tokenizer, built from ``tokenizer.json``; no class is looked up by name."""
-        return _load_tokenizer(self.path)
+        """Return the tokenizer, built from ``tokenizer.json``; no class is looked up by name.
+
+        Raises:
+            BadSchema: when its files do not describe a working tokenizer.
+        """
+        from offsite.rebuild import load_tokenizer
+
+        return load_tokenizer(self.path)
 
     def block_tensors(self) -> dict[str, TensorSpec]:
         """Return the declared tensors of all blocks under canonical names (``bottom.0.mlp.up_proj.weight``)."""
@@ -187,20 +218,67 @@ def open_package(path: Path) -> Package:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if name not in manifest.files:
             raise WrongNames(f"package {path.name!r} binds no {name}")
+    _check_settings(path, manifest)
     for name, spec in manifest.tensors.items():
-        torch_dtype_name_check(name, spec)
+        check_dtype(name, spec)
     check_exact(f"package {path.name!r}", _headers(path, manifest), manifest.tensors)
+    _check_layout(f"package {path.name!r}", manifest)
     return Package(path, manifest, digest)
 
 
-def torch_dtype_name_check(name: str, spec: TensorSpec) -> None:
-    """Return only if the declared dtype is one an artefact may hold.
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of an artefact.
 
     Raises:
-        BadSchema: naming the tensor.
+        TooLarge: when the file is over `JSON_LIMIT_BYTES`.
+        BadSchema: when it is not a JSON object in UTF-8 with distinct keys.
     """
-    if spec.dtype not in {"float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool", "float64"}:
-        raise BadSchema(f"tensor {name!r} declares dtype {spec.dtype!r}, which artefacts may not hold")
+    what = f"{path.name} of {path.parent.name!r}"
+    if path.stat().st_size > JSON_LIMIT_BYTES:
+        raise TooLarge(f"{what}: over {JSON_LIMIT_BYTES} bytes")
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError):
+        raise BadSchema(f"{what} is not JSON with distinct keys") from None
+    if not isinstance(found, dict):
+        raise BadSchema(f"{what} is not a JSON object")
+    return found
+
+
+def _check_settings(path: Path, manifest: PackageManifest) -> None:
+    """Return only if no configuration file names code, a class or a path, and the index names the shards."""
+    config = read_json(path / "config.json")
+    if config.get("model_type") != manifest.layout.model_type:
+        raise BadSchema(f"config.json of {path.name!r} and the manifest name different architectures")
+    if _cleaned(config) != config:
+        raise BadSchema(f"config.json of {path.name!r} holds keys that a package may not hold")
+    tokenizer = read_json(path / "tokenizer_config.json")
+    if set(tokenizer) - TOKENIZER_KEYS != {"tokenizer_class"} or tokenizer["tokenizer_class"] != TOKENIZER_CLASS:
+        raise BadSchema(f"tokenizer_config.json of {path.name!r} holds keys that a package may not hold")
+    if _INDEX in manifest.files:
+        stated = read_json(path / _INDEX).get("weight_map")
+        if stated != {name: file for file, specs in shard_headers(path, manifest).items() for name in specs}:
+            raise WrongNames(f"{_INDEX} of {path.name!r} does not name the shards that hold the tensors")
+
+
+def _check_layout(what: str, manifest: PackageManifest) -> None:
+    """Return only if the layout's blocks and linears are those that the declared tensors make up."""
+    layout = manifest.layout
+    prefix = f"{layout.stack}."
+    numbers = {name.removeprefix(prefix).split(".")[0] for name in manifest.tensors if name.startswith(prefix)}
+    blocks = layout.blocks
+    if numbers != {str(number) for number in range(len(blocks))}:
+        raise BadSchema(f"{what}: the layout counts {len(blocks)} blocks, the tensors make up {len(numbers)}")
+    for name, dims in layout.linears.items():
+        block, inner = ".".join(name.split(".")[:2]), ".".join(name.split(".")[2:])
+        weight = manifest.tensors.get(f"{blocks[block]}.{inner}.weight") if block in blocks else None
+        if weight is None:
+            raise BadSchema(f"{what}: the layout names a linear module that has no weight")
+        if dims not in (weight.shape, weight.shape[::-1]):
+            raise WrongShape(f"{what}: the layout says {name!r} is {dims}, its weight is {weight.shape}")
+    inside = {".".join(name.split(".")[2:]) for name in layout.linears if name.startswith("middle.")}
+    if not set(layout.mlp_linears) <= layout.linears.keys() or not set(layout.adaptable_middle) <= inside:
+        raise BadSchema(f"{what}: the layout lists a module that is not one of its linears")
 
 
 def write_package(
@@ -220,11 +298,13 @@ def write_package(
 
     Args:
         model: ends and emulator in the package's numbering; read, not changed.
+        figures: for whoever receives the package; those that are not finite numbers are left out.
         dtype: dtype of floating tensors in the file.
 
     Raises:
-        ConfigError: when `out` exists.
+        ConfigError: when `out` exists, or the licence, terms or a figure's name cannot be stated.
         UnsupportedModel: when the tokenizer has no fast form that encodes alike.
+        NotFinite: when a tensor holds NaN or infinity, or would in `dtype`.
         RunFailed: when the disk is full.
     """
     with staged_folder(out) as stage:
@@ -236,17 +316,21 @@ def write_package(
             for name, tensor in tensors.items()
         }
         _write_shards(stage, tensors, specs)
-        manifest = PackageManifest(
-            format=PACKAGE_FORMAT,
-            base_digest=base_digest,
-            layout=layout,
-            tensors=specs,
-            method=method,
-            figures=dict(figures or {}),
-            licence=licence,
-            terms=terms,
-            files=entries(stage, [path.name for path in stage.iterdir()]),
-        )
+        try:
+            manifest = PackageManifest(
+                format=PACKAGE_FORMAT,
+                base_digest=base_digest,
+                layout=layout,
+                tensors=specs,
+                method=method,
+                figures={name: value for name, value in (figures or {}).items() if math.isfinite(value)},
+                licence=licence,
+                terms=terms,
+                files=entries(stage, [path.name for path in stage.iterdir()]),
+            )
+        except ValidationError as error:
+            problems = [f"{item['loc'][0]}: {item['msg'].lower()}" for item in error.errors(include_url=False)]
+            raise ConfigError(f"the package cannot state this: {'; '.join(problems)}") from None
         write_manifest(stage, manifest)
     return open_package(out)
 
@@ -263,8 +347,8 @@ def saved_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def allowed_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
     """Return the architecture's settings: only fields that its configuration class declares itself."""
     found = config.to_dict()
-    allowed = _config_keys(type(config))
-    kept = {key: value for key, value in found.items() if key in allowed}
+    allowed = config_keys(type(config))
+    kept = _cleaned({key: value for key, value in found.items() if key in allowed})
     return {**kept, "model_type": config.model_type, "dtype": dtype, "architectures": found.get("architectures")}
 
 
@@ -280,132 +364,33 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
             "the tokenizer has no fast form (tokenizer.json)", hint="convert it to a fast tokenizer first"
         )
     (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
-    settings = {key: value for key, value in tokenizer.init_kwargs.items() if key in _TOKENIZER_KEYS}
+    settings = {key: value for key, value in tokenizer.init_kwargs.items() if key in TOKENIZER_KEYS}
     settings.update({key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)})
     settings["model_max_length"] = min(int(tokenizer.model_max_length), 2**40)
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["tokenizer_class"] = TOKENIZER_CLASS
     plain = {key: value if not hasattr(value, "content") else value.content for key, value in settings.items()}
     _write_json(folder / "tokenizer_config.json", plain)
     if isinstance(tokenizer.chat_template, str):
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    from offsite.rebuild import load_tokenizer
+
     probe = "The quick brown fox: 3.5 mg/day\n\n  jumps (over) the lazy dog's café."
-    if _load_tokenizer(folder)(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
+    if load_tokenizer(folder)(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
         raise UnsupportedModel("the tokenizer rebuilt from tokenizer.json encodes a probe text differently")
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        raise BadSchema(f"tokenizer_config.json of {folder.name!r} is not JSON") from None
-    extra = set(settings) - _TOKENIZER_KEYS - {"tokenizer_class"}
-    if extra:
-        raise BadSchema(f"tokenizer_config.json of {folder.name!r} holds keys that a package may not hold")
-    settings.pop("tokenizer_class", None)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **settings)
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return tokenizer
+def config_keys(cls: type[PreTrainedConfig]) -> set[str]:
+    """Return the fields that the configuration class declares and that an artefact may hold."""
+    return set(_cleaned(cls().to_dict()))
 
 
-def _config_keys(cls: type[PreTrainedConfig]) -> set[str]:
-    refused = {"auto_map", "quantization_config", "transformers_version", "name_or_path"}
-    return {key for key in cls().to_dict() if not key.startswith("_") and key not in refused}
-
-
-def _load_model(package: Package, dtype: str, device: str) -> PreTrainedModel:
-    model = _empty_model(package)
-    declared = package.manifest.tensors
-    _widen(model, package.layout)
-    expected = {name: spec_of(tensor) for name, tensor in saved_tensors(model).items()}
-    what = f"package {package.path.name!r}"
-    check_exact(what, {n: s.model_copy(update={"dtype": ""}) for n, s in declared.items()}, _without_dtype(expected))
-    for name, spec in declared.items():
-        if torch_dtype(spec.dtype).is_floating_point != torch_dtype(expected[name].dtype).is_floating_point:
-            raise WrongShape(
-                f"{what}: tensor {name!r} declares dtype {spec.dtype}, the architecture has {expected[name].dtype}"
-            )
-    tensors: dict[str, torch.Tensor] = {}
-    for shard, specs in _shards(package.path, package.manifest).items():
-        tensors.update(read_tensors(package.path / shard, specs))
-    target = torch_dtype(dtype)
-    cast = {name: tensor.to(target) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    model.load_state_dict(cast, strict=False, assign=True)  # names were matched exactly above; tied ones follow
-    model.tie_weights()
-    _check_linears(model, package)
-    model.eval()
-    model.to(device)  # type: ignore[arg-type]
-    return model
-
-
-def _without_dtype(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    return {name: spec.model_copy(update={"dtype": ""}) for name, spec in specs.items()}
-
-
-def _empty_model(package: Package) -> PreTrainedModel:
-    """Return the architecture with storage that nothing has written to yet, looked up by ``model_type``."""
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    what = f"config.json of {package.path.name!r}"
-    try:
-        stated = json.loads((package.path / "config.json").read_text(encoding="utf-8"))
-        cls = CONFIG_MAPPING[stated["model_type"]]
-    except (ValueError, KeyError, TypeError):
-        raise BadSchema(f"{what} names no architecture that transformers knows") from None
-    if stated["model_type"] != package.layout.model_type:
-        raise BadSchema(f"{what} and the manifest name different architectures")
-    extra = set(stated) - _config_keys(cls) - {"model_type", "dtype", "architectures"}
-    if extra:
-        raise BadSchema(f"{what} holds {len(extra)} key(s) that {stated['model_type']} does not declare")
-    settings = {key: value for key, value in stated.items() if key not in {"dtype", "architectures", "model_type"}}
-    try:
-        config = cls(**settings)
-        with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise BadSchema(f"{what} does not describe a working {stated['model_type']}") from error
-    model.tie_weights()
-    return model  # type: ignore[no-any-return]
-
-
-def _widen(model: PreTrainedModel, layout: Layout) -> None:
-    """Give each middle block's MLP the declared number of channels; nothing else may differ from the architecture."""
-    from offsite.blocks import find_mlp, linear_dims, resize_mlp
-
-    for canonical, module in layout.blocks.items():
-        try:
-            block = model.get_submodule(module)
-        except AttributeError:
-            raise BadSchema(
-                f"the manifest's layout names block {module!r}, which the architecture does not have"
-            ) from None
-        if not canonical.startswith("middle."):
-            continue
-        dims = {name: layout.linears.get(f"{canonical}.{name}") for name, _ in block.named_modules() if name}
-        if all(dim is None or dim == linear_dims(block.get_submodule(name)) for name, dim in dims.items()):
-            continue
-        mlp = find_mlp(block)
-        stated = dims[mlp.output]
-        if stated is None or not 1 <= stated[0] <= mlp.num_channels:
-            raise WrongShape(f"{canonical}: the stated MLP width is not between 1 and {mlp.num_channels}")
-        resize_mlp(block, stated[0])
-
-
-def _check_linears(model: PreTrainedModel, package: Package) -> None:
-    from offsite.blocks import linear_dims
-
-    for name, dims in package.layout.linears.items():
-        role, number, inner = name.split(".", 2)
-        module = model.get_submodule(f"{package.layout.blocks[f'{role}.{number}']}.{inner}")
-        if linear_dims(module) != dims:
-            raise WrongShape(
-                f"package {package.path.name!r}: {name!r} is {linear_dims(module)}, the layout says {dims}"
-            )
+def _cleaned(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings, nested ones too, without private keys and those that name code, a path or a version."""
+    return {
+        key: _cleaned(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if not (isinstance(key, str) and (key.startswith("_") or key in _REFUSED_KEYS))
+    }
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -428,20 +413,23 @@ def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], specs: Mapp
         else [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     )
     for file, names in zip(files, groups, strict=True):
-        write_tensors(folder / file, {name: tensors[name].to(torch_dtype(specs[name].dtype)) for name in names})
+        cast = {name: tensors[name].detach().to(torch_dtype(specs[name].dtype)) for name in names}
+        check_finite("the package's model", cast)
+        write_tensors(folder / file, cast)
     if len(files) > 1:
         index = {name: file for file, names in zip(files, groups, strict=True) for name in names}
         total = sum(spec.num_bytes for spec in specs.values())
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
-def _shards(folder: Path, manifest: PackageManifest) -> dict[str, dict[str, TensorSpec]]:
+def shard_headers(folder: Path, manifest: PackageManifest) -> dict[str, dict[str, TensorSpec]]:
+    """Return the declarations that each of the package's tensor files holds."""
     return {name: read_header(folder / name) for name in manifest.files if name.endswith(".safetensors")}
 
 
 def _headers(folder: Path, manifest: PackageManifest) -> dict[str, TensorSpec]:
     found: dict[str, TensorSpec] = {}
-    for name, specs in _shards(folder, manifest).items():
+    for name, specs in shard_headers(folder, manifest).items():
         if found.keys() & specs.keys():
             raise WrongNames(f"package {folder.name!r}: {name!r} repeats a tensor of another shard")
         found.update(specs)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from offsite.errors import BadSchema, NotFinite, TooLarge, WrongNames, WrongShape
+from offsite.errors import BadSchema, NotFinite, RunFailed, TooLarge, WrongNames, WrongShape
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,8 @@ _CODES = {
     "F32": ("float32", 4),
     "F64": ("float64", 8),
 }
+_DTYPES = dict(_CODES.values())
+_METADATA = {"format": "pt"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,254}")
 
 
@@ -48,12 +50,13 @@ class TensorSpec(BaseModel):
     @property
     def num_bytes(self) -> int:
         """Size of the tensor's data in bytes."""
-        return math.prod(self.shape) * dict(_CODES.values())[self.dtype]
+        return math.prod(self.shape) * _DTYPES[self.dtype]
 
 
 def spec_of(tensor: torch.Tensor, *, dtype: str | None = None) -> TensorSpec:
     """Return the declaration of `tensor`, as it stands or as it would be in `dtype`."""
-    return TensorSpec(shape=tuple(tensor.shape), dtype=dtype or str(tensor.dtype).removeprefix("torch."))
+    found = str(tensor.dtype).removeprefix("torch.")
+    return TensorSpec(shape=tuple(tensor.shape), dtype=found if dtype is None else dtype)
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:
@@ -62,7 +65,8 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     Raises:
         TooLarge: when the header is longer than `HEADER_LIMIT_BYTES`.
         BadSchema: when the file is not a safetensors file: broken header, a duplicate or path-like name, an
-            unknown dtype, a negative dimension, or data with holes, overlaps or trailing bytes.
+            unknown dtype, a negative dimension, notes beyond the format's name, or data with holes, overlaps or
+            trailing bytes.
     """
     what = f"file {path.name!r}"
     size = path.stat().st_size
@@ -75,12 +79,13 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
             raise TooLarge(f"{what}: header of {length} bytes, limit {HEADER_LIMIT_BYTES}")
         raw = handle.read(length)
     try:
-        entries = json.loads(raw, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise BadSchema(f"{what}: header is not JSON with distinct names") from error
-    if not isinstance(entries, dict):
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError):
+        raise BadSchema(f"{what}: header is not JSON with distinct names") from None
+    if not isinstance(entries, dict) or not raw.startswith(b"{"):
         raise BadSchema(f"{what}: header is not a JSON object")
-    entries.pop("__metadata__", None)
+    if entries.pop("__metadata__", _METADATA) != _METADATA:
+        raise BadSchema(f"{what}: header holds notes, expected at most the format's name")
     specs, spans = {}, []
     for name, entry in entries.items():
         specs[name], span = _entry(what, name, entry)
@@ -115,10 +120,14 @@ def read_tensors(path: Path, expected: Mapping[str, TensorSpec]) -> dict[str, to
         NotFinite: when a tensor holds NaN or infinity.
         BadSchema, TooLarge: as `read_header`.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     check_exact(f"file {path.name!r}", read_header(path), expected)
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError:
+        raise BadSchema(f"file {path.name!r} is not one that safetensors reads") from None
     check_finite(f"file {path.name!r}", tensors)
     return tensors
 
@@ -137,14 +146,32 @@ def check_finite(what: str, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write the tensors to `path`, contiguous, each with storage of its own, with no metadata beyond the format."""
+    """Write the tensors to `path`, contiguous, each with storage of its own, with no metadata beyond the format.
+
+    Raises:
+        RunFailed: when the file cannot be written, such as on a full disk.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     own: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         plain = tensor.detach().to("cpu").contiguous()
         own[name] = plain.clone() if plain.untyped_storage().nbytes() != plain.nbytes else plain
-    save_file(own, path, metadata={"format": "pt"})
+    try:
+        save_file(own, path, metadata=_METADATA)
+    except SafetensorError as error:
+        raise RunFailed(f"cannot write {path.name!r}: {str(error).strip()[:160]}") from None
+
+
+def check_dtype(name: str, spec: TensorSpec) -> None:
+    """Return only if the declared dtype is one an artefact may hold.
+
+    Raises:
+        BadSchema: naming the tensor.
+    """
+    if spec.dtype not in _DTYPES:
+        raise BadSchema(f"tensor {name!r} declares a dtype that artefacts may not hold")
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -155,7 +182,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """
     import torch
 
-    if name not in {known for known, _ in _CODES.values()}:
+    if name not in _DTYPES:
         raise BadSchema(f"dtype {name!r} is not one an artefact may hold")
     found = getattr(torch, name)
     if not isinstance(found, torch.dtype):
@@ -163,7 +190,8 @@ def torch_dtype(name: str) -> torch.dtype:
     return found
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object as a dictionary; ValueError when a name comes twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("duplicate name")
@@ -176,7 +204,7 @@ def _entry(what: str, name: str, entry: Any) -> tuple[TensorSpec, tuple[int, int
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise BadSchema(f"{what}: entry of tensor {name!r} does not hold exactly dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if entry["dtype"] not in _CODES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _CODES:
         raise BadSchema(f"{what}: tensor {name!r} has a dtype that artefacts may not hold")
     if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
         raise BadSchema(f"{what}: shape of tensor {name!r} is not a short list of whole numbers")

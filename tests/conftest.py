@@ -20,6 +20,7 @@ from offsite.digests import model_digest
 from offsite.owner import OwnerRecord, write_owner_record
 from offsite.package import Method, Package, describe_layout, write_package
 from offsite.split import extract
+from offsite.tensors import read_header
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once
 
@@ -87,9 +88,9 @@ def make_package(full_llama: LlamaForCausalLM, letters_tokenizer: PreTrainedToke
             block = blocks[ends[0] + int(name.split(".")[1])]
             slice_mlp(block, find_mlp(block), torch.tensor(numbers))
         whole = not channels and len(kept) == stack.num_blocks
-        inner = [name for name in _linears(blocks[ends[0]])] if channels or whole else []
+        inner = _linears(blocks[ends[0]]) if channels or whole else ()
         layout = describe_layout(
-            emulator, num_bottom=ends[0], num_top=ends[1], adaptable_middle=tuple(inner), middle_whole=whole
+            emulator, num_bottom=ends[0], num_top=ends[1], adaptable_middle=inner, middle_whole=whole
         )
         settings: dict[str, Any] = {
             "base_digest": model_digest(full),
@@ -150,13 +151,17 @@ def whole_package(tmp_path_factory: pytest.TempPathFactory, make_package: Packag
 
 @pytest.fixture
 def tamper(tmp_path: Path) -> Callable[..., Path]:
-    """Copy an artefact, let `change` edit the copy, then bind every file anew and let `edit` change the manifest."""
+    """Copy an artefact, let `change` edit the copy, then bind every file anew and let `edit` change the manifest.
+
+    With `redeclare` the manifest declares whatever tensors the copy's files now hold.
+    """
 
     def tampered(
         artefact: Path,
         *,
         change: Callable[[Path], None] | None = None,
         edit: Callable[[dict[str, Any]], None] | None = None,
+        redeclare: bool = False,
     ) -> Path:
         copy = tmp_path / "tampered"
         shutil.copytree(artefact, copy)
@@ -168,6 +173,9 @@ def tamper(tmp_path: Path) -> Callable[..., Path]:
             if path.is_file() and not path.is_symlink():
                 digest = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
                 manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": digest}
+        if redeclare:
+            found = [read_header(path) for path in copy.glob("*.safetensors")]
+            manifest["tensors"] = {name: spec.model_dump() for specs in found for name, spec in specs.items()}
         if edit is not None:
             edit(manifest)
         (copy / "offsite.json").write_text(json.dumps(manifest))

@@ -99,7 +99,7 @@ def test_all_problems_at_once(tmp_path):
 
 
 def test_settings_that_contradict_each_other(tmp_path):
-    with pytest.raises(ConfigError, match="^--resume: nothing to resume with --steps 0$"):
+    with pytest.raises(ConfigError, match=r"^--resume: nothing to resume with --steps 0$"):
         build(Example, flags={"package": "p", "resume": True, "steps": "0"})
 
 
@@ -128,7 +128,7 @@ def test_lists_are_split_at_commas_or_given_one_by_one():
 
 
 def test_a_mapping_without_an_equals_sign_is_refused():
-    with pytest.raises(ConfigError, match="--fields.*found 'body'"):
+    with pytest.raises(ConfigError, match=r"--fields.*found 'body'"):
         build(Example, flags={"package": "p", "fields": "body"})
 
 
@@ -152,7 +152,7 @@ def test_a_broken_file(tmp_path, content, message):
 
 
 def test_a_missing_file_and_an_empty_one(tmp_path):
-    with pytest.raises(ConfigError, match="cannot read configuration 'no.yaml': no such file or directory"):
+    with pytest.raises(ConfigError, match=r"cannot read configuration 'no\.yaml': no such file or directory"):
         build(Example, file=tmp_path / "no.yaml")
     (tmp_path / "empty.yaml").write_text("# nothing yet\n")
     assert build(Example, file=tmp_path / "empty.yaml", flags={"package": "p"}).steps == 5

@@ -53,8 +53,13 @@ def test_time_left_counts_from_where_a_resumed_run_began(capsys, monkeypatch):
 def test_progress_on_a_terminal_is_a_bar_that_ends_its_line_also_on_failure(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    with pytest.raises(KeyError), console.progress(4, "tune") as bar:
-        bar.update(2, loss=1.0)
-        raise KeyError
+
+    def work():
+        with console.progress(4, "tune") as bar:
+            bar.update(2, loss=1.0)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
     assert "[############............] tune  2/4  loss 1" in screen.getvalue()
     assert screen.getvalue().endswith("\n")

@@ -81,9 +81,14 @@ def test_a_parent_that_is_a_file(tmp_path):
 def test_replacing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
     out = tmp_path / "record.json"
     out.write_text("old")
-    with pytest.raises(RunFailed), staged_file(out, replace=True) as stage:
-        stage.write_text("new")
-        raise OSError(errno.EIO, "Input/output error")
+
+    def work():
+        with staged_file(out, replace=True) as stage:
+            stage.write_text("new")
+            raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(RunFailed):
+        work()
     assert out.read_text() == "old"
     with staged_file(out, replace=True) as stage:
         stage.write_text("new")
@@ -93,8 +98,13 @@ def test_replacing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
 
 def test_a_folder_that_came_into_being_meanwhile_is_kept(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(RunFailed, match="cannot write 'out'"), staged_folder(out) as stage:
-        (stage / "file").write_text("content")
-        out.mkdir()
-        (out / "theirs").write_text("theirs")
+
+    def work():
+        with staged_folder(out) as stage:
+            (stage / "file").write_text("content")
+            out.mkdir()
+            (out / "theirs").write_text("theirs")
+
+    with pytest.raises(RunFailed, match="cannot write 'out'"):
+        work()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]

@@ -83,3 +83,55 @@ def parrot(bytes_tokenizer):
         return Parrot(ids, num_vocabulary=len(bytes_tokenizer), end=bytes_tokenizer.eos_token_id, context=context)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_bundle():
+    """Write a bundle of an adapter that no training made: its start, shaken so that every tensor matters."""
+    from adapters.kinds import attach, declared
+    from offsite.bundle import AdapterSpec, write_bundle
+
+    def make(out, package, *, seed=0, shake=0.05, tensors=None, **spec):
+        spec = AdapterSpec(**{"dtype": "float32", **spec})
+        names = declared(spec, package.layout, package.block_tensors())
+        if tensors is None:
+            attached = attach(package.load_model(), spec, package.layout.blocks, names)
+            generator = torch.Generator().manual_seed(seed)
+            tensors = {
+                name: tensor + shake * torch.randn(tensor.shape, generator=generator)
+                for name, tensor in attached.tensors().items()
+            }
+        return write_bundle(out, package=package, spec=spec, tensors=tensors, expected=names)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_model(letters_tokenizer):
+    """Write a model and the letters' tokenizer as a checkpoint folder."""
+
+    def save(model, out):
+        model.save_pretrained(out)
+        letters_tokenizer.save_pretrained(out)
+        return out
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def llama_folder(full_llama, save_model, tmp_path_factory):
+    """The checkpoint folder of `full_llama`; read only."""
+    return save_model(full_llama, tmp_path_factory.mktemp("base") / "llama")
+
+
+def _checkpoint_logits(model):
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 250, (2, 12), generator=generator)
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+
+@pytest.fixture(scope="session")
+def logits_of():
+    """Logits of a model on fixed tokens that are not those of plug-in's own probe."""
+    return _checkpoint_logits

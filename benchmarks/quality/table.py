@@ -1,0 +1,112 @@
+"""From finished jobs to rows, and from rows to the table that docs show."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from server.metrics import capability, gap, recovery
+
+REFERENCES = {"lora_full": "keep-all/lora-all", "ceiling": "keep-all/ends", "full": "keep-all/blocks-all"}
+
+
+def summarise_jobs(plan: dict[str, Any], jobs: list[dict[str, Any]], arms: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return zero-shot, packages, and per arm the figures at its best rate, seed by seed."""
+    by_key = {job["key"]: job for job in jobs}
+    zero = by_key["zero_shot"]["found"]["perplexity"]
+    packages = {job["package"]: job["found"] for job in jobs if job["kind"] == "package"}
+    chosen = {arm["name"]: _at_best_rate(arm, jobs, plan["seeds"]) for arm in arms}
+    references = {
+        name: mean(job["found"]["plugged_in"] for job in chosen[arm]) if chosen.get(arm) else None
+        for name, arm in REFERENCES.items()
+    }
+    rows = []
+    for arm in arms:
+        found = chosen[arm["name"]]
+        if not found or arm["package"] not in packages:
+            continue
+        package = packages[arm["package"]]
+        tuned = [job["found"]["emulator_tuned"] for job in found]
+        plugged = [job["found"]["plugged_in"] for job in found]
+        row: dict[str, Any] = {
+            "arm": arm["name"],
+            "package": arm["package"],
+            "adapter": arm["adapter_name"],
+            "rate": found[0]["rate"],
+            "seeds": [job["seed"] for job in found],
+            "emulator_parameters": package["emulator_parameters"],
+            "share": package["emulator_parameters"] / package["middle_parameters"],
+            "distilled_tokens": package["tokens"],
+            "package_bytes": package["package_bytes"],
+            "adapter_bytes": found[0]["found"]["adapter_bytes"],
+            "emulator_zero_shot": package["perplexity"],
+            "capability": capability(package["perplexity"], zero),
+            "emulator_tuned": _spread(tuned),
+            "plugged_in": _spread(plugged),
+            "gap": _spread([gap(a, b) for a, b in zip(tuned, plugged, strict=True)]),
+        }
+        for name, reference in references.items():
+            label = {"lora_full": "recovery_vs_lora", "ceiling": "recovery_vs_ceiling", "full": "recovery_vs_full"}[
+                name
+            ]
+            row[label] = _spread([recovery(value, zero, reference) for value in plugged])
+        rows.append(row)
+    return {"zero_shot": zero, "references": references, "packages": packages, "rows": rows}
+
+
+def write_table(result: dict[str, Any]) -> str:
+    """Return the rows as a Markdown table."""
+    head = (
+        "package | of the middle | emulator zero-shot | adapter | emulator-tuned | plugged in | vs LoRA | vs ceiling "
+        "| gap | capability | adapter MB"
+    )
+    lines = [f"| {head} |", "|" + " --- |" * head.count("|") + " --- |"]
+    for row in result["rows"]:
+        reference = row["package"] == "keep-all"
+        cells = [
+            row["package"],
+            f"{row['share']:.0%}",
+            "-" if reference else f"{row['emulator_zero_shot']:.1f}",
+            row["adapter"],
+            "-" if reference else _shown(row["emulator_tuned"]),
+            _shown(row["plugged_in"]),
+            _shown(row["recovery_vs_lora"], 2),
+            _shown(row["recovery_vs_ceiling"], 2),
+            "-" if reference else _shown(row["gap"], 2),
+            "-" if reference else f"{row['capability']:.2f}",
+            f"{row['adapter_bytes'] / 1e6:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return f"zero-shot {result['zero_shot']:.2f}\n\n" + "\n".join(lines)
+
+
+def _at_best_rate(arm: dict[str, Any], jobs: list[dict[str, Any]], seeds: list[int]) -> list[dict[str, Any]]:
+    mine = [job for job in jobs if job.get("arm") == arm["name"]]
+    first = [job for job in mine if job["seed"] == seeds[0]]
+    if not first:
+        return []
+    rate = min(first, key=lambda job: job["found"]["validation_loss"])["rate"]
+    return sorted((job for job in mine if job["rate"] == rate), key=lambda job: job["seed"])
+
+
+def _spread(values: list[Any]) -> dict[str, Any] | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return {"mean": mean(known), "deviation": stdev(known) if len(known) > 1 else None, "values": known}
+
+
+def _shown(found: dict[str, Any] | None, digits: int = 2) -> str:
+    if found is None:
+        return "-"
+    deviation = f" ± {found['deviation']:.{digits}f}" if found["deviation"] is not None else ""
+    return f"{found['mean']:.{digits}f}{deviation}"
+
+
+if __name__ == "__main__":
+    print(write_table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -1,0 +1,121 @@
+"""Settings of ``offsite plug-in`` and ``offsite evaluate``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from offsite.config import VerbConfig
+
+REFERENCE_NAMES = ("ceiling", "lora_full", "full")
+_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,63})=(.+)")
+
+
+def named_paths(words: Sequence[str]) -> list[tuple[str, Path]]:
+    """Return (name, path) for words of the form ``NAME=PATH`` or ``PATH``, which is named after its last part."""
+    found = []
+    for word in words:
+        match = None if Path(word).exists() else _NAMED.fullmatch(word)
+        name, path = (match[1], Path(match[2])) if match else (Path(word).name, Path(word))
+        found.append((name, path))
+    return found
+
+
+class PlugConfig(VerbConfig):
+    """Settings of ``offsite plug-in MODEL BUNDLE -o ADAPTED``."""
+
+    verb: ClassVar[str] = "plug-in"
+
+    model: str = Field(
+        description="full model: a folder, a hub id, or a fetched name", json_schema_extra={"positional": True}
+    )
+    bundle: Path = Field(description="bundle folder from the client", json_schema_extra={"positional": True})
+    output: Path = Field(description="adapted folder to write", json_schema_extra={"short": "-o"})
+    package: Path | None = Field(
+        None,
+        description="package the bundle was tuned on; default: found by its owner's record near the bundle",
+    )
+    merge: bool = Field(False, description="write a whole checkpoint with the adapter merged in, in the model's dtype")
+
+
+class EvaluateConfig(VerbConfig):
+    """Settings of ``offsite evaluate MODEL --package PACKAGE --bundle BUNDLE --data HELDOUT -o FOLDER``."""
+
+    verb: ClassVar[str] = "evaluate"
+
+    model: str = Field(
+        description="full model: a folder, a hub id, or a fetched name", json_schema_extra={"positional": True}
+    )
+    output: Path = Field(description="results folder to write", json_schema_extra={"short": "-o"})
+    package: Path = Field(description="package folder the bundles were tuned on")
+    bundle: tuple[str, ...] = Field(
+        min_length=1,
+        description="bundle as BUNDLE or NAME=BUNDLE; repeat it for several seeds of one adapter",
+        json_schema_extra={"repeated": True},
+    )
+    reference: tuple[str, ...] = Field(
+        (),
+        description=f"bundle tuned on a package that keeps every block, as NAME=BUNDLE with NAME one of "
+        f"{', '.join(REFERENCE_NAMES)}; repeat it for others, or for several seeds",
+        json_schema_extra={"repeated": True},
+    )
+    reference_package: tuple[Path, ...] = Field(
+        (),
+        description="package a reference was tuned on; default: found by its owner's record, near the bundle",
+        json_schema_extra={"repeated": True},
+    )
+
+    data: Path = Field(description="held-out text: .txt, .jsonl, .json or .csv, each optionally .gz")
+    fields: dict[str, str] = Field({}, description="columns under other names, as prompt=question,completion=answer")
+    document_field: str | None = Field(None, description="column that tells documents apart")
+    separator: str | None = Field(None, description="plain text: what stands between documents; default: blank lines")
+    pack: bool = Field(True, description="fill blocks of tokens across rows; otherwise one row per sequence")
+    block_tokens: int = Field(256, ge=2, description="context: tokens per block, and the most of one row")
+    limit_tokens: int = Field(0, ge=0, description="tokens of text measured on, at most; 0 for all")
+    task: tuple[Path, ...] = Field(
+        (),
+        description="multiple-choice rows (question, choices, answer) in .jsonl, or a harness task in .yaml; repeat it "
+        "for others; needs the eval extra",
+        json_schema_extra={"repeated": True},
+    )
+    task_limit: int = Field(0, ge=0, description="rows of each task, from the first; 0 for all")
+    prompt: tuple[str, ...] = Field(
+        (),
+        description="text that the full and the plugged-in model go on from, greedily; repeat it for others",
+        json_schema_extra={"repeated": True},
+    )
+    answer_tokens: int = Field(48, ge=1, description="tokens of an answer to a prompt, at most")
+
+    log: tuple[str, ...] = Field(
+        (),
+        description="log of a run as NAME=FILE, put into the results; repeat it for distill's and each tune's",
+        json_schema_extra={"repeated": True},
+    )
+    outcome: tuple[str, ...] = Field(
+        (),
+        description="JSON object that distill or tune printed, as NAME=FILE: its seconds, tokens/s and peak memory",
+        json_schema_extra={"repeated": True},
+    )
+
+    batch_size: int = Field(8, ge=1, description="sequences in one forward pass")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic and dtype of every model measured")
+    device: str = Field("auto", description="cpu, cuda, or auto for an accelerator if there is one")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        problems = []
+        for flag, words in {"--bundle": self.bundle, "--log": self.log, "--outcome": self.outcome}.items():
+            names = [name for name, _ in named_paths(words)]
+            for name in sorted({name for name in names if names.count(name) > 1}):
+                problems.append(f"{flag}: the name {name!r} is given twice; name them, as seed0=PATH")
+        for name, path in named_paths(self.reference):
+            if name not in REFERENCE_NAMES:
+                shown = f"{name}={path.name}" if name != path.name else name
+                problems.append(f"--reference: found {shown!r}, expected NAME=BUNDLE, {' or '.join(REFERENCE_NAMES)}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
