@@ -96,13 +96,13 @@ def test_a_large_manifest_is_refused_unread(folder, monkeypatch):
 def test_no_folder_and_no_manifest(tmp_path, folder):
     with pytest.raises(ArtefactError, match="no thing folder named 'gone'"):
         read_manifest(tmp_path / "gone", Thing, FORMAT)
-    with pytest.raises(ArtefactError, match="no thing folder named 'offsite.json'"):
+    with pytest.raises(ArtefactError, match=r"no thing folder named 'offsite\.json'"):
         read_manifest(folder / "offsite.json", Thing, FORMAT)
     (folder / "offsite.json").rename(tmp_path / "elsewhere.json")
-    with pytest.raises(ArtefactError, match="holds no offsite.json"):
+    with pytest.raises(ArtefactError, match=r"holds no offsite\.json"):
         read_manifest(folder, Thing, FORMAT)
     (folder / "offsite.json").symlink_to(tmp_path / "elsewhere.json")
-    with pytest.raises(ArtefactError, match="holds no offsite.json"):
+    with pytest.raises(ArtefactError, match=r"holds no offsite\.json"):
         read_manifest(folder, Thing, FORMAT)
 
 

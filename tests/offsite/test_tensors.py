@@ -133,7 +133,7 @@ def test_attacks_on_the_header(written, name):
 
 def test_a_huge_header_is_refused_before_it_is_read(written, monkeypatch):
     monkeypatch.setattr(module, "HEADER_LIMIT_BYTES", 40)
-    with pytest.raises(TooLarge, match="header of .* limit 40"):
+    with pytest.raises(TooLarge, match=r"header of .* limit 40"):
         read_header(written(pack({"a": ENTRY})))
 
 
