@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -22,7 +23,9 @@ from offsite.package import Method, Package, describe_layout, write_package
 from offsite.split import extract
 from offsite.tensors import read_header
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once
+# A test that reaches for a hub fails at once, here and in what it spawns.
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")
