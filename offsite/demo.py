@@ -196,8 +196,7 @@ def _conclude(results: Results, report: Path, seconds: float) -> dict[str, objec
         say(f"\n{answer.prompt.strip()}\n  before: {answer.before.strip()}\n  after:  {answer.after.strip()}")
     say(f"\nreport: {report}")
     say("not differentially private, and neither encrypted nor signed in transit: see SECURITY.md")
-    if rows["plugged_in"] >= rows["zero_shot"]:
-        raise RunFailed(
-            f"plugged in ({rows['plugged_in']:.2f}) is not better than zero-shot ({rows['zero_shot']:.2f}) on held-out text"
-        )
+    before, after = rows["zero_shot"], rows["plugged_in"]
+    if after >= before:
+        raise RunFailed(f"plugged in ({after:.2f}) is not better than zero-shot ({before:.2f}) on held-out text")
     return {**figures, "report": str(report), "seconds": round(seconds, 1)}

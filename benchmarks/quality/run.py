@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import yaml
 from table import summarise_jobs, write_table
 
-from offsite.digests import sha256_file
+from benchmarks.record import environment, files
 
 
 def main() -> None:
@@ -155,34 +154,17 @@ def _best_rate(done: dict[str, Any], arm: dict[str, Any], seed: int) -> float | 
 
 
 def _write(given: argparse.Namespace, plan: dict[str, Any], runner: _Runner, seconds: float) -> None:
-    import torch
-    import transformers
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    dirty = bool(subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False).stdout)
     shown = {key: value for key, value in plan.items() if key not in {"public", "client", "heldout", "model"}}
+    hidden = {"model", "client", "heldout", "tune", "distill"}
     result = {
         "benchmark": "quality",
-        "commit": commit or None,
-        "dirty": dirty if commit else None,
+        **environment(),
         "config": shown,
-        "data": {
-            key: {"name": Path(plan[key]).name, "sha256": sha256_file(Path(plan[key]))}
-            for key in ("public", "client", "heldout")
-        },
+        "data": files(**{key: Path(plan[key]) for key in ("public", "client", "heldout")}),
         "model": Path(plan["model"]).name,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
         "seconds": round(seconds, 1),
         **summarise_jobs(plan, list(runner.done.values()), _arms(plan)),
-        "jobs": [
-            {k: v for k, v in job.items() if k not in {"model", "client", "heldout", "tune", "distill"}}
-            for job in runner.done.values()
-        ],
+        "jobs": [{key: value for key, value in job.items() if key not in hidden} for job in runner.done.values()],
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
