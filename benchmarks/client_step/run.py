@@ -29,9 +29,16 @@ ARMS = {
     "offsite_lora": {"package": "emulator", "kind": "lora", "placement": "2+2"},
 }
 SHAPES: dict[str, dict[str, Any]] = {
-    "opt-1.3b": {"model_type": "opt", "hidden_size": 2048, "num_hidden_layers": 24, "ffn_dim": 8192, "num_attention_heads": 32, "word_embed_proj_dim": 2048},
+    "opt-1.3b": {
+        "model_type": "opt",
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "ffn_dim": 8192,
+        "num_attention_heads": 32,
+        "word_embed_proj_dim": 2048,
+    },
     "gpt2-xl": {"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25},
-}  # fmt: skip
+}
 
 
 def main() -> None:
