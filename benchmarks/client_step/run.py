@@ -73,13 +73,11 @@ def main() -> None:
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(
-        "| arm | trained parameters | tokens/s, of LoRA on the full model | peak memory, of the same |\n| --- | --- | --- | --- |"
-    )
+    print("| arm | trained parameters | tokens/s, of LoRA on the full model | peak memory, of the same |")
+    print("| --- | --- | --- | --- |")
     for arm, found in arms.items():
-        print(
-            f"| {arm} | {found['trained']:,} | {found['tokens_per_second_ratio']:.2f} | {found['peak_bytes_ratio']:.2f} |"
-        )
+        speed, memory = found["tokens_per_second_ratio"], found["peak_bytes_ratio"]
+        print(f"| {arm} | {found['trained']:,} | {speed:.2f} | {memory:.2f} |")
 
 
 def _rounds(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
