@@ -96,7 +96,12 @@ class Answer(Strict):
 
 
 class Results(Strict):
-    """The content of ``results.json``."""
+    """The content of ``results.json``.
+
+    ``metrics`` are those of perplexity, ``task_metrics`` those of each task's metrics; ``tasks`` holds the number of
+    rows scored. ``references`` maps reference rows to digests of their bundles, ``runs`` names to the figures that
+    ``distill`` and ``tune`` printed. ``config`` and ``command`` hold file names, never paths.
+    """
 
     format: Literal["offsite/results/1"] = "offsite/results/1"
     model: str
@@ -106,11 +111,12 @@ class Results(Strict):
     data: Data
     rows: dict[RowName, Row]
     metrics: dict[str, Summary | None]
+    tasks: dict[str, int] = {}
     task_metrics: dict[str, dict[str, dict[str, Summary | None]]] = {}
     parameters: Parameters
     package: Crossing
     bundles: dict[str, Crossing]
-    references: dict[str, str] = {}
+    references: dict[str, tuple[str, ...]] = {}
     runs: dict[str, dict[str, float]] = {}
     answers: tuple[Answer, ...] = ()
     config: dict[str, Any]

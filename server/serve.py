@@ -117,7 +117,7 @@ def load_served(config: ServeConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
     from server.plug import load_adapted
 
     model, tokenizer = load_adapted(config.adapted, base=config.base)
-    model.to(device)
+    model.to(device)  # type: ignore[arg-type]
     model.eval()
     return model, tokenizer, config.model_id or config.adapted.resolve().name
 
