@@ -34,6 +34,9 @@ class DistillConfig(VerbConfig):
         "'drop' keeps some blocks whole, 'keep-all' keeps the middle as it is (for references only)",
     )
     width: float = Field(0.33, gt=0, le=1, description="width: share of the MLP channels that each middle block keeps")
+    refit: bool = Field(
+        True, description="width: fit the kept channels' outgoing weights to the whole MLP's output on public text"
+    )
     blocks: int | None = Field(
         None, ge=1, description="drop: number of middle blocks kept, its first and last included"
     )
@@ -98,7 +101,7 @@ class DistillConfig(VerbConfig):
             found.append("--blocks is missing: method drop keeps that many blocks of the middle")
         if self.method == "keep-all" and self.steps > 0:
             found.append("--steps: method keep-all leaves nothing to distil, expected 0")
-        takes = {"blocks": "drop", "choice": "drop", "width": "width"}
+        takes = {"blocks": "drop", "choice": "drop", "width": "width", "refit": "width"}
         for field, method in takes.items():
             if field in given and self.method in {*takes.values(), "keep-all"} and self.method != method:
                 found.append(f"--{field} belongs to method {method}, not to {self.method}")

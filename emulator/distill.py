@@ -126,7 +126,13 @@ def _place(full: PreTrainedModel, config: DistillConfig, processes: Processes) -
 
 def _recipe(config: DistillConfig, text: PublicText | None) -> Recipe:
     calibration = () if text is None else text.calibration
-    return Recipe(blocks=config.blocks, choice=config.choice, width=config.width, calibration=calibration)
+    return Recipe(
+        blocks=config.blocks,
+        choice=config.choice,
+        width=config.width,
+        refit=config.refit,
+        calibration=calibration,
+    )
 
 
 def _sizes(owned: _Owned, compressed: Compressed) -> dict[str, object]:
@@ -169,13 +175,13 @@ def _distilled(
         weights=Weights(config.hidden_weight, config.kl_weight, config.kl_share),
         work=_work(config),
         resume=config.resume,
-        binding={"full model": owned.digest, "emulator": _identity(config.method, compressed)},
+        binding={"full model": owned.digest, "emulator": _identity(config, compressed)},
         processes=processes,
     )
 
 
-def _identity(method: str, compressed: Compressed) -> str:
-    return json.dumps([method, compressed.kept, sorted(compressed.channels.items())])
+def _identity(config: DistillConfig, compressed: Compressed) -> str:
+    return json.dumps([config.method, config.refit, compressed.kept, sorted(compressed.channels.items())])
 
 
 def _published(

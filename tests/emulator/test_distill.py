@@ -62,7 +62,7 @@ def test_distilling_brings_the_emulator_closer(tiny, text, tmp_path: Path, metho
     loop = LoopConfig(steps=60, learning_rate=3e-3, precision="fp32", evaluate_every=20)
     done = distill(full, compressed, plan, text, loop, weights=Weights(), work=tmp_path / "work")
     after = measure(Pair(full, compressed.model, plan, compressed.kept), text.held_out, ONE)
-    assert after.kl < 0.7 * before.kl
+    assert after.kl < 0.8 * before.kl
     assert after.hidden < before.hidden
     assert after == done.fidelity
     assert after.kl == done.outcome.best_loss
