@@ -15,9 +15,9 @@ from torch import nn
 
 from adapters.kinds import Attached, register_kind
 from adapters.place import placed_linears
-from offsite.blocks import is_conv1d
+from offsite.blocks import is_conv1d, linear_dims
 from offsite.bundle import AdapterSpec
-from offsite.errors import UnsupportedModel
+from offsite.errors import ConfigError, UnsupportedModel
 from offsite.package import Layout
 from offsite.tensors import TensorSpec
 
@@ -41,6 +41,7 @@ def attach(model: nn.Module, spec: AdapterSpec, sites: Mapping[str, str], names:
     from peft import LoraConfig, get_peft_model
 
     modules = {canonical: _path(canonical, sites) for canonical in dict.fromkeys(n.rsplit(".", 1)[0] for n in names)}
+    _check_linears(model, modules)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]
@@ -66,7 +67,8 @@ def attach(model: nn.Module, spec: AdapterSpec, sites: Mapping[str, str], names:
                 trainable[f"{canonical}.{part}"] = parameter
     reached = sum("lora_A" in name for name in found)
     if missing or reached != len(modules):
-        raise UnsupportedModel(f"peft put LoRA on {reached} modules instead of exactly the {len(modules)} named ones")
+        first = f", {missing[0]!r} not among them" if missing else ""
+        raise UnsupportedModel(f"peft put LoRA on {reached} modules, expected exactly {len(modules)}{first}")
     return Attached(wrapped, trainable)
 
 
@@ -76,6 +78,14 @@ def quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
+
+
+def _check_linears(model: nn.Module, modules: Mapping[str, str]) -> None:
+    for canonical, path in modules.items():
+        try:
+            linear_dims(model.get_submodule(path))
+        except (AttributeError, ConfigError):
+            raise UnsupportedModel(f"{canonical!r} is not a linear module of the model at {path!r}") from None
 
 
 def _path(canonical: str, sites: Mapping[str, str]) -> str:
