@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from offsite.errors import ConfigError, UnsupportedModel
 
@@ -31,7 +31,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> PreTra
     _refuse_code(where)
     logging.disable_progress_bar()
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except OSError as error:
@@ -40,6 +40,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> PreTra
         raise UnsupportedModel(f"model {_shown(name)}: {_first_line(error)}") from None
     except (RuntimeError, SafetensorError):
         raise ConfigError(f"the weights of model {_shown(name)} are not those its config.json describes") from None
+    model, found = loaded
     if found["missing_keys"]:  # transformers would go on with random numbers in their place
         first = sorted(found["missing_keys"])[0]
         raise ConfigError(f"model {_shown(name)} lacks {len(found['missing_keys'])} of its weights, such as {first!r}")

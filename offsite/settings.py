@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
+from pydantic.config import JsonDict
 
 from offsite.config import VerbConfig
 
-POSITIONAL = {"positional": True}
+POSITIONAL: JsonDict = {"positional": True}
 
 
 class FetchConfig(VerbConfig):
