@@ -137,7 +137,7 @@ def _app(chosen: str | None, arguments: list[str]) -> Any:
                 app.add_typer(groups[group[0]], name=group[0])
             target = groups[group[0]]
         function = _command(name, verb, arguments) if name == chosen else _placeholder
-        target.command(word, help=verb.summary)(function)
+        target.command(word, help=_words_help(verb) if name == chosen else verb.summary)(function)
         if group:  # a group with a single command must still be typed in full
             target.callback()(_placeholder)
     return app
@@ -183,9 +183,8 @@ def _command(name: str, verb: Verb, arguments: list[str]) -> Callable[..., int]:
             print(json.dumps(result, sort_keys=True, allow_nan=False), flush=True)
         return 0
 
-    parameters = [
-        _parameter("words", list[str] | None, typer.Argument(metavar=shown or "[KEY=VALUE]", help="also: key=value"))
-    ]
+    words = typer.Argument(metavar=f"{shown} [KEY=VALUE]...".lstrip(), hidden=True)  # told in the verb's own help
+    parameters = [_parameter("words", list[str] | None, words)]
     for field, info in fields.items():
         if field in positional:
             continue
@@ -204,6 +203,16 @@ def _command(name: str, verb: Verb, arguments: list[str]) -> Callable[..., int]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _words_help(verb: Verb) -> str:
+    """Return the verb's summary and what its words mean; typer prints no help of arguments with click 8.5."""
+    from offsite.config import is_positional
+
+    fields = _resolve(verb.settings).model_fields
+    told = {field.upper(): info.description for field, info in fields.items() if is_positional(info)}
+    told["KEY=VALUE"] = "any setting below; KEY.SUB=VALUE for one inside another"
+    return f"{verb.summary}\n\n\b\n" + "\n".join(f"{word:<10} {text}" for word, text in told.items())
 
 
 def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:

@@ -159,7 +159,8 @@ def test_help_of_a_verb_lists_every_setting_with_its_description(capsys, verb):
     shown = " ".join(capsys.readouterr().out.split())
     for name, field in cli._resolve(cli.VERBS[verb].settings).model_fields.items():
         if cli_positional(field):
-            assert name.upper() in shown
+            assert f"{name.upper()} " in shown
+            assert " ".join(field.description.split()) in shown
         else:
             assert f"--{name.replace('_', '-')}" in shown
         assert field.description
