@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from offsite.bundle import DISCLOSABLE, AdapterSpec
 from offsite.config import VerbConfig
@@ -17,6 +17,7 @@ LEARNING_RATES = {"blocks": 5e-4, "bitfit": 3e-3, "lora": 2e-3, "rslora": 1e-3, 
 class TuneConfig(VerbConfig):
     """Settings of ``offsite tune PACKAGE --data FILE -o BUNDLE``."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
     verb: ClassVar[str] = "tune"
 
     package: Path = Field(description="package folder from the owner", json_schema_extra={"positional": True})
@@ -65,11 +66,22 @@ class TuneConfig(VerbConfig):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        unknown = [name for name in self.disclose if name not in DISCLOSABLE]
-        if unknown:
-            raise ValueError(f"--disclose: {unknown[0]!r} is not one of {', '.join(DISCLOSABLE)}")
+        """Raise ValueError with every contradiction between settings."""
+        problems = [
+            f"--disclose: {name!r} is not one of {', '.join(DISCLOSABLE)}"
+            for name in self.disclose
+            if name not in DISCLOSABLE
+        ]
         if self.adapter not in LEARNING_RATES and self.learning_rate is None:
-            raise ValueError(f"--adapter: no kind {self.adapter!r}, expected one of {', '.join(LEARNING_RATES)}")
+            problems.append(f"--adapter: no kind {self.adapter!r}, expected one of {', '.join(LEARNING_RATES)}")
+        parts = self.accumulate * max(1, self.launch)
+        if parts > self.batch_size:
+            shared = f" in each of {self.launch} processes" if self.launch > 1 else ""
+            problems.append(
+                f"--accumulate {self.accumulate}{shared}: a batch of {self.batch_size} cannot be cut into {parts}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
         self.spec()
         return self
 

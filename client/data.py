@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from offsite.errors import DataError
+from offsite.errors import ConfigError, DataError
 from offsite.records import Record, split_by_document
 from offsite.text import Batches, Encoded, Example, encode, pack, pad_id
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class TrainingText:
     num_tokens: int
     num_truncated: int
     num_dropped: int
+    longest_tokens: int = 0
+    largest_id: int = 0
 
 
 def prepare(
@@ -61,6 +63,8 @@ def prepare(
             f"too little text: {len(shaped[0])} sequences of up to {block_tokens} tokens, one step needs {batch_size}",
             hint="use a smaller --batch-size or --block-tokens, or more data",
         )
+    if not shaped[1]:
+        raise DataError("too little text is held out to validate on", hint="raise --validation, or give more data")
     pad = pad_id(tokenizer)
     return TrainingText(
         batches=Batches(shaped[0], batch_size=batch_size, seed=seed, pad_id=pad),
@@ -70,4 +74,23 @@ def prepare(
         num_tokens=sides[0].num_tokens,
         num_truncated=sum(side.num_truncated for side in sides),
         num_dropped=sum(side.num_dropped for side in sides),
+        longest_tokens=max(len(example.input_ids) for side in shaped for example in side),
+        largest_id=max(max(example.input_ids) for side in shaped for example in side),
     )
+
+
+def require_fit(text: TrainingText, model: PreTrainedModel) -> None:
+    """Return only if the model can read the text: its context is long enough and it knows every token.
+
+    Raises:
+        ConfigError: saying which of the two is too small.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int) and text.longest_tokens > context:
+        raise ConfigError(
+            f"sequences of {text.longest_tokens} tokens, the package's context is {context}",
+            hint=f"use --block-tokens {context}",
+        )
+    num_known = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, union-attr, arg-type]
+    if text.largest_id >= num_known:
+        raise ConfigError(f"the package's tokenizer gives token {text.largest_id}, its model knows {num_known}")

@@ -5,6 +5,7 @@ Needs the package and the data and nothing else: no network, no full model, no c
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +17,13 @@ from torch.nn import functional
 
 from adapters.kinds import Attached, attach, declared
 from client.config import TuneConfig
-from client.data import TrainingText, prepare
+from client.data import TrainingText, prepare, require_fit
 from offsite.bundle import Bundle, write_bundle
+from offsite.checkpoints import require_work
 from offsite.console import say
 from offsite.devices import choose_device
 from offsite.digests import sha256_file
-from offsite.errors import RunFailed
+from offsite.errors import ConfigError, RunFailed
 from offsite.loop import Outcome, train
 from offsite.loopconfig import LoopConfig
 from offsite.measure import perplexity
@@ -30,6 +32,7 @@ from offsite.processes import is_launched, world
 from offsite.records import read_records
 from offsite.staging import refuse_existing
 from offsite.step import uses_bf16
+from offsite.tensors import torch_dtype
 from offsite.text import IGNORED
 
 if TYPE_CHECKING:
@@ -81,26 +84,29 @@ def tune(
     resume: bool = False,
     binding: Mapping[str, str] | None = None,
     label: str = "tune",
+    sent_as: str = "float32",
 ) -> Outcome:
     """The adapter holds the weights of the lowest validation loss.
 
     Args:
         attached: model and adapter, on the device they train on; trained in place.
         work: folder for checkpoints and the log; the caller removes it.
+        sent_as: dtype of the bundle, in which something must have changed.
 
     Raises:
+        ConfigError: when `work` holds a run that is not to be resumed, or one of other settings.
         RunFailed: when a loss is not finite, the disk is full, or no weight moved.
     """
-    before = {name: parameter.detach().clone() for name, parameter in attached.trainable.items()}
+    before = attached.tensors()
     model: Any = attached.model
     precision: Literal["bf16", "fp32"] = "bf16" if uses_bf16(settings.precision, _device(model)) else "fp32"
     model.train()
 
     def evaluate() -> float:
-        model.eval()
-        found = perplexity(model, text.validation, batch_size=8, pad_id=text.pad_id, precision=precision)
-        model.train()
-        return found.loss
+        try:
+            return perplexity(model, text.validation, batch_size=8, pad_id=text.pad_id, precision=precision).loss
+        except RunFailed:
+            return math.inf  # the loop says at which step, and what is kept
 
     outcome = train(
         model,
@@ -116,9 +122,19 @@ def tune(
         binding=binding,
     )
     model.eval()
-    if outcome.tensors and all(torch.equal(outcome.tensors[name].cpu(), old.cpu()) for name, old in before.items()):
-        raise RunFailed("no weight moved during training", hint="raise --learning-rate, or train for more steps")
+    if outcome.tensors:
+        _require_moved(before, outcome.tensors, sent_as)
     return outcome
+
+
+def _require_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], sent_as: str) -> None:
+    if all(torch.equal(after[name].cpu(), old) for name, old in before.items()):
+        raise RunFailed("no weight moved during training", hint="raise --learning-rate, or train for more steps")
+    dtype = torch_dtype(sent_as)
+    if all(torch.equal(after[name].cpu().to(dtype), old.to(dtype)) for name, old in before.items()):
+        raise RunFailed(
+            f"no weight moved far enough to show in {sent_as}", hint="raise --learning-rate, or --adapter-dtype float32"
+        )
 
 
 def run(config: TuneConfig) -> dict[str, object]:
@@ -127,11 +143,15 @@ def run(config: TuneConfig) -> dict[str, object]:
     Raises:
         ConfigError, DataError, ArtefactError, RunFailed: as the steps it is made of.
     """
-    if config.output.exists():
-        refuse_existing(config.output)
+    refuse_existing(config.output)
+    if config.launch > 1 and not is_launched():
+        raise ConfigError("--launch starts processes from the command line only", hint="offsite tune ... --launch N")
+    work = work_folder(config.output)
+    require_work(work, resume=config.resume)
     package = open_package(config.package)
     spec = config.spec()
     names = declared(spec, package.layout, package.block_tensors())
+    device = choose_device(config.device)
     tokenizer = package.load_tokenizer()
     records = read_records(
         config.data, fields=config.fields, document_field=config.document_field, separator=config.separator
@@ -148,12 +168,20 @@ def run(config: TuneConfig) -> dict[str, object]:
     )
     _say_text(text)
     settings = loop_settings(config, text)
-    device = choose_device(config.device)
     attached = attach_to_package(package, spec, device=device, seed=config.seed)
+    require_fit(text, attached.model)  # type: ignore[arg-type]
     if config.gradient_checkpointing:
-        attached.model.gradient_checkpointing_enable()  # type: ignore[operator]
-    work = work_folder(config.output)
-    outcome = tune(attached, text, settings, work=work, resume=config.resume, binding=_binding(config, package))
+        _checkpoint_activations(attached.model)
+    _make_room(work)
+    outcome = tune(
+        attached,
+        text,
+        settings,
+        work=work,
+        resume=config.resume,
+        binding=_binding(config, package),
+        sent_as=config.adapter_dtype,
+    )
     if not world().is_main:
         return {}
     figures = {
@@ -194,6 +222,18 @@ def loop_settings(config: TuneConfig, text: TrainingText) -> LoopConfig:
     )
 
 
+def _checkpoint_activations(model: Any) -> None:
+    """Activations are computed anew in the backward pass instead of kept.
+
+    Raises:
+        ConfigError: when the architecture cannot.
+    """
+    try:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError:
+        raise ConfigError("--gradient-checkpointing: the package's architecture does not support it") from None
+
+
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
@@ -203,22 +243,22 @@ def work_folder(output: Path) -> Path:
     return output.parent / f"{output.name}.work"
 
 
+def _make_room(work: Path) -> None:
+    """The work folder stands. Raises RunFailed when it cannot be made."""
+    if not world().is_main:
+        return
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFailed(f"cannot write {work.name!r}: {(error.strerror or 'i/o error').lower()}") from None
+
+
 def _binding(config: TuneConfig, package: Package) -> dict[str, str]:
-    settings = config.model_dump(
-        mode="json",
-        include={
-            "fields",
-            "document_field",
-            "separator",
-            "on_long",
-            "pack",
-            "block_tokens",
-            "validation",
-            "batch_size",
-        },
-    )
-    spec = config.spec().model_dump_json()
-    return {"package": package.digest, "data": sha256_file(config.data), "adapter": spec, "text": str(settings)}
+    """Return what a resumed run must share beside the loop's settings, one entry per setting."""
+    text = ("fields", "document_field", "separator", "on_long", "pack", "block_tokens", "validation", "batch_size")
+    shared = config.model_dump(mode="json", include=set(text))
+    shared |= {f"adapter.{name}": value for name, value in config.spec().model_dump(mode="json").items()}
+    return {"package": package.digest, "data": sha256_file(config.data), **{k: str(v) for k, v in shared.items()}}
 
 
 def _say_text(text: TrainingText) -> None:
