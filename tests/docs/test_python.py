@@ -1,0 +1,44 @@
+"""The Python blocks of ``docs/python.md``, run as one program on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "python.md"
+SHORTER = {
+    "steps=300": "steps=3",
+    "steps=200": "steps=3",
+    "block_tokens=256": "block_tokens=32",
+    "context=256": "context=32",
+    "evaluation_tokens=8192": "evaluation_tokens=64",
+    "calibration_tokens=8192": "calibration_tokens=128",
+}
+
+
+def test_the_story_runs(tmp_path, monkeypatch, full_llama, letters_tokenizer, capsys):
+    monkeypatch.chdir(tmp_path)
+    full_llama.save_pretrained(tmp_path / "model")
+    letters_tokenizer.save_pretrained(tmp_path / "model")
+    draw = random.Random(0)
+    for name in ("public", "private", "heldout"):
+        rows = [{"text": " ".join(draw.choices("the quick brown fox jumps".split(), k=40))} for _ in range(24)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    program = "\n".join(re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S))
+    for long, short in SHORTER.items():
+        assert long in program
+        program = program.replace(long, short)
+    exec(compile(program, PAGE.name, "exec"), {"__name__": "story"})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3
+    before, after = map(float, printed[-1].split())
+    assert before != after
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        "bundle",
+        "bundle.work",
+        "model",
+        "package",
+        "package.work",
+    ]
