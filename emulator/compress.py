@@ -50,6 +50,7 @@ class Compressed:
         channels: kept MLP channels by block (``middle.3``), ascending; absent where all were kept.
         adaptable_middle: names inside a middle block of linears on which an adapter lifts into the full model.
         settings: what the package may state of the method: nothing of the full model's numbering.
+        middle_whole: the middle is the full model's own, block for block.
     """
 
     model: PreTrainedModel
@@ -57,6 +58,7 @@ class Compressed:
     channels: Mapping[str, tuple[int, ...]]
     adaptable_middle: tuple[str, ...]
     settings: Mapping[str, float | int | str]
+    middle_whole: bool = False
 
 
 Compressor = Callable[[PreTrainedModel, Plan, Recipe], Compressed]
@@ -97,7 +99,7 @@ def keep_all(model: PreTrainedModel, plan: Plan, _recipe: Recipe) -> Compressed:
     """The middle as it is: the reference that other emulators are measured against; never to be sent out."""
     kept = (*plan.bottom, *plan.middle, *plan.top)
     emulator = extract(model, {plan.stack.name: kept})
-    return Compressed(emulator, kept, {}, adaptable(middle_blocks(emulator, plan)), {})
+    return Compressed(emulator, kept, {}, adaptable(middle_blocks(emulator, plan)), {}, middle_whole=True)
 
 
 @register_compressor("drop")
@@ -132,7 +134,7 @@ def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
             if recipe.refit:
                 refit(block, full_block, chosen, activity)
             channels[f"middle.{number}"] = tuple(chosen)
-    return Compressed(emulator, kept, channels, adaptable(blocks), {"width": recipe.width})
+    return Compressed(emulator, kept, channels, adaptable(blocks), {"width": recipe.width}, middle_whole=not channels)
 
 
 def middle_blocks(model: PreTrainedModel, plan: Plan) -> list[nn.Module]:

@@ -27,6 +27,7 @@ class DistillConfig(VerbConfig):
     )
     fields: dict[str, str] = Field({}, description="columns of the public text under other names, as text=body")
     document_field: str | None = Field(None, description="column that tells the public text's documents apart")
+    separator: str | None = Field(None, description="plain text: what stands between documents; default: blank lines")
 
     method: str = Field(
         "width",
@@ -74,7 +75,7 @@ class DistillConfig(VerbConfig):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="arithmetic of the forward pass: bf16 autocast or fp32; auto: bf16 where it is fast"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute; auto: a GPU if there is one")
+    device: str = Field("auto", description="cpu, cuda, or auto for an accelerator if there is one")
     launch: int = Field(0, ge=0, description="processes that share the work and the weights (FSDP2); 0 or 1 for none")
     tensorboard: Path | None = Field(None, description="folder for TensorBoard's curves; none by default")
 
@@ -101,6 +102,8 @@ class DistillConfig(VerbConfig):
             found.append("--blocks is missing: method drop keeps that many blocks of the middle")
         if self.method == "keep-all" and self.steps > 0:
             found.append("--steps: method keep-all leaves nothing to distil, expected 0")
+        if self.method == "width" and self.width == 1 and self.steps > 0:
+            found.append("--steps: a width of 1 leaves nothing to distil, expected 0")
         takes = {"blocks": "drop", "choice": "drop", "width": "width", "refit": "width"}
         for field, method in takes.items():
             if field in given and self.method in {*takes.values(), "keep-all"} and self.method != method:

@@ -25,8 +25,8 @@ from emulator.objective import Weights
 from emulator.public import PublicText, prepare
 from emulator.publish import publish, read_terms
 from offsite.console import say
+from offsite.devices import choose_device
 from offsite.digests import model_digest
-from offsite.errors import ConfigError
 from offsite.loopconfig import LoopConfig
 from offsite.models import load_model, load_tokenizer
 from offsite.package import Package
@@ -55,7 +55,7 @@ def run(config: DistillConfig) -> dict[str, object]:
 
         return in_processes(config)
     began, terms = time.monotonic(), read_terms(config.terms)
-    processes = _processes(config.device)
+    processes = replace(world(), device=choose_device(config.device))
     torch.manual_seed(config.seed)
     owned = _open(config)
     text = _public_text(config, owned)
@@ -90,20 +90,13 @@ def _open(config: DistillConfig) -> _Owned:
     return _Owned(full, load_tokenizer(config.model), plan, model_digest(full), dtype)
 
 
-def _processes(device: str) -> Processes:
-    processes = world()
-    if device == "auto" or device == processes.device.type:
-        return processes
-    if processes.size > 1 or device == "cuda":
-        raise ConfigError(f"--device {device}: found {processes.size} process(es) on {processes.device.type}")
-    return replace(processes, device=torch.device(device))
-
-
 def _public_text(config: DistillConfig, owned: _Owned) -> PublicText | None:
     if config.public is None:
         return None
     return prepare(
-        read_records(config.public, fields=config.fields, document_field=config.document_field),
+        read_records(
+            config.public, fields=config.fields, document_field=config.document_field, separator=config.separator
+        ),
         owned.tokenizer,
         owned.full,
         block_tokens=config.block_tokens,

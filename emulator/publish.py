@@ -9,33 +9,13 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emulator.compress import Compressed
-from offsite.blocks import linear_dims, linear_names
 from offsite.errors import ConfigError
 from offsite.owner import OwnerRecord, write_owner_record
-from offsite.package import Layout, Method, Package, write_package
-from offsite.split import Plan, block_names
+from offsite.package import Method, Package, describe_layout, write_package
+from offsite.split import Plan
 
 TERMS_LIMIT = 20_000
 """Characters of terms of use that a package may state."""
-
-
-def layout_of(model: PreTrainedModel, plan: Plan, compressed: Compressed) -> Layout:
-    """Return how `model`, the emulator with its ends, is laid out in the package's own numbering."""
-    num_middle = len(compressed.kept) - plan.num_bottom - plan.num_top
-    names = block_names(plan.stack.name, plan.num_bottom, num_middle, plan.num_top)
-    linears = {}
-    for role, module in names.items():
-        block = model.get_submodule(module)
-        linears.update({f"{role}.{name}": linear_dims(block.get_submodule(name)) for name in linear_names(block)})
-    return Layout(
-        model_type=model.config.model_type,
-        stack=plan.stack.name,
-        num_bottom=plan.num_bottom,
-        num_middle=num_middle,
-        num_top=plan.num_top,
-        linears=linears,
-        adaptable_middle=compressed.adaptable_middle,
-    )
 
 
 def publish(
@@ -67,7 +47,13 @@ def publish(
         out,
         model=model,
         tokenizer=tokenizer,
-        layout=layout_of(model, plan, compressed),
+        layout=describe_layout(
+            model,
+            num_bottom=plan.num_bottom,
+            num_top=plan.num_top,
+            adaptable_middle=compressed.adaptable_middle,
+            middle_whole=compressed.middle_whole,
+        ),
         base_digest=base_digest,
         method=Method(name=method, settings=dict(compressed.settings)),
         figures=figures,

@@ -120,7 +120,8 @@ def score(block: nn.Module, activity: Activity) -> Tensor:
     alone would cost. Source: saliency of FFN neurons in FedPFT, arXiv:2404.11536 (norms of attached weights),
     weighted by activation as in Wanda, arXiv:2306.11695.
     """
-    return activity.square.sqrt() * outgoing_weight(block, find_mlp(block)).float().norm(dim=0)
+    norm_C: Tensor = outgoing_weight(block, find_mlp(block)).float().norm(dim=0)
+    return activity.square.sqrt() * norm_C
 
 
 def best(scores: Tensor, num: int) -> list[int]:

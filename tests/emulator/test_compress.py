@@ -13,6 +13,7 @@ def test_keep_all_is_the_full_model_and_copies_nothing(tiny, batch) -> None:
     full = tiny("qwen2")
     emulator = compress(full, make_plan(full), "keep-all")
     assert emulator.kept == tuple(range(6))
+    assert emulator.middle_whole
     with torch.no_grad():
         assert torch.equal(emulator.model(**batch).logits, full(**batch).logits)
     theirs = {tensor.data_ptr() for tensor in full.state_dict().values()}
@@ -25,6 +26,7 @@ def test_drop_keeps_whole_blocks_with_ends(tiny, batch) -> None:
     assert emulator.kept == (0, 1, 4, 5)
     assert emulator.adaptable_middle == ()
     assert emulator.channels == {}
+    assert not emulator.middle_whole
     assert emulator.model.config.num_hidden_layers == 4
     for number, block in zip(emulator.kept, emulator.model.model.layers, strict=True):
         assert block.mlp.up_proj.weight.data_ptr() == full.model.layers[number].mlp.up_proj.weight.data_ptr()
@@ -46,6 +48,7 @@ def test_what_an_adapter_can_be_lifted_from(tiny, batch) -> None:
     assert compress(full, plan, "keep-all").adaptable_middle == every
     narrow = compress(full, plan, "width", Recipe(width=0.5, calibration=[batch]))
     assert narrow.adaptable_middle == every
+    assert not narrow.middle_whole
     assert set(attention_linears(narrow.model.model.layers[2])) < set(every)
 
 

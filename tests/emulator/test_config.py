@@ -44,6 +44,7 @@ def test_what_goes_together(changes: dict[str, str | None]) -> None:
         ({"method": "drop", "blocks": "3", "width": "0.5"}, "--width belongs to method width, not to drop"),
         ({"blocks": "3"}, "--blocks belongs to method drop, not to width"),
         ({"method": "keep-all"}, "nothing to distil"),
+        ({"width": "1"}, "nothing to distil"),
         ({"method": "shrink"}, "unknown method 'shrink', expected one of drop, keep-all, width"),
         ({"width": "0"}, "--width: "),
         ({"width": "1.5"}, "--width: "),
