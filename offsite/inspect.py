@@ -54,9 +54,8 @@ def _show_package(package: Package) -> dict[str, object]:
     say(f"  format       {manifest.format}")
     say(f"  digest       {package.digest}")
     say(f"  base model   {manifest.base_digest}")
-    say(
-        f"  architecture {layout.model_type}: {layout.num_bottom} bottom + {layout.num_middle} middle + {layout.num_top} top"
-    )
+    counts = f"{layout.num_bottom} bottom + {layout.num_middle} middle + {layout.num_top} top"
+    say(f"  architecture {layout.model_type}: {counts}")
     settings = ", ".join(f"{name} {value}" for name, value in manifest.method.settings.items())
     say(f"  middle       {manifest.method.name}{f' ({settings})' if settings else ''}")
     adaptable = (
