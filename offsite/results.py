@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from offsite.bundle import AdapterSpec
 from offsite.digests import DIGEST_PATTERN
@@ -34,6 +34,9 @@ ROWS: dict[RowName, str] = {
 }
 """Every row that can be measured, in the order of tables, and what it is."""
 
+ALWAYS: tuple[RowName, ...] = ("zero_shot", "emulator_zero_shot", "emulator_tuned", "plugged_in")
+"""The rows that every evaluation has; the others are references."""
+
 LogRecord = dict[str, float | None]
 
 
@@ -42,7 +45,7 @@ class Summary(Strict):
 
     mean: float = Field(allow_inf_nan=False)
     deviation: float | None = Field(None, allow_inf_nan=False)
-    values: dict[str, float]
+    values: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(min_length=1)
 
 
 class Row(Strict):
@@ -50,6 +53,12 @@ class Row(Strict):
 
     perplexity: Summary
     tasks: dict[str, dict[str, Summary]] = {}
+
+    @model_validator(mode="after")
+    def _positive(self) -> Row:
+        if min(self.perplexity.mean, *self.perplexity.values.values()) <= 0:
+            raise ValueError("a perplexity is not above 0")
+        return self
 
 
 class Data(Strict):
@@ -81,10 +90,10 @@ class Crossing(Strict):
 class Parameters(Strict):
     """Numbers of parameters: the full model, its middle, the emulator that stands in for the middle, the adapter."""
 
-    full: int
-    middle: int
-    emulator: int
-    adapter: int
+    full: int = Field(gt=0)
+    middle: int = Field(gt=0)
+    emulator: int = Field(gt=0)
+    adapter: int = Field(gt=0)
 
 
 class Answer(Strict):
@@ -115,7 +124,7 @@ class Results(Strict):
     task_metrics: dict[str, dict[str, dict[str, Summary | None]]] = {}
     parameters: Parameters
     package: Crossing
-    bundles: dict[str, Crossing]
+    bundles: dict[str, Crossing] = Field(min_length=1)
     references: dict[str, tuple[str, ...]] = {}
     runs: dict[str, dict[str, float]] = {}
     answers: tuple[Answer, ...] = ()
@@ -123,7 +132,18 @@ class Results(Strict):
     command: str
     versions: dict[str, str]
     device: str
-    seconds: float
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _rows_and_tasks(self) -> Results:
+        missing = [row for row in ALWAYS if row not in self.rows]
+        if missing:
+            raise ValueError(f"row {missing[0]} is missing")
+        tasks = {(task, metric) for task, row in self.rows["zero_shot"].tasks.items() for metric in row}
+        for row in self.rows.values():
+            if {(task, metric) for task, found in row.tasks.items() for metric in found} != tasks:
+                raise ValueError("rows were scored on different tasks")
+        return self
 
 
 def write_results(folder: Path, results: Results) -> None:
