@@ -86,13 +86,17 @@ def test_logs_are_read_by_name(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["words", "[1]", "{}", '{"step": "1"}', '{"step": true}', '{"step": 1.5}', '{"step": 1, "loss": "2"}']
-    + ['{"step": 1, "loss": true}', '{"step": 1, "loss": Infinity}', '{"step": 1, "loss": [1]}', "[" * 9999],
+    [
+        *("words", "[1]", "{}", "[" * 9999),
+        *('{"step": "1"}', '{"step": true}', '{"step": 1.5}'),
+        *('{"step": 1, "loss": "2"}', '{"step": 1, "loss": true}', '{"step": 1, "loss": [1]}'),
+        '{"step": 1, "loss": Infinity}',
+    ],
 )
 def test_a_line_that_is_no_record_is_named_by_number(line, tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"step": 1}\n' + line + "\n")
-    with pytest.raises(DataError, match="log 'x.jsonl': line 2 is not a record") as caught:
+    with pytest.raises(DataError, match=r"log 'x\.jsonl': line 2 is not a record") as caught:
         read_log(path)
     assert "words" not in str(caught.value)
 
