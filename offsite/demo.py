@@ -9,21 +9,20 @@ could do if it were given the data; it is made here only to compare.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offsite.console import say
-from offsite.errors import RunFailed
-from offsite.fetch import known
-from offsite.records import bundled, read_records
-from offsite.results import Results, read_results
+from offsite.console import say, table
+from offsite.digests import sha256_bytes, sha256_file
+from offsite.errors import ConfigError, RunFailed
+from offsite.fetch import fetched_folder, known
+from offsite.records import BUNDLED, bundled, read_records
+from offsite.results import RESULTS_NAME, ROWS, Results, read_results
 from offsite.settings import DemoConfig
+from offsite.stages import Stage, play
 
 FULL = {
     "distill": ["--steps", "60", "--evaluation-tokens", "4096", "--calibration-tokens", "8192"],
@@ -40,124 +39,149 @@ SHORT = {
 KEYS = ("zero_shot", "emulator_zero_shot", "emulator_tuned", "plugged_in", "lora_full")
 
 
-@dataclass
-class Stage:
-    """One verb run by one party in its own folder, and what it must leave there."""
-
-    name: str
-    party: Path
-    words: list[str]
-    leaves: Path
-    outcome: dict[str, Any] = field(default_factory=dict)
-
-
 def run(config: DemoConfig) -> dict[str, object]:
     """Play both parties and return the table's figures.
 
     Raises:
+        ConfigError: when the output folder holds other things than an earlier demo's.
+        ArtefactError: when what crossed is not what its manifest says.
         RunFailed: when a verb fails, or plugging in did not better the zero-shot model on held-out text.
     """
     began = time.monotonic()
-    owner, client = config.output / "owner", config.output / "client"
-    for folder in (owner, client):
-        folder.mkdir(parents=True, exist_ok=True)
-    steps = SHORT if config.short else FULL
-    seed = ["--seed", str(config.seed)]
+    scene = _scene(config)
+    say("\nOWNER  distils an emulator of the middle on public text; beside it, for comparison only, the reference")
+    made, compared = _make(scene)
+    say("\nthe package crosses to the client; the full model, the owner's record and its block numbers do not")
+    package = made.outcome["package_digest"]
+    _hand_over(scene.owner / "package", scene.client / "package", package)
+    say("CLIENT tunes an adapter on its private text; it has the package and its data, nothing else")
+    tuned = _tune(scene, package)
+    say("\nthe bundle crosses to the owner; the private text does not")
+    _hand_over(scene.client / "bundle", scene.owner / "bundle", tuned.outcome["bundle_digest"])
+    say("OWNER  plugs the adapter into the full model and measures on text neither side trained on")
+    results = _measure(scene, {"distill": made, "tune": tuned, "lora_full": compared})
+    return _conclude(results, scene.report, time.monotonic() - began)
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """Who plays where, with which model and text: names as the verbs take them, digests of what they stand for."""
+
+    owner: Path
+    client: Path
+    notes: Path
+    report: Path
+    model: str
+    model_digest: str
+    text: dict[str, str]
+    steps: dict[str, list[str]]
+    seed: list[str]
+
+
+def _scene(config: DemoConfig) -> _Scene:
+    """Return the scene with each party's text in its folder and the model on this machine."""
+    owner, client, notes = _folders(config.output)
     _give(bundled("public"), owner / "public.jsonl.gz")
     _give(bundled("heldout"), owner / "heldout.jsonl.gz")
     _give(bundled("private"), client / "private.jsonl.gz")
     _give(bundled("private"), owner / "only-for-the-reference.jsonl.gz")
-    if config.model in known():
-        _play([_stage("fetch", owner, ["fetch", config.model], owner)], config)
-
-    say("\nOWNER  distils an emulator of the middle on public text; beside it, for comparison only, the reference")
-    distill = ["distill", config.model, "--public", "public.jsonl.gz", "--width", "0.33", "-o", "package"]
-    distill += ["--learning-rate", "1e-3", "--warmup-steps", "5", "--licence", "Apache-2.0"]
-    keep = ["distill", config.model, "--method", "keep-all", "--steps", "0", "-o", "keep-all"]
-    _play([_stage("keep-all", owner, keep, owner / "keep-all")], config)
-    reference = ["tune", "keep-all", "--data", "only-for-the-reference.jsonl.gz", "--adapter", "lora", "--placement"]
-    reference += ["all", "--learning-rate", "3e-3", "-o", "lora-full"]
-    made, compared = _play(
-        [
-            _stage("distill", owner, [*distill, *steps["distill"], *seed], owner / "package"),
-            _stage("reference", owner, [*reference, *steps["reference"], *seed], owner / "lora-full"),
-        ],
-        config,
+    model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    if model in known():
+        play([Stage("fetch", owner, ["fetch", model])], notes)
+    return _Scene(
+        owner=owner,
+        client=client,
+        notes=notes,
+        report=config.output / "report.html",
+        model=model,
+        model_digest=_identity(model),
+        text={name: sha256_file(bundled(name)) for name in BUNDLED},
+        steps=SHORT if config.short else FULL,
+        seed=["--seed", str(config.seed)],
     )
 
-    say("\nthe package crosses to the client; the full model, the owner's record and its block numbers do not")
-    _hand_over(owner / "package", client / "package", made.outcome["package_digest"])
-    say("CLIENT tunes an adapter on its private text; it has the package and its data, nothing else")
-    tune = ["tune", "package", "--data", "private.jsonl.gz", "--learning-rate", "1e-3", "-o", "bundle"]
-    (tuned,) = _play([_stage("tune", client, [*tune, *steps["tune"], *seed], client / "bundle")], config)
 
-    say("\nthe bundle crosses to the owner; the private text does not")
-    _hand_over(client / "bundle", owner / "bundle", tuned.outcome["bundle_digest"])
-    say("OWNER  plugs the adapter into the full model and measures on text neither side trained on")
-    plug = ["plug-in", config.model, "bundle", "--package", "package", "-o", "adapted"]
-    _play([_stage("plug-in", owner, plug, owner / "adapted")], config)
-    for name, stage in {"distill": made, "tune": tuned, "lora_full": compared}.items():
+def _make(scene: _Scene) -> tuple[Stage, Stage]:
+    """Return the finished stages that made the package and the reference."""
+    owner, model = scene.owner, scene.model
+    words = ["distill", model, "--method", "keep-all", "--steps", "0", "-o", "keep-all"]
+    kept = Stage("keep-all", owner, words, owner / "keep-all", {"model": scene.model_digest})
+    play([kept], scene.notes)
+    words = ["distill", model, "--public", "public.jsonl.gz", "--width", "0.33", "--learning-rate", "1e-3"]
+    words += ["--warmup-steps", "5", "--licence", "Apache-2.0", "-o", "package", *scene.steps["distill"], *scene.seed]
+    inputs = {"model": scene.model_digest, "public": scene.text["public"]}
+    made = Stage("distill", owner, words, owner / "package", inputs)
+    words = ["tune", "keep-all", "--data", "only-for-the-reference.jsonl.gz", "--adapter", "lora", "--placement", "all"]
+    words += ["--learning-rate", "3e-3", "-o", "lora-full", *scene.steps["reference"], *scene.seed]
+    inputs = {"package": kept.outcome["package_digest"], "private": scene.text["private"]}
+    compared = Stage("reference", owner, words, owner / "lora-full", inputs)
+    play([made, compared], scene.notes)
+    return made, compared
+
+
+def _tune(scene: _Scene, package_digest: str) -> Stage:
+    """Return the finished stage that made the bundle."""
+    words = ["tune", "package", "--data", "private.jsonl.gz", "--learning-rate", "1e-3", "-o", "bundle"]
+    inputs = {"package": package_digest, "private": scene.text["private"]}
+    words += [*scene.steps["tune"], *scene.seed]
+    tuned = Stage("tune", scene.client, words, scene.client / "bundle", inputs)
+    play([tuned], scene.notes)
+    return tuned
+
+
+def _measure(scene: _Scene, runs: dict[str, Stage]) -> Results:
+    """Return what plugging in was worth; the report stands."""
+    owner, package, bundle = scene.owner, runs["distill"].outcome, runs["tune"].outcome
+    words = ["plug-in", scene.model, "bundle", "--package", "package", "-o", "adapted"]
+    inputs = {"model": scene.model_digest, "package": package["package_digest"], "bundle": bundle["bundle_digest"]}
+    play([Stage("plug-in", owner, words, owner / "adapted", inputs)], scene.notes)
+    for name, stage in runs.items():
         (owner / f"{name}.outcome.json").write_text(json.dumps(stage.outcome), encoding="utf-8")
-    _give(client / "bundle.log.jsonl", owner / "tune.log.jsonl")
-    evaluate = ["evaluate", config.model, "--package", "package", "--bundle", "bundle", "--data", "heldout.jsonl.gz"]
-    evaluate += ["--reference", "lora_full=lora-full", "--reference-package", "keep-all", "--precision", "bf16"]
-    evaluate += ["--log", "distill=package.log.jsonl", "--log", "tune=tune.log.jsonl", "--prompt", _question()]
-    for name in ("distill", "tune", "lora_full"):
-        evaluate += ["--outcome", f"{name}={name}.outcome.json"]
-    evaluate += ["-o", "evaluation", *steps["evaluate"]]
-    _play([_stage("evaluate", owner, evaluate, owner / "evaluation")], config)
-    report = config.output / "report.html"
-    words = ["report", "run", "evaluation", "-o", str(report.resolve())]
-    _play([_stage("report", owner, words, report)], config)
-    return _conclude(read_results(owner / "evaluation"), report, time.monotonic() - began)
+    _give(scene.client / "bundle.log.jsonl", owner / "tune.log.jsonl")
+    words = ["evaluate", scene.model, "--package", "package", "--bundle", "bundle", "--data", "heldout.jsonl.gz"]
+    words += ["--reference", "lora_full=lora-full", "--reference-package", "keep-all", "--precision", "bf16"]
+    words += ["--log", "distill=package.log.jsonl", "--log", "tune=tune.log.jsonl", "--prompt", _question()]
+    words += [word for name in runs for word in ("--outcome", f"{name}={name}.outcome.json")]
+    words += ["-o", "evaluation", *scene.steps["evaluate"]]
+    reference = runs["lora_full"].outcome["bundle_digest"]
+    inputs = {**inputs, "reference": reference, "heldout": scene.text["heldout"]}
+    measured = Stage("evaluate", owner, words, owner / "evaluation", inputs)
+    play([measured], scene.notes)
+    inputs = {"results": sha256_file(owner / "evaluation" / RESULTS_NAME)}
+    words = ["report", "run", "evaluation", "-o", str(scene.report.resolve())]
+    play([Stage("report", owner, words, scene.report, inputs)], scene.notes)
+    results = read_results(owner / "evaluation")
+    if measured.reused:  # otherwise evaluate has shown the table itself
+        _show(results)
+    return results
 
 
-def _stage(name: str, party: Path, words: list[str], leaves: Path) -> Stage:
-    return Stage(name, party, words, leaves)
+def _folders(output: Path) -> tuple[Path, Path, Path]:
+    """Return the owner's folder, the client's and the one for notes; all stand.
+
+    Raises:
+        ConfigError: when `output` holds what no demo has made, for steps that are run again replace what they left.
+    """
+    owner, client, notes = output / "owner", output / "client", output / "stages"
+    if (output.exists() and not output.is_dir()) or (not notes.is_dir() and output.is_dir() and any(output.iterdir())):
+        raise ConfigError(
+            f"output {output.name!r} exists and is not an earlier demo's folder", hint="choose another name with -o"
+        )
+    try:
+        for folder in (notes, owner, client):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make folder {output.name!r}: {(error.strerror or 'i/o error').lower()}") from None
+    return owner, client, notes
 
 
-def _play(stages: list[Stage], config: DemoConfig) -> list[Stage]:
-    """Run the stages side by side, each as a process of its own; finished ones are read back."""
-    notes = config.output / "stages"
-    notes.mkdir(exist_ok=True)
-    running = []
-    for stage in stages:
-        note = notes / f"{stage.name}.json"
-        if note.is_file() and stage.leaves.exists():
-            found = json.loads(note.read_text(encoding="utf-8"))
-            if found["words"] == stage.words:
-                say(f"  {stage.name}: done before")
-                stage.outcome = found["outcome"]
-                continue
-        _clear(stage)
-        say(f"  $ offsite {' '.join(word if ' ' not in word else repr(word) for word in stage.words)}")
-        command = [sys.executable, "-P", "-m", "offsite", *stage.words]
-        running.append((stage, note, subprocess.Popen(command, cwd=stage.party, stdout=subprocess.PIPE, env=_env())))
-    for stage, note, process in running:
-        printed, _ = process.communicate()
-        if process.returncode:
-            for _, _, other in running:
-                other.terminate()
-            raise RunFailed(f"the demo's step {stage.name!r} ended with exit code {process.returncode}")
-        stage.outcome = json.loads(printed.decode().splitlines()[-1])
-        note.write_text(json.dumps({"words": stage.words, "outcome": stage.outcome}), encoding="utf-8")
-    return stages
-
-
-def _clear(stage: Stage) -> None:
-    """Remove what an earlier run of this stage with other words left, so that the verb may write it."""
-    if stage.leaves == stage.party:
-        return
-    if stage.leaves.is_dir():
-        shutil.rmtree(stage.leaves)
-    else:
-        stage.leaves.unlink(missing_ok=True)
-    shutil.rmtree(stage.leaves.parent / f"{stage.leaves.name}.work", ignore_errors=True)
-
-
-def _env() -> dict[str, str]:
-    """One thread per process: two processes side by side use two cores better than one process with two threads."""
-    return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+def _identity(model: str) -> str:
+    """Return a digest of the model's files; of its name alone when it is not on this machine."""
+    folder = Path(model) if Path(model).is_dir() else fetched_folder(model) if model in known() else None
+    if folder is None:
+        return model
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return sha256_bytes("\n".join(f"{path.name} {sha256_file(path)}" for path in files).encode())
 
 
 def _give(source: Path, target: Path) -> None:
@@ -165,7 +189,12 @@ def _give(source: Path, target: Path) -> None:
 
 
 def _hand_over(source: Path, target: Path, digest: str) -> None:
-    """Copy an artefact to the other party's folder and check that it is the one that was sent."""
+    """Copy an artefact to the other party's folder and check that it is the one that was sent.
+
+    Raises:
+        ArtefactError: when a file of the copy is not as its manifest says.
+        RunFailed: when the copy is another artefact than the one that was made.
+    """
     from offsite.inspect import inspect_artefact
 
     if target.is_dir():
@@ -173,7 +202,10 @@ def _hand_over(source: Path, target: Path, digest: str) -> None:
     shutil.copytree(source, target)
     arrived = inspect_artefact(target)
     if arrived.digest != digest:
-        raise RunFailed(f"{target.name!r} arrived with another digest than it was sent with")
+        raise RunFailed(
+            f"{target.name!r} arrived with another digest than it was sent with",
+            hint=f"delete {source.name!r} in the {source.parent.name}'s folder and run the demo again",
+        )
     size = f"{arrived.num_bytes / 1e6:,.1f} MB"
     say(f"  {target.name}: {size}, {arrived.digest[:19]}, every file agrees with its manifest")
 
@@ -182,6 +214,11 @@ def _question() -> str:
     """Return the first prompt of the held-out text: a question that nobody trained on."""
     record = read_records(bundled("heldout"))[0]
     return "".join(text for text, counts in record.segments if not counts)
+
+
+def _show(results: Results) -> None:
+    rows = [[name.replace("_", " "), f"{row.perplexity.mean:,.2f}", ROWS[name]] for name, row in results.rows.items()]
+    table(f"perplexity on {results.data.name}", ["row", "perplexity", "what it is"], rows)
 
 
 def _conclude(results: Results, report: Path, seconds: float) -> dict[str, object]:

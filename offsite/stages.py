@@ -1,0 +1,158 @@
+"""Verbs run as processes of their own, each once: what a demonstration is made of.
+
+A stage that ended well leaves a note, ``NOTES/<name>.json``, with its words, its inputs' digests and its outcome. It is
+not run again while all of these and what it left still stand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from offsite import __version__
+from offsite.console import say
+from offsite.errors import RunFailed
+from offsite.staging import staged_file
+
+_POLL_SECONDS = 0.05
+_PATIENCE_SECONDS = 10.0
+
+
+@dataclass
+class Stage:
+    """One verb run by one party in its own folder.
+
+    Args:
+        words: the verb and its arguments; paths in them are relative to `party`.
+        leaves: what stands when the verb has ended well; none: run it every time.
+        inputs: what the outcome depends on beside the words, by name, such as digests of what it reads.
+        outcome: the JSON object that the verb printed.
+        reused: whether the outcome is that of an earlier run.
+    """
+
+    name: str
+    party: Path
+    words: Sequence[str]
+    leaves: Path | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
+    outcome: dict[str, Any] = field(default_factory=dict)
+    reused: bool = False
+
+    def binding(self) -> dict[str, object]:
+        """Return what an earlier run must share for its outcome to be this one's."""
+        return {"offsite": __version__, "words": list(self.words), "inputs": self.inputs}
+
+
+def play(stages: Sequence[Stage], notes: Path) -> None:
+    """Every stage has its outcome; those that must be run are run side by side, each in a process of its own.
+
+    Raises:
+        RunFailed: when one fails; the others are then stopped and have ended.
+    """
+    notes.mkdir(parents=True, exist_ok=True)
+    due = [stage for stage in stages if not _recall(stage, notes)]
+    running: dict[subprocess.Popen[bytes], Stage] = {}
+    try:
+        for stage in due:
+            _clear(stage)
+            say(f"  $ offsite {' '.join(word if ' ' not in word else repr(word) for word in stage.words)}")
+            running[_start(stage, notes, len(due))] = stage
+        while running:
+            ended = [process for process in running if process.poll() is not None]
+            for process in ended:
+                _finish(running[process], process.returncode, notes)
+                del running[process]
+            if not ended:
+                time.sleep(_POLL_SECONDS)
+    finally:
+        _stop(list(running))
+
+
+def _recall(stage: Stage, notes: Path) -> bool:
+    """Return whether the stage was done before; then it has the outcome of that time."""
+    if stage.leaves is None or not stage.leaves.exists():
+        return False
+    try:
+        found = json.loads(_note(stage, notes).read_bytes())
+        if {**found, "outcome": None} != {**stage.binding(), "outcome": None}:
+            return False
+        stage.outcome = dict(found["outcome"])
+    except (OSError, ValueError, TypeError, KeyError):  # no note, or one that was torn
+        return False
+    stage.reused = True
+    say(f"  {stage.name}: done before")
+    return True
+
+
+def _note(stage: Stage, notes: Path) -> Path:
+    return notes / f"{stage.name}.json"
+
+
+def _clear(stage: Stage) -> None:
+    """Nothing of an earlier run of the stage stands in the way of this one."""
+    if stage.leaves is None:
+        return
+    folder, name = stage.leaves.parent, stage.leaves.name
+    for path in (stage.leaves, folder / f"{name}.work", *folder.glob(f".{name}.*.partial")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _start(stage: Stage, notes: Path, num_running: int) -> subprocess.Popen[bytes]:
+    command, environment = _command(stage.words), _environment(num_running)
+    with _printed(stage, notes).open("wb") as out:
+        return subprocess.Popen(command, cwd=stage.party, stdin=subprocess.DEVNULL, stdout=out, env=environment)
+
+
+def _command(words: Sequence[str]) -> list[str]:
+    """Safe path: no module of the party's folder stands in for one of ours."""
+    return [sys.executable, "-P", "-m", "offsite", *words]
+
+
+def _printed(stage: Stage, notes: Path) -> Path:
+    return notes / f"{stage.name}.out"
+
+
+def _environment(num_running: int) -> dict[str, str]:
+    """Processes side by side share the cores: more threads than cores would wait for each other."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(1, num_cores // num_running)), **os.environ}
+
+
+def _finish(stage: Stage, code: int, notes: Path) -> None:
+    """The stage has its outcome and a note of it."""
+    if code:
+        ending = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise RunFailed(
+            f"step {stage.name!r} {ending}", hint="its own message is above; steps that ended well are kept"
+        )
+    lines = _printed(stage, notes).read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        stage.outcome = dict(json.loads(lines[-1]))
+    except (IndexError, ValueError, TypeError):
+        raise RunFailed(f"step {stage.name!r} printed no JSON object as its last line") from None
+    _printed(stage, notes).unlink()
+    with staged_file(_note(stage, notes), replace=True) as note:
+        note.write_text(json.dumps({**stage.binding(), "outcome": stage.outcome}), encoding="utf-8")
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Every process has ended: asked to, and made to when it takes too long."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
