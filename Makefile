@@ -33,9 +33,11 @@ test-slow: $(READY) ## tests with the real model, kills and subprocesses
 demo: $(READY) ## both sides on a real model and real text; SHORT=1 for the same path at a few steps
 	$(BIN)/offsite demo -o $(OUT) $(if $(SHORT),--short)
 
-bench: $(READY) ## the benchmarks of benchmarks/ (hours on a CPU)
-	$(BIN)/python benchmarks/client_step/run.py
-	$(BIN)/python benchmarks/quality/run.py
+bench: $(READY) ## the benchmarks (hours on a CPU); results go to their scratch/ folders
+	@test -d .bench-data || { echo "make: .bench-data is missing; benchmarks/data/README.md says how to make it" >&2; exit 1; }
+	$(BIN)/python benchmarks/client_step/run.py -o benchmarks/client_step/scratch/latest.json
+	$(BIN)/python benchmarks/quality/run.py --config benchmarks/quality/medquad.yaml --data .bench-data \
+	  --work benchmarks/quality/scratch/work --out benchmarks/quality/scratch/medquad.json
 
 clean: ## remove caches, build outputs and the demo's folders; the virtual environment stays
 	rm -rf build dist demo-out demo-out-short *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
