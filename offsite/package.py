@@ -363,7 +363,10 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         raise UnsupportedModel(
             "the tokenizer has no fast form (tokenizer.json)", hint="convert it to a fast tokenizer first"
         )
-    (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+    fresh = type(backend).from_str(backend.to_str())
+    fresh.no_truncation()  # both are left over from the last call, whatever it was
+    fresh.no_padding()
+    (folder / "tokenizer.json").write_text(fresh.to_str(), encoding="utf-8")
     settings = {key: value for key, value in tokenizer.init_kwargs.items() if key in TOKENIZER_KEYS}
     settings.update({key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)})
     settings["model_max_length"] = min(int(tokenizer.model_max_length), 2**40)
