@@ -55,7 +55,7 @@ class DistillConfig(VerbConfig):
     batch_size: int = Field(4, ge=1, description="blocks of text in one forward pass")
     block_tokens: int = Field(256, ge=2, description="tokens in one block of text")
     accumulate: int = Field(1, ge=1, description="forward passes per optimiser step")
-    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of AdamW")
+    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate of AdamW")
     warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up before the cosine")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     clip_norm: float = Field(1.0, ge=0, description="largest L2 norm of a step's gradient; 0 for no clipping")
