@@ -15,7 +15,7 @@ from offsite.markup import Markup, el, join
 from offsite.numbers import NONE, TIMES, count, number, size
 from offsite.reportfacts import crossed, limits, reproduce
 from offsite.reportfigures import answers, curves_of, figures, table
-from offsite.results import LogRecord, Results, read_logs, read_results
+from offsite.results import LogRecord, Results, Summary, read_logs, read_results
 from offsite.settings import ReportConfig
 from offsite.staging import refuse_existing, staged_file
 
@@ -77,13 +77,11 @@ def _header(results: Results) -> Markup:
         f"The owner put it into the full model. Every row below was measured on {results.data.name}, "
         f"{results.data.num_tokens:,} tokens; in perplexity, lower is better."
     )
-    recovery = results.metrics.get("recovery_vs_lora")
-    gap = results.metrics.get("gap")
     tiles = [
-        (f"{number(before)} → {number(after)}", "perplexity of the full model, before and after"),
-        (number(recovery.mean) if recovery else "not run", "of the gain of LoRA on the full model"),
-        (f"{number(gap.mean)}{TIMES}" if gap else NONE, "the client's copy over the owner's model, in perplexity"),
-        (f"{size(_returned(results))}", f"came back, for {size(results.package.num_bytes)} that went out"),
+        (f"{number(before)} \N{RIGHTWARDS ARROW} {number(after)}", "perplexity of the full model, before and after"),
+        _worth(results),
+        (_times(results.metrics.get("gap")), "the client's copy over the owner's model, in perplexity"),
+        (size(_returned(results)), f"came back, for {size(results.package.num_bytes)} that went out"),
     ]
     return join(
         el("div", "offsite · evaluation", class_="kicker"),
@@ -91,6 +89,25 @@ def _header(results: Results) -> Markup:
         el("p", lead, class_="lead"),
         el("dl", *(el("div", el("dt", what), el("dd", shown), class_="tile") for shown, what in tiles), class_="tiles"),
     )
+
+
+def _worth(results: Results) -> tuple[str, str]:
+    """The recovery against the first reference that was run, or the capability given away, which always is."""
+    against = {
+        "lora": "LoRA on the full model",
+        "ceiling": "the same adapter on the true middle",
+        "full": "full tuning",
+    }
+    for name, reference in against.items():
+        figure = results.metrics.get(f"recovery_vs_{name}")
+        if figure is not None:
+            return number(figure.mean), f"of the gain of {reference}"
+    figure = results.metrics.get("capability")
+    return (number(figure.mean) if figure else NONE), "nats per token from the full model to the emulator as sent"
+
+
+def _times(figure: Summary | None) -> str:
+    return f"{number(figure.mean)}{TIMES}" if figure else NONE
 
 
 def _kind(results: Results) -> str:

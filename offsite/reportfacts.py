@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,8 +81,8 @@ def limits(results: Results) -> Markup:
         f"{number(rows['zero_shot'].perplexity.mean)} of the full model (capability {shown}), and after tuning one of "
         f"{number(rows['emulator_tuned'].perplexity.mean)}. How much of the middle could be rebuilt from it was not "
         "measured.",
-        f"One text was measured on: {results.data.num_tokens:,} tokens of {results.data.num_records:,} records. "
-        "Whether either side had seen it is for those who chose it to say.",
+        f"One text was measured on: {results.data.num_tokens:,} tokens, from a file of {results.data.num_records:,} "
+        "records. Whether either side had seen it is for those who chose it to say.",
     ]
     if len(results.bundles) == 1:
         texts.append("One seed: how much of the figures is chance is not known.")
@@ -110,9 +111,23 @@ def reproduce(results: Results) -> Markup:
     return join(
         el("h2", "How to reproduce it"),
         el("p", "With these files in one folder:"),
-        el("pre", results.command),
+        el("pre", _one_flag_a_line(results.command)),
         el("div", el("table", el("tbody", *lines)), class_="scroll"),
     )
+
+
+def _one_flag_a_line(command: str) -> str:
+    """The command with every flag on a line of its own, still fit to be pasted into a shell."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return command
+    lines: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n  ".join(shlex.join(line) for line in lines)
 
 
 def _named(references: Mapping[str, tuple[str, ...]]) -> list[tuple[RowName, tuple[str, ...]]]:

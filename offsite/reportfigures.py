@@ -53,14 +53,15 @@ def table(results: Results) -> Markup:
         for name, row in results.rows.items()
     ]
     columns = ["perplexity", *(f"{task} {metric}" for task, metric in tasks), "seeds"]
-    head = el("tr", el("th", ""), el("th", ""), *(el("th", column, class_="number") for column in columns))
+    titles = (el("th", column, class_="number") for column in columns)
+    head = el("tr", el("th", ""), el("th", "", class_="about"), *titles)
     lines = []
     for name, row in results.rows.items():
         cells = [spread(row.perplexity), *(spread(row.tasks[task][metric]) for task, metric in tasks)]
         lines.append(
             el(
                 "tr",
-                el("th", NAMES[name], class_=f"key {CSS[name]}", scope="row"),
+                el("th", NAMES[name], el("small", ROWS[name], class_="narrow"), class_=f"key {CSS[name]}", scope="row"),
                 el("td", ROWS[name], class_="about"),
                 *(el("td", cell, class_="number") for cell in cells),
                 el("td", len(row.perplexity.values), class_="number"),

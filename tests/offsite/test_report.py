@@ -152,7 +152,7 @@ def test_the_page_says_what_the_results_say():
         "Not differentially private",
         "capability 1.21 nats per token",
         "Not run: fully tuned",
-        "offsite evaluate smollm2-135m",
+        "offsite evaluate smollm2-135m \\\n  --output results \\\n  --package package",
         "200 steps, 204,800 tokens, 340 s",
         "1.9\xa0GB at most held",
         "red eyes",
@@ -217,6 +217,31 @@ def test_the_least_results_make_a_page():
     assert "Before and after" not in shown.text
     assert "The runs" not in shown.text
     assert "Not run: LoRA, full model, ceiling, fully tuned" in shown.text
+
+
+def test_the_command_is_shown_fit_to_be_pasted():
+    import shlex
+
+    command = shlex.join(["offsite", "evaluate", "a model", "--prompt", "It's\n--what?", "--pack", "--data", "x"])
+    shown = Page(page(sample(command=command), {})).text
+    start = shown.index("offsite evaluate")
+    pasted = shown[start : shown.index("held-out text", start)]
+    assert shlex.split(pasted.replace("\\\n", "")) == shlex.split(command)
+    assert pasted.count("\\\n") == 3
+    assert "it's" in Page(page(sample(command="it's"), {})).text  # no shell's words: shown as it is
+
+
+@pytest.mark.parametrize(
+    ("metrics", "shown"),
+    [
+        ({"recovery_vs_full": figure(0.5)}, "of the gain of full tuning"),
+        ({"recovery_vs_ceiling": figure(0.5)}, "of the gain of the same adapter on the true middle"),
+        ({}, "nats per token from the full model to the emulator"),
+    ],
+)
+def test_the_tiles_show_a_recovery_that_was_run(metrics, shown):
+    bare = dict.fromkeys(sample().metrics) | {"capability": figure(1.2)}
+    assert shown in Page(page(sample(metrics={**bare, **metrics}), {})).text
 
 
 @pytest.fixture
