@@ -24,7 +24,7 @@ NAMES: dict[RowName, str] = {
     "emulator_tuned": "emulator-tuned",
     "plugged_in": "plugged in",
     "ceiling": "ceiling",
-    "lora_full": "LoRA, full model",
+    "lora_full": "full-model LoRA",
     "full": "fully tuned",
 }
 METRICS = {

@@ -17,6 +17,7 @@ from offsite.bundle import TENSOR_FILE, Bundle, open_bundle
 from offsite.console import say
 from offsite.digests import model_digest
 from offsite.errors import RunFailed
+from offsite.fetch import fetched_folder, known
 from offsite.manifest import entries, write_manifest
 from offsite.models import load_model, load_tokenizer
 from offsite.owner import OwnerRecord, find_owner_record
@@ -55,7 +56,7 @@ def run(config: PlugConfig) -> dict[str, object]:
     expected = probe_logits(plain_model(attached), f"the model with bundle {bundle.path.name!r} plugged in")
     effect = deviation(expected, before)
     with staged_folder(config.output) as stage:
-        base = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+        base = base_name(config.model)
         if config.merge:
             form: Form = "merged"
             merged = merge(attached)
@@ -84,6 +85,12 @@ def run(config: PlugConfig) -> dict[str, object]:
 
 
 _SHOWN: dict[Form, str] = {"peft": "a PEFT folder", "own": "the changed tensors", "merged": "a merged checkpoint"}
+
+
+def base_name(model: str) -> str:
+    """Return where the full model is found again, also by other programs: a folder's absolute path, or a hub id."""
+    folder = Path(model) if Path(model).is_dir() else fetched_folder(model) if model in known() else None
+    return str(folder.resolve()) if folder else model
 
 
 def find_record(bundle: Bundle, package: Path | None) -> OwnerRecord:

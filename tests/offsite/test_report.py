@@ -216,7 +216,7 @@ def test_the_least_results_make_a_page():
     assert "One seed: how much of the figures is chance is not known" in shown.text
     assert "Before and after" not in shown.text
     assert "The runs" not in shown.text
-    assert "Not run: LoRA, full model, ceiling, fully tuned" in shown.text
+    assert "Not run: full-model LoRA, ceiling, fully tuned" in shown.text
 
 
 def test_the_command_is_shown_fit_to_be_pasted():

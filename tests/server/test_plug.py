@@ -294,6 +294,51 @@ def test_the_record_is_found_near_the_bundle(dropped_package, llama_folder, make
     assert plug_in(llama_folder, bundle, tmp_path / "adapted")["package_digest"] == dropped_package.digest
 
 
+def test_a_fetched_name_is_written_as_the_folder_it_stands_for(
+    dropped_package, llama_folder, make_bundle, monkeypatch, tmp_path
+):
+    """Other programs know the folder, not offsite's name for it."""
+    shutil.copytree(llama_folder, tmp_path / "cache" / "smollm2-135m")
+    monkeypatch.setenv("OFFSITE_CACHE", str(tmp_path / "cache"))
+    bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora")
+    plug_in("smollm2-135m", bundle, tmp_path / "adapted", package=dropped_package.path)
+    config = json.loads((tmp_path / "adapted" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "cache" / "smollm2-135m")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "adapted").config.num_hidden_layers == 8
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_command_line_ends_with_one_json_object(
+    merged, dropped_package, llama_folder, make_bundle, capsys, tmp_path
+):
+    from offsite.cli import run as cli
+
+    bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora")
+    words = ["plug-in", str(llama_folder), str(bundle.path), "-o", str(tmp_path / "adapted")]
+    assert cli([*words, "--package", str(dropped_package.path), *(["--merge"] if merged else [])]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["kind"], found["merged"], found["bundle_digest"]) == ("lora", merged, bundle.digest)
+
+
+def test_a_failing_command_says_one_line_and_leaves_no_file(
+    dropped_package, llama_folder, make_bundle, tamper, capsys, tmp_path
+):
+    from offsite.cli import run as cli
+
+    bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora")
+    bad = tamper(bundle.path, edit=put("adapter", "rank", value=16))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    words = ["plug-in", str(llama_folder), str(bad), "-o", str(tmp_path / "adapted")]
+    assert cli([*words, "--package", str(dropped_package.path)]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[0].startswith("offsite: error: bundle 'tampered': tensor 'bottom.0")
+    assert cli(words[:2]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
 # --- refusals
 
 
