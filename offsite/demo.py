@@ -25,14 +25,14 @@ from offsite.settings import DemoConfig
 from offsite.stages import Stage, play
 
 FULL = {
-    "distill": ["--steps", "60", "--evaluation-tokens", "4096", "--calibration-tokens", "8192"],
+    "distill": ["--steps", "40", "--evaluation-tokens", "4096", "--calibration-tokens", "8192"],
     "tune": ["--steps", "40", "--evaluate-every", "20", "--validation", "0.012"],
     "reference": ["--steps", "40", "--evaluate-every", "20", "--validation", "0.012"],
     "evaluate": ["--limit-tokens", "12288"],
 }
 SHORT = {
-    "distill": ["--steps", "10", "--evaluation-tokens", "1024", "--calibration-tokens", "2048"],
-    "tune": ["--steps", "10", "--evaluate-every", "10", "--validation", "0.005"],
+    "distill": ["--steps", "4", "--evaluation-tokens", "1024", "--calibration-tokens", "4096"],
+    "tune": ["--steps", "14", "--evaluate-every", "14", "--validation", "0.005"],
     "reference": ["--steps", "8", "--evaluate-every", "8", "--validation", "0.005"],
     "evaluate": ["--limit-tokens", "4096"],
 }
@@ -107,12 +107,12 @@ def _make(scene: _Scene) -> tuple[Stage, Stage]:
     words = ["distill", model, "--method", "keep-all", "--steps", "0", "-o", "keep-all"]
     kept = Stage("keep-all", owner, words, owner / "keep-all", {"model": scene.model_digest})
     play([kept], scene.notes)
-    words = ["distill", model, "--public", "public.jsonl.gz", "--width", "0.33", "--learning-rate", "1e-3"]
+    words = ["distill", model, "--public", "public.jsonl.gz", "--width", "0.33", "--learning-rate", "3e-4"]
     words += ["--warmup-steps", "5", "--licence", "Apache-2.0", "-o", "package", *scene.steps["distill"], *scene.seed]
     inputs = {"model": scene.model_digest, "public": scene.text["public"]}
     made = Stage("distill", owner, words, owner / "package", inputs)
     words = ["tune", "keep-all", "--data", "only-for-the-reference.jsonl.gz", "--adapter", "lora", "--placement", "all"]
-    words += ["--learning-rate", "3e-3", "-o", "lora-full", *scene.steps["reference"], *scene.seed]
+    words += ["--learning-rate", "2e-3", "-o", "lora-full", *scene.steps["reference"], *scene.seed]
     inputs = {"package": kept.outcome["package_digest"], "private": scene.text["private"]}
     compared = Stage("reference", owner, words, owner / "lora-full", inputs)
     play([made, compared], scene.notes)
@@ -121,7 +121,7 @@ def _make(scene: _Scene) -> tuple[Stage, Stage]:
 
 def _tune(scene: _Scene, package_digest: str) -> Stage:
     """Return the finished stage that made the bundle."""
-    words = ["tune", "package", "--data", "private.jsonl.gz", "--learning-rate", "1e-3", "-o", "bundle"]
+    words = ["tune", "package", "--data", "private.jsonl.gz", "--learning-rate", "5e-4", "-o", "bundle"]
     inputs = {"package": package_digest, "private": scene.text["private"]}
     words += [*scene.steps["tune"], *scene.seed]
     tuned = Stage("tune", scene.client, words, scene.client / "bundle", inputs)
