@@ -145,9 +145,13 @@ def _write_merged(stage: Path, merged: PreTrainedModel, name: str) -> str:
     """
     merged.save_pretrained(stage)
     load_tokenizer(name).save_pretrained(stage)
-    digest = model_digest(merged)
-    if model_digest(load_model(str(stage))) != digest:
+    digest, expected = model_digest(merged), probe_logits(merged)
+    read_back = load_model(str(stage))
+    if model_digest(read_back) != digest:
         raise RunFailed("the merged checkpoint reads back as other tensors than were written")
+    error = deviation(probe_logits(read_back), expected)  # the configuration counts too
+    if error > READ_BACK_TOLERANCE:
+        raise RunFailed(f"the merged checkpoint reads back with logits that differ by {error:.2g}")
     return digest
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from offsite.bundle import open_bundle
 from offsite.digests import model_digest
@@ -487,6 +487,33 @@ def test_a_merge_that_changes_what_is_computed_is_not_published(
     monkeypatch.setattr("server.plug.merge", broken)
     bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora")
     with pytest.raises(RunFailed, match=r"merged logits differ from unmerged ones by .* tolerance 0\.0001"):
+        plug_in(llama_folder, bundle, tmp_path / "adapted", package=dropped_package.path, merge=True)
+    assert not (tmp_path / "adapted").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.model.norm.weight.data.mul_(1.01), "reads back as other tensors"),
+        (lambda model: setattr(model.config, "rms_norm_eps", 0.5), "reads back with logits that differ"),
+    ],
+)
+def test_a_checkpoint_that_reads_back_otherwise_is_not_published(
+    change, message, dropped_package, llama_folder, make_bundle, monkeypatch, tmp_path
+):
+    """What is on disk is compared, configuration included, not only what was merged in memory."""
+    real = LlamaForCausalLM.save_pretrained
+
+    def save(model, folder):
+        import copy
+
+        other = copy.deepcopy(model)
+        change(other)
+        real(other, folder)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)
+    bundle = make_bundle(tmp_path / "bundle", dropped_package)
+    with pytest.raises(RunFailed, match=message):
         plug_in(llama_folder, bundle, tmp_path / "adapted", package=dropped_package.path, merge=True)
     assert not (tmp_path / "adapted").exists()
 
