@@ -211,9 +211,13 @@ def _hand_over(source: Path, target: Path, digest: str) -> None:
 
 
 def _question() -> str:
-    """Return the first prompt of the held-out text: a question that nobody trained on."""
+    """Return the first question of the held-out text, which nobody trained on, as a line of its own.
+
+    After ``Answer:`` the model as it was ends at once, so there would be nothing to compare.
+    """
     record = read_records(bundled("heldout"))[0]
-    return "".join(text for text, counts in record.segments if not counts)
+    prompt = "".join(text for text, counts in record.segments if not counts)
+    return prompt.removeprefix("Question: ").removesuffix("\nAnswer:") + "\n"
 
 
 def _show(results: Results) -> None:
