@@ -32,6 +32,17 @@ def test_it_loads_and_says_how_to_use_it(path):
     assert f"--config configs/{path.name}" in path.read_text().splitlines()[0]
 
 
+@pytest.mark.parametrize("stem", ["distill-width", "tune-blocks"])
+def test_what_says_that_it_holds_the_defaults_does(stem):
+    path = next(path for path in FILES if path.stem == stem)
+    settings, words = WORDS[stem.partition("-")[0]]
+    stated, default = build(settings, file=path, flags=words), build(settings, flags=words)
+    if isinstance(default, TuneConfig):
+        default = default.model_copy(update={"learning_rate": default.rate()})
+    assert "# The defaults, written out." in path.read_text()
+    assert stated == default
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_numbers_are_numbers_to_other_readers_too(path):
     settings, words = WORDS[path.stem.partition("-")[0]]
