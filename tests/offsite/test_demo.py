@@ -98,10 +98,13 @@ def test_a_models_identity_follows_its_files(tmp_path):
 
 
 def test_the_question_is_of_the_held_out_text():
-    asked = module._question()
-    assert asked.startswith("Question: ")
-    assert asked.endswith("Answer:")
-    assert asked not in {record.segments[0][0] for record in read_records(bundled("private"))}
+    asked = module._question().strip()
+    assert asked.endswith("?")
+    prompts = {
+        name: [record.segments[0][0] for record in read_records(bundled(name))] for name in ("heldout", "private")
+    }
+    assert asked in prompts["heldout"][0]
+    assert not any(asked in prompt for prompt in prompts["private"])
 
 
 # What it does, with verbs that only write down their settings
@@ -192,10 +195,10 @@ def test_every_stage_is_a_verb_with_words_it_takes(noted, tmp_path, monkeypatch,
         assert settings[name].seed == 5
     assert settings["tune"].data == Path("private.jsonl.gz")
     assert settings["tune"].disclose == ()
-    assert settings["evaluate"].prompt == (module._question(),)
+    assert [prompt.strip() for prompt in settings["evaluate"].prompt] == [module._question().strip()]
     assert settings["evaluate"].reference == ("lora_full=lora-full",)
     assert settings["report"].output == tmp_path / "out" / "report.html"
-    assert (settings["tune"].steps <= 10) is short
+    assert str(settings["tune"].steps) in (module.SHORT if short else module.FULL)["tune"]
     client = {path.name for path in (tmp_path / "out" / "client").iterdir()}
     assert client == {"private.jsonl.gz", "package", "bundle", "bundle.log.jsonl"}
     assert {key: told[key] for key in KEYS} == dict(zip(KEYS, (20.0, 60.0, 12.0, 8.0, 7.0), strict=True))
