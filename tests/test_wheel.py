@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it is enough to run the demo in an environment that has nothing else."""
+"""What a stranger installs: the wheel, in an empty environment, used from a folder that has modules of their own."""
 
 from __future__ import annotations
 
@@ -6,64 +6,115 @@ import json
 import os
 import subprocess
 import sys
+import time
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"adapters", "client", "emulator", "offsite", "server"}
-FIGURES = ["zero_shot", "emulator_zero_shot", "emulator_tuned", "plugged_in", "lora_full", "recovery_vs_lora", "gap"]
-FIGURES += ["adapter_bytes", "package_bytes", "seconds"]
+PROMISED = {
+    *("zero_shot", "emulator_zero_shot", "emulator_tuned", "plugged_in", "lora_full"),
+    *("recovery_vs_lora", "gap", "adapter_bytes", "package_bytes", "seconds"),
+}
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's, without what would let the new environment see this one."""
+    ours = ("PYTHON", "VIRTUAL_ENV", "COVERAGE", "PYTEST", "OMP_", "HF_HUB_OFFLINE")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+
+
+def call(*command: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=cwd, env=clean_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == code, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this tree."""
     out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
-    (found,) = out.glob("offsite_tuning-*-py3-none-any.whl")
-    return found
+    call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    (built,) = out.iterdir()
+    return built
 
 
-def test_the_wheel_holds_the_packages_their_data_and_the_licences(wheel: Path) -> None:
+def test_the_wheel_holds_five_packages_and_their_data(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        (metadata,) = [name for name in names if name.endswith("METADATA")]
-        described = archive.read(metadata).decode()
-    tops = {name.split("/")[0] for name in names}
+        names = [Path(name) for name in archive.namelist()]
+        metadata = archive.read(next(str(name) for name in names if name.name == "METADATA")).decode()
+        scripts = archive.read(next(str(name) for name in names if name.name == "entry_points.txt")).decode()
+    tops = {name.parts[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == PACKAGES
-    for needed in ("public", "private", "heldout"):
-        assert f"offsite/data/{needed}.jsonl.gz" in names
-    assert {"LICENSE", "NOTICE"} <= {Path(name).name for name in names if "dist-info" in name}
-    tracked = subprocess.run(["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert set(tracked.stdout.split()) <= set(names)
-    assert "License-Expression: Apache-2.0" in described
-    assert "Requires-Python: >=3.11" in described
+    assert len(tops) == len(PACKAGES) + 1
+    tracked = call("git", "ls-files", *sorted(PACKAGES), cwd=ROOT).stdout.splitlines()
+    assert {Path(line) for line in tracked} <= set(names)
+    assert {"LICENSE", "NOTICE"} <= {name.name for name in names if name.parts[0] not in PACKAGES}
+    for name in ("public", "private", "heldout"):
+        assert Path("offsite", "data", f"{name}.jsonl.gz") in names
+    assert Path("offsite", "data", "README.md") in names  # the attribution travels with the text
+    strays = [name for name in names if name.suffix in {".pyc", ".jsonl", ".safetensors"} or "tests" in name.parts]
+    assert strays == []
+    assert "Name: offsite-tuning" in metadata
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "Requires-Python: >=3.11" in metadata
+    assert "offsite = offsite.cli:main" in scripts
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of a new environment that holds the wheel and what it needs, in the versions of this release."""
+    home = tmp_path_factory.mktemp("environment") / "venv"
+    venv.create(home, with_pip=True)
+    pip = [home / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+    constraints = ROOT / "constraints.txt"
+    (torch,) = [line for line in constraints.read_text().splitlines() if line.startswith("torch==")]
+    call(*pip, torch, cwd=home)  # first and alone, as `make setup` does
+    call(*pip, "-c", constraints, wheel, cwd=home)
+    return home / "bin"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A folder with a user's own modules under our names."""
+    for name in ("client", "server", "adapters", "emulator"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the user\\'s {name}.py ran')\n")
+    return tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
-def test_the_short_demo_runs_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    pins = (ROOT / "constraints.txt").read_text().splitlines()
-    torch = next(line for line in pins if line.startswith("torch=="))
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, torch], check=True)
-    subprocess.run([*install, "-c", str(ROOT / "constraints.txt"), str(wheel)], check=True)
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
-    done = subprocess.run(
-        [str(tmp_path / "venv" / "bin" / "offsite"), "demo", "--short", "-o", "demo"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        env=env,
-        check=False,
-    )
-    assert done.returncode == 0
-    figures = json.loads(done.stdout.decode().splitlines()[-1])
-    assert [name for name in FIGURES if name not in figures] == []
-    assert figures["plugged_in"] < figures["zero_shot"]
-    assert "<html" in (tmp_path / "demo" / "report.html").read_text()
+@pytest.mark.timeout(1500)
+def test_it_runs_from_a_folder_with_modules_of_the_same_names(installed, elsewhere):
+    call(installed / "python", "-m", "pip", "check", cwd=elsewhere)
+    shown = call(installed / "offsite", "--help", cwd=elsewhere).stdout
+    for verb in ("fetch", "distill", "inspect", "tune", "plug-in", "evaluate", "serve", "report", "demo"):
+        assert verb in shown
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        call(installed / "offsite", "--help", cwd=elsewhere)
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 0.5
+    where = "import client, offsite, server; print(client.__file__, offsite.__file__, server.__file__)"
+    for path in call(installed / "python", "-P", "-c", where, cwd=elsewhere).stdout.split():
+        assert Path(path).is_relative_to(installed.parent)
+    refused = call(installed / "offsite", "tune", "nothing", "--data", "x.txt", "-o", "out", cwd=elsewhere, code=3)
+    assert refused.stderr.splitlines() == [
+        "offsite: error: no package folder named 'nothing'",
+        "offsite: hint: check the path",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_short_demo_runs_from_there(installed, elsewhere):
+    done = call(installed / "offsite", "demo", "--short", "-o", "out", cwd=elsewhere)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told.keys() >= PROMISED
+    assert all(isinstance(told[name], int | float) for name in PROMISED)
+    assert told["plugged_in"] < told["zero_shot"]
+    assert (elsewhere / "out" / "report.html").stat().st_size > 10_000
+    print(json.dumps(told))
