@@ -308,7 +308,7 @@ def write_package(
         RunFailed: when the disk is full.
     """
     with staged_folder(out) as stage:
-        _write_json(stage / "config.json", allowed_config(model.config, dtype))
+        _write_json(stage / "config.json", allowed_config(model, dtype))
         write_tokenizer(stage, tokenizer)
         tensors = saved_tensors(model)
         specs = {
@@ -344,12 +344,16 @@ def saved_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name in keep}
 
 
-def allowed_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
-    """Return the architecture's settings: only fields that its configuration class declares itself."""
+def allowed_config(model: PreTrainedModel, dtype: str) -> dict[str, Any]:
+    """Return the architecture's settings: only fields that its configuration class declares itself.
+
+    Nothing depends on whether the model was built, loaded or saved before.
+    """
+    config = model.config
     found = config.to_dict()
     allowed = config_keys(type(config))
     kept = _cleaned({key: value for key, value in found.items() if key in allowed})
-    return {**kept, "model_type": config.model_type, "dtype": dtype, "architectures": found.get("architectures")}
+    return {**kept, "model_type": config.model_type, "dtype": dtype, "architectures": [type(model).__name__]}
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -169,9 +169,14 @@ def test_the_owners_numbers_are_in_the_record_alone(narrow_package, narrow_chann
     assert numbers == set(range(7))
 
 
-def test_packages_are_reproducible(tmp_path, make_package, dropped_package, letters_tokenizer):
+def test_a_package_does_not_depend_on_what_was_done_before(
+    tmp_path, make_package, dropped_package, full_llama, letters_tokenizer
+):
     letters_tokenizer(["a", "longer"], padding=True, truncation=True, max_length=3)  # leaves its settings behind
+    full_llama.save_pretrained(tmp_path / "saved")  # writes into the configuration
     assert make_package(tmp_path / "again").digest == dropped_package.digest
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert make_package(tmp_path / "loaded", model=loaded).digest == dropped_package.digest
 
 
 # What the owner may not write
