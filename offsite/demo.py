@@ -112,7 +112,7 @@ def _make(scene: _Scene) -> tuple[Stage, Stage]:
     inputs = {"model": scene.model_digest, "public": scene.text["public"]}
     made = Stage("distill", owner, words, owner / "package", inputs)
     words = ["tune", "keep-all", "--data", "only-for-the-reference.jsonl.gz", "--adapter", "lora", "--placement", "all"]
-    words += ["--learning-rate", "2e-3", "-o", "lora-full", *scene.steps["reference"], *scene.seed]
+    words += ["--learning-rate", "4e-3", "-o", "lora-full", *scene.steps["reference"], *scene.seed]
     inputs = {"package": kept.outcome["package_digest"], "private": scene.text["private"]}
     compared = Stage("reference", owner, words, owner / "lora-full", inputs)
     play([made, compared], scene.notes)
@@ -121,7 +121,8 @@ def _make(scene: _Scene) -> tuple[Stage, Stage]:
 
 def _tune(scene: _Scene, package_digest: str) -> Stage:
     """Return the finished stage that made the bundle."""
-    words = ["tune", "package", "--data", "private.jsonl.gz", "--learning-rate", "5e-4", "-o", "bundle"]
+    words = ["tune", "package", "--data", "private.jsonl.gz", "--adapter", "lora", "--placement", "all"]
+    words += ["--learning-rate", "4e-3", "-o", "bundle"]
     inputs = {"package": package_digest, "private": scene.text["private"]}
     words += [*scene.steps["tune"], *scene.seed]
     tuned = Stage("tune", scene.client, words, scene.client / "bundle", inputs)
