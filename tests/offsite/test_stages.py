@@ -213,5 +213,6 @@ def test_processes_share_the_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda _pid: set(range(6)), raising=False)
     assert [module._environment(num)["OMP_NUM_THREADS"] for num in (1, 2, 4, 7)] == ["6", "3", "1", "1"]
+    assert module._environment(1)["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert module._environment(1)["OMP_NUM_THREADS"] == "5"
