@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 import venv
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,7 +67,7 @@ def test_the_wheel_holds_five_packages_and_their_data(wheel):
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The bin folder of a new environment that holds the wheel and what it needs, in the versions of this release."""
     home = tmp_path_factory.mktemp("environment") / "venv"
     venv.create(home, with_pip=True)
@@ -74,7 +76,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (torch,) = [line for line in constraints.read_text().splitlines() if line.startswith("torch==")]
     call(*pip, torch, cwd=home)  # first and alone, as `make setup` does
     call(*pip, "-c", constraints, wheel, cwd=home)
-    return home / "bin"
+    yield home / "bin"
+    shutil.rmtree(home)  # two gigabytes, which pytest would keep for three runs
 
 
 @pytest.fixture
