@@ -52,8 +52,12 @@ def attach(model: nn.Module, spec: AdapterSpec, sites: Mapping[str, str], names:
         fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in modules.values()),
         bias="none",
     )
-    with quiet_peft():
-        wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+    try:
+        with quiet_peft():
+            wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+    except ValueError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UnsupportedModel(f"peft cannot put {spec.kind} on this architecture: {reason}") from None
     parts = PARTS | (MAGNITUDE if spec.kind == "dora" else {})
     found = dict(wrapped.named_parameters())
     trainable, missing = {}, []
@@ -77,6 +81,8 @@ def quiet_peft() -> Iterator[None]:
     """Silence the notice that every peft call draws from transformers about a renamed property."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        # said when peft rewrites the targets, which is found and refused by counting what it reached
+        warnings.filterwarnings("ignore", message=".*_pattern.*did not match", category=RuntimeWarning)
         yield
 
 

@@ -25,7 +25,7 @@ class VerbConfig(BaseModel):
     in field order; ``json_schema_extra={"short": "-o"}`` names a short flag.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=False)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=False, allow_inf_nan=False)
 
 
 Config = TypeVar("Config", bound=VerbConfig)
@@ -96,10 +96,10 @@ def _json_value(field: FieldInfo, given: object) -> object:
     many = next((part for part in (kind, *get_args(kind)) if get_origin(part) in (list, tuple, dict)), None)
     if many is None:
         return _item(kind, given) if isinstance(given, str) else given
-    words = given.split(",") if isinstance(given, str) else given
+    words = [word.strip() for word in given.split(",")] if isinstance(given, str) else given
     if not isinstance(words, list):
         return given
-    words = [word.strip() for word in words if word.strip()]
+    words = [word for word in words if word.strip()]  # a repeated flag's words keep their spaces and line ends
     if get_origin(many) is not dict:
         return [_item(get_args(many)[0], word) for word in words]
     return dict(word.split("=", 1) for word in words) if all("=" in word for word in words) else given

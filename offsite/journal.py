@@ -85,4 +85,8 @@ def _open_board(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError("tensorboard is not installed", hint="pip install tensorboard, or leave it out") from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1)
+    except OSError as error:
+        reason = (error.strerror or "i/o error").lower()
+        raise ConfigError(f"--tensorboard: cannot write in {folder.name!r}: {reason}", hint="name a folder") from None

@@ -93,7 +93,7 @@ def read_records(
             raise ConfigError(f"{path.name}: a separator applies to .txt files only")
         records = list(_table_records(read_rows(path), fields or {}, wanted, document_field))
     if not records:
-        raise DataError(f"{path.name}: empty, expected at least one row")
+        raise DataError(f"{path.name}: empty, expected at least one row", hint="is it the right file?")
     return records
 
 
@@ -273,7 +273,9 @@ def _parsed(text: str, place: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         position = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
-        raise DataError(f"{place}: not valid JSON at {position}") from None
+        raise DataError(
+            f"{place}: not valid JSON at {position}", hint=".jsonl has an object per line, .json one list"
+        ) from None
     except (ValueError, RecursionError):  # a number of thousands of digits; nesting of thousands of levels
         raise DataError(f"{place}: JSON beyond what can be read") from None
 
@@ -355,7 +357,7 @@ def _messages(row: Row, column: str) -> tuple[tuple[str, str], ...]:
         role = checked_string(value["role"], f"role of message {number}", row)
         messages.append((role, checked_string(value["content"], f"content of message {number}", row)))
     if not any(role == "assistant" for role, _ in messages):
-        raise row.error("no message of role assistant, so nothing to learn")
+        raise row.error("no message of role assistant, so nothing to learn", hint="give an answer per row")
     return tuple(messages)
 
 

@@ -108,6 +108,17 @@ def test_a_module_that_is_not_there_is_refused(dropped_package):
             attach(dropped_package.load_model(), spec, dropped_package.layout.blocks, names)
 
 
+def test_what_peft_refuses_is_one_line_of_ours(dropped_package, monkeypatch):
+    import peft
+
+    def refuse(model, config):
+        raise ValueError("lora.ParamWrapper does not work with use_dora=True.\nmore")
+
+    monkeypatch.setattr(peft, "get_peft_model", refuse)
+    with pytest.raises(UnsupportedModel, match=r"cannot put dora on this architecture: lora\.ParamWrapper .*=True$"):
+        attached_to(dropped_package, kind="dora", placement="0+1")
+
+
 def test_modules_that_peft_adds_on_its_own_are_refused(dropped_package, monkeypatch):
     import peft
 

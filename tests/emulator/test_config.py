@@ -54,6 +54,8 @@ def test_what_goes_together(changes: dict[str, str | None]) -> None:
         ({"top": "0"}, "--top: "),
         ({"model": None}, "MODEL is missing"),
         ({"learning_rate": "fast"}, "--learning-rate: "),
+        ({"learning_rate": "inf"}, "--learning-rate: "),
+        ({"batch_size": "2", "accumulate": "3"}, "--accumulate 3: a batch of 2 cannot be cut into more parts"),
     ],
 )
 def test_contradictions_give_one_line(changes: dict[str, object], message: str) -> None:

@@ -33,6 +33,7 @@ class Example(VerbConfig):
     fields: dict[str, str] = Field({}, description="columns")
     more: list[float] | None = Field(None, description="numbers")
     loop: Loop = Field(Loop(), description="training")
+    prompts: tuple[str, ...] = Field((), description="texts")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -125,6 +126,16 @@ def test_lists_are_split_at_commas_or_given_one_by_one():
     assert build(Example, flags={"package": "p", "more": "1e-2,3"}).more == [0.01, 3.0]
     assert build(Example, flags={"package": "p", "fields": "text=body,prompt=q=r"}).fields["prompt"] == "q=r"
     assert build(Example, flags={"package": "p", "fields": ["text=body"]}).fields == {"text": "body"}
+
+
+def test_words_given_one_by_one_keep_their_spaces_and_line_ends():
+    assert build(Example, flags={"package": "p", "prompts": ["What is it?\n", " "]}).prompts == ("What is it?\n",)
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "-inf"])
+def test_numbers_are_finite(text):
+    with pytest.raises(ConfigError, match="--rate: "):
+        build(Example, flags={"package": "p", "rate": text})
 
 
 def test_a_mapping_without_an_equals_sign_is_refused():

@@ -54,6 +54,15 @@ def test_without_the_tensorboard_package_it_is_refused_before_the_log_is_touched
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside the tensorboard package at import
+def test_a_file_where_tensorboard_wants_a_folder_is_refused(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "board").write_text("mine")
+    with pytest.raises(ConfigError, match="--tensorboard: cannot write in 'board': "):
+        Journal(tmp_path / "log.jsonl", tensorboard=tmp_path / "board", step=0)
+    assert (tmp_path / "board").read_text() == "mine"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside the tensorboard package at import
 def test_tensorboard_gets_every_figure(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
