@@ -22,7 +22,7 @@ _FLOATS = {"bfloat16", "float16", "float32", "float64"}
 
 
 def declare(spec: AdapterSpec, layout: Layout, block_tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Return every floating tensor of the placed blocks; for BitFit only those of one dimension."""
+    """Return every floating parameter of the placed blocks; for BitFit only those of one dimension."""
     blocks = placed_blocks(spec, layout)
     if spec.counts is None and not layout.middle_whole:
         raise ConfigError(
@@ -32,7 +32,7 @@ def declare(spec: AdapterSpec, layout: Layout, block_tensors: Mapping[str, Tenso
     found = {
         name: TensorSpec(shape=stated.shape, dtype=spec.dtype)
         for name, stated in block_tensors.items()
-        if ".".join(name.split(".")[:2]) in blocks
+        if ".".join(name.split(".")[:2]) in blocks and name not in layout.buffers
         if stated.dtype in _FLOATS and (spec.kind == "blocks" or len(stated.shape) == 1)
     }
     if not found:

@@ -75,6 +75,7 @@ class Layout(Strict):
     ``linears`` maps ``bottom.0.self_attn.q_proj`` and the like to (inputs, outputs); ``mlp_linears`` lists those that
     belong to a feed-forward part. ``adaptable_middle`` lists the modules inside a middle block on which an adapter
     can be lifted into the full model; ``middle_whole`` says that every middle block is the full model's, unshrunk.
+    ``buffers`` lists the tensors of blocks that are not parameters, such as a router's correction: nothing trains them.
     """
 
     model_type: str = Field(pattern=r"^[a-z0-9_-]{1,64}$")
@@ -86,6 +87,7 @@ class Layout(Strict):
     mlp_linears: tuple[str, ...] = ()
     adaptable_middle: tuple[str, ...] = ()
     middle_whole: bool = False
+    buffers: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> dict[str, str]:
@@ -121,11 +123,12 @@ def describe_layout(
         adaptable_middle=adaptable_middle,
         middle_whole=middle_whole,
     )
-    linears, feed_forward = {}, []
+    linears, feed_forward, buffers = {}, [], []
     for canonical, block in zip(layout.blocks, block_list(model, stack), strict=True):
         feed_forward += [f"{canonical}.{name}" for name in mlp_linears(block)]
         linears.update({f"{canonical}.{name}": linear_dims(block.get_submodule(name)) for name in linear_names(block)})
-    return layout.model_copy(update={"linears": linears, "mlp_linears": tuple(feed_forward)})
+        buffers += [f"{canonical}.{name}" for name, _ in block.named_buffers() if name in block.state_dict()]
+    return layout.model_copy(update={"linears": linears, "mlp_linears": tuple(feed_forward), "buffers": tuple(buffers)})
 
 
 # Whatever is shown to a person is a plain word or printable: no escape sequences reach a terminal.

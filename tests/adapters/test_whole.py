@@ -30,6 +30,15 @@ def test_whole_blocks_are_all_their_parameters(dropped_package):
     assert {name.rsplit(".", name.count(".") - 1)[0] for name in names} == {"bottom.0", "top.1"}
 
 
+def test_what_is_no_parameter_is_not_trained(tmp_path, tiny, make_package):
+    package = make_package(tmp_path / "package", model=tiny("deepseek_v3"), kept=(0, 1, 2, 4, 5))
+    assert "top.1.mlp.gate.e_score_correction_bias" in package.block_tensors().keys() & set(package.layout.buffers)
+    spec, names = names_of(package, kind="blocks", placement="0+1")
+    attached = attach(package.load_model(), spec, package.layout.blocks, names)
+    block = package.load_model().get_submodule(package.layout.blocks["top.1"])
+    assert {name.split(".", 2)[2] for name in attached.trainable} == {name for name, _ in block.named_parameters()}
+
+
 def test_bitfit_is_every_vector(tmp_path, tiny, make_package, dropped_package):
     _, names = names_of(dropped_package, kind="bitfit", placement="0+1")
     assert set(names) == {"top.1.input_layernorm.weight", "top.1.post_attention_layernorm.weight"}
