@@ -38,6 +38,75 @@ VERBS: dict[str, Verb] = {
     ),
     "tune": Verb("client: tune an adapter on private data", "client.config:TuneConfig", "client.tune:run"),
     "plug-in": Verb("owner: put a returned adapter into the full model", "server.config:PlugConfig", "server.plug:run"),
+    "keygen": Verb(
+        "anyone: make this party's keys and its public card", "offsite.keyconfig:KeygenConfig", "offsite.keys:run"
+    ),
+    "trust add": Verb(
+        "anyone: pin another party's card by its fingerprint", "offsite.keyconfig:TrustAddConfig", "offsite.trust:add"
+    ),
+    "trust list": Verb("anyone: show the pinned parties", "offsite.keyconfig:TrustListConfig", "offsite.trust:show"),
+    "trust revoke": Verb(
+        "anyone: trust a pinned party no longer", "offsite.keyconfig:TrustRevokeConfig", "offsite.trust:revoke"
+    ),
+    "job create": Verb(
+        "owner: set the terms for one client", "server.registryconfig:JobCreateConfig", "server.job:run"
+    ),
+    "seal": Verb(
+        "anyone: encrypt and sign a job, package, bundle or report",
+        "offsite.sealconfig:SealConfig",
+        "offsite.sealing:seal_run",
+    ),
+    "open": Verb(
+        "anyone: verify and decrypt a sealed folder", "offsite.sealconfig:OpenConfig", "offsite.sealing:open_run"
+    ),
+    "rewrap": Verb(
+        "anyone: address a sealed folder to another key of its recipient",
+        "offsite.sealconfig:RewrapConfig",
+        "offsite.sealing:rewrap_run",
+    ),
+    "intake": Verb(
+        "owner: verify a client's sealed bundle and register it",
+        "server.registryconfig:IntakeConfig",
+        "server.intake:run",
+    ),
+    "registry list": Verb(
+        "owner: what arrived and what became of it",
+        "server.registryconfig:RegistryListConfig",
+        "server.registry:list_run",
+    ),
+    "registry show": Verb(
+        "owner: one arrival in full", "server.registryconfig:RegistryShowConfig", "server.registry:show_run"
+    ),
+    "registry accept": Verb(
+        "owner: allow a verified bundle to be plugged in",
+        "server.registryconfig:RegistryAcceptConfig",
+        "server.registry:accept_run",
+    ),
+    "registry refuse": Verb(
+        "owner: refuse a bundle for good", "server.registryconfig:RegistryRefuseConfig", "server.registry:refuse_run"
+    ),
+    "log verify": Verb(
+        "owner: check the registry's log from its first line",
+        "server.registryconfig:LogVerifyConfig",
+        "server.registry:log_verify_run",
+    ),
+    "exchange serve": Verb(
+        "owner: serve sealed files over HTTP", "server.exchangeconfig:ServeExchangeConfig", "server.exchange:serve_run"
+    ),
+    "exchange certificate": Verb(
+        "owner: make a TLS certificate for the exchange",
+        "server.exchangeconfig:CertificateConfig",
+        "server.exchange:certificate_run",
+    ),
+    "exchange pull": Verb(
+        "client: fetch what the owner sealed for you", "client.exchangeconfig:PullConfig", "client.exchange:pull_run"
+    ),
+    "exchange push": Verb(
+        "client: hand in a sealed bundle", "client.exchangeconfig:PushConfig", "client.exchange:push_run"
+    ),
+    "exchange status": Verb(
+        "client: what became of a bundle", "client.exchangeconfig:StatusConfig", "client.exchange:status_run"
+    ),
     "evaluate": Verb(
         "owner: zero-shot, emulator-tuned, plugged in", "server.config:EvaluateConfig", "server.evaluate:run"
     ),

@@ -14,6 +14,14 @@
     |   +-- WrongNames         the set of tensor or file names is not the exact set
     |   +-- WrongShape         a tensor's shape or dtype is not the declared one
     |   +-- NotFinite          a tensor holds NaN or infinity
+    |   +-- NormTooLarge       an update is larger than the job allows
+    |   +-- BadKey             a key file or card is malformed, weak, exposed or locked by another passphrase
+    |   +-- Untrusted          the issuer's key is unknown, revoked or expired
+    |   +-- BadSignature       a signature does not fit the bytes as received
+    |   +-- WrongRecipient     sealed for somebody else
+    |   +-- Expired            past its date, or dated in the future
+    |   +-- Replayed           seen before, older than what was seen, or a state that was rolled back
+    |   +-- BadEncryption      a sealed file does not decrypt
     +-- PolicyError        a rule of this machine's owner refuses                    exit 4
     +-- RunFailed          the work broke off: NaN, disk full, peer unreachable      exit 5
 
@@ -84,6 +92,38 @@ class WrongShape(ArtefactError):
 
 class NotFinite(ArtefactError):
     """A tensor holds NaN or infinity."""
+
+
+class NormTooLarge(ArtefactError):
+    """An adapter's effective update is larger than the job allows."""
+
+
+class BadKey(ArtefactError):
+    """A key file or card is malformed, weak, readable by others, or locked by another passphrase."""
+
+
+class Untrusted(ArtefactError):
+    """The issuer's key is unknown here, revoked, or past its date."""
+
+
+class BadSignature(ArtefactError):
+    """A signature does not fit the bytes as they were received."""
+
+
+class WrongRecipient(ArtefactError):
+    """Sealed for another key than the one given."""
+
+
+class Expired(ArtefactError):
+    """Past its date, or dated further in the future than clocks differ."""
+
+
+class Replayed(ArtefactError):
+    """Seen before in another form, older than what was seen, or checked against a state that was rolled back."""
+
+
+class BadEncryption(ArtefactError):
+    """A sealed file does not decrypt to what its manifest binds."""
 
 
 class PolicyError(OffsiteError):
