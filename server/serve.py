@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import ipaddress
 import os
 import secrets
-import signal
-import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -21,9 +14,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from offsite.console import say
-from offsite.errors import ConfigError, RunFailed
+from offsite.errors import ConfigError
 from server.app import build_app
 from server.engine import Engine
+from server.listening import is_loopback, listen, signals_end, url_of
 from server.serveconfig import ServeConfig
 
 if TYPE_CHECKING:
@@ -56,31 +50,6 @@ class Process(uvicorn.Server):
         """Stop taking connections, and break off what is under way."""
         self._engine.stop()
         super().handle_exit(sig, frame)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a bound socket; `port` 0 takes a free one.
-
-    Raises:
-        ConfigError: `host` is no address of this machine's resolver.
-        RunFailed: the port is taken or may not be used.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except socket.gaierror:
-        raise ConfigError(f"--host {host!r} is not an address", hint="--host 127.0.0.1 is this machine alone") from None
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except OSError as error:
-        sock.close()
-        reason = "is in use" if error.errno == errno.EADDRINUSE else os.strerror(error.errno or 0).lower()
-        message = f"cannot listen on {host} port {port}: {reason}"
-        raise RunFailed(message, hint="choose another with --port, or any free one with --port 0") from None
-    return sock
 
 
 def read_key(key_file: Path | None) -> tuple[str, bool]:
@@ -159,10 +128,10 @@ def serve(config: ServeConfig) -> dict[str, object]:
             limit_bytes=config.limit_bytes,
         )
         sock.listen()  # from here connections wait in the kernel's queue
-        url = _url(sock)
+        url = url_of(sock)
         _announce(config, url, model_id, key if is_fresh else None)
         process = Process(app)
-        with _signals_end(process):
+        with signals_end(process):
             process.run(sockets=[sock])
     engine: Engine = app.state.engine
     return {"model": model_id, "url": url, "seconds": round(time.monotonic() - began, 1), **engine.counts.as_dict()}
@@ -172,38 +141,8 @@ run = serve  # the name that every verb's module gives its function
 
 
 def _announce(config: ServeConfig, url: str, model_id: str, fresh_key: str | None) -> None:
-    if not _is_loopback(config.host):
+    if not is_loopback(config.host):
         say(f"warning: {config.host} can be reached from other machines, without encryption; put TLS in front")
     say(f"serving {model_id!r} at {url}/v1; Ctrl-C ends it")
     if fresh_key is not None:
         say(f"key (shown once): {fresh_key}")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _url(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-@contextmanager
-def _signals_end(process: Process) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end `process` and nothing else: uvicorn raises them again after its own clean end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(*_: object) -> None:
-        process.should_exit = True
-
-    previous = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
