@@ -1,0 +1,79 @@
+"""Settings of ``offsite keygen`` and ``offsite trust``, and the two that every verb using keys shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, field_validator
+
+from offsite.config import VerbConfig
+
+DEFAULT_KEYS = Path("~/.offsite/keys")
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$"
+
+
+class KeysConfig(VerbConfig):
+    """Base of verbs that use this party's keys folder."""
+
+    keys: Path = Field(DEFAULT_KEYS, description="this party's keys folder", validate_default=True)
+
+    @field_validator("keys")
+    @classmethod
+    def _home(cls, path: Path) -> Path:
+        return path.expanduser()
+
+
+class IdentityConfig(KeysConfig):
+    """Base of verbs that sign or decrypt, and so need the passphrase."""
+
+    passphrase_file: Path | None = Field(
+        None,
+        description="file with the passphrase, mode 0600; default: the environment variable OFFSITE_PASSPHRASE, "
+        "else it is asked for",
+    )
+
+
+class KeygenConfig(VerbConfig):
+    """Settings of ``offsite keygen -o KEYS``."""
+
+    verb: ClassVar[str] = "keygen"
+
+    output: Path = Field(
+        DEFAULT_KEYS, description="keys folder to write", json_schema_extra={"short": "-o"}, validate_default=True
+    )
+    name: str = Field(
+        "unnamed", pattern=NAME_PATTERN, description="name on the public card: letters, digits, spaces, '.', '_', '-'"
+    )
+    days: int = Field(365, ge=1, le=3650, description="days until others stop trusting these keys")
+    passphrase_file: Path | None = IdentityConfig.model_fields["passphrase_file"]  # type: ignore[assignment]
+
+    @field_validator("output")
+    @classmethod
+    def _home(cls, path: Path) -> Path:
+        return path.expanduser()
+
+
+class TrustAddConfig(KeysConfig):
+    """Settings of ``offsite trust add CARD --fingerprint FINGERPRINT``."""
+
+    verb: ClassVar[str] = "trust add"
+
+    card: Path = Field(description="the other party's card.json", json_schema_extra={"positional": True})
+    fingerprint: str | None = Field(
+        None, description="the fingerprint the other party told you over another channel; default: asked for"
+    )
+
+
+class TrustListConfig(KeysConfig):
+    """Settings of ``offsite trust list``."""
+
+    verb: ClassVar[str] = "trust list"
+
+
+class TrustRevokeConfig(KeysConfig):
+    """Settings of ``offsite trust revoke FINGERPRINT``."""
+
+    verb: ClassVar[str] = "trust revoke"
+
+    fingerprint: str = Field(description="fingerprint as shown by trust list", json_schema_extra={"positional": True})
