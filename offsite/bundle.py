@@ -43,7 +43,7 @@ BUNDLE_FORMAT = "offsite/bundle/1"
 TENSOR_FILE = "adapter.safetensors"
 DISCLOSABLE = ("num_records", "num_tokens", "steps", "validation_loss")
 
-_FILES = re.compile(re.escape(TENSOR_FILE))
+FILE_NAMES = re.compile(re.escape(TENSOR_FILE))
 
 
 class AdapterSpec(Strict):
@@ -128,7 +128,7 @@ def open_bundle(path: Path) -> Bundle:
         ArtefactError: with the subclass of the check that failed, in the order the module's docstring gives.
     """
     manifest, digest = read_manifest(path, BundleManifest, BUNDLE_FORMAT)
-    check_files(path, manifest.files, _FILES)
+    check_files(path, manifest.files, FILE_NAMES)
     if set(manifest.files) != {TENSOR_FILE}:
         raise WrongNames(f"bundle {path.name!r} binds no {TENSOR_FILE}")
     check_exact(f"bundle {path.name!r}", read_header(path / TENSOR_FILE), manifest.tensors)

@@ -56,7 +56,7 @@ JSON_LIMIT_BYTES = 32 * 2**20
 MAX_BLOCKS = 4096
 
 _INDEX = "model.safetensors.index.json"
-_FILES = re.compile(
+FILE_NAMES = re.compile(
     r"config\.json|tokenizer\.json|tokenizer_config\.json|chat_template\.jinja"
     r"|model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"
 )
@@ -217,7 +217,7 @@ def open_package(path: Path) -> Package:
         ArtefactError: with the subclass of the check that failed, in the order the module's docstring gives.
     """
     manifest, digest = read_manifest(path, PackageManifest, PACKAGE_FORMAT)
-    check_files(path, manifest.files, _FILES)
+    check_files(path, manifest.files, FILE_NAMES)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if name not in manifest.files:
             raise WrongNames(f"package {path.name!r} binds no {name}")

@@ -1,0 +1,67 @@
+"""JSON from strangers: one parser, each key once, no NaN, bounded depth, and then a strict model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from offsite.errors import BadSchema, WrongBinding
+from offsite.manifest import Strict
+from offsite.tensors import no_duplicates
+
+Model = TypeVar("Model", bound=Strict)
+
+
+def parse_object(raw: bytes, what: str) -> dict[str, Any]:
+    """Return the JSON object that `raw` holds; the caller has limited its size.
+
+    Raises:
+        BadSchema: when it is not an object in UTF-8, repeats a key, holds NaN or infinity, or nests too deep.
+    """
+    try:
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        raise BadSchema(f"{what} is not JSON with distinct keys") from None
+    if not isinstance(found, dict):
+        raise BadSchema(f"{what} is not a JSON object")
+    return found
+
+
+def parse_strict(raw: bytes, cls: type[Model], what: str, fixed: Mapping[str, str]) -> Model:
+    """Return the `cls` that `raw` states, once the fields of `fixed` (format, suite) hold just those words.
+
+    Raises:
+        BadSchema: as `parse_object`, or naming the first field that does not have the form of `cls`.
+        WrongBinding: when a field of `fixed` holds anything else. Nothing is negotiated.
+    """
+    stated = parse_object(raw, what)
+    for name, expected in fixed.items():
+        found = stated.get(name)
+        if found != expected:
+            shown = found if isinstance(found, str) and re.fullmatch(r"[a-z0-9/+-]{1,80}", found) else "another one"
+            raise WrongBinding(
+                f"{what}: {name} is {shown}, expected {expected}", hint="both sides need the same offsite"
+            )
+    try:
+        # what the one parser above read is what the model sees: two parsers could disagree about the same bytes
+        return cls.model_validate_json(json.dumps(stated, allow_nan=False))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ascii(".".join(str(part) for part in first["loc"])[:120])  # the key may be the sender's own
+        raise BadSchema(f"{what}: {where}: {first['msg'].lower()}") from None
+    except ValueError:
+        raise BadSchema(f"{what} holds a number that is not finite") from None
+
+
+def write_compact(model: Strict) -> bytes:
+    """Return the one form in which an unsigned file is written: ASCII, keys sorted, no blanks, a line end."""
+    content = model.model_dump(mode="json")
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(constant)
