@@ -8,10 +8,22 @@ from typing import ClassVar, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from offsite.bundle import DISCLOSABLE, AdapterSpec
-from offsite.config import VerbConfig
+from offsite.config import VerbConfig, flag_name
+from offsite.errors import ConfigError
 
 LEARNING_RATES = {"blocks": 5e-4, "bitfit": 3e-3, "lora": 2e-3, "rslora": 1e-3, "dora": 2e-3}
 """Peak rate used when none is given, by kind of adapter."""
+
+
+_ADAPTER_FIELDS = {
+    "adapter": "kind",
+    "placement": "placement",
+    "targets": "targets",
+    "rank": "rank",
+    "alpha": "alpha",
+    "dropout": "dropout",
+    "adapter_dtype": "dtype",
+}
 
 
 class TuneConfig(VerbConfig):
@@ -21,6 +33,9 @@ class TuneConfig(VerbConfig):
     verb: ClassVar[str] = "tune"
 
     package: Path = Field(description="package folder from the owner", json_schema_extra={"positional": True})
+    job: Path | None = Field(
+        None, description="opened job folder: its adapter is the one that is tuned, for the package it names"
+    )
     data: Path = Field(description="private text: .txt, .jsonl, .json or .csv, each optionally .gz")
     output: Path = Field(description="bundle folder to write", json_schema_extra={"short": "-o"})
 
@@ -87,15 +102,24 @@ class TuneConfig(VerbConfig):
 
     def spec(self) -> AdapterSpec:
         """Return the adapter these settings describe."""
-        return AdapterSpec(
-            kind=self.adapter,
-            placement=self.placement,
-            targets=self.targets,
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            dtype=self.adapter_dtype,
-        )
+        return AdapterSpec(**{field: getattr(self, name) for name, field in _ADAPTER_FIELDS.items()})
+
+    def under(self, adapter: AdapterSpec) -> TuneConfig:
+        """Return these settings with the adapter of a job.
+
+        Raises:
+            ConfigError: when a setting was given and is not the job's.
+        """
+        wanted = {name: getattr(adapter, field) for name, field in _ADAPTER_FIELDS.items()}
+        other = [name for name in wanted if name in self.model_fields_set and getattr(self, name) != wanted[name]]
+        if other:
+            raise ConfigError(
+                "; ".join(
+                    f"{flag_name(name)} {getattr(self, name)}: the job says {wanted[name]}" for name in sorted(other)
+                ),
+                hint="leave the adapter's settings to the job, or ask the owner for another job",
+            )
+        return self.model_copy(update=wanted)
 
     def rate(self) -> float:
         """Return the peak learning rate: the one given, or the kind's."""

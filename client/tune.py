@@ -23,7 +23,8 @@ from offsite.checkpoints import require_work
 from offsite.console import say
 from offsite.devices import choose_device
 from offsite.digests import sha256_file
-from offsite.errors import ConfigError, RunFailed
+from offsite.errors import ConfigError, RunFailed, WrongBinding
+from offsite.job import Job, read_job
 from offsite.loop import Outcome, train
 from offsite.loopconfig import LoopConfig
 from offsite.measure import perplexity
@@ -149,6 +150,8 @@ def run(config: TuneConfig) -> dict[str, object]:
     work = work_folder(config.output)
     require_work(work, resume=config.resume)
     package = open_package(config.package)
+    if config.job is not None:
+        config = config.under(job_for(config.job, package).adapter)
     spec = config.spec()
     names = declared(spec, package.layout, package.block_tensors())
     device = choose_device(config.device)
@@ -201,6 +204,26 @@ def run(config: TuneConfig) -> dict[str, object]:
     )
     _finish(config.output, work)
     return _result(bundle, text, outcome)
+
+
+def job_for(folder: Path, package: Package) -> Job:
+    """Return the opened job in `folder`, which is for this package.
+
+    Raises:
+        WrongBinding: when it names another package or base model.
+        ArtefactError: when there is no job, or none of the specified form.
+    """
+    job = read_job(folder).job
+    for what, found, wanted in (
+        ("package", package.digest, job.package_digest),
+        ("base model", package.manifest.base_digest, job.base_digest),
+    ):
+        if found != wanted:
+            raise WrongBinding(
+                f"job {folder.name!r} is for {what} {wanted[:19]}, package {package.path.name!r} has {found[:19]}",
+                hint="give the job that came with this package",
+            )
+    return job
 
 
 def loop_settings(config: TuneConfig, text: TrainingText) -> LoopConfig:

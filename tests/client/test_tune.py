@@ -18,8 +18,9 @@ from adapters.kinds import declared
 from client.data import prepare
 from client.tune import attach_to_package, loop_settings, next_token_loss, run, tune, work_folder
 from offsite import cli
-from offsite.bundle import DISCLOSABLE, open_bundle
-from offsite.errors import ConfigError, RunFailed, WrongNames
+from offsite.bundle import DISCLOSABLE, AdapterSpec, open_bundle
+from offsite.errors import ConfigError, RunFailed, WrongBinding, WrongNames
+from offsite.job import Job, write_job
 from offsite.package import open_package
 from offsite.records import read_records
 
@@ -641,3 +642,53 @@ def test_a_bundle_fits_its_own_adapter_only(settings, dropped_package):
     others = declared(config.spec().model_copy(update={"placement": "2+2"}), package.layout, package.block_tensors())
     with pytest.raises(WrongNames, match="missing"):
         open_bundle(config.output).load_tensors(others)
+
+
+# Under a job
+
+
+@pytest.fixture
+def job_folder(tmp_path):
+    """Write the terms for a package: LoRA of rank 3 on all blocks, unless told otherwise."""
+
+    def make(package, **changes):
+        adapter = AdapterSpec(kind="lora", placement="all", rank=3, dtype="float32")
+        terms = {
+            "job_id": "0" * 32,
+            "owner": "-".join(["aaaa"] * 13),
+            "client": "-".join(["bbbb"] * 13),
+            "package_digest": package.digest,
+            "base_digest": package.manifest.base_digest,
+            "adapter": adapter,
+            "created": 0,
+            "expires": 1,
+            **changes,
+        }
+        write_job(tmp_path / "job", Job(**terms))
+        return tmp_path / "job"
+
+    return make
+
+
+def test_a_jobs_adapter_is_the_one_that_is_tuned(settings, narrow_package, job_folder):
+    config = settings(narrow_package.path, job=job_folder(narrow_package), steps=2)
+    run(config)
+    adapter = open_bundle(config.output).manifest.adapter
+    assert (adapter.kind, adapter.placement, adapter.rank, adapter.dtype) == ("lora", "all", 3, "float32")
+
+
+def test_a_setting_that_is_not_the_jobs_is_refused(settings, narrow_package, job_folder):
+    folder = job_folder(narrow_package)
+    config = settings(narrow_package.path, job=folder, rank=4, adapter="lora")
+    with pytest.raises(ConfigError, match=r"--rank 4: the job says 3$"):
+        run(config)
+    assert not config.output.exists()
+    assert not work_folder(config.output).exists()
+
+
+@pytest.mark.parametrize("field", ["package_digest", "base_digest"])
+def test_a_job_for_another_package_is_refused(settings, narrow_package, job_folder, field):
+    folder = job_folder(narrow_package, **{field: "sha256:" + "0" * 64})
+    with pytest.raises(WrongBinding, match="job 'job' is for .* sha256:000000000000"):
+        run(settings(narrow_package.path, job=folder))
+    assert not (folder.parent / "bundle.work").exists()
