@@ -1,18 +1,20 @@
 """Tensors in safetensors files: declared by name, shape and dtype, and read by exactly those.
 
-The header is parsed and checked here before any tensor library maps the file. Format: 8 bytes little-endian
+The header is read and checked here before any tensor library maps the file. Format: 8 bytes little-endian
 header length, a JSON object ``name -> {dtype, shape, data_offsets}``, then the bytes, without holes
-(https://github.com/huggingface/safetensors#format).
+(https://github.com/huggingface/safetensors#format). Of JSON, only what a writer of tensors needs is understood:
+plain names, short lists of whole numbers, nothing nested, no escapes. No JSON parser sees a stranger's header, and
+reading it costs no more than its length and the number of tensors allowed.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,7 +23,10 @@ from offsite.errors import BadSchema, NotFinite, RunFailed, TooLarge, WrongNames
 if TYPE_CHECKING:
     import torch
 
-HEADER_LIMIT_BYTES = 32 * 2**20
+HEADER_LIMIT_BYTES = 8 * 2**20
+MAX_TENSORS = 2**14
+ADAPTER_HEADER_LIMIT_BYTES = 2**20
+ADAPTER_MAX_TENSORS = 2**13
 MAX_DIMENSIONS = 8
 
 _CODES = {
@@ -37,6 +42,18 @@ _CODES = {
 _DTYPES = dict(_CODES.values())
 _METADATA = {"format": "pt"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,254}")
+_MAX_SHOWN = 80
+
+# The header's grammar. Repeats are possessive: matching costs time in proportion to the bytes, whatever they are.
+_B = r"[ \t\r\n]*+"
+_NOTE = rf'"__metadata__"{_B}:{_B}{{{_B}"format"{_B}:{_B}"pt"{_B}}}{_B}'
+_FIELD = rf'"(dtype|shape|data_offsets)"{_B}:{_B}("[^"\\]{{0,32}}+"|\[[^][{{}}"\\]{{0,256}}+\]){_B}'
+_WHOLE = r"(?:0|[1-9][0-9]{0,15}+)"
+_OPENING = re.compile(rf'\{{{_B}({_NOTE}(?:,{_B}(?=")|(?=\}})))?+')
+_ENTRY = re.compile(rf'"([^"\\]{{0,1024}}+)"{_B}:{_B}\{{{_B}{_FIELD},{_B}{_FIELD},{_B}{_FIELD}\}}{_B}')
+_COMMA = re.compile(rf",{_B}")
+_CLOSING = re.compile(rf"\}}{_B}")
+_NUMBERS = re.compile(rf"\[{_B}(?:{_WHOLE}{_B}(?:,{_B}{_WHOLE}{_B})*+)?+\]")
 
 
 class TensorSpec(BaseModel):
@@ -44,8 +61,8 @@ class TensorSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    shape: tuple[int, ...] = Field(max_length=MAX_DIMENSIONS)
-    dtype: str
+    shape: tuple[Annotated[int, Field(ge=0, lt=2**53)], ...] = Field(max_length=MAX_DIMENSIONS)
+    dtype: str = Field(max_length=32, pattern=r"^[A-Za-z0-9_]*$")
 
     @property
     def num_bytes(self) -> int:
@@ -59,38 +76,71 @@ def spec_of(tensor: torch.Tensor, *, dtype: str | None = None) -> TensorSpec:
     return TensorSpec(shape=tuple(tensor.shape), dtype=found if dtype is None else dtype)
 
 
-def read_header(path: Path) -> dict[str, TensorSpec]:
+def read_header(
+    path: Path, *, limit_bytes: int = HEADER_LIMIT_BYTES, max_tensors: int = MAX_TENSORS
+) -> dict[str, TensorSpec]:
     """Return the declaration of every tensor in the file, without reading a tensor.
 
+    Args:
+        limit_bytes: largest header that is read; for an adapter `ADAPTER_HEADER_LIMIT_BYTES`.
+        max_tensors: most tensors that are looked at; for an adapter `ADAPTER_MAX_TENSORS`.
+
     Raises:
-        TooLarge: when the header is longer than `HEADER_LIMIT_BYTES`.
-        BadSchema: when the file is not a safetensors file: broken header, a duplicate or path-like name, an
-            unknown dtype, a negative dimension, notes beyond the format's name, or data with holes, overlaps or
-            trailing bytes.
+        TooLarge: when the header is longer than `limit_bytes` or holds more than `max_tensors` entries.
+        BadSchema: when the file is not a safetensors file, or not one in the form of `parse_header`.
     """
     what = f"file {path.name!r}"
-    size = path.stat().st_size
     with path.open("rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
         prefix = handle.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8:
             raise BadSchema(f"{what} is not a safetensors file: header of {length} bytes in a file of {size}")
-        if length > HEADER_LIMIT_BYTES:
-            raise TooLarge(f"{what}: header of {length} bytes, limit {HEADER_LIMIT_BYTES}")
+        if length > limit_bytes:
+            raise TooLarge(f"{what}: header of {length} bytes, limit {limit_bytes}")
         raw = handle.read(length)
-    try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError):
-        raise BadSchema(f"{what}: header is not JSON with distinct names") from None
-    if not isinstance(entries, dict) or not raw.startswith(b"{"):
-        raise BadSchema(f"{what}: header is not a JSON object")
-    if entries.pop("__metadata__", _METADATA) != _METADATA:
+    return parse_header(raw, size - 8 - length, what=what, max_tensors=max_tensors)
+
+
+def parse_header(
+    raw: bytes, num_data_bytes: int, *, what: str = "header", max_tensors: int = MAX_TENSORS
+) -> dict[str, TensorSpec]:
+    """Return the declarations that the header makes of exactly `num_data_bytes` bytes of tensors.
+
+    Args:
+        raw: the header alone, without the eight bytes of its length; the caller has limited its size.
+        num_data_bytes: bytes of the file after the header.
+        what: how messages name the file.
+
+    Raises:
+        TooLarge: when there are more than `max_tensors` entries; none has been looked at then.
+        BadSchema: when it is not in the form that the module's docstring gives; holds a name twice, or one that is not
+            made of letters, digits, '_' and '.'; an unknown dtype; a dimension that is zero, negative or larger than
+            the file; notes beyond the format's name; or when the data has holes, overlaps or bytes too many or too few.
+    """
+    if not raw.isascii() or (opening := _OPENING.match(header := raw.decode("ascii"))) is None:
+        raise BadSchema(f"{what}: header is not a JSON object in ASCII")
+    num_entries = header.count("{") - (1 if opening[1] is None else 2)
+    if num_entries > max_tensors:
+        raise TooLarge(f"{what}: header of {num_entries} entries, limit {max_tensors}")
+    if header.startswith('"__metadata__"', opening.end()):
         raise BadSchema(f"{what}: header holds notes, expected at most the format's name")
-    specs, spans = {}, []
-    for name, entry in entries.items():
-        specs[name], span = _entry(what, name, entry)
+    specs: dict[str, TensorSpec] = {}
+    spans, end = [], opening.end()
+    for number in range(num_entries):
+        comma = _COMMA.match(header, end) if number else opening
+        entry = _ENTRY.match(header, comma.end()) if comma else None
+        if entry is None:
+            raise BadSchema(f"{what}: header entry {number + 1} does not hold exactly dtype, shape and data_offsets")
+        if entry[1] in specs:
+            raise BadSchema(f"{what}: header holds tensor {entry[1]!r} twice")
+        specs[entry[1]], span = _read_entry(what, entry, num_data_bytes)
         spans.append(span)
-    _check_spans(what, spans, size - 8 - length)
+        end = entry.end()
+    closing = _CLOSING.match(header, end)
+    if closing is None or closing.end() != len(header):
+        raise BadSchema(f"{what}: header does not end after its {num_entries} entries")
+    _check_spans(what, spans, num_data_bytes)
     return specs
 
 
@@ -112,8 +162,17 @@ def check_exact(what: str, found: Mapping[str, TensorSpec], expected: Mapping[st
             )
 
 
-def read_tensors(path: Path, expected: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: Path,
+    expected: Mapping[str, TensorSpec],
+    *,
+    limit_bytes: int = HEADER_LIMIT_BYTES,
+    max_tensors: int = MAX_TENSORS,
+) -> dict[str, torch.Tensor]:
     """Return exactly the expected tensors of the file, on the CPU.
+
+    Args:
+        limit_bytes, max_tensors: as for `read_header`.
 
     Raises:
         WrongNames, WrongShape: when the header differs from `expected`.
@@ -123,12 +182,15 @@ def read_tensors(path: Path, expected: Mapping[str, TensorSpec]) -> dict[str, to
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    check_exact(f"file {path.name!r}", read_header(path), expected)
+    what = f"file {path.name!r}"
+    check_exact(what, read_header(path, limit_bytes=limit_bytes, max_tensors=max_tensors), expected)
     try:
         tensors = load_file(path)
     except SafetensorError:
-        raise BadSchema(f"file {path.name!r} is not one that safetensors reads") from None
-    check_finite(f"file {path.name!r}", tensors)
+        raise BadSchema(f"{what} is not one that safetensors reads") from None
+    # the library has opened the file anew
+    check_exact(what, {name: spec_of(tensor) for name, tensor in tensors.items()}, expected)
+    check_finite(what, tensors)
     return tensors
 
 
@@ -198,26 +260,35 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _entry(what: str, name: str, entry: Any) -> tuple[TensorSpec, tuple[int, int]]:
-    if not _NAME.fullmatch(name):
+def _read_entry(what: str, entry: re.Match[str], num_data_bytes: int) -> tuple[TensorSpec, tuple[int, int]]:
+    name, *pairs = entry.groups()
+    if not _NAME.fullmatch(name) or name == "__metadata__":
         raise BadSchema(f"{what}: a tensor name of {len(name)} characters is not made of letters, digits, '_' and '.'")
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    if len(fields) != 3:
         raise BadSchema(f"{what}: entry of tensor {name!r} does not hold exactly dtype, shape and data_offsets")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _CODES:
+    shape, offsets = _whole_numbers(fields["shape"]), _whole_numbers(fields["data_offsets"])
+    code = _CODES.get(fields["dtype"].strip('"'))
+    if code is None:
         raise BadSchema(f"{what}: tensor {name!r} has a dtype that artefacts may not hold")
-    if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
+    if shape is None or len(shape) > MAX_DIMENSIONS:
         raise BadSchema(f"{what}: shape of tensor {name!r} is not a short list of whole numbers")
-    if not _whole_numbers(offsets) or len(offsets) != 2:
+    if offsets is None or len(offsets) != 2:
         raise BadSchema(f"{what}: data_offsets of tensor {name!r} are not two whole numbers")
-    dtype, item_bytes = _CODES[entry["dtype"]]
-    if offsets[1] - offsets[0] != math.prod(shape) * item_bytes:
+    dtype, num_bytes = code
+    for dimension in shape:  # stops before the product grows beyond what the file could hold
+        if not 0 < dimension <= num_data_bytes or (num_bytes := num_bytes * dimension) > num_data_bytes:
+            raise BadSchema(f"{what}: shape of tensor {name!r} is empty or larger than the file")
+    if offsets[1] - offsets[0] != num_bytes:
         raise BadSchema(f"{what}: tensor {name!r} has a span that does not fit its shape and dtype")
     return TensorSpec(shape=tuple(shape), dtype=dtype), (offsets[0], offsets[1])
 
 
-def _whole_numbers(found: Any) -> bool:
-    return isinstance(found, list) and all(type(item) is int and 0 <= item < 2**53 for item in found)
+def _whole_numbers(found: str) -> list[int] | None:
+    if not _NUMBERS.fullmatch(found):
+        return None
+    inner = found[1:-1].strip()
+    return [int(number) for number in inner.split(",")] if inner else []
 
 
 def _check_spans(what: str, spans: list[tuple[int, int]], num_bytes: int) -> None:
@@ -231,6 +302,7 @@ def _check_spans(what: str, spans: list[tuple[int, int]], num_bytes: int) -> Non
 
 
 def _some(label: str, names: Iterable[str]) -> str:
-    found = sorted(names)
+    found = sorted(names)  # names that are not expected are the sender's own: they may be long
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"{label} {', '.join(map(repr, found[:3]))}{more}; " if found else ""
+    shown = ", ".join(repr(name[:_MAX_SHOWN]) for name in found[:3])
+    return f"{label} {shown}{more}; " if found else ""
