@@ -50,7 +50,7 @@ def main() -> None:
     runner.run([job for arm in arms for job in _jobs(plan, arm, arm["rates"], plan["seeds"][:1])])
     best = {arm["name"]: _best_rate(runner.done, arm, plan["seeds"][0]) for arm in arms}
     runner.run(
-        [job for arm in arms if best[arm["name"]] for job in _jobs(plan, arm, [best[arm["name"]]], plan["seeds"])]
+        [job for arm in arms if best[arm["name"]] for job in _jobs(plan, arm, [best[arm["name"]]], arm["seeds"])]
     )
     _write(given, plan, runner, time.monotonic() - began)
 
@@ -121,13 +121,20 @@ def _arms(plan: dict[str, Any]) -> list[dict[str, Any]]:
         for adapter in package["adapters"]:
             recipe = {**plan["tuning"], **plan["adapters"][adapter]}
             found.append(
-                {**recipe, "name": f"{package['name']}/{adapter}", "package": package["name"], "adapter_name": adapter}
+                {
+                    **recipe,
+                    "name": f"{package['name']}/{adapter}",
+                    "package": package["name"],
+                    "adapter_name": adapter,
+                    "seeds": package.get("seeds", plan["seeds"]),
+                }
             )
     return found
 
 
 def _jobs(plan: dict[str, Any], arm: dict[str, Any], rates: list[float], seeds: list[int]) -> list[dict[str, Any]]:
-    settings = {key: value for key, value in arm.items() if key not in {"name", "package", "rates", "adapter_name"}}
+    own = {"name", "package", "rates", "seeds", "adapter_name"}
+    settings = {key: value for key, value in arm.items() if key not in own}
     return [
         {
             "kind": "tune",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -130,7 +131,13 @@ def _examples(heldout: str) -> tuple[Any, int]:
     tokenizer = _tokenizer()
     encoded = encode(read_records(Path(heldout)), tokenizer, context=BLOCK_TOKENS, whole_text=True)
     blocks = pack(encoded.examples, block_tokens=BLOCK_TOKENS)
-    return blocks[:_HELDOUT_BLOCKS] if _HELDOUT_BLOCKS else blocks, pad_id(tokenizer)
+    return spaced(blocks, _HELDOUT_BLOCKS or len(blocks)), pad_id(tokenizer)
+
+
+def spaced(items: Sequence[Any], num: int) -> list[Any]:
+    """Return `num` of the items, evenly spaced: a file that goes source by source is then shown as a whole."""
+    num = min(num, len(items))
+    return [items[i * len(items) // num] for i in range(num)]
 
 
 @lru_cache(maxsize=12)
