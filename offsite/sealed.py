@@ -115,8 +115,8 @@ class SealedManifest(Strict):
             raise ValueError("expires is not after created")
         if (self.kind == "bundle") != (self.round > 0) and self.kind != "report":
             raise ValueError("a bundle belongs to a round from 1 on; a job and a package to round 0")
-        if self.sequence == 1 and self.previous is not None:
-            raise ValueError("the first of a sequence has no previous one")
+        if (self.sequence == 1) != (self.previous is None):
+            raise ValueError("the first of a sequence has no previous one, every other has")
         return self
 
     def context(self, index: int) -> bytes:

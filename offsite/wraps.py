@@ -119,7 +119,7 @@ def unwrap_keys(found: KeysFile, manifest: SealedManifest, digest: str, identity
     return [joined[start : start + DATA_KEY_BYTES] for start in range(0, len(joined), DATA_KEY_BYTES)]
 
 
-def rotate(manifest: SealedManifest, digest: str, old: Identity, old_card: bytes, new: Identity) -> Rotation:
+def rotate(manifest: SealedManifest, digest: str, old: Identity, new: Identity) -> Rotation:
     """Return the statement that `old`, whom the manifest names, now receives with `new`; both sign it.
 
     Raises:
@@ -135,7 +135,7 @@ def rotate(manifest: SealedManifest, digest: str, old: Identity, old_card: bytes
     statement = _statement(digest, named, own)
     return Rotation(
         named=named,
-        card=base64.b64encode(old_card).decode("ascii"),
+        card=base64.b64encode(old.public.card).decode("ascii"),
         by_named=SignaturePair(**old.sign(ROTATION_PURPOSE, statement).to_json()),
         by_recipient=SignaturePair(**new.sign(ROTATION_PURPOSE, statement).to_json()),
     )

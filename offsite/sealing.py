@@ -1,0 +1,266 @@
+"""``offsite seal``, ``open`` and ``rewrap``: the verbs that both parties use on everything that crosses.
+
+Sealing checks that the artefact is sound, belongs to the job and goes to the job's other party. Opening does the same
+from the other side and, before anything is published, asks the ledger whether it is new. Whatever is refused leaves no
+file and no trace in the ledger.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from offsite.bundle import Bundle
+from offsite.console import say
+from offsite.errors import ArtefactError, BadDigest, ConfigError, Expired, WrongBinding
+from offsite.inspect import inspect_artefact
+from offsite.job import JOB_NAME, Job, OpenedJob, read_job
+from offsite.keys import load_identity, open_identity, read_passphrase
+from offsite.ledger import Ledger
+from offsite.manifest import MANIFEST_NAME
+from offsite.package import Package
+from offsite.results import RESULTS_NAME, read_results
+from offsite.seal import check_payload, decrypt_files, encrypt_files, read_sealed, write_sealed
+from offsite.sealconfig import OpenConfig, RewrapConfig, SealConfig
+from offsite.sealed import REPORT_LIMIT_BYTES, Kind, SealedManifest, bind, verify_sealed
+from offsite.sealedfolder import KEYS_FILE, MANIFEST_FILE, PAYLOAD, SIGNATURES_FILE
+from offsite.staging import refuse_existing, staged_folder
+from offsite.strictjson import parse_object
+from offsite.trust import TrustStore
+from offsite.wraps import read_keys, rotate, unwrap_keys, wrap_keys, write_keys
+
+REPORT_NAME = "report.json"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a plain folder holds, checked as its kind: its files, and its digest where it has one."""
+
+    kind: Kind
+    files: Mapping[str, Path]
+    digest: str | None
+    artefact: OpenedJob | Package | Bundle | None
+
+
+def seal_run(config: SealConfig) -> dict[str, object]:
+    """Run ``offsite seal``.
+
+    Raises:
+        ConfigError: when the output exists, a job is missing, or the round is not one of the job's.
+        ArtefactError: when the input is unsound, not the job's, or these keys have no such part in the job.
+        Untrusted: when the other party is not pinned here, or no longer.
+    """
+    refuse_existing(config.output)
+    content = read_content(config.input)
+    opened = _job_of(config, content)
+    job, now, round_ = opened.job, int(time.time()), _round(config.round, content.kind, opened.job)
+    identity = open_identity(config)
+    own = identity.public.fingerprint
+    if own not in _senders(content.kind, job):
+        raise WrongBinding(
+            f"the key {own[:9]} may not seal a {content.kind} of job {job.job_id[:12]}", hint="give the right --keys"
+        )
+    if now > job.expires:
+        raise Expired(f"job {job.job_id[:12]} expired {now - job.expires} seconds ago", hint="agree on a new job")
+    check_content(content, job)
+    recipient = TrustStore(config.keys).require(str(job.other_party(own)), now=now)
+    with Ledger(config.keys) as ledger, staged_folder(config.output) as stage:
+        if content.kind == "job":
+            ledger.remember(opened)
+        elif ledger.job(job.job_id).digest != opened.digest:
+            raise WrongBinding(f"{opened.job.job_id[:12]} is known here with other terms than those of --job")
+        encrypted = encrypt_files(content.files, stage, kind=content.kind, job_id=job.job_id)
+        if isinstance(content.artefact, Package | Bundle):
+            for file in encrypted.files:
+                bound = content.artefact.manifest.files.get(file.name)
+                if file.sha256 != (content.digest if file.name == MANIFEST_NAME else bound and bound.sha256):
+                    raise BadDigest(f"{file.name!r} changed while it was sealed")
+        with ledger.sending(job.job_id, content.kind) as slot:
+            manifest = SealedManifest(
+                kind=content.kind,
+                job_id=job.job_id,
+                issuer=own,
+                recipients=(recipient.fingerprint,),
+                created=now,
+                expires=job.expires,
+                sequence=slot.sequence,
+                round=round_,
+                previous=slot.previous,
+                base_digest=job.base_digest,
+                package_digest=job.package_digest,
+                files=encrypted.files,
+            )
+            slot.round, slot.digest = round_, write_sealed(stage, manifest, encrypted, identity, [recipient])
+    say(f"sealed {content.kind} {config.input.name!r} for {recipient.name}, who alone can open {config.output.name!r}")
+    return _told(manifest, slot.digest, content.digest, config.output)
+
+
+def open_run(config: OpenConfig) -> dict[str, object]:
+    """Run ``offsite open``.
+
+    Raises:
+        ConfigError: when the output exists.
+        ArtefactError: with the subclass of the check that failed; nothing is written then.
+    """
+    refuse_existing(config.output)
+    trust = TrustStore(config.keys)
+    identity = open_identity(config)
+    raw, now = read_sealed(config.sealed), int(time.time())
+    manifest = verify_sealed(
+        raw.manifest_raw, raw.signatures_raw, lambda fingerprint: trust.require(fingerprint, now=now), now=now
+    )
+    with Ledger(config.keys) as ledger:
+        ledger.check(manifest, raw.digest)
+        known = None if manifest.kind == "job" else ledger.job(manifest.job_id)
+        if known is not None:
+            bind(manifest, known.job)
+        with staged_folder(config.output) as stage, _named(stage.name, config.output.name):
+            stage.chmod(0o700)
+            decrypt_files(config.sealed, raw, manifest, identity, stage)
+            content = read_content(stage)
+            if content.kind != manifest.kind:
+                raise WrongBinding(f"sealed as a {manifest.kind}, what came out is a {content.kind}")
+            opened = content.artefact if isinstance(content.artefact, OpenedJob) else None
+            job = opened or known
+            if job is None:
+                raise WrongBinding(f"job {manifest.job_id[:12]} is not known here")
+            bind(manifest, job.job)
+            check_content(content, job.job)
+            admission = ledger.admit(manifest, raw.digest, opened)
+    issuer = trust.require(manifest.issuer, now=now).name
+    say(f"{manifest.kind} from {issuer}: signed, for this key, of this job, {_new(admission)}, every byte as signed")
+    return {**_told(manifest, raw.digest, content.digest, config.output), "admission": admission, "verified": True}
+
+
+def rewrap_run(config: RewrapConfig) -> dict[str, object]:
+    """Run ``offsite rewrap``: the same sealed folder, for new keys of the same recipient. Only ``keys.json`` differs.
+
+    Raises:
+        ConfigError: when the output exists.
+        ArtefactError: with the subclass of the check that failed.
+    """
+    refuse_existing(config.output)
+    trust = TrustStore(config.keys)
+    old = open_identity(config)
+    new = load_identity(config.to, read_passphrase(config.to_passphrase_file))
+    raw, now = read_sealed(config.sealed), int(time.time())
+    manifest = verify_sealed(
+        raw.manifest_raw, raw.signatures_raw, lambda fingerprint: trust.require(fingerprint, now=now), now=now
+    )
+    check_payload(config.sealed, manifest)
+    found = read_keys(raw.keys_raw)
+    rotation = rotate(manifest, raw.digest, old, new)
+    wrap = wrap_keys(unwrap_keys(found, manifest, raw.digest, old), raw.digest, new.public, rotation)
+    kept = [other for other in found.wraps if other.recipient != old.public.fingerprint]
+    with staged_folder(config.output) as stage:
+        shutil.copytree(config.sealed / PAYLOAD, stage / PAYLOAD)
+        (stage / MANIFEST_FILE).write_bytes(raw.manifest_raw)
+        (stage / SIGNATURES_FILE).write_bytes(raw.signatures_raw)
+        (stage / KEYS_FILE).write_bytes(write_keys([*kept, wrap]))
+    say(f"{config.output.name!r} opens with the keys of {config.to.name!r}; {config.sealed.name!r} still with the old")
+    return _told(manifest, raw.digest, None, config.output)
+
+
+def read_content(folder: Path) -> Content:
+    """Return what the plain folder holds, checked as its kind.
+
+    Raises:
+        ArtefactError: with the subclass of the check that failed.
+    """
+    if not folder.is_dir():
+        raise ArtefactError(f"no folder named {folder.name!r}", hint="check the path")
+    if (folder / MANIFEST_NAME).exists():
+        artefact = inspect_artefact(folder)
+        names = [MANIFEST_NAME, *artefact.manifest.files]
+        kind: Kind = "package" if isinstance(artefact, Package) else "bundle"
+        return Content(kind, {name: folder / name for name in names}, artefact.digest, artefact)
+    if (folder / JOB_NAME).exists():
+        opened = read_job(folder)
+        return Content("job", {JOB_NAME: folder / JOB_NAME}, opened.digest, opened)
+    found = {path.name: path for path in folder.iterdir()}
+    if not found or not found.keys() <= {REPORT_NAME, RESULTS_NAME}:
+        raise ArtefactError(
+            f"folder {folder.name!r} is no job, package, bundle or report",
+            hint=f"a report is a folder with {RESULTS_NAME} or {REPORT_NAME} and nothing else",
+        )
+    for path in found.values():
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > REPORT_LIMIT_BYTES:
+            raise ArtefactError(
+                f"{path.name} of {folder.name!r} is no plain file of at most {REPORT_LIMIT_BYTES} bytes"
+            )
+        parse_object(path.read_bytes(), f"{path.name} of {folder.name!r}")
+    if RESULTS_NAME in found:
+        read_results(folder)
+    return Content("report", found, None, None)
+
+
+def check_content(content: Content, job: Job) -> None:
+    """Return only if the package or bundle is the one the job is about.
+
+    Raises:
+        WrongBinding: naming what differs.
+    """
+    artefact = content.artefact
+    if isinstance(artefact, Package):
+        if artefact.digest != job.package_digest:
+            raise WrongBinding(f"this is package {artefact.digest[:19]}, the job is about {job.package_digest[:19]}")
+        if artefact.manifest.base_digest != job.base_digest:
+            raise WrongBinding("this package belongs to another base model than the job")
+    elif isinstance(artefact, Bundle):
+        artefact.bind(package_digest=job.package_digest, base_digest=job.base_digest)
+        if artefact.manifest.adapter != job.adapter:
+            raise WrongBinding("this bundle holds another adapter than the job asks for")
+
+
+def _job_of(config: SealConfig, content: Content) -> OpenedJob:
+    given = read_job(config.job) if config.job is not None else None
+    if isinstance(content.artefact, OpenedJob):
+        if given is not None and given != content.artefact:
+            raise ConfigError("--job names another job than the one to seal")
+        return content.artefact
+    if given is None:
+        raise ConfigError(f"--job is missing: a {content.kind} is sealed for a job")
+    return given
+
+
+def _round(given: int | None, kind: Kind, job: Job) -> int:
+    found = given if given is not None else int(kind == "bundle")
+    first, last = {"bundle": (1, job.rounds), "report": (0, job.rounds)}.get(kind, (0, 0))
+    if not first <= found <= last:
+        raise ConfigError(f"--round: a {kind} of this job has rounds {first} to {last}, found {found}")
+    return found
+
+
+def _senders(kind: Kind, job: Job) -> set[str]:
+    return {"bundle": {job.client}, "report": {job.owner, job.client}}.get(kind, {job.owner})
+
+
+def _told(manifest: SealedManifest, sealed_digest: str, digest: str | None, out: Path) -> dict[str, object]:
+    return {
+        "bytes": sum(file.sealed_bytes for file in manifest.files),
+        "digest": digest,
+        "expires": manifest.expires,
+        "job_id": manifest.job_id,
+        "kind": manifest.kind,
+        "output": out.name,
+        "round": manifest.round,
+        "sealed_digest": sealed_digest,
+        "sequence": manifest.sequence,
+    }
+
+
+def _new(admission: str) -> str:
+    return "new here" if admission == "new" else "the same as opened before"
+
+
+@contextmanager
+def _named(staged: str, final: str) -> Iterator[None]:
+    """A refusal speaks of the output's name, not of the temporary one."""
+    try:
+        yield
+    except ArtefactError as error:
+        raise type(error)(str(error).replace(staged, final), hint=error.hint) from None
