@@ -35,6 +35,7 @@ def main() -> None:
     options.add_argument("--model", default=None, help="instead of the configuration's")
     options.add_argument("--only", default="", help="packages to work on, by comma; the table shows all that is done")
     options.add_argument("--workers", type=int, default=1)
+    options.add_argument("--threads", type=int, default=1, help="threads of each worker")
     options.add_argument("--limit-seconds", type=float, default=0, help="start no job after this long; 0 for no limit")
     given = options.parse_args()
     plan = _plan(yaml.safe_load(given.config.read_text(encoding="utf-8")), given)
@@ -64,9 +65,9 @@ class _Runner:
         lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
         self.done = {job["key"]: job for job in map(json.loads, lines)}
 
-    def _start(self, workers: int) -> tuple[str, int, int, str]:
+    def _start(self) -> tuple[str, int, int, str]:
         measuring = self._measuring
-        return self._model, 1 if workers > 1 else 2, measuring["heldout_blocks"], measuring["precision"]
+        return self._model, self._given.threads, measuring["heldout_blocks"], measuring["precision"]
 
     def run(self, jobs: list[dict[str, Any]]) -> None:
         """Run the jobs that are not done, in order of their keys' appearance."""
@@ -77,7 +78,7 @@ class _Runner:
         workers = min(self._given.workers, len(open_jobs))
         if not open_jobs:
             return
-        with ProcessPoolExecutor(workers, context, start, self._start(workers)) as pool:
+        with ProcessPoolExecutor(workers, context, start, self._start()) as pool:
             futures = []
             for job in open_jobs:
                 futures.append(pool.submit(run_job, job, str(self._given.work)))

@@ -1,0 +1,1 @@
+"""The benchmarks, as a package: another distribution installs one of that name, which would else be found first."""
