@@ -61,7 +61,7 @@ class TensorSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    shape: tuple[Annotated[int, Field(ge=0, lt=2**53)], ...] = Field(max_length=MAX_DIMENSIONS)
+    shape: tuple[Annotated[int, Field(gt=-(2**53), lt=2**53)], ...] = Field(max_length=MAX_DIMENSIONS)
     dtype: str = Field(max_length=32, pattern=r"^[A-Za-z0-9_]*$")
 
     @property
