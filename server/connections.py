@@ -72,6 +72,8 @@ def guarded(*, limit_connections: int, head_seconds: float, stall_seconds: float
     return type("Guarded", (GuardedProtocol,), limits)
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Return None, what a timer is after it was cancelled."""
     if timer is not None:
         timer.cancel()
+    return None

@@ -10,9 +10,10 @@ from pathlib import Path
 from offsite.console import say
 from offsite.errors import ConfigError, OffsiteError
 from offsite.sealed import SEALED_MANIFEST_LIMIT_BYTES, SealedManifest, sealed_digest
+from offsite.sealedfolder import KEYS_FILE, MANIFEST_FILE, PAYLOAD, SIGNATURES_FILE
 from offsite.strictjson import parse_strict
+from offsite.wire import MAX_OFFERS, OfferSummary
 from server.refusals import not_found
-from server.uploads import KEYS, MANIFEST, PAYLOAD, SIGNATURES
 
 _MAX_FOLDERS = 10_000
 
@@ -26,18 +27,18 @@ class Offer:
     manifest: SealedManifest
     stamp: tuple[int, int]
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> OfferSummary:
         """Return what a client chooses by."""
         manifest = self.manifest
-        return {
-            "digest": self.digest,
-            "kind": manifest.kind,
-            "job_id": manifest.job_id,
-            "created": manifest.created,
-            "expires": manifest.expires,
-            "sequence": manifest.sequence,
-            "bytes": sum(file.sealed_bytes for file in manifest.files),
-        }
+        return OfferSummary(
+            digest=self.digest,
+            kind=manifest.kind,
+            job_id=manifest.job_id,
+            created=manifest.created,
+            expires=manifest.expires,
+            sequence=manifest.sequence,
+            bytes=sum(file.sealed_bytes for file in manifest.files),
+        )
 
 
 class Outbox:
@@ -63,7 +64,7 @@ class Outbox:
                 found[path.name] = offer
         self._offers = found
         own = [offer for offer in found.values() if client in offer.manifest.recipients]
-        return sorted(own, key=lambda offer: (offer.manifest.created, offer.manifest.sequence, offer.digest))
+        return sorted(own, key=lambda offer: (offer.manifest.created, offer.manifest.sequence))[-MAX_OFFERS:]
 
     def open(self, client: str, digest: str, name: str) -> tuple[int, int]:
         """Return an open file and its size: one of the three small ones, or a payload file that the manifest names.
@@ -75,7 +76,7 @@ class Outbox:
         if offer is None:
             raise not_found()
         sizes = {file.payload_name: file.sealed_bytes for file in offer.manifest.files}
-        if name in (MANIFEST, SIGNATURES, KEYS):
+        if name in (MANIFEST_FILE, SIGNATURES_FILE, KEYS_FILE):
             path, expected = offer.folder / name, None
         elif name in sizes:
             path, expected = offer.folder / PAYLOAD / name, sizes[name]
@@ -94,16 +95,16 @@ class Outbox:
     def _offer(self, path: Path) -> Offer | None:
         """Return the offer at `path`; None, told once to the owner, when it is not a sealed folder of theirs."""
         try:
-            known = (path / MANIFEST).stat()
+            known = (path / MANIFEST_FILE).stat()
             stamp = (known.st_mtime_ns, known.st_ino)
             before = self._offers.get(path.name)
             if before is not None and before.stamp == stamp:
                 return before
             if path.name.startswith(".") or path.is_symlink():
                 return None
-            with (path / MANIFEST).open("rb") as handle:
+            with (path / MANIFEST_FILE).open("rb") as handle:
                 raw = handle.read(SEALED_MANIFEST_LIMIT_BYTES + 1)
-            manifest = parse_strict(raw, SealedManifest, MANIFEST, {})
+            manifest = parse_strict(raw, SealedManifest, MANIFEST_FILE, {})
         except (OSError, OffsiteError):
             self._tell(path.name, "is not a sealed folder")
             return None

@@ -25,7 +25,7 @@ class Refusal(Exception):
     @property
     def body(self) -> dict[str, object]:
         """The answer's JSON."""
-        return {"error": {"class": self.name, "message": self.message}, **self.facts}
+        return {"reason": self.name, "message": self.message, **self.facts}
 
 
 def busy(message: str, *, retry_seconds: int = 1) -> Refusal:

@@ -20,11 +20,10 @@ from pathlib import Path
 from offsite.errors import OffsiteError, RunFailed, TooLarge
 from offsite.faults import reach
 from offsite.sealed import SealedManifest
+from offsite.sealedfolder import KEYS_FILE, MANIFEST_FILE, PAYLOAD, SIGNATURES_FILE
 from offsite.staging import fsync, staged_folder
 from offsite.strictjson import parse_strict
 from server.refusals import Refusal, busy, not_found
-
-MANIFEST, SIGNATURES, KEYS, PAYLOAD = "manifest.json", "signatures.json", "keys.json", "payload"
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -111,7 +110,7 @@ class UploadStore:
             self._check_room(manifest.issuer, num_bytes)
             folder = self.folder / digest
             with staged_folder(folder) as stage:
-                for name, content in zip((MANIFEST, SIGNATURES, KEYS), raw, strict=True):
+                for name, content in zip((MANIFEST_FILE, SIGNATURES_FILE, KEYS_FILE), raw, strict=True):
                     (stage / name).write_bytes(content)
                 (stage / PAYLOAD).mkdir()
             upload = Upload(digest, folder, manifest.issuer, _files(manifest), num_bytes, self._clock())
@@ -191,8 +190,8 @@ class UploadStore:
         if not _DIGEST.fullmatch(path.name) or path.is_symlink():
             return None
         try:
-            manifest = parse_strict((path / MANIFEST).read_bytes(), SealedManifest, MANIFEST, {})
-            kept = sum((path / name).stat().st_size for name in (MANIFEST, SIGNATURES, KEYS))
+            manifest = parse_strict((path / MANIFEST_FILE).read_bytes(), SealedManifest, MANIFEST_FILE, {})
+            kept = sum((path / name).stat().st_size for name in (MANIFEST_FILE, SIGNATURES_FILE, KEYS_FILE))
             touched = max(found.stat().st_mtime for found in (path, *(path / PAYLOAD).iterdir()))
         except (OSError, OffsiteError):
             return None
