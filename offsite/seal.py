@@ -202,42 +202,38 @@ def decrypt_files(path: Path, raw: RawSealed, manifest: SealedManifest, identity
 
 def _decrypt(payload: int, file: SealedFile, decryptor: Cobblestone256Decryptor, out: Path) -> None:
     partial = out / f"{file.name}.partial"
-    plain, sealed = hashlib.sha256(), hashlib.sha256()
     try:
-        with (
-            opened_file(payload, file.payload_name, file.sealed_bytes) as source,
-            partial.open("xb", buffering=0) as target,
-        ):
-            left = file.sealed_bytes
-            while left and (piece := os.read(source, min(left, BUFFER_BYTES))):
-                left -= len(piece)
-                sealed.update(piece)
-                clear = decryptor.update(piece)
-                plain.update(clear)
-                _write_all(target.fileno(), clear)
-            clear = decryptor.finalize()
-            plain.update(clear)
-            _write_all(target.fileno(), clear)
-            os.fsync(target.fileno())
-            num_bytes = target.tell()
-        for what, found, stated in (
-            ("encrypted file", sealed.hexdigest(), file.sealed_sha256),
-            ("content", plain.hexdigest(), file.sha256),
-        ):
-            if found != stated.removeprefix("sha256:"):
-                raise BadDigest(f"{file.name!r}: SHA-256 of its {what} is not the signed one")
-        if num_bytes != file.bytes:
-            raise BadDigest(f"{file.name!r}: {num_bytes} bytes, the manifest says {file.bytes}")
+        with opened_file(payload, file.payload_name, file.sealed_bytes) as source, partial.open("xb") as target:
+            try:
+                digests = _pour(source, decryptor, target.fileno(), file.sealed_bytes)
+            except InvalidTag:
+                raise BadEncryption(
+                    f"{file.name!r} does not decrypt: its bytes, order or end were changed",
+                    hint="fetch the sealed folder again",
+                ) from None
+        if digests != (file.sealed_sha256, file.sha256):
+            what = "encrypted file" if digests[0] != file.sealed_sha256 else "content"
+            raise BadDigest(f"{file.name!r}: SHA-256 of its {what} is not the signed one")
         if _tensors_digest(partial, file.name) != file.tensors_sha256:
             raise BadSchema(f"{file.name!r} declares other tensors than the manifest says")
         partial.rename(out / file.name)
-    except (InvalidTag, ValueError):
-        raise BadEncryption(
-            f"{file.name!r} does not decrypt: its bytes, order or end were changed",
-            hint="fetch the sealed folder again",
-        ) from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _pour(source: int, decryptor: Cobblestone256Decryptor, target: int, num_bytes: int) -> tuple[str, str]:
+    """Decrypt `num_bytes` of `source` to their end; return the digests of what was read and what was written."""
+    sealed, plain = hashlib.sha256(), hashlib.sha256()
+    while num_bytes and (piece := os.read(source, min(num_bytes, BUFFER_BYTES))):
+        num_bytes -= len(piece)
+        sealed.update(piece)
+        clear = decryptor.update(piece)
+        plain.update(clear)
+        _write_all(target, clear)
+    clear = decryptor.finalize()
+    plain.update(clear)
+    _write_all(target, clear)
+    return "sha256:" + sealed.hexdigest(), "sha256:" + plain.hexdigest()
 
 
 def _tensors_digest(path: Path, name: str) -> str | None:

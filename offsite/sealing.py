@@ -19,8 +19,8 @@ from offsite.console import say
 from offsite.errors import ArtefactError, BadDigest, ConfigError, Expired, WrongBinding
 from offsite.inspect import inspect_artefact
 from offsite.job import JOB_NAME, Job, OpenedJob, read_job
-from offsite.keys import load_identity, open_identity, read_passphrase
-from offsite.ledger import Ledger
+from offsite.keys import Identity, load_identity, open_identity, read_passphrase
+from offsite.ledger import Admission, Ledger
 from offsite.manifest import MANIFEST_NAME
 from offsite.package import Package
 from offsite.results import RESULTS_NAME, read_results
@@ -44,6 +44,16 @@ class Content:
     files: Mapping[str, Path]
     digest: str | None
     artefact: OpenedJob | Package | Bundle | None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What was sealed, and whether it was new here; the content's paths are those before it was published."""
+
+    manifest: SealedManifest
+    sealed_digest: str
+    content: Content
+    admission: Admission
 
 
 def seal_run(config: SealConfig) -> dict[str, object]:
@@ -107,33 +117,49 @@ def open_run(config: OpenConfig) -> dict[str, object]:
         ArtefactError: with the subclass of the check that failed; nothing is written then.
     """
     refuse_existing(config.output)
-    trust = TrustStore(config.keys)
-    identity = open_identity(config)
-    raw, now = read_sealed(config.sealed), int(time.time())
+    trust, identity, now = TrustStore(config.keys), open_identity(config), int(time.time())
+    with Ledger(config.keys) as ledger:
+        opened = open_sealed(config.sealed, config.output, identity=identity, trust=trust, ledger=ledger, now=now)
+    manifest = opened.manifest
+    issuer, seen = trust.require(manifest.issuer, now=now).name, opened.admission
+    newness = "new here" if seen == "new" else "the same as opened before"
+    say(f"{manifest.kind} from {issuer}: signed, for this key, of this job, {newness}, every byte as signed")
+    told = _told(manifest, opened.sealed_digest, opened.content.digest, config.output)
+    return {**told, "admission": seen, "verified": True}
+
+
+def open_sealed(sealed: Path, out: Path, *, identity: Identity, trust: TrustStore, ledger: Ledger, now: int) -> Opened:
+    """Publish at `out` what the sealed folder holds, once every check has passed and the ledger has admitted it.
+
+    Args:
+        now: seconds since 1970.
+
+    Raises:
+        ConfigError: when `out` exists.
+        ArtefactError: with the subclass of the check that failed; nothing is written and nothing is remembered then.
+    """
+    raw = read_sealed(sealed)
     manifest = verify_sealed(
         raw.manifest_raw, raw.signatures_raw, lambda fingerprint: trust.require(fingerprint, now=now), now=now
     )
-    with Ledger(config.keys) as ledger:
-        ledger.check(manifest, raw.digest)
-        known = None if manifest.kind == "job" else ledger.job(manifest.job_id)
-        if known is not None:
-            bind(manifest, known.job)
-        with staged_folder(config.output) as stage, _named(stage.name, config.output.name):
-            stage.chmod(0o700)
-            decrypt_files(config.sealed, raw, manifest, identity, stage)
-            content = read_content(stage)
-            if content.kind != manifest.kind:
-                raise WrongBinding(f"sealed as a {manifest.kind}, what came out is a {content.kind}")
-            opened = content.artefact if isinstance(content.artefact, OpenedJob) else None
-            job = opened or known
-            if job is None:
-                raise WrongBinding(f"job {manifest.job_id[:12]} is not known here")
-            bind(manifest, job.job)
-            check_content(content, job.job)
-            admission = ledger.admit(manifest, raw.digest, opened)
-    issuer = trust.require(manifest.issuer, now=now).name
-    say(f"{manifest.kind} from {issuer}: signed, for this key, of this job, {_new(admission)}, every byte as signed")
-    return {**_told(manifest, raw.digest, content.digest, config.output), "admission": admission, "verified": True}
+    ledger.check(manifest, raw.digest)
+    known = None if manifest.kind == "job" else ledger.job(manifest.job_id)
+    if known is not None:
+        bind(manifest, known.job)
+    with staged_folder(out) as stage, _named(stage.name, out.name):
+        stage.chmod(0o700)
+        decrypt_files(sealed, raw, manifest, identity, stage)
+        content = read_content(stage)
+        if content.kind != manifest.kind:
+            raise WrongBinding(f"sealed as a {manifest.kind}, what came out is a {content.kind}")
+        fresh = content.artefact if isinstance(content.artefact, OpenedJob) else None
+        job = fresh or known
+        if job is None:
+            raise WrongBinding(f"job {manifest.job_id[:12]} is not known here")
+        bind(manifest, job.job)
+        check_content(content, job.job)
+        admission = ledger.admit(manifest, raw.digest, fresh)
+    return Opened(manifest, raw.digest, content, admission)
 
 
 def rewrap_run(config: RewrapConfig) -> dict[str, object]:
@@ -251,10 +277,6 @@ def _told(manifest: SealedManifest, sealed_digest: str, digest: str | None, out:
         "sealed_digest": sealed_digest,
         "sequence": manifest.sequence,
     }
-
-
-def _new(admission: str) -> str:
-    return "new here" if admission == "new" else "the same as opened before"
 
 
 @contextmanager

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from adapters.kinds import declared
 from offsite.blocks import block_list, decoder_stack, find_mlp, slice_mlp
+from offsite.bundle import AdapterSpec, Bundle, write_bundle
 from offsite.digests import model_digest
+from offsite.job import Job
+from offsite.keys import Identity, generate, save_identity
 from offsite.owner import OwnerRecord, write_owner_record
 from offsite.package import Method, Package, describe_layout, write_package
 from offsite.split import extract
 from offsite.tensors import read_header
+from offsite.trust import TrustStore
 
 # A test that reaches for a hub fails at once, here and in what it spawns.
 huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -185,3 +193,96 @@ def tamper(tmp_path: Path) -> Callable[..., Path]:
         return copy
 
     return tampered
+
+
+@dataclass(frozen=True)
+class Party:
+    """One side of a sealed exchange: its keys folder, the passphrase's file, and the keys themselves."""
+
+    keys: Path
+    passphrase: Path
+    identity: Identity
+
+    @property
+    def fingerprint(self) -> str:
+        return self.identity.public.fingerprint
+
+    @property
+    def flags(self) -> list[str]:
+        """How a verb is told whose keys to use."""
+        return ["--keys", str(self.keys), "--passphrase-file", str(self.passphrase)]
+
+
+@pytest.fixture(scope="session")
+def key_ring(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Identity]]:
+    """Make one identity a name and session, saved; its folder is copied, never used in place."""
+    folder = tmp_path_factory.mktemp("keys")
+    made: dict[str, Identity] = {}
+
+    def keys_of(name: str) -> tuple[Path, Identity]:
+        if name not in made:
+            made[name] = generate(name, days=30)
+            save_identity(folder / name, made[name], b"correct horse")
+        return folder / name, made[name]
+
+    return keys_of
+
+
+@pytest.fixture
+def make_party(tmp_path: Path, key_ring: Callable[[str], tuple[Path, Identity]]) -> Callable[[str], Party]:
+    """Give a test its own copy of a named party's keys folder, which trusts nobody yet."""
+
+    def make(name: str) -> Party:
+        folder, identity = key_ring(name)
+        home = tmp_path / f"{name}-home"
+        shutil.copytree(folder, home / "keys")
+        (home / "keys").chmod(0o700)
+        passphrase = home / "passphrase"
+        passphrase.write_bytes(b"correct horse")
+        passphrase.chmod(0o600)
+        return Party(home / "keys", passphrase, identity)
+
+    return make
+
+
+@pytest.fixture
+def parties(make_party: Callable[[str], Party]) -> tuple[Party, Party]:
+    """An owner and a client who trust each other and have exchanged nothing yet."""
+    owner, client = make_party("owner"), make_party("client")
+    for one, other in ((owner, client), (client, owner)):
+        TrustStore(one.keys).add(other.identity.public.card, other.fingerprint)
+    return owner, client
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, dropped_package: Package) -> Bundle:
+    """A bundle of `dropped_package` in a few kilobytes; read only."""
+    spec = AdapterSpec(kind="lora", placement="1+0", targets="attention", rank=1, dtype="float32")
+    expected = declared(spec, dropped_package.layout, dropped_package.block_tensors())
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(one.shape, generator=generator) for name, one in expected.items()}
+    out = tmp_path_factory.mktemp("tiny") / "bundle"
+    return write_bundle(out, package=dropped_package, spec=spec, tensors=tensors, expected=expected)
+
+
+@pytest.fixture
+def make_job(parties: tuple[Party, Party], dropped_package: Package, tiny_bundle: Bundle) -> Callable[..., Job]:
+    """The owner's terms for the client: `dropped_package`, the adapter of `tiny_bundle`, two rounds, a day."""
+
+    def make(**changes: Any) -> Job:
+        owner, client = parties
+        now = int(time.time())
+        settings: dict[str, Any] = {
+            "job_id": secrets.token_hex(16),
+            "owner": owner.fingerprint,
+            "client": client.fingerprint,
+            "package_digest": dropped_package.digest,
+            "base_digest": dropped_package.manifest.base_digest,
+            "adapter": tiny_bundle.manifest.adapter,
+            "rounds": 2,
+            "created": now,
+            "expires": now + 86400,
+        }
+        return Job(**{**settings, **changes})
+
+    return make
