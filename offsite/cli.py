@@ -72,23 +72,25 @@ VERBS: dict[str, Verb] = {
     "registry list": Verb(
         "owner: what arrived and what became of it",
         "server.registryconfig:RegistryListConfig",
-        "server.registry:list_run",
+        "server.registryverbs:list_run",
     ),
     "registry show": Verb(
-        "owner: one arrival in full", "server.registryconfig:RegistryShowConfig", "server.registry:show_run"
+        "owner: one arrival in full", "server.registryconfig:RegistryShowConfig", "server.registryverbs:show_run"
     ),
     "registry accept": Verb(
         "owner: allow a verified bundle to be plugged in",
         "server.registryconfig:RegistryAcceptConfig",
-        "server.registry:accept_run",
+        "server.registryverbs:accept_run",
     ),
     "registry refuse": Verb(
-        "owner: refuse a bundle for good", "server.registryconfig:RegistryRefuseConfig", "server.registry:refuse_run"
+        "owner: refuse a bundle for good",
+        "server.registryconfig:RegistryRefuseConfig",
+        "server.registryverbs:refuse_run",
     ),
     "log verify": Verb(
         "owner: check the registry's log from its first line",
         "server.registryconfig:LogVerifyConfig",
-        "server.registry:log_verify_run",
+        "server.registryverbs:log_verify_run",
     ),
     "exchange serve": Verb(
         "owner: serve sealed files over HTTP", "server.exchangeconfig:ServeExchangeConfig", "server.exchange:serve_run"

@@ -1,0 +1,90 @@
+"""Settings of the owner's verbs around the registry: ``job create``, ``intake``, ``registry ...``, ``log verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from offsite.keyconfig import IdentityConfig, KeysConfig
+
+ID_PATTERN = r"^[0-9a-f]{16}$"
+
+
+class JobCreateConfig(KeysConfig):
+    """Settings of ``offsite job create PACKAGE --client FINGERPRINT --registry DIR -o JOB``."""
+
+    verb: ClassVar[str] = "job create"
+
+    package: Path = Field(description="package folder the client is to tune on", json_schema_extra={"positional": True})
+    client: str = Field(description="fingerprint of the client's card, pinned by trust add")
+    registry: Path = Field(description="registry folder; made if there is none")
+    output: Path = Field(description="job folder to write", json_schema_extra={"short": "-o"})
+    adapter: str = Field("blocks", description="adapter that may come back: blocks, lora, rslora, dora or bitfit")
+    placement: str = Field("2+2", description="blocks that carry it: BOTTOM+TOP counted from the outside, or all")
+    targets: Literal["all-linear", "attention", "mlp"] = Field("all-linear", description="linears of low-rank adapters")
+    rank: int = Field(8, ge=1, description="rank of low-rank adapters")
+    alpha: float = Field(16.0, gt=0, description="scale of low-rank adapters, as in peft")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of low-rank adapters")
+    adapter_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the bundle's tensors")
+    rounds: int = Field(1, ge=1, le=10_000, description="bundles the client may hand in, one for each round")
+    days: int = Field(30, ge=1, le=3650, description="days until nothing more is taken in for the job")
+    max_relative_frobenius: float = Field(
+        1.0, gt=0, le=1e6, description="cap on a module's update: its Frobenius norm over that of the module's weight"
+    )
+    max_relative_spectral: float = Field(
+        2.0, gt=0, le=1e6, description="cap on a module's update: its largest singular value over the weight's"
+    )
+    terms: str = Field("", max_length=20_000, description="terms in words, for people")
+
+
+class IntakeConfig(IdentityConfig):
+    """Settings of ``offsite intake SEALED --registry DIR``."""
+
+    verb: ClassVar[str] = "intake"
+
+    sealed: Path = Field(description="sealed bundle from the client", json_schema_extra={"positional": True})
+    registry: Path = Field(description="registry folder that job create made")
+
+
+class RegistryConfig(KeysConfig):
+    """What every verb on an existing registry needs: the folder, and the keys folder that holds its head."""
+
+    registry: Path = Field(description="registry folder that job create made")
+
+
+class RegistryListConfig(RegistryConfig):
+    """Settings of ``offsite registry list --registry DIR``."""
+
+    verb: ClassVar[str] = "registry list"
+
+
+class RegistryShowConfig(RegistryConfig):
+    """Settings of ``offsite registry show ID --registry DIR``."""
+
+    verb: ClassVar[str] = "registry show"
+
+    id: str = Field(description="id of a bundle, as intake said", json_schema_extra={"positional": True})
+
+
+class RegistryAcceptConfig(RegistryConfig):
+    """Settings of ``offsite registry accept ID --registry DIR``."""
+
+    verb: ClassVar[str] = "registry accept"
+
+    id: str = Field(description="id of a verified bundle", json_schema_extra={"positional": True})
+
+
+class RegistryRefuseConfig(RegistryConfig):
+    """Settings of ``offsite registry refuse ID --registry DIR``."""
+
+    verb: ClassVar[str] = "registry refuse"
+
+    id: str = Field(description="id of a bundle that is not plugged in", json_schema_extra={"positional": True})
+
+
+class LogVerifyConfig(RegistryConfig):
+    """Settings of ``offsite log verify --registry DIR``."""
+
+    verb: ClassVar[str] = "log verify"
