@@ -57,6 +57,7 @@ __all__ = [
     "PublicKeys",
     "Signatures",
     "generate",
+    "is_sound",
     "load_identity",
     "open_identity",
     "read_card",
@@ -263,9 +264,9 @@ def read_card(raw: bytes) -> PublicKeys:
     if raw_body is None:
         raise BadKey("card: body is not base64")
     body = parse_strict(raw_body, _Body, what="card body")
-    keys = {name: _decoded(getattr(body, name), size) for name, size in _SIZES.items()}
+    keys = {name: _decoded(getattr(body, name)) for name in _SIZES}
     for name, key in keys.items():
-        if key is None or not _is_sound(name, key):
+        if key is None or not is_sound(name, key):
             raise BadKey(f"card: {name} is not a sound public key", hint="ask its holder to make new keys")
     if body.expires <= body.created:
         raise BadKey("card: expires before it was created")
@@ -273,6 +274,30 @@ def read_card(raw: bytes) -> PublicKeys:
     public = PublicKeys(name=body.name, created=body.created, expires=body.expires, card=raw, **sound)
     public.verify("card", raw_body, signatures)
     return public
+
+
+def is_sound(name: str, raw: bytes) -> bool:
+    """Tell whether `raw` encodes a public key of that algorithm which is canonical and not weak.
+
+    Args:
+        name: ``ed25519``, ``mldsa65``, ``mlkem768`` or ``x25519``.
+    """
+    if len(raw) != _SIZES[name]:
+        return False
+    number = int.from_bytes(raw, "little")
+    if name == "ed25519":
+        number &= 2**255 - 1
+        return number < _FIELD and number not in _SMALL_ORDER
+    if name == "mldsa65":  # after the seed only zeros: anybody can sign for it
+        return any(raw[32:])
+    try:
+        if name == "x25519":  # a point of small order makes every shared secret zero, which the library refuses
+            X25519PrivateKey.from_private_bytes(bytes(32)).exchange(X25519PublicKey.from_public_bytes(raw))
+            return number < _FIELD
+        MLKEM768PublicKey.from_public_bytes(raw)
+    except ValueError:
+        return False
+    return True
 
 
 def save_identity(folder: Path, identity: Identity, passphrase: bytes) -> None:
@@ -349,23 +374,6 @@ def _framed(purpose: str, message: bytes) -> bytes:
 
 def _public_raw(private: Mapping[str, Any]) -> dict[str, bytes]:
     return {name: key.public_key().public_bytes_raw() for name, key in private.items()}
-
-
-def _is_sound(name: str, raw: bytes) -> bool:
-    """Tell whether `raw`, of the right length, encodes a key that is not weak."""
-    number = int.from_bytes(raw, "little")
-    if name == "ed25519":
-        number &= 2**255 - 1
-        return number < _FIELD and number not in _SMALL_ORDER
-    try:
-        if name == "x25519":  # a point of small order makes every shared secret zero, which the library refuses
-            X25519PrivateKey.from_private_bytes(bytes(32)).exchange(X25519PublicKey.from_public_bytes(raw))
-            return number < _FIELD
-        if name == "mlkem768":
-            MLKEM768PublicKey.from_public_bytes(raw)
-    except ValueError:
-        return False
-    return True
 
 
 def _encoded(raw: bytes) -> str:
