@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from emulator.choose import by_influence, measure_influences, uniform
 from emulator.config import METHODS
 from emulator.trace import Batch
-from emulator.width import activities, best, narrow, num_kept, refit, score
+from emulator.width import activities, eliminate, narrow, num_kept, refit, strongest
 from offsite.blocks import find_mlp, linear_names
 from offsite.errors import ConfigError
 from offsite.split import Plan, extract
@@ -29,6 +29,7 @@ class Recipe:
         blocks: number of middle blocks that ``drop`` keeps.
         choice: ``uniform`` or ``influence``, how ``drop`` chooses them.
         width: share of the MLP channels that ``width`` keeps in each block.
+        channels: ``obs`` or ``activation``, how ``width`` chooses them.
         refit: whether ``width`` fits the kept channels' outgoing weights to the whole MLP's output.
         calibration: public text, ``input_ids`` and ``attention_mask`` of (batch, tokens) int64 each.
     """
@@ -36,6 +37,7 @@ class Recipe:
     blocks: int | None = None
     choice: str = "uniform"
     width: float = 1.0
+    channels: str = "obs"
     refit: bool = True
     calibration: Sequence[Batch] = field(default=(), repr=False)
 
@@ -120,16 +122,20 @@ def drop(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
 @register_compressor("width")
 def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
     """Every block with fewer MLP channels, those that do most on public text. Source: arXiv:2404.11536."""
+    choices = {"obs": eliminate, "activation": strongest}
+    if recipe.channels not in choices:
+        raise ConfigError(f"unknown choice {recipe.channels!r} of channels, expected {' or '.join(choices)}")
     full_blocks = middle_blocks(model, plan)
     wanted = [num_kept(find_mlp(block).num_channels, recipe.width) for block in full_blocks]
     kept = (*plan.bottom, *plan.middle, *plan.top)
     emulator = extract(model, {plan.stack.name: kept})
     blocks = middle_blocks(emulator, plan)
     channels = {}
-    found = activities(model, full_blocks, recipe.calibration, products=recipe.refit and recipe.width < 1)
+    products = (recipe.refit or recipe.channels == "obs") and recipe.width < 1
+    found = activities(model, full_blocks, recipe.calibration, products=products)
     for number, (block, full_block, num, activity) in enumerate(zip(blocks, full_blocks, wanted, found, strict=True)):
         if num < find_mlp(full_block).num_channels:
-            chosen = best(score(full_block, activity), num)
+            chosen = choices[recipe.channels](full_block, activity, num)
             narrow(block, chosen)
             if recipe.refit:
                 refit(block, full_block, chosen, activity)

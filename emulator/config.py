@@ -35,6 +35,11 @@ class DistillConfig(VerbConfig):
         "'drop' keeps some blocks whole, 'keep-all' keeps the middle as it is (for references only)",
     )
     width: float = Field(0.33, gt=0, le=1, description="width: share of the MLP channels that each middle block keeps")
+    channels: Literal["obs", "activation"] = Field(
+        "obs",
+        description="width: leave out channels one by one, each time the one that the others best make up for (optimal "
+        "brain surgeon), or keep those of the largest activation times outgoing norm",
+    )
     refit: bool = Field(
         True, description="width: fit the kept channels' outgoing weights to the whole MLP's output on public text"
     )
@@ -48,7 +53,7 @@ class DistillConfig(VerbConfig):
     bottom: int = Field(2, ge=0, description="blocks in the bottom end")
     top: int = Field(2, ge=1, description="blocks in the top end")
     calibration_tokens: int = Field(
-        8192, ge=1, description="tokens of public text on which blocks or channels are chosen"
+        32768, ge=1, description="tokens of public text on which blocks or channels are chosen"
     )
 
     steps: int = Field(300, ge=0, description="optimiser steps; 0 for the training-free package")
@@ -104,7 +109,11 @@ class DistillConfig(VerbConfig):
             found.append("--steps: method keep-all leaves nothing to distil, expected 0")
         if self.method == "width" and self.width == 1 and self.steps > 0:
             found.append("--steps: a width of 1 leaves nothing to distil, expected 0")
-        takes = {"blocks": "drop", "choice": "drop", "width": "width", "refit": "width"}
+        if self.method == "width" and self.channels == "obs" and not self.refit:
+            found.append(
+                "--channels obs leaves out what refitting makes up for, expected --refit or --channels activation"
+            )
+        takes = {"blocks": "drop", "choice": "drop", "width": "width", "channels": "width", "refit": "width"}
         for field, method in takes.items():
             if field in given and self.method in {*takes.values(), "keep-all"} and self.method != method:
                 found.append(f"--{field} belongs to method {method}, not to {self.method}")

@@ -123,6 +123,7 @@ def _recipe(config: DistillConfig, text: PublicText | None) -> Recipe:
         blocks=config.blocks,
         choice=config.choice,
         width=config.width,
+        channels=config.channels,
         refit=config.refit,
         calibration=calibration,
     )

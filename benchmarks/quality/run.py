@@ -109,7 +109,7 @@ def _package_job(plan: dict[str, Any], package: dict[str, Any]) -> dict[str, Any
     settings = dict(package["distill"])
     if settings.pop("needs_public", True):
         settings["public"] = plan["public"]
-    if settings.get("steps"):
+    if settings.get("steps", plan["distillation"]["steps"]):
         settings = {**plan["distillation"], **settings}
     key = f"package-{package['name']}"
     base = {"kind": "package", "key": key, "package": package["name"], "model": plan["model"]}
@@ -127,7 +127,7 @@ def _arms(plan: dict[str, Any]) -> list[dict[str, Any]]:
                     "name": f"{package['name']}/{adapter}",
                     "package": package["name"],
                     "adapter_name": adapter,
-                    "seeds": package.get("seeds", plan["seeds"]),
+                    "seeds": package.get("seeds", {}).get(adapter, plan["seeds"]),
                 }
             )
     return found

@@ -13,7 +13,7 @@ GOOD = {"model": "m", "output": "out", "public": "text.txt"}
 
 def test_defaults_are_width_with_distillation() -> None:
     config = build(DistillConfig, flags=GOOD)
-    assert (config.method, config.width, config.blocks) == ("width", 0.33, None)
+    assert (config.method, config.width, config.channels, config.blocks) == ("width", 0.33, "obs", None)
     assert (config.bottom, config.top, config.public) == (2, 2, Path("text.txt"))
     assert config.steps > 0
 
@@ -26,6 +26,7 @@ def test_defaults_are_width_with_distillation() -> None:
         {"method": "drop", "blocks": "8", "steps": "0", "public": None},
         {"method": "keep-all", "steps": "0", "public": None},
         {"method": "width", "width": "1", "steps": "0"},
+        {"channels": "activation", "refit": "false"},
         {"learning_rate": "1e-3", "kl_weight": "0"},
     ],
 )
@@ -42,6 +43,8 @@ def test_what_goes_together(changes: dict[str, str | None]) -> None:
         ({"public": None, "steps": "0", "method": "drop", "blocks": "3", "choice": "influence"}, "--choice influence"),
         ({"method": "drop"}, "--blocks is missing"),
         ({"method": "drop", "blocks": "3", "width": "0.5"}, "--width belongs to method width, not to drop"),
+        ({"method": "drop", "blocks": "3", "channels": "obs"}, "--channels belongs to method width, not to drop"),
+        ({"refit": "false"}, "--channels obs leaves out what refitting makes up for"),
         ({"blocks": "3"}, "--blocks belongs to method drop, not to width"),
         ({"method": "keep-all"}, "nothing to distil"),
         ({"width": "1"}, "nothing to distil"),

@@ -1,12 +1,10 @@
-from collections.abc import Callable
-
 import pytest
 import torch
 
 from emulator.compress import Recipe, compress
 from emulator.objective import Pair
-from emulator.width import RIDGE, activities, best, num_kept, score
-from offsite.blocks import block_list, find_mlp, outgoing_weight, zero_mlp_channels
+from emulator.width import RIDGE, Activity, activities, best, eliminate, num_kept, score
+from offsite.blocks import block_list, find_mlp, hidden_of, outgoing_weight, zero_mlp_channels
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.split import make_plan
 
@@ -57,7 +55,7 @@ def test_compact_equals_full_with_the_other_channels_zeroed(tiny, batch, archite
     full = tiny(architecture)
     plan = make_plan(full)
     before = {name: tensor.clone() for name, tensor in full.state_dict().items()}
-    emulator = compress(full, plan, "width", Recipe(width=0.4, refit=False, calibration=[batch]))
+    emulator = compress(full, plan, "width", Recipe(width=0.4, channels="activation", refit=False, calibration=[batch]))
     assert all(torch.equal(before[name], tensor) for name, tensor in full.state_dict().items())
     for number, kept in ((int(role.split(".")[1]), kept) for role, kept in emulator.channels.items()):
         block = block_list(full, plan.stack)[plan.num_bottom + number]
@@ -70,30 +68,35 @@ def test_compact_equals_full_with_the_other_channels_zeroed(tiny, batch, archite
         torch.testing.assert_close(emulator.model(**batch).logits, full(**batch).logits, rtol=1e-4, atol=1e-4)
 
 
-def output_of(block: torch.nn.Module, compute: Callable[[], object]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What goes into the block's down projection while `compute` runs, and what comes out."""
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    module = block.get_submodule(find_mlp(block).output)
-    handle = module.register_forward_hook(lambda _module, args, output: seen.append((args[0].clone(), output.clone())))
-    compute()
-    handle.remove()
-    return seen[0]
+def seen_in(model: torch.nn.Module, block: torch.nn.Module, text: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The MLP's activations (N, C) when `model` reads `text`, padding apart, and the weights (N,) of the tokens."""
+    seen: dict[str, torch.Tensor] = {}
+    inner = block.get_submodule(find_mlp(block).output)
+    handles = [
+        inner.register_forward_hook(lambda _module, args, _output: seen.update(inside=args[0].clone())),
+        block.register_forward_hook(lambda _module, _args, output: seen.update(after=hidden_of(output).clone())),
+    ]
+    with torch.no_grad():
+        model(**text)
+    for handle in handles:
+        handle.remove()
+    real = text["attention_mask"].bool()
+    return seen["inside"].reshape(*real.shape, -1)[real], 1 / seen["after"][real].square().sum(-1)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "opt"])
 def test_scores_are_activation_times_outgoing_norm(tiny, batch, architecture: str) -> None:
     model = tiny(architecture)
     block = block_list(model, make_plan(model).stack)[2]
-    activation, _output = output_of(block, lambda: model(**batch))
+    found_nc, weight_n = seen_in(model, block, batch)
     columns = outgoing_weight(block, find_mlp(block))
-    real = batch["attention_mask"].bool().reshape(-1)
-    found_nc = activation.reshape(24, -1)[real]
-    wanted = found_nc.square().mean(0).sqrt() * columns.norm(dim=0)
+    share_n = weight_n / weight_n.sum()
+    wanted = (share_n @ found_nc.square()).sqrt() * columns.norm(dim=0)
     for products in (False, True):
         [activity] = activities(model, [block], [batch], products=products)
         torch.testing.assert_close(score(block, activity), wanted, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(activity.mean, found_nc.mean(0), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(activity.moment, found_nc.T @ found_nc / real.sum(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(activity.mean, share_n @ found_nc, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(activity.moment, (found_nc * share_n[:, None]).T @ found_nc, rtol=1e-4, atol=1e-6)
 
 
 def test_blocks_are_measured_alike_in_one_pass_and_in_many(tiny, batch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,14 +122,13 @@ def test_refitted_weights_are_the_least_squares_solution(tiny, batch, architectu
     small = emulator.model.get_submodule(f"{plan.stack.name}.{plan.num_bottom}")
     module, kept = block.get_submodule(find_mlp(block).output), list(emulator.channels["middle.0"])
     weight_dc = outgoing_weight(block, find_mlp(block)).double()
-    inputs = []
-    for text in texts:
-        real = text["attention_mask"].bool().reshape(-1)
-        inputs.append(output_of(block, lambda text=text: full(**text))[0].reshape(len(real), -1)[real].double())
-    x_nc = torch.cat(inputs)
-    mean_c = x_nc.mean(0) if module.bias is not None else torch.zeros(x_nc.shape[1], dtype=torch.float64)
-    centred = x_nc - mean_c
-    pull = (RIDGE * centred[:, kept].square().mean(0).mean() * len(x_nc)).sqrt()
+    x_nc, weight_n = (
+        torch.cat(parts).double() for parts in zip(*(seen_in(full, block, text) for text in texts), strict=True)
+    )
+    share_n = weight_n / weight_n.sum()
+    mean_c = share_n @ x_nc if module.bias is not None else torch.zeros(x_nc.shape[1], dtype=torch.float64)
+    centred = (x_nc - mean_c) * share_n.sqrt()[:, None]
+    pull = (RIDGE * centred[:, kept].square().sum(0).median()).sqrt()
     rows = torch.cat([centred[:, kept], pull * torch.eye(len(kept))])
     targets = torch.cat([centred @ weight_dc.T, pull * weight_dc.T[kept]])
     wanted = torch.linalg.lstsq(rows, targets).solution.T
@@ -138,15 +140,74 @@ def test_refitted_weights_are_the_least_squares_solution(tiny, batch, architectu
         torch.testing.assert_close(found_bias, module.bias.double() + missed, rtol=1e-3, atol=1e-4)
 
 
+def least_loss(moment_cc: torch.Tensor, weight_dc: torch.Tensor, kept: list[int], pull: float) -> float:
+    """What is lost when only `kept` channels stay, their weights at their best: with the ridge on every channel."""
+    gram_cc = moment_cc + pull * torch.eye(len(moment_cc), dtype=moment_cc.dtype)
+    fitted_dk = torch.linalg.solve(gram_cc[kept][:, kept], gram_cc[kept] @ weight_dc.T).T
+    change_dc = weight_dc.clone()
+    change_dc[:, kept] -= fitted_dk
+    return float(torch.einsum("dc,ce,de->", change_dc, gram_cc, change_dc))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("together", [1, 5, 32])
+def test_each_channel_eliminated_is_the_one_that_costs_least(
+    tiny, architecture: str, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against solving the least squares anew for every channel that could go next, one after the other."""
+    monkeypatch.setattr("emulator.width.ELIMINATED_TOGETHER", together)
+    model = tiny(architecture)
+    block = block_list(model, make_plan(model).stack)[2]
+    mlp = find_mlp(block)
+    generator = torch.Generator().manual_seed(5)
+    mixed_nc = torch.randn(90, 12, generator=generator) @ torch.randn(12, mlp.num_channels, generator=generator)
+    found_nc = mixed_nc + 0.3 * torch.randn(mixed_nc.shape, generator=generator) + 0.5
+    activity = Activity(found_nc.mean(0), found_nc.T @ found_nc / len(found_nc))
+    moment_cc, weight_dc = activity.moment.double(), outgoing_weight(block, mlp).double()
+    if block.get_submodule(mlp.output).bias is not None:
+        moment_cc = moment_cc - activity.mean.double()[:, None] * activity.mean.double()
+    pull = RIDGE * float(moment_cc.diagonal().median())
+    left = list(range(mlp.num_channels))
+    while len(left) > mlp.num_channels - 11:
+        losses = [least_loss(moment_cc, weight_dc, [c for c in left if c != gone], pull) for gone in left]
+        left.pop(losses.index(min(losses)))
+        assert eliminate(block, activity, len(left)) == left
+
+
+def test_of_channels_that_say_the_same_one_stays_and_nothing_is_lost(tiny) -> None:
+    full = tiny("llama")
+    plan = make_plan(full)
+    with torch.no_grad():
+        for block in full.model.layers:
+            block.mlp.gate_proj.weight[32:] = block.mlp.gate_proj.weight[:32]
+            block.mlp.up_proj.weight[32:] = block.mlp.up_proj.weight[:32]
+    ids = torch.randint(3, 128, (32, 12), generator=torch.Generator().manual_seed(4))
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    errors = {}
+    for choice in ("activation", "obs"):
+        emulator = compress(full, plan, "width", Recipe(width=0.5, channels=choice, calibration=[text]))
+        with torch.no_grad():
+            errors[choice] = float(Pair(full, emulator.model, plan, emulator.kept)(text, 0).hidden) / ids.numel()
+    assert {channel % 32 for channel in emulator.channels["middle.0"]} == set(range(32))
+    assert errors["obs"] < 1e-3 < errors["activation"]
+
+
 def test_refitting_brings_the_blocks_output_nearer(tiny, batch) -> None:
     full = tiny("llama")
     plan = make_plan(full)
     errors = []
     for refit in (False, True):
-        emulator = compress(full, plan, "width", Recipe(width=0.25, refit=refit, calibration=[batch]))
+        recipe = Recipe(width=0.25, channels="activation", refit=refit, calibration=[batch])
+        emulator = compress(full, plan, "width", recipe)
         with torch.no_grad():
             errors.append(float(Pair(full, emulator.model, plan, emulator.kept)(batch, 0).hidden))
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_an_unknown_choice_of_channels_is_refused(tiny, batch) -> None:
+    full = tiny("llama")
+    with pytest.raises(ConfigError, match="unknown choice 'best' of channels, expected obs or activation"):
+        compress(full, make_plan(full), "width", Recipe(width=0.5, channels="best", calibration=[batch]))
 
 
 def test_dead_channels_go_first(tiny, batch) -> None:
