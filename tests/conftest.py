@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,7 +222,9 @@ def key_ring(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     def keys_of(name: str) -> tuple[Path, Identity]:
         if name not in made:
             made[name] = generate(name, days=30)
-            save_identity(folder / name, made[name], b"correct horse")
+            with pytest.MonkeyPatch.context() as patch:  # the files state their cost; tests open them many times
+                patch.setattr("offsite.keyfiles.SCRYPT_COST", 2**4)
+                save_identity(folder / name, made[name], b"correct horse")
         return folder / name, made[name]
 
     return keys_of
@@ -286,3 +288,116 @@ def make_job(parties: tuple[Party, Party], dropped_package: Package, tiny_bundle
         return Job(**{**settings, **changes})
 
     return make
+
+
+class LiveExchange:
+    """The owner's exchange on a loopback port of this process, and what a client needs to use it."""
+
+    def __init__(self, folder: Path, owner: Party, client: Party, package: Package, bundle: Bundle) -> None:
+        self.folder, self.owner, self.client, self.package, self.bundle = folder, owner, client, package, bundle
+        self.registry_folder, self.outbox = folder / "registry", folder / "outbox"
+        self.outbox.mkdir(parents=True)
+        self._ends: list[Callable[[], None]] = []
+        with self.registry(create=True):
+            pass
+
+    def registry(self, **arguments: Any) -> Any:
+        from server.registry import Registry
+
+        return Registry.open(self.registry_folder, self.owner.keys, **arguments)
+
+    def add(self, job: Job) -> Job:
+        with self.registry() as registry:
+            registry.add_job(job, package=self.package.path, client_name="client")
+        return job
+
+    def start(self, **settings: Any) -> Any:
+        """Serve, with settings of ``offsite exchange serve``; return the exchange. `url` says where."""
+        from contextlib import ExitStack
+        from threading import Thread
+
+        from server.exchange import opened_exchange, server_process
+        from server.exchangeconfig import ServeExchangeConfig
+        from server.listening import listen, url_of
+
+        stated = {"registry": self.registry_folder, "outbox": self.outbox, "keys": self.owner.keys}
+        config = ServeExchangeConfig(**{**stated, "limit_free_bytes": 0, "limit_rate": 10_000.0, **settings})
+        held = ExitStack()
+        exchange = held.enter_context(opened_exchange(config, self.owner.identity))
+        sock = held.enter_context(listen("127.0.0.1", 0))
+        sock.listen(256)
+        tls = settings.get("tls")
+        process = server_process(exchange, config, tls)
+        thread = Thread(target=process.run, kwargs={"sockets": [sock]})
+        thread.start()
+        self.url = url_of(sock)
+
+        def end() -> None:
+            process.should_exit = True
+            thread.join()
+            held.close()
+
+        self._ends.append(end)
+        return exchange
+
+    def stop(self) -> None:
+        while self._ends:
+            self._ends.pop()()
+
+    def seal(
+        self, out: Path, job: Job, *, issuer: Party | None = None, bundle: Path | None = None, **changes: Any
+    ) -> Path:
+        """Write what a client hands in: the sound bundle, sealed, or as changed as nobody should."""
+        from offsite.seal import seal_files
+
+        issuer, source = issuer or self.client, bundle or self.bundle.path
+        stated: dict[str, Any] = {
+            "kind": "bundle",
+            "job_id": job.job_id,
+            "created": int(time.time()),
+            "expires": job.expires,
+            "sequence": 1,
+            "round": 1,
+            "previous": None,
+            "base_digest": job.base_digest,
+            "package_digest": job.package_digest,
+            "identity": issuer.identity,
+            "recipients": [self.owner.identity.public],
+        }
+        seal_files({path.name: path for path in source.iterdir()}, out, **{**stated, **changes})
+        return out
+
+    def offer(self, name: str, job: Job, *, source: Path | None = None, **changes: Any) -> Path:
+        """Put what the owner sealed for the client into the outbox: the package, unless it is said what."""
+        stated = {
+            "kind": "package",
+            "round": 0,
+            "identity": self.owner.identity,
+            "recipients": [self.client.identity.public],
+        }
+        return self.seal(self.outbox / name, job, bundle=source or self.package.path, **{**stated, **changes})
+
+    def flags(self) -> list[str]:
+        """How the client's verbs are told whose keys to use, with little patience."""
+        return [*self.client.flags, "--patience-seconds", "5"]
+
+
+@pytest.fixture(scope="session")
+def quiet_bundle(tmp_path_factory: pytest.TempPathFactory, dropped_package: Package, tiny_bundle: Bundle) -> Bundle:
+    """`tiny_bundle`, so small an update that every job takes it; read only."""
+    expected = declared(tiny_bundle.manifest.adapter, dropped_package.layout, dropped_package.block_tensors())
+    tensors = {name: 0.02 * tensor for name, tensor in tiny_bundle.load_tensors().items()}
+    out = tmp_path_factory.mktemp("quiet") / "bundle"
+    return write_bundle(
+        out, package=dropped_package, spec=tiny_bundle.manifest.adapter, tensors=tensors, expected=expected
+    )
+
+
+@pytest.fixture
+def live_exchange(
+    tmp_path: Path, parties: tuple[Party, Party], dropped_package: Package, quiet_bundle: Bundle
+) -> Iterator[LiveExchange]:
+    """An owner's side that can be started and stopped as often as a test likes."""
+    made = LiveExchange(tmp_path / "owner-side", *parties, dropped_package, quiet_bundle)
+    yield made
+    made.stop()

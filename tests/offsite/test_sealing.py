@@ -1,0 +1,224 @@
+"""The verbs seal, open and rewrap, between two parties' folders, and everything they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from offsite import cli
+from offsite.job import write_job
+from offsite.ledger import Ledger
+from offsite.trust import TrustStore
+
+
+class Desk:
+    """Runs verbs as one of the parties, and keeps what they printed."""
+
+    def __init__(self, capsys, folder: Path):
+        self.capsys, self.folder = capsys, folder
+
+    def __call__(self, party, *words, code=0):
+        found = cli.run([str(word) for word in (*words, *party.flags)])
+        captured = self.capsys.readouterr()
+        assert found == code, captured.err
+        if code:
+            lines = captured.err.splitlines()
+            assert lines[0].startswith("offsite: error: ")
+            assert len(lines) <= 2
+            assert str(self.folder) not in captured.err
+            return lines[0]
+        return json.loads(captured.out)
+
+
+@pytest.fixture
+def desk(capsys, tmp_path):
+    return Desk(capsys, tmp_path)
+
+
+@pytest.fixture
+def job(tmp_path, make_job):
+    job = make_job()
+    write_job(tmp_path / "job", job)
+    return job
+
+
+@pytest.fixture
+def opened(tmp_path, desk, parties, job, dropped_package):
+    """The owner's job and package, sealed by the owner and opened by the client."""
+    owner, client = parties
+    desk(owner, "seal", tmp_path / "job", "-o", tmp_path / "job.sealed")
+    desk(owner, "seal", dropped_package.path, "--job", tmp_path / "job", "-o", tmp_path / "package.sealed")
+    desk(client, "open", tmp_path / "job.sealed", "-o", tmp_path / "client-job")
+    desk(client, "open", tmp_path / "package.sealed", "-o", tmp_path / "client-package")
+    return tmp_path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_there_and_back(opened, desk, parties, job, dropped_package, tiny_bundle):
+    owner, client = parties
+    assert content(opened / "client-job") == content(opened / "job")
+    assert content(opened / "client-package") == content(dropped_package.path)
+    assert (opened / "client-package").stat().st_mode & 0o077 == 0
+    told = desk(client, "seal", tiny_bundle.path, "--job", opened / "client-job", "-o", opened / "bundle.sealed")
+    assert (told["kind"], told["round"], told["sequence"], told["digest"]) == ("bundle", 1, 1, tiny_bundle.digest)
+    found = desk(owner, "open", opened / "bundle.sealed", "-o", opened / "owner-bundle")
+    assert found["sealed_digest"] == told["sealed_digest"]
+    assert (found["admission"], found["verified"], found["job_id"]) == ("new", True, job.job_id)
+    assert content(opened / "owner-bundle") == content(tiny_bundle.path)
+    assert not [path for path in opened.iterdir() if path.name.startswith(".")]
+
+
+def test_reports_go_both_ways(opened, desk, parties):
+    owner, client = parties
+    for sender, receiver, name in ((owner, client, "down"), (client, owner, "up")):
+        (opened / name).mkdir()
+        (opened / name / "report.json").write_text('{"figure": 1}')
+        words = ("--job", opened / "job", "--round", 2, "-o", opened / f"{name}.sealed")
+        assert desk(sender, "seal", opened / name, *words)["round"] == 2
+        desk(receiver, "open", opened / f"{name}.sealed", "-o", opened / f"{name}.open")
+        assert content(opened / f"{name}.open") == content(opened / name)
+
+
+def test_opening_again_is_no_error_and_says_so(opened, desk, parties):
+    again = desk(parties[1], "open", opened / "package.sealed", "-o", opened / "again")
+    assert again["admission"] == "again"
+
+
+def test_an_older_package_is_refused_after_a_newer_one(opened, desk, parties, dropped_package):
+    owner, client = parties
+    for name in ("second", "third"):
+        desk(owner, "seal", dropped_package.path, "--job", opened / "job", "-o", opened / name)
+    desk(client, "open", opened / "third", "-o", opened / "out-third")
+    error = desk(client, "open", opened / "second", "-o", opened / "out-second", code=3)
+    assert "number 2 of its issuer's, number 3 came before it" in error
+    assert not (opened / "out-second").exists()
+
+
+def test_the_job_comes_first(tmp_path, desk, parties, job, dropped_package):
+    owner, client = parties
+    error = desk(owner, "seal", dropped_package.path, "--job", tmp_path / "job", "-o", tmp_path / "out", code=3)
+    assert "is not known here" in error
+    desk(owner, "seal", tmp_path / "job", "-o", tmp_path / "job.sealed")
+    desk(owner, "seal", dropped_package.path, "--job", tmp_path / "job", "-o", tmp_path / "package.sealed")
+    error = desk(client, "open", tmp_path / "package.sealed", "-o", tmp_path / "out", code=3)
+    assert "is not known here" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("who", "words", "code", "message"),
+    [
+        ("client", "seal job -o out", 3, "may not seal a job"),
+        ("client", "seal {package} --job job -o out", 3, "may not seal a package"),
+        ("owner", "seal {bundle} --job job -o out", 3, "may not seal a bundle"),
+        ("client", "seal {bundle} -o out", 2, "--job is missing"),
+        ("client", "seal {bundle} --job job --round 3 -o out", 2, "rounds 1 to 2, found 3"),
+        ("owner", "seal {package} --job job --round 1 -o out", 2, "rounds 0 to 0, found 1"),
+        ("client", "seal {bundle} --job nowhere -o out", 3, "no job folder named 'nowhere'"),
+        ("client", "seal {bundle} --job job -o job", 2, "output 'job' already exists"),
+        ("client", "seal nowhere --job job -o out", 3, "no folder named 'nowhere'"),
+        ("client", "seal odd --job job -o out", 3, "no job, package, bundle or report"),
+        ("client", "seal page --job job -o out", 3, "no job, package, bundle or report"),
+        ("client", "seal broken --job job -o out", 3, "is not JSON with distinct keys"),
+        ("client", "seal results --job job -o out", 3, "results.json of 'results' is not offsite/results/1"),
+        ("owner", "seal {narrow} --job job -o out", 3, "the job is about"),
+        ("client", "seal {bundle} --job edited -o out", 3, "is known here with other terms"),
+        ("client", "seal {other} --job job -o out", 3, "another adapter than the job asks for"),
+        ("owner", "seal job --job edited -o out", 2, "--job names another job"),
+        ("client", "open nowhere -o out", 3, "no sealed folder named 'nowhere'"),
+        ("client", "open job -o out", 3, "'keys.json' is missing"),
+        ("owner", "open package.sealed -o out", 3, "is not pinned here"),
+        ("client", "open package.sealed -o job", 2, "output 'job' already exists"),
+    ],
+)
+def test_refusals(
+    opened,
+    desk,
+    parties,
+    job,
+    dropped_package,
+    narrow_package,
+    tiny_bundle,
+    tamper,
+    monkeypatch,
+    who,
+    words,
+    code,
+    message,
+):
+    monkeypatch.chdir(opened)
+    for name, file, text in (
+        ("odd", "notes.txt", "x"),
+        ("page", "report.html", "<p>"),
+        ("broken", "report.json", '{"a": 1, "a": 2}'),
+        ("results", "results.json", "{}"),
+    ):
+        (opened / name).mkdir()
+        (opened / name / file).write_text(text)
+    write_job(opened / "edited", job.model_copy(update={"rounds": 1}))
+    names = {"package": dropped_package.path, "bundle": tiny_bundle.path, "narrow": narrow_package.path}
+    if "{other}" in words:
+        names["other"] = tamper(tiny_bundle.path, edit=lambda stated: stated["adapter"].update(alpha=4.0))
+    before = sorted(path.name for path in opened.iterdir())
+    party = parties[("owner", "client").index(who)]
+    error = desk(party, *words.format(**names).split(), code=code)
+    assert message in error
+    assert sorted(path.name for path in opened.iterdir()) == before
+
+
+def test_an_untrusted_recipient_is_not_sealed_for(opened, desk, parties, tiny_bundle):
+    owner, client = parties
+    TrustStore(client.keys).revoke(owner.fingerprint)
+    words = ("seal", tiny_bundle.path, "--job", opened / "client-job", "-o", opened / "out")
+    assert "is revoked" in desk(client, *words, code=3)
+
+
+def test_an_expired_job_is_not_sealed_for(tmp_path, desk, parties, make_job):
+    past = int(time.time()) - 10
+    write_job(tmp_path / "job", make_job(created=past - 10, expires=past))
+    error = desk(parties[0], "seal", tmp_path / "job", "-o", tmp_path / "out", code=3)
+    assert "expired 1" in error
+
+
+def test_rewrapping_touches_only_the_wrapped_keys(opened, desk, parties, make_party, dropped_package):
+    owner, client = parties
+    new = make_party("client-new")
+    TrustStore(new.keys).add(owner.identity.public.card, owner.fingerprint)
+    for name in ("job", "package"):
+        words = ("--to", new.keys, "--to-passphrase-file", new.passphrase, "-o", opened / f"{name}.moved")
+        told = desk(client, "rewrap", opened / f"{name}.sealed", *words)
+        before, after = content(opened / f"{name}.sealed"), content(opened / f"{name}.moved")
+        assert {key for key in before if before[key] != after[key]} == {"keys.json"}
+        assert before.keys() == after.keys()
+        found = desk(new, "open", opened / f"{name}.moved", "-o", opened / f"{name}.new")
+        assert found["sealed_digest"] == told["sealed_digest"]
+    assert content(opened / "package.new") == content(dropped_package.path)
+    error = desk(client, "open", opened / "package.moved", "-o", opened / "out", code=3)
+    assert "sealed for another key" in error
+    newest = make_party("stranger")
+    TrustStore(newest.keys).add(owner.identity.public.card, owner.fingerprint)
+    words = ("--to", newest.keys, "--to-passphrase-file", newest.passphrase, "-o", opened / "out")
+    assert "does not name key" in desk(new, "rewrap", opened / "package.moved", *words, code=3)
+    shutil.rmtree(opened / "package.sealed" / "payload")
+    (opened / "package.sealed" / "payload").mkdir()
+    assert "missing" in desk(client, "rewrap", opened / "package.sealed", *words, code=3)
+    assert not (opened / "out").exists()
+
+
+def test_a_refused_opening_leaves_the_ledger_as_it_was(opened, desk, parties):
+    client = parties[1]
+    with Ledger(client.keys) as ledger:
+        before = ledger._store.head
+    payload = sorted((opened / "package.sealed" / "payload").iterdir())[-1]
+    payload.write_bytes(payload.read_bytes()[:-1] + b"\0")
+    shutil.copytree(opened / "package.sealed", opened / "copy")
+    desk(client, "open", opened / "copy", "-o", opened / "out", code=3)
+    with Ledger(client.keys) as ledger:
+        assert ledger._store.head == before
