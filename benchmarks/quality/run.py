@@ -33,7 +33,11 @@ def main() -> None:
     options.add_argument("--work", type=Path, required=True, help="folder for packages and finished jobs")
     options.add_argument("--out", type=Path, required=True, help="results JSON to write")
     options.add_argument("--model", default=None, help="instead of the configuration's")
-    options.add_argument("--only", default="", help="packages to work on, by comma; the table shows all that is done")
+    options.add_argument(
+        "--only",
+        default="",
+        help="what to work on, by comma, as PACKAGE or PACKAGE/ADAPTER; the table shows all that is done",
+    )
     options.add_argument("--workers", type=int, default=1)
     options.add_argument("--threads", type=int, default=1, help="threads of each worker")
     options.add_argument("--limit-seconds", type=float, default=0, help="start no job after this long; 0 for no limit")
@@ -42,9 +46,10 @@ def main() -> None:
     began = time.monotonic()
     given.work.mkdir(parents=True, exist_ok=True)
     runner = _Runner(given, plan, began)
-    only = set(filter(None, given.only.split(","))) or {package["name"] for package in plan["packages"]}
-    packages = [_package_job(plan, package) for package in plan["packages"] if package["name"] in only]
-    arms = [arm for arm in _arms(plan) if arm["package"] in only]
+    only = set(filter(None, given.only.split(",")))
+    arms = [arm for arm in _arms(plan) if not only or {arm["name"], arm["package"]} & only]
+    wanted = {arm["package"] for arm in arms}
+    packages = [_package_job(plan, package) for package in plan["packages"] if package["name"] in wanted]
     runner.run(
         [{"kind": "zero_shot", "key": "zero_shot", "model": plan["model"], "heldout": plan["heldout"]}, *packages]
     )
