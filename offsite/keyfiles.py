@@ -8,7 +8,6 @@ Sources: RFC 5958 (PKCS8), RFC 8018 (PBES2), RFC 7914 section 7 (scrypt in PBES2
 from __future__ import annotations
 
 import base64
-import json
 import os
 import secrets
 import stat
@@ -24,11 +23,10 @@ from cryptography.hazmat.primitives.ciphers.modes import CBC
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.hazmat.primitives.padding import PKCS7
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from pydantic import ValidationError
 
-from offsite.errors import BadKey, ConfigError, RunFailed, TooLarge
+from offsite.errors import BadKey, BadSchema, ConfigError, RunFailed, TooLarge
 from offsite.manifest import Strict
-from offsite.tensors import no_duplicates
+from offsite.strictjson import parse_strict
 
 PASSPHRASE_VARIABLE = "OFFSITE_PASSPHRASE"  # noqa: S105 - the name, not the word
 PASSPHRASE_LIMIT_BYTES = 1023  # what OpenSSL takes
@@ -36,6 +34,7 @@ PEM_LIMIT_BYTES = 16 * 2**10
 # 16 MiB and about 0.1 s a guess; 2**15 is more than the openssl command agrees to read.
 SCRYPT_COST, SCRYPT_BLOCKS, SCRYPT_PASSES = 2**14, 8, 2
 
+_PASSPHRASE_FILE = "passphrase file"  # noqa: S105 - what it is called
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _HOW = f"--passphrase-file FILE, the environment variable {PASSPHRASE_VARIABLE}, or a terminal to type it on"
 _PBES2 = bytes.fromhex("06092a864886f70d01050d")
@@ -58,10 +57,10 @@ def read_passphrase(file: Path | None, *, confirm: bool = False) -> bytes:
         BadKey: when `file` cannot be read or others can read it.
     """
     if file is not None:
-        found = read_private(file, PASSPHRASE_LIMIT_BYTES + 2, what="passphrase file")
+        found = read_private(file, PASSPHRASE_LIMIT_BYTES + 2, what=_PASSPHRASE_FILE)
         found = found.removesuffix(b"\n").removesuffix(b"\r")
         if b"\n" in found:
-            raise ConfigError(f"passphrase file {file.name!r} holds more than one line")
+            raise ConfigError("the passphrase file holds more than one line")
     elif PASSPHRASE_VARIABLE in os.environ:
         found = os.fsencode(os.environ[PASSPHRASE_VARIABLE])
     elif sys.stdin is not None and sys.stdin.isatty():
@@ -118,7 +117,10 @@ def check_folder(folder: Path) -> None:
             f"no keys folder named {folder.name!r}", hint="make keys with 'offsite keygen', or name another with --keys"
         )
     if stat.S_IMODE(folder.stat().st_mode) & _OTHERS:
-        raise BadKey(f"keys folder {folder.name!r} is open to others", hint=f"chmod 700 {folder.name}")
+        raise BadKey(
+            f"keys folder {folder.name!r} is open to others",
+            hint="chmod 700 it, and think about who may have read or changed what is in it",
+        )
 
 
 def encrypt_pkcs8(plain: bytes, passphrase: bytes) -> bytes:
@@ -152,44 +154,46 @@ def decrypt_pkcs8(pem: bytes, passphrase: bytes, kind: type[Key], *, name: str) 
     return key
 
 
-def parse_strict(raw: bytes, cls: type[Form], *, what: str, hint: str | None = None) -> Form:
-    """Return the JSON object `raw` as `cls`, each name once.
+def parse_keys(raw: bytes, cls: type[Form], *, what: str, format_name: str | None, hint: str | None = None) -> Form:
+    """Return the JSON object `raw`, a card or the like, as `cls`.
+
+    Args:
+        format_name: what its field ``format`` must hold; None when it has no such field.
 
     Raises:
-        BadKey: naming `what`, and the field when it is one of ours; never its value.
+        WrongBinding: when it is of another format.
+        BadKey: when it does not have the form of `cls`; names the field, never its value.
     """
     try:
-        json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
-        return cls.model_validate_json(raw)
-    except ValidationError as error:
-        where = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"]
-        known = [str(part) for part in where if part in cls.model_fields]
-        field = known[0] if known else "a field"
-        raise BadKey(f"{what}: {field} does not have the specified form", hint=hint) from None
-    except (ValueError, RecursionError):
-        raise BadKey(f"{what} is not JSON with distinct names", hint=hint) from None
+        return parse_strict(raw, cls, what, {} if format_name is None else {"format": format_name})
+    except BadSchema as error:
+        raise BadKey(str(error), hint=hint) from None
 
 
 def _read(path: Path, limit_bytes: int, what: str, *, private: bool) -> bytes:
+    # Whoever takes --passphrase-file for --passphrase has typed the secret where a name belongs: do not repeat it.
+    named = f"the {what}" if what == _PASSPHRASE_FILE else f"{what} {path.name!r}"
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # non-blocking: a FIFO must not hang us
-    except FileNotFoundError:
-        raise BadKey(f"no {what} named {path.name!r}", hint="check the path") from None
-    except OSError as error:
-        raise BadKey(f"cannot read {what} {path.name!r}: {(error.strerror or 'refused').lower()}") from None
+    except (OSError, ValueError) as error:
+        raise BadKey(f"cannot read {named}: {_reason(error)}", hint="check the path") from None
     with os.fdopen(handle, "rb") as file:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
-            raise BadKey(f"{what} {path.name!r} is not a plain file")
+            raise BadKey(f"{named} is not a plain file")
         if private and stat.S_IMODE(found.st_mode) & _OTHERS:
-            raise BadKey(f"{what} {path.name!r} is open to others", hint=f"chmod 600 {path.name}")
+            raise BadKey(f"{named} is open to others", hint="chmod 600 it, and think about who may have read it")
         try:
             content = file.read(limit_bytes + 1)
         except OSError as error:
-            raise RunFailed(f"cannot read {what} {path.name!r}: {(error.strerror or 'refused').lower()}") from None
+            raise RunFailed(f"cannot read {named}: {_reason(error)}") from None
     if len(content) > limit_bytes:
-        raise TooLarge(f"{what} {path.name!r} is over {limit_bytes} bytes")
+        raise TooLarge(f"{named} is over {limit_bytes} bytes")
     return content
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (getattr(error, "strerror", None) or "refused").lower()
 
 
 def _ask(confirm: bool) -> bytes:

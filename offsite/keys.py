@@ -15,12 +15,11 @@ import base64
 import hashlib
 import json
 import re
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -31,6 +30,7 @@ from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, MLKEM768X25519Pr
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from pydantic import Field
 
+from offsite.console import say
 from offsite.errors import BadKey, BadSignature, TooLarge, WrongRecipient
 from offsite.keyconfig import NAME_PATTERN
 from offsite.keyfiles import (
@@ -38,7 +38,7 @@ from offsite.keyfiles import (
     check_folder,
     decrypt_pkcs8,
     encrypt_pkcs8,
-    parse_strict,
+    parse_keys,
     read_passphrase,
     read_private,
     write_private,
@@ -223,7 +223,7 @@ class _Body(Strict):
 
 
 class _Card(Strict):
-    format: Literal["offsite/card/1"]
+    format: str
     body: str
     signatures: dict[str, str]
 
@@ -253,17 +253,18 @@ def read_card(raw: bytes) -> PublicKeys:
 
     Raises:
         TooLarge: when the card is over `CARD_LIMIT_BYTES`.
+        WrongBinding: when it is a card of another format.
         BadKey: when it does not have the form of a card, or a key is malformed or of small order.
         BadSignature: when it was not signed by both its keys.
     """
     if len(raw) > CARD_LIMIT_BYTES:
         raise TooLarge(f"card of {len(raw)} bytes, limit {CARD_LIMIT_BYTES}")
-    card = parse_strict(raw, _Card, what="card")
+    card = parse_keys(raw, _Card, what="card", format_name=CARD_FORMAT)
     signatures = Signatures.from_json(card.signatures)
     raw_body = _decoded(card.body)
     if raw_body is None:
         raise BadKey("card: body is not base64")
-    body = parse_strict(raw_body, _Body, what="card body")
+    body = parse_keys(raw_body, _Body, what="card body", format_name=None)
     keys = {name: _decoded(getattr(body, name)) for name in _SIZES}
     for name, key in keys.items():
         if key is None or not is_sound(name, key):
@@ -353,8 +354,8 @@ def run(config: KeygenConfig) -> dict[str, object]:
     identity = generate(config.name, days=config.days)
     save_identity(config.output, identity, passphrase)
     public, card = identity.public, config.output / CARD_NAME
-    print(f"fingerprint of {public.name}: {public.fingerprint}", file=sys.stderr)
-    print(f"send {card} to the other party, and the fingerprint over another channel", file=sys.stderr)
+    say(f"fingerprint of {public.name}: {public.fingerprint}")
+    say(f"send {card} to the other party, and the fingerprint over another channel")
     return {
         "card": str(card),
         "expires": public.expires,

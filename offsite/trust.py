@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from offsite.console import say
 from offsite.errors import ArtefactError, BadKey, ConfigError, Replayed, Untrusted
-from offsite.keyfiles import check_folder, parse_strict, read_limited, read_private, write_private
+from offsite.keyfiles import check_folder, parse_keys, read_limited, read_private, write_private
 from offsite.keys import CARD_LIMIT_BYTES, FINGERPRINT_PATTERN, PublicKeys, read_card
 from offsite.manifest import Strict
 from offsite.staging import staged_file
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from offsite.keyconfig import TrustAddConfig, TrustListConfig, TrustRevokeConfig
 
 TRUST_NAME = "trust.json"
+TRUST_FORMAT = "offsite/trust/1"
 TRUST_LIMIT_BYTES = 32 * 2**20
 MAX_SKEW_SECONDS = 300
 
@@ -62,7 +64,7 @@ class _Entry(Strict):
 
 
 class _Pinned(Strict):
-    format: Literal["offsite/trust/1"] = "offsite/trust/1"
+    format: str = TRUST_FORMAT
     peers: dict[str, _Entry] = {}
 
 
@@ -84,7 +86,7 @@ class TrustStore:
             fingerprint: what that party said it is, over a channel that the card did not come by.
 
         Raises:
-            BadKey, BadSignature, TooLarge: when `read_card` refuses the card.
+            BadKey, BadSignature, TooLarge, WrongBinding: when `read_card` refuses the card.
             Untrusted: when its fingerprint is another, it was revoked here, or its date is past or to come.
             Replayed: when a later card of the same keys is pinned.
         """
@@ -169,7 +171,7 @@ class TrustStore:
         if not os.path.lexists(self._path):
             return _Pinned()
         raw = read_private(self._path, TRUST_LIMIT_BYTES, what="trust file")
-        return parse_strict(raw, _Pinned, what=f"trust file {TRUST_NAME!r}", hint=_MEND)
+        return parse_keys(raw, _Pinned, what=f"trust file {TRUST_NAME!r}", format_name=TRUST_FORMAT, hint=_MEND)
 
     def _write(self, pinned: _Pinned) -> None:
         raw = json.dumps(pinned.model_dump(mode="json"), sort_keys=True, indent=1).encode() + b"\n"
@@ -184,7 +186,7 @@ def add(config: TrustAddConfig) -> dict[str, object]:
     shown = read_card(raw)
     fingerprint = _confirmed(shown) if config.fingerprint is None else config.fingerprint
     keys = store.add(raw, fingerprint)
-    print(f"trusted until {_date(keys.expires)}: {keys.name} {keys.fingerprint}", file=sys.stderr)
+    say(f"trusted until {_date(keys.expires)}: {keys.name} {keys.fingerprint}")
     return {"expires": keys.expires, "fingerprint": keys.fingerprint, "name": keys.name, "state": "trusted"}
 
 
@@ -203,16 +205,16 @@ def show(config: TrustListConfig) -> dict[str, object]:
         for peer in TrustStore(config.keys).peers()
     ]
     for item in listed:
-        print(f"{item['state']:<13} {item['name']}  {item['fingerprint']}", file=sys.stderr)
+        say(f"{item['state']:<13} {item['name']}  {item['fingerprint']}")
     if not listed:
-        print("nobody is pinned here yet", file=sys.stderr)
+        say("nobody is pinned here yet")
     return {"peers": listed}
 
 
 def revoke(config: TrustRevokeConfig) -> dict[str, object]:
     """Carry out ``offsite trust revoke``."""
     peer = TrustStore(config.keys).revoke(config.fingerprint)
-    print(f"revoked: {peer.keys.name} {peer.keys.fingerprint}", file=sys.stderr)
+    say(f"revoked: {peer.keys.name} {peer.keys.fingerprint}")
     return {"fingerprint": peer.keys.fingerprint, "name": peer.keys.name, "revoked": peer.revoked, "state": "revoked"}
 
 
@@ -220,9 +222,8 @@ def _confirmed(keys: PublicKeys) -> str:
     """Return the card's fingerprint once the person at the terminal has said that it is the right one."""
     if sys.stdin is None or not sys.stdin.isatty():
         raise ConfigError(f"--fingerprint is missing; the card's own is {keys.fingerprint}", hint=_COMPARE)
-    print(f"the card of {keys.name} has the fingerprint\n  {keys.fingerprint}", file=sys.stderr)
-    print("did the other party tell you the same one over another channel? type yes: ", end="", file=sys.stderr)
-    sys.stderr.flush()
+    say(f"the card of {keys.name} has the fingerprint\n  {keys.fingerprint}")
+    say("did the other party tell you the same one over another channel? type yes:")
     if sys.stdin.readline().strip().lower() != "yes":
         raise ConfigError("not confirmed, nobody was added", hint=_COMPARE)
     return keys.fingerprint
