@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offsite.errors import ArtefactError, ConfigError, WrongBinding
+from offsite.job import Job
 from offsite.keys import Identity, PublicKeys
+from offsite.owner import owner_record_path, read_owner_record
 from offsite.sealed import SealedManifest
 from offsite.sealedfolder import RawSealed
+from offsite.tensors import TensorSpec
 from offsite.trust import TrustStore
 from offsite.wire import Status
-from server.registry import Registry, check_unseen
-from server.verify import verify_envelope
+from server.registry import Registry
+from server.registryrows import Verdict, check_unseen
+from server.verify import adapter_tensors, verify_envelope, verify_sizes
 
 
 class Desk:
@@ -30,6 +34,7 @@ class Desk:
         lookup: Callable[[str, int], PublicKeys],
     ) -> None:
         self._registry, self._identity, self._trust, self._lookup = registry, identity, trust, lookup
+        self._tensors: dict[str, dict[str, TensorSpec]] = {}
 
     def check(self, raw: RawSealed, client: str, now: int) -> SealedManifest:
         """Return the manifest once all that can be known before the payload comes is in order.
@@ -41,11 +46,27 @@ class Desk:
         def keys(issuer: str) -> PublicKeys:
             return self._lookup(issuer, now)
 
-        manifest, _ = verify_envelope(raw.manifest_raw, raw.signatures_raw, keys, self._registry.job, now=now)
+        manifest, job = verify_envelope(raw.manifest_raw, raw.signatures_raw, keys, self._registry.job, now=now)
         if manifest.issuer != client:
             raise WrongBinding("this bundle was sealed by another key than the one that hands it in")
         check_unseen(manifest, raw.digest, self._registry.seen(manifest))
+        verify_sizes(manifest, self._expected(job))
         return manifest
+
+    def _expected(self, job: Job) -> dict[str, TensorSpec]:
+        """Return the tensors of the job's adapter, from the owner's record of its package.
+
+        Raises:
+            ConfigError: when there is none.
+        """
+        if job.job_id not in self._tensors:
+            package = self._registry.package_path(job.package_digest)
+            try:
+                record = read_owner_record(owner_record_path(package))
+            except ArtefactError as error:  # the owner's fault, not the client's
+                raise ConfigError(f"package {package.name!r} of the job cannot be used: {error}") from None
+            self._tensors[job.job_id] = adapter_tensors(job.adapter, record)
+        return self._tensors[job.job_id]
 
     def verdict(self, digest: str, client: str) -> Status | None:
         """Return what became of a bundle of that client; None when none was verified or refused for good.
@@ -54,17 +75,9 @@ class Desk:
             digest: SHA-256 in hex.
         """
         found = self._registry.verdict(f"sha256:{digest}")
-        if found is None or found.state == "received":
+        if found is None or not found.is_final or self._registry.entry(found.id).client != client:
             return None
-        try:
-            entry = self._registry.entry(found.id)
-        except ConfigError:
-            return None  # refused on its way here; it may come again
-        if entry.digest != found.digest or entry.client != client:
-            return None
-        return Status(
-            digest=digest, state=found.state, id=found.id, reason=found.reason_class or "", message=found.message
-        )
+        return _status(found)
 
     def take_in(self, folder: Path, digest: str, now: int) -> Status:
         """Verify the sealed bundle in `folder` and register it; return what became of it.
@@ -76,10 +89,18 @@ class Desk:
             found = self._registry.intake(folder, self._identity, self._trust, now=now)
         except ArtefactError as error:
             return Status(digest=digest, state="refused", reason=type(error).__name__, message=str(error)[:2000])
-        return Status(
-            digest=digest, state=found.state, id=found.id, reason=found.reason_class or "", message=found.message
-        )
+        return _status(found)
 
     def log(self, event: str, **fields: object) -> None:
         """One line more is in the owner's log."""
         self._registry.log(event, **fields)
+
+
+def _status(found: Verdict) -> Status:
+    return Status(
+        digest=found.digest.removeprefix("sha256:"),
+        state=found.state,
+        id=found.id,
+        reason=found.reason_class or "",
+        message=found.message[:2000],
+    )

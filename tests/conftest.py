@@ -358,7 +358,7 @@ class LiveExchange:
             "expires": job.expires,
             "sequence": 1,
             "round": 1,
-            "previous": None,
+            "previous": None if changes.get("sequence", 1) == 1 else "sha256:" + "0" * 64,
             "base_digest": job.base_digest,
             "package_digest": job.package_digest,
             "identity": issuer.identity,
@@ -386,7 +386,7 @@ class LiveExchange:
 def quiet_bundle(tmp_path_factory: pytest.TempPathFactory, dropped_package: Package, tiny_bundle: Bundle) -> Bundle:
     """`tiny_bundle`, so small an update that every job takes it; read only."""
     expected = declared(tiny_bundle.manifest.adapter, dropped_package.layout, dropped_package.block_tensors())
-    tensors = {name: 0.02 * tensor for name, tensor in tiny_bundle.load_tensors().items()}
+    tensors = {name: 0.02 * tensor for name, tensor in tiny_bundle.load_tensors(expected).items()}
     out = tmp_path_factory.mktemp("quiet") / "bundle"
     return write_bundle(
         out, package=dropped_package, spec=tiny_bundle.manifest.adapter, tensors=tensors, expected=expected
