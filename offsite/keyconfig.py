@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from offsite.config import VerbConfig
 
@@ -13,15 +13,23 @@ DEFAULT_KEYS = Path("~/.offsite/keys")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$"
 
 
+def home_expanded(path: object, info: ValidationInfo) -> object:
+    """Return the path with ``~`` replaced, as text where settings are read from JSON and so expected as text."""
+    if not isinstance(path, str | Path):
+        return path
+    found = Path(path).expanduser()
+    return str(found) if info.mode == "json" else found
+
+
 class KeysConfig(VerbConfig):
     """Base of verbs that use this party's keys folder."""
 
     keys: Path = Field(DEFAULT_KEYS, description="this party's keys folder", validate_default=True)
 
-    @field_validator("keys")
+    @field_validator("keys", mode="before")
     @classmethod
-    def _home(cls, path: Path) -> Path:
-        return path.expanduser()
+    def _home(cls, path: object, info: ValidationInfo) -> object:
+        return home_expanded(path, info)
 
 
 class IdentityConfig(KeysConfig):
@@ -48,10 +56,10 @@ class KeygenConfig(VerbConfig):
     days: int = Field(365, ge=1, le=3650, description="days until others stop trusting these keys")
     passphrase_file: Path | None = IdentityConfig.model_fields["passphrase_file"]  # type: ignore[assignment]
 
-    @field_validator("output")
+    @field_validator("output", mode="before")
     @classmethod
-    def _home(cls, path: Path) -> Path:
-        return path.expanduser()
+    def _home(cls, path: object, info: ValidationInfo) -> object:
+        return home_expanded(path, info)
 
 
 class TrustAddConfig(KeysConfig):
