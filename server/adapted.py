@@ -26,6 +26,7 @@ from offsite.manifest import FileEntry, Strict, check_files, read_manifest
 from offsite.models import load_model, load_tokenizer
 from offsite.tensors import TensorSpec, read_tensors, torch_dtype
 from server.fit import Fitted, cast_model, full_name, plain_model, plug, require_base
+from server.registryconfig import ID_PATTERN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,8 +48,9 @@ Form = Literal["peft", "own", "merged"]
 class AdaptedManifest(Strict):
     """The content of an adapted folder's ``offsite.json``.
 
-    ``base`` is where the full model was found. ``sites`` maps the canonical blocks that carry the adapter to the full
-    model's modules, and ``tensors`` declares its tensors under canonical names, in the full model's shapes.
+    ``base`` is where the full model was found, ``intake`` the id of the bundle in the registry. ``sites`` maps the
+    canonical blocks that carry the adapter to the full model's modules, and ``tensors`` declares its tensors under
+    canonical names, in the full model's shapes.
     """
 
     format: str = ADAPTED_FORMAT
@@ -58,6 +60,7 @@ class AdaptedManifest(Strict):
     package_digest: str = Field(pattern=DIGEST_PATTERN)
     bundle_digest: str = Field(pattern=DIGEST_PATTERN)
     merged_digest: str | None = Field(None, pattern=DIGEST_PATTERN)
+    intake: str | None = Field(None, pattern=ID_PATTERN)
     adapter: AdapterSpec
     sites: dict[str, str]
     tensors: dict[str, TensorSpec]

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from offsite.config import VerbConfig
+from offsite.keyconfig import KeysConfig
+from server.registryconfig import ID_PATTERN, RegistryConfig
 
 REFERENCE_NAMES = ("ceiling", "lora_full", "full")
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,63})=(.+)")
@@ -25,25 +26,33 @@ def named_paths(words: Sequence[str]) -> list[tuple[str, Path]]:
     return found
 
 
-class PlugConfig(VerbConfig):
-    """Settings of ``offsite plug-in MODEL BUNDLE -o ADAPTED``."""
+def registered_id(path: Path) -> str | None:
+    """Return the id of a registered bundle that stands in a path's place; None for the path of a folder."""
+    return str(path) if re.fullmatch(ID_PATTERN, str(path)) and not path.exists() else None
+
+
+class PlugConfig(RegistryConfig):
+    """Settings of ``offsite plug-in MODEL ID --registry DIR -o ADAPTED``."""
 
     verb: ClassVar[str] = "plug-in"
 
     model: str = Field(
         description="full model: a folder, a hub id, or a fetched name", json_schema_extra={"positional": True}
     )
-    bundle: Path = Field(description="bundle folder from the client", json_schema_extra={"positional": True})
+    id: str = Field(description="id of a bundle that was taken in and accepted", json_schema_extra={"positional": True})
     output: Path = Field(description="adapted folder to write", json_schema_extra={"short": "-o"})
     package: Path | None = Field(
-        None,
-        description="package the bundle was tuned on; default: found by its owner's record near the bundle",
+        None, description="package the bundle was tuned on; default: where it was when its job was made"
     )
     merge: bool = Field(False, description="write a whole checkpoint with the adapter merged in, in the model's dtype")
 
 
-class EvaluateConfig(VerbConfig):
-    """Settings of ``offsite evaluate MODEL --package PACKAGE --bundle BUNDLE --data HELDOUT -o FOLDER``."""
+class EvaluateConfig(KeysConfig):
+    """Settings of ``offsite evaluate MODEL --package PACKAGE --bundle BUNDLE --data HELDOUT -o FOLDER``.
+
+    A client's bundle is named by its id in the registry, once it is accepted. A bundle folder is taken without
+    signature, job or cap on norms: it is for what the owner tuned itself.
+    """
 
     verb: ClassVar[str] = "evaluate"
 
@@ -54,9 +63,11 @@ class EvaluateConfig(VerbConfig):
     package: Path = Field(description="package folder the bundles were tuned on")
     bundle: tuple[str, ...] = Field(
         min_length=1,
-        description="bundle as BUNDLE or NAME=BUNDLE; repeat it for several seeds of one adapter",
+        description="id of an accepted bundle (with --registry), or a bundle folder of the owner's own making; as "
+        "BUNDLE or NAME=BUNDLE; repeat it for several seeds of one adapter",
         json_schema_extra={"repeated": True},
     )
+    registry: Path | None = Field(None, description="registry folder, for bundles named by their ids")
     reference: tuple[str, ...] = Field(
         (),
         description=f"bundle tuned on a package that keeps every block, as NAME=BUNDLE with NAME one of "
@@ -108,6 +119,8 @@ class EvaluateConfig(VerbConfig):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         problems = []
+        if self.registry is None and any(registered_id(path) for _, path in named_paths(self.bundle)):
+            problems.append("--bundle: an id of a bundle needs --registry")
         for flag, words in {"--bundle": self.bundle, "--log": self.log, "--outcome": self.outcome}.items():
             names = [name for name, _ in named_paths(words)]
             for name in sorted({name for name in names if names.count(name) > 1}):

@@ -1,19 +1,35 @@
-"""What an evaluation compares: package, bundles and references, opened and bound to each other before any model."""
+"""What an evaluation compares: package, bundles and references, opened and bound to each other before any model.
+
+A client's bundle comes from the registry, by its id. A bundle folder is the owner's own making: it is held against its
+package, and nothing is asked of where it came from.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from offsite.bundle import Bundle, open_bundle
 from offsite.errors import ConfigError
-from offsite.owner import OwnerRecord, owner_record_path, read_owner_record
+from offsite.owner import OwnerRecord, find_owner_record, owner_record_path, read_owner_record
 from offsite.package import Package, open_package
 from offsite.results import RowName
-from server.config import EvaluateConfig, named_paths
-from server.fit import read_adapter
-from server.plug import find_record
+from server.config import EvaluateConfig, named_paths, registered_id
+from server.intake import read_registered
+from server.plug import accepted
+from server.registry import Registry
+from server.verify import Verified, expected_tensors, verify_own
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One bundle, its adapter as verified, and the record of the package it was tuned on."""
+
+    bundle: Bundle
+    verified: Verified
+    record: OwnerRecord
 
 
 @dataclass(frozen=True)
@@ -22,13 +38,13 @@ class Entrants:
 
     Attributes:
         bundles: by seed; all of one adapter, tuned on `package`.
-        references: by row, then seed: a bundle and the record of the keep-all package it was tuned on.
+        references: by row, then seed; each tuned on a keep-all package.
     """
 
     package: Package
     record: OwnerRecord
-    bundles: Mapping[str, Bundle]
-    references: Mapping[RowName, Mapping[str, tuple[Bundle, OwnerRecord]]]
+    bundles: Mapping[str, Entrant]
+    references: Mapping[RowName, Mapping[str, Entrant]]
 
 
 def open_entrants(config: EvaluateConfig) -> Entrants:
@@ -40,27 +56,58 @@ def open_entrants(config: EvaluateConfig) -> Entrants:
     """
     package = open_package(config.package)
     record = read_owner_record(owner_record_path(config.package))
-    bundles = {name: open_bundle(path) for name, path in named_paths(config.bundle)}
-    first = next(iter(bundles.values()))
-    for bundle in bundles.values():
+    bundles = {name: _entrant(config, path, record) for name, path in named_paths(config.bundle)}
+    first = next(iter(bundles.values())).bundle
+    for bundle in (entrant.bundle for entrant in bundles.values()):
         bundle.bind(package_digest=package.digest, base_digest=package.manifest.base_digest)
-        read_adapter(bundle, record)
         if bundle.manifest.adapter != first.manifest.adapter:
             raise ConfigError(
                 f"--bundle: {bundle.path.name!r} and {first.path.name!r} hold different adapters",
                 hint="several bundles are several seeds of one adapter; evaluate each adapter by itself",
             )
     known = [read_owner_record(owner_record_path(path)) for path in config.reference_package]
-    references: dict[RowName, dict[str, tuple[Bundle, OwnerRecord]]] = {}
+    references: dict[RowName, dict[str, Entrant]] = {}
     for row, path in named_paths(config.reference):
         bundle = open_bundle(path)
         matching = [found for found in known if found.package_digest == bundle.manifest.package_digest]
-        reference = matching[0] if matching else find_record(bundle, None)
-        read_adapter(bundle, reference)
+        reference = matching[0] if matching else find_record(bundle)
+        entrant = Entrant(bundle, read_own(bundle, reference), reference)
         _require_reference(row, bundle, reference, record, first)
         seeds = references.setdefault(cast(RowName, row), {})
-        seeds[path.name if path.name not in seeds else f"{path.name}-{len(seeds) + 1}"] = (bundle, reference)
+        seeds[path.name if path.name not in seeds else f"{path.name}-{len(seeds) + 1}"] = entrant
     return Entrants(package, record, bundles, references)
+
+
+def read_own(bundle: Bundle, record: OwnerRecord) -> Verified:
+    """Return the adapter of a bundle that the owner tuned itself. Never for what came from a client.
+
+    Raises:
+        WrongBinding, BadSchema, WrongNames, WrongShape, NotFinite: when it is not sound, or of another package.
+    """
+    what = f"bundle {bundle.path.name!r}"
+    expected = expected_tensors(what, bundle.manifest, record, None)
+    return verify_own(what, bundle.manifest, bundle.load_tensors(expected), record, bundle_digest=bundle.digest)
+
+
+def find_record(bundle: Bundle) -> OwnerRecord:
+    """Return the owner's record of the package the bundle was tuned on, found near it or the current folder.
+
+    Raises:
+        ConfigError: when none is found.
+    """
+    folder = bundle.path.resolve().parent
+    return find_owner_record(bundle.manifest.package_digest, None, [folder, Path.cwd(), folder.parent])
+
+
+def _entrant(config: EvaluateConfig, path: Path, record: OwnerRecord) -> Entrant:
+    bundle_id = registered_id(path)
+    if bundle_id is None or config.registry is None:
+        bundle = open_bundle(path)
+        return Entrant(bundle, read_own(bundle, record), record)
+    with Registry.open(config.registry, config.keys) as registry:
+        entry = accepted(registry, bundle_id)
+        verified = read_registered(registry, entry, record)
+        return Entrant(open_bundle(registry.bundle_folder(entry.id)), verified, record)
 
 
 _FITS: dict[str, tuple[str, Callable[[Bundle, Bundle], bool]]] = {

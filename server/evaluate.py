@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from offsite.bundle import Bundle
 from offsite.console import progress, say
 from offsite.devices import choose_device
 from offsite.digests import model_digest, sha256_file
 from offsite.errors import ConfigError
 from offsite.measure import multiple_choice_task, perplexity, run_tasks
 from offsite.models import load_model, load_tokenizer
-from offsite.owner import OwnerRecord
 from offsite.records import Record, read_records
 from offsite.results import (
     LOGS_NAME,
@@ -39,8 +37,8 @@ from offsite.results import (
 from offsite.staging import refuse_existing, staged_folder
 from offsite.text import Encoded, Example, encode, pack, pad_id
 from server.config import EvaluateConfig, named_paths
-from server.entrants import Entrants, open_entrants
-from server.fit import Fitted, cast_model, fit, plugged, read_adapter, require_base
+from server.entrants import Entrant, Entrants, open_entrants
+from server.fit import Fitted, cast_model, fit, plugged, require_base
 from server.metrics import capability, compare, summarise
 from server.summary import crossings, flat, parameters, read_outcomes, reproduce, show, versions
 
@@ -107,6 +105,7 @@ def run(config: EvaluateConfig) -> dict[str, object]:
     refuse_existing(config.output)
     _require_files(config)
     entrants = open_entrants(config)
+    bundles = {seed: entrant.bundle for seed, entrant in entrants.bundles.items()}
     runs = read_outcomes(named_paths(config.outcome))
     records = read_records(
         config.data, fields=config.fields, document_field=config.document_field, separator=config.separator
@@ -124,15 +123,18 @@ def run(config: EvaluateConfig) -> dict[str, object]:
         model=Path(config.model).name,
         base_digest=found.base_digest,
         method={"name": method.name, **method.settings},
-        adapter=next(iter(entrants.bundles.values())).manifest.adapter,
+        adapter=next(iter(bundles.values())).manifest.adapter,
         data=_data(config.data, records, encoded, examples),
         rows=rows,
         metrics=perplexity_metrics(rows),
         tasks=tasks,
         task_metrics=task_metrics(rows),
         parameters=found.counts,
-        **crossings(entrants.package, entrants.bundles),
-        references={row: tuple(b.digest for b, _ in seeds.values()) for row, seeds in entrants.references.items()},
+        **crossings(entrants.package, bundles),
+        references={
+            row: tuple(entrant.bundle.digest for entrant in seeds.values())
+            for row, seeds in entrants.references.items()
+        },
         runs=runs,
         answers=found.answers,
         config=settings,
@@ -161,7 +163,7 @@ def measure(config: EvaluateConfig, entrants: Entrants, ruler: Ruler, device: to
     model = load_model(config.model)
     digest = model_digest(model)
     require_base(model, digest, entrants.record.base_digest, f"package {entrants.package.path.name!r}")
-    counts = parameters(model, entrants.record, entrants.package, next(iter(entrants.bundles.values())))
+    counts = parameters(model, entrants.record, entrants.package, next(iter(entrants.bundles.values())).bundle)
     dtype = torch.bfloat16 if ruler.bf16 else torch.float32
     cast_model(model, dtype)
     model.to(device)  # type: ignore[arg-type]
@@ -196,13 +198,13 @@ def measure_full(
     scores: dict[RowName, dict[str, Score]] = {"zero_shot": {ONCE: ruler.score(model, "zero-shot")}}
     before = [continuation(model, ruler.tokenizer, prompt, config.answer_tokens) for prompt in config.prompt]
     after: list[str] = []
-    candidates: list[tuple[RowName, str, Bundle, OwnerRecord]] = [
-        ("plugged_in", seed, bundle, entrants.record) for seed, bundle in entrants.bundles.items()
+    candidates: list[tuple[RowName, str, Entrant]] = [
+        ("plugged_in", seed, entrant) for seed, entrant in entrants.bundles.items()
     ]
     for row, seeds in entrants.references.items():
-        candidates += [(row, seed, bundle, record) for seed, (bundle, record) in seeds.items()]
-    for row, seed, bundle, record in candidates:
-        with plugged(model, fit(model, bundle, record, base_digest=digest)) as adapted:
+        candidates += [(row, seed, entrant) for seed, entrant in seeds.items()]
+    for row, seed, entrant in candidates:
+        with plugged(model, fit(model, entrant.verified, entrant.record, base_digest=digest)) as adapted:
             scores.setdefault(row, {})[seed] = ruler.score(adapted, f"{row.replace('_', ' ')}, {seed}")
             if row == "plugged_in" and not after:
                 after = [continuation(adapted, ruler.tokenizer, text, config.answer_tokens) for text in config.prompt]
@@ -216,9 +218,9 @@ def measure_emulator(emulator: PreTrainedModel, entrants: Entrants, ruler: Ruler
         "emulator_zero_shot": {ONCE: ruler.score(emulator, "emulator zero-shot")}
     }
     scores["emulator_tuned"] = {}
-    for seed, bundle in entrants.bundles.items():
-        tensors = read_adapter(bundle, entrants.record)
-        with plugged(emulator, Fitted(bundle.manifest.adapter, tensors, entrants.package.layout.blocks)) as tuned:
+    for seed, entrant in entrants.bundles.items():
+        adapter = Fitted(entrant.verified.spec, entrant.verified.tensors, entrants.package.layout.blocks)
+        with plugged(emulator, adapter) as tuned:
             scores["emulator_tuned"][seed] = ruler.score(tuned, f"emulator tuned, {seed}")
     return scores
 

@@ -1,8 +1,7 @@
-"""A bundle's adapter fitted to the full model: checked, widened to its shapes, put on its own blocks.
+"""A verified adapter fitted to the full model: widened to its shapes, put on its own blocks.
 
-In order: the bundle was tuned on the package that the owner's record describes; its tensors are exactly those of its
-adapter, with their shapes, and finite; the full model is the one the package was made of. Only the type that stands
-for all of that, `Fitted`, can be plugged in.
+Only what ``server/verify.py`` has let through is fitted, to the full model that the package was made of. Only what was
+fitted can be plugged in.
 """
 
 from __future__ import annotations
@@ -16,15 +15,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from adapters.kinds import Attached, attach, declared
+from adapters.kinds import Attached, attach
 from adapters.lift import lift
 from adapters.lowrank import quiet_peft
 from offsite.blocks import linear_dims
-from offsite.bundle import AdapterSpec, Bundle
+from offsite.bundle import AdapterSpec
 from offsite.digests import model_digest
 from offsite.errors import BadSchema, ConfigError, WrongBinding, WrongNames
 from offsite.owner import OwnerRecord
 from offsite.tensors import spec_of
+from server.verify import Verified
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,40 +44,25 @@ class Fitted:
     sites: Mapping[str, str]
 
 
-def read_adapter(bundle: Bundle, record: OwnerRecord) -> dict[str, Tensor]:
-    """Return the bundle's tensors by canonical name, in the package's shapes; no model is needed.
-
-    Raises:
-        WrongBinding: when the bundle was tuned on another package than the record's, or names another base model.
-        BadSchema: when its adapter is none that the package can carry.
-        WrongNames, WrongShape, NotFinite: when its tensors are not exactly that adapter's.
-    """
-    bundle.bind(package_digest=record.package_digest, base_digest=record.base_digest)
-    try:
-        expected = declared(bundle.manifest.adapter, record.layout, record.block_tensors)
-    except ConfigError as error:
-        raise BadSchema(f"bundle {bundle.path.name!r}: {error}") from None
-    return bundle.load_tensors(expected)
-
-
-def fit(model: PreTrainedModel, bundle: Bundle, record: OwnerRecord, *, base_digest: str | None = None) -> Fitted:
-    """Return the bundle's adapter fitted to the full model, which is not changed.
+def fit(model: PreTrainedModel, verified: Verified, record: OwnerRecord, *, base_digest: str | None = None) -> Fitted:
+    """Return the adapter fitted to the full model, which is not changed.
 
     Args:
         model: the full model in the dtypes of its checkpoint.
+        record: the owner's, of the package that the adapter was tuned on.
         base_digest: ``offsite.digests.model_digest(model)`` as loaded, if it is known; computed otherwise.
 
     Raises:
-        WrongBinding: when model, bundle and record do not belong together.
-        BadSchema, WrongNames, WrongShape, NotFinite: see `read_adapter`; also when the record does not describe
-            the model.
+        WrongBinding: when model, adapter and record do not belong together.
+        BadSchema: when the record does not describe the model.
     """
-    tensors = read_adapter(bundle, record)
-    require_base(model, base_digest or model_digest(model), record.base_digest, f"bundle {bundle.path.name!r}")
-    blocks = dict.fromkeys(_block(name) for name in tensors)
+    if verified.package_digest != record.package_digest:
+        raise WrongBinding(f"{verified.what} and the owner's record belong to different packages")
+    require_base(model, base_digest or model_digest(model), record.base_digest, verified.what)
+    blocks = dict.fromkeys(_block(name) for name in verified.tensors)
     sites = {block: record.sites[block] for block in blocks}
     dims = {name: _dims(model, f"{sites[_block(name)]}.{_inner(name)}") for name in _linears(record, sites)}
-    return Fitted(bundle.manifest.adapter, lift(tensors, record.channels, dims), sites)
+    return Fitted(verified.spec, lift(verified.tensors, record.channels, dims), sites)
 
 
 def require_base(model: nn.Module, found: str, expected: str, what: str) -> None:

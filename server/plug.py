@@ -1,8 +1,10 @@
-"""``offsite plug-in``: put a returned adapter into the full model and write it under the full model's own names.
+"""``offsite plug-in``: put an accepted adapter into the full model and write it under the full model's own names.
 
-What is checked on the bundle is in ``offsite/bundle.py`` and ``server/fit.py``. The full model's checkpoint is never
-touched. What is written is opened again the way its users open it, and its logits on a fixed batch are compared with
-the plugged-in model's before it is published.
+What is plugged in is named by its id in the registry, and no other way: it was verified when it was taken in
+(``server/verify.py``), and its files are held against the registry's digests as they are read. The full model's
+checkpoint is never touched. What is written is opened again the way its users open it, and its logits on a fixed batch
+are compared with the plugged-in model's before it is published; then the registry is told. A crash in between is made
+good by the same command.
 """
 
 from __future__ import annotations
@@ -13,47 +15,118 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from adapters.kinds import Attached
-from offsite.bundle import TENSOR_FILE, Bundle, open_bundle
+from offsite.bundle import TENSOR_FILE
 from offsite.console import say
 from offsite.digests import model_digest
-from offsite.errors import RunFailed
+from offsite.errors import ArtefactError, ConfigError, PolicyError, RunFailed, WrongBinding
+from offsite.faults import reach
 from offsite.fetch import fetched_folder, known
 from offsite.manifest import entries, write_manifest
 from offsite.models import load_model, load_tokenizer
-from offsite.owner import OwnerRecord, find_owner_record
+from offsite.owner import OwnerRecord, owner_record_path, read_owner_record
 from offsite.staging import refuse_existing, staged_folder
 from offsite.tensors import read_tensors, spec_of, write_tensors
-from server.adapted import AdaptedManifest, Form, load_adapted, stored_names
+from server.adapted import AdaptedManifest, Form, load_adapted, open_adapted, stored_names
 from server.config import PlugConfig
-from server.fit import Fitted, fit, plain_model, plug, plugged, read_adapter, unplug
+from server.fit import Fitted, fit, plain_model, plug, plugged, unplug
+from server.intake import read_registered
 from server.peftfolder import open_with_peft, write_peft_folder
 from server.probe import READ_BACK_TOLERANCE, TOLERANCES, deviation, probe_logits
+from server.registry import Registry
+from server.registryrows import Entry, refusal
+from server.verify import Verified
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Fitted", "fit", "load_adapted", "merge", "plug", "plugged", "read_adapter", "run"]
+__all__ = ["Fitted", "fit", "load_adapted", "merge", "plug", "plugged", "run"]
 
 PEFT_KINDS = ("lora", "rslora", "dora")
 
 
 def run(config: PlugConfig) -> dict[str, object]:
-    """Run the verb: check, plug in, write, compare, publish.
+    """Run the verb: read, plug in, write, compare, publish, tell the registry.
 
     Raises:
-        ConfigError: when the model or the owner's record is not found, or the output exists.
-        ArtefactError: with the subclass of the check that the bundle failed.
+        ConfigError: when the model, the bundle or the owner's record is not found, or the output exists.
+        PolicyError: when the bundle was not accepted.
+        ArtefactError: when it was refused, or its files are not those that were verified.
         RunFailed: when what was written does not compute what the plugged-in model does.
     """
-    refuse_existing(config.output)
-    bundle = open_bundle(config.bundle)
-    record = find_record(bundle, config.package)
-    read_adapter(bundle, record)  # a bad bundle is refused before the full model is loaded
+    with Registry.open(config.registry, config.keys) as registry:
+        entry = accepted(registry, config.id)
+        if entry.state == "accepted" and is_of(config.output, entry):
+            say(f"{config.output.name} was published before the registry was told; now it is")
+            registry.advance(entry.id, "plugged-in")
+            return _result(config, open_adapted(config.output), None, None)
+        refuse_existing(config.output)
+        record = record_of(registry, entry, config.package)
+        verified = read_registered(registry, entry, record)
+        manifest, effect, error = _plug_in(config, entry, verified, record)
+        reach("plug-published")
+        registry.advance(entry.id, "plugged-in")
+    shown = f"{len(manifest.tensors)} tensors on {len(manifest.sites)} blocks"
+    say(f"{config.output.name}: {_SHOWN[manifest.form]}, {shown}")
+    return _result(config, manifest, effect, error)
+
+
+def accepted(registry: Registry, bundle_id: str) -> Entry:
+    """Return the bundle of that id, which the owner has accepted.
+
+    Raises:
+        ConfigError: when there is none.
+        PolicyError: when it was not accepted yet.
+        ArtefactError: with its class, when it was refused.
+    """
+    entry = registry.entry(bundle_id)
+    if entry.state == "refused":
+        raise refusal(entry.reason or "", f"bundle {entry.id} was refused: {entry.message}")
+    if entry.state in ("received", "verified"):
+        hint = f"offsite registry accept {entry.id} --registry {registry.folder}"
+        raise PolicyError(f"bundle {entry.id} is {entry.state}, not accepted", hint=hint)
+    return entry
+
+
+def record_of(registry: Registry, entry: Entry, package: Path | None) -> OwnerRecord:
+    """Return the owner's record of the package that the bundle was tuned on: the named one's, or the job's.
+
+    Raises:
+        ConfigError, ArtefactError: when it is not there.
+        WrongBinding: when the named package is another.
+    """
+    digest = registry.job(entry.job_id).package_digest
+    path = owner_record_path(registry.package_path(digest) if package is None else package)
+    if package is None and not path.is_file():
+        raise ConfigError(f"owner's record {path.name!r} is not where it was", hint="name the package with --package")
+    record = read_owner_record(path)
+    if record.package_digest != digest:
+        raise WrongBinding(
+            f"bundle {entry.id} was tuned on package {digest[:19]}, not {record.package_digest[:19]}",
+            hint="name the package with --package",
+        )
+    return record
+
+
+def is_of(output: Path, entry: Entry) -> bool:
+    """Tell whether a sound adapted folder of this bundle stands at `output`."""
+    if not output.is_dir():
+        return False
+    try:
+        manifest = open_adapted(output)
+    except ArtefactError:
+        return False
+    return manifest.intake == entry.id and manifest.bundle_digest == entry.bundle_digest
+
+
+def _plug_in(
+    config: PlugConfig, entry: Entry, verified: Verified, record: OwnerRecord
+) -> tuple[AdaptedManifest, float, float]:
+    """Write the adapted folder, and return its manifest, the adapter's effect and the error of what was read back."""
     model = load_model(config.model)
-    adapter = fit(model, bundle, record)
+    adapter = fit(model, verified, record)
     before = probe_logits(model, "the full model")
     attached = plug(model, adapter)
-    expected = probe_logits(plain_model(attached), f"the model with bundle {bundle.path.name!r} plugged in")
+    expected = probe_logits(plain_model(attached), f"the model with {verified.what} plugged in")
     effect = deviation(expected, before)
     with staged_folder(config.output) as stage:
         base = base_name(config.model)
@@ -72,16 +145,17 @@ def run(config: PlugConfig) -> dict[str, object]:
             base=base,
             base_digest=record.base_digest,
             package_digest=record.package_digest,
-            bundle_digest=bundle.digest,
+            bundle_digest=verified.bundle_digest,
             merged_digest=merged_digest,
+            intake=entry.id,
             adapter=adapter.spec,
             sites=dict(adapter.sites),
             tensors={name: spec_of(tensor) for name, tensor in adapter.tensors.items()},
             files=entries(stage, [path.name for path in stage.iterdir()]),
         )
         write_manifest(stage, manifest)
-    say(f"{config.output.name}: {_SHOWN[form]}, {len(manifest.tensors)} tensors on {len(manifest.sites)} blocks")
-    return _result(config, manifest, effect, error)
+        reach("plug-written")
+    return manifest, effect, error
 
 
 _SHOWN: dict[Form, str] = {"peft": "a PEFT folder", "own": "the changed tensors", "merged": "a merged checkpoint"}
@@ -91,17 +165,6 @@ def base_name(model: str) -> str:
     """Return where the full model is found again, also by other programs: a folder's absolute path, or a hub id."""
     folder = Path(model) if Path(model).is_dir() else fetched_folder(model) if model in known() else None
     return str(folder.resolve()) if folder else model
-
-
-def find_record(bundle: Bundle, package: Path | None) -> OwnerRecord:
-    """Return the owner's record of the package the bundle was tuned on: the named one's, or one found near.
-
-    Raises:
-        ConfigError: when none is found near the bundle or the current folder.
-        ArtefactError: when the named package has none.
-    """
-    folder = bundle.path.resolve().parent
-    return find_owner_record(bundle.manifest.package_digest, package, [folder, Path.cwd(), folder.parent])
 
 
 def merge(attached: Attached) -> PreTrainedModel:
@@ -175,9 +238,12 @@ def _write_adapter(stage: Path, form: Form, attached: Attached, adapter: Fitted,
     return error
 
 
-def _result(config: PlugConfig, manifest: AdaptedManifest, effect: float, error: float) -> dict[str, object]:
+def _result(
+    config: PlugConfig, manifest: AdaptedManifest, effect: float | None, error: float | None
+) -> dict[str, object]:
     return {
         "adapted": config.output.name,
+        "id": config.id,
         "form": manifest.form,
         "merged": manifest.form == "merged",
         "kind": manifest.adapter.kind,

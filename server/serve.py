@@ -111,6 +111,7 @@ def serve(config: ServeConfig) -> dict[str, object]:
         ConfigError: the host or the key is unusable.
         RunFailed: the port cannot be had.
         ArtefactError: `adapted` was rejected.
+        PolicyError: the registry that was named does not know it as plugged in.
     """
     began = time.monotonic()
     key, is_fresh = read_key(config.key_file)
@@ -127,6 +128,8 @@ def serve(config: ServeConfig) -> dict[str, object]:
             limit_waiting=config.limit_waiting,
             limit_bytes=config.limit_bytes,
         )
+        if config.registry is not None:
+            mark_served(config.adapted, config.registry, config.keys)
         sock.listen()  # from here connections wait in the kernel's queue
         url = url_of(sock)
         _announce(config, url, model_id, key if is_fresh else None)
@@ -138,6 +141,23 @@ def serve(config: ServeConfig) -> dict[str, object]:
 
 
 run = serve  # the name that every verb's module gives its function
+
+
+def mark_served(adapted: Path, registry: Path, keys: Path) -> None:
+    """The registry knows that the bundle in `adapted` is served; again changes nothing.
+
+    Raises:
+        ConfigError: there is no registry, or it does not know the bundle.
+        PolicyError: the bundle is not plugged in, as far as the registry knows.
+    """
+    from server.adapted import open_adapted
+    from server.registry import Registry
+
+    intake = open_adapted(adapted).intake
+    if intake is None:
+        raise ConfigError(f"{adapted.name!r} does not name the bundle it holds", hint="leave --registry out")
+    with Registry.open(registry, keys) as opened:
+        opened.advance(intake, "served")
 
 
 def _announce(config: ServeConfig, url: str, model_id: str, fresh_key: str | None) -> None:

@@ -7,16 +7,17 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from offsite.config import VerbConfig
+from offsite.keyconfig import KeysConfig
 
 
-class ServeConfig(VerbConfig):
+class ServeConfig(KeysConfig):
     """Settings of ``offsite serve ADAPTED``. The key is never a setting: it would show in the process list."""
 
     verb: ClassVar[str] = "serve"
 
     adapted: Path = Field(description="folder that plug-in wrote", json_schema_extra={"positional": True})
     base: str | None = Field(None, description="full model, when ADAPTED holds only an adapter and names another one")
+    registry: Path | None = Field(None, description="registry that is told that the bundle is served; default: none is")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; other machines need another one")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes any free one")
     key_file: Path | None = Field(

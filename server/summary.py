@@ -106,6 +106,8 @@ def reproduce(config: EvaluateConfig) -> tuple[dict[str, Any], str]:
     words = ["offsite", config.verb]
     for name, field in EvaluateConfig.model_fields.items():
         value = getattr(config, name)
+        if name == "keys" and config.registry is None:
+            continue  # read for the registry's sake alone
         shown = _shown(name, value)
         settings[name] = shown
         if value == field.default:

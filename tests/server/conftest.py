@@ -235,3 +235,52 @@ def small_bundle(make_bundle, dropped_package, tmp_path_factory):
     """A sound bundle of the adapter that the exchange's jobs ask for; read only."""
     out = tmp_path_factory.mktemp("small") / "bundle"
     return make_bundle(out, dropped_package, kind="lora", rank=2, placement="1+1", shake=0.02)
+
+
+@pytest.fixture(scope="session")
+def shelve():
+    """Put a bundle into a registry of its own as accepted, without sealing it; return the settings that name it."""
+    import shutil
+
+    from offsite.bundle import open_bundle
+    from offsite.job import Job
+    from server.registry import Registry
+    from server.registryrows import short_id
+
+    def put(bundle, package, folder, *, state="accepted"):
+        keys = folder / "keys"
+        keys.mkdir(parents=True, mode=0o700)
+        parties = {name: "-".join([letter * 4] * 13) for name, letter in (("owner", "a"), ("client", "b"))}
+        digest = "sha256:" + secrets.token_hex(32)
+        manifest = open_bundle(bundle).manifest
+        bound = {"package_digest": manifest.package_digest, "base_digest": manifest.base_digest}
+        job = Job(job_id=secrets.token_hex(16), adapter=manifest.adapter, created=1, expires=2**39, **parties, **bound)
+        envelope = SimpleNamespace(job_id=job.job_id, issuer=job.client, round=1, sequence=1)
+        with Registry.open(folder / "registry", keys, create=True) as registry:
+            registry.add_job(job, package=package, client_name="client")
+            registry.receive(envelope, digest)
+            shutil.copytree(bundle, registry.bundle_folder(short_id(digest)))
+            registry.verified(
+                digest,
+                bundle_digest=open_bundle(bundle).digest,
+                tensors_sha256=manifest.files["adapter.safetensors"].sha256,
+                figures={},
+            )
+            if state == "accepted":
+                registry.advance(short_id(digest), "accepted")
+        return {"id": short_id(digest), "registry": folder / "registry", "keys": keys}
+
+    return put
+
+
+@pytest.fixture
+def plug_in(shelve, tmp_path):
+    """Run the verb on a bundle that was accepted; `package` is where its job says it is."""
+    from server.config import PlugConfig
+    from server.plug import run
+
+    def put_in(model, bundle, out, *, package, **settings):
+        named = shelve(bundle.path, package, tmp_path / f"shelf-{secrets.token_hex(4)}")
+        return run(PlugConfig(model=str(model), output=out, **named, **settings))
+
+    return put_in

@@ -16,8 +16,8 @@ NEEDED = {"model": "m", "output": "results", "package": "package", "bundle": ["b
 
 
 def test_plug_in_reads_words_and_flags():
-    config = build(PlugConfig, flags={"model": "m", "bundle": "b", "output": "out", "merge": True})
-    assert (config.model, config.bundle, config.output) == ("m", Path("b"), Path("out"))
+    config = build(PlugConfig, flags={"model": "m", "id": "0" * 16, "registry": "r", "output": "out", "merge": True})
+    assert (config.model, config.id, config.registry, config.output) == ("m", "0" * 16, Path("r"), Path("out"))
     assert config.merge
     assert config.package is None
 
@@ -43,6 +43,7 @@ def test_a_bare_path_is_named_after_its_folder(tmp_path):
     ("changes", "words"),
     [
         ({"bundle": []}, ["--bundle"]),
+        ({"bundle": ["0123456789abcdef"]}, ["--bundle: an id of a bundle needs --registry"]),
         ({"bundle": ["one/bundle", "two/bundle"]}, ["--bundle: the name 'bundle' is given twice", "seed0=PATH"]),
         ({"log": ["tune=a", "tune=b"]}, ["--log: the name 'tune' is given twice"]),
         ({"reference": ["best=x"]}, ["--reference: found 'best=x'", "ceiling or lora_full or full"]),

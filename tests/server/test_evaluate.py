@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from offsite.errors import ConfigError, DataError, RunFailed, WrongBinding
+from offsite.errors import ConfigError, DataError, PolicyError, RunFailed, WrongBinding
 from offsite.measure import perplexity
 from offsite.owner import owner_record_path, read_owner_record
 from offsite.results import read_logs, read_results
 from offsite.text import encode, pack, read_records
 from server.config import EvaluateConfig
+from server.entrants import read_own
 from server.evaluate import held_out, run
 from server.fit import fit, plugged
 
@@ -69,14 +70,14 @@ def test_every_row_is_what_the_models_compute(
     record, whole = (read_owner_record(owner_record_path(p.path)) for p in (dropped_package, whole_package))
     expected = []
     for bundle in seeds:
-        with plugged(full_llama, fit(full_llama, bundle, record)) as adapted:
+        with plugged(full_llama, fit(full_llama, read_own(bundle, record), record)) as adapted:
             expected.append(by_hand(adapted, text_file, letters_tokenizer))
     results = read_results(tmp_path / "results")
     assert list(results.rows["plugged_in"].perplexity.values) == ["s0", "s1", "s2"]
     assert list(results.rows["plugged_in"].perplexity.values.values()) == pytest.approx(expected)
     assert found["plugged_in"] == pytest.approx(sum(expected) / 3)
     for name, bundle in {"ceiling": ceiling, "lora_full": lora, "full": full}.items():
-        with plugged(full_llama, fit(full_llama, bundle, whole)) as adapted:
+        with plugged(full_llama, fit(full_llama, read_own(bundle, whole), whole)) as adapted:
             assert found[name] == pytest.approx(by_hand(adapted, text_file, letters_tokenizer))
     assert found["recovery_vs_lora"] == pytest.approx(
         (found["plugged_in"] - found["zero_shot"]) / (found["lora_full"] - found["zero_shot"])
@@ -134,6 +135,18 @@ def test_the_folder_holds_everything_but_paths_and_text(
     assert "/" not in raw.replace("offsite/results/1", "").replace("tokens/s", "")
     assert not any(text in raw for text in TEXTS)
     assert json.loads(raw)["rows"]["zero_shot"]["perplexity"]["mean"] == found["zero_shot"]
+
+
+def test_a_clients_bundle_is_named_by_its_id(evaluate, shelve, seeds, dropped_package, tmp_path):
+    named = shelve(seeds[0].path, dropped_package.path, tmp_path / "shelf")
+    where = {"registry": named["registry"], "keys": named["keys"]}
+    by_path = evaluate(dropped_package, seeds[:1], output=tmp_path / "by-path")
+    found = evaluate(dropped_package, [f"s0={named['id']}"], **where)
+    assert found["plugged_in"] == by_path["plugged_in"]
+    assert f"--bundle s0={named['id']} --registry registry" in read_results(tmp_path / "results").command
+    other = shelve(seeds[0].path, dropped_package.path, tmp_path / "other", state="verified")
+    with pytest.raises(PolicyError, match="not accepted"):
+        evaluate(dropped_package, [other["id"]], output=tmp_path / "no", registry=other["registry"], keys=other["keys"])
 
 
 def test_the_table_is_on_stderr(evaluate, seeds, dropped_package, capsys):

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+from offsite import faults
 from offsite.bundle import open_bundle
 from offsite.digests import model_digest
 from offsite.errors import (
@@ -29,8 +30,10 @@ from offsite.errors import (
 from offsite.models import load_model
 from offsite.owner import owner_record_path, read_owner_record
 from server.config import PlugConfig
+from server.entrants import read_own
 from server.plug import fit, load_adapted, merge, plug, plugged, run
 from server.probe import deviation
+from server.registry import Registry
 
 SMALL = {"vocab_size": 259, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDE = {**SMALL, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -71,10 +74,6 @@ def owner_side(tmp_path_factory, make_package, save_model):
     return get
 
 
-def plug_in(model, bundle, out, **settings):
-    return run(PlugConfig(model=str(model), bundle=bundle.path, output=out, **settings))
-
-
 def with_blocks_by_hand(full, package, tensors):
     """The full model with the bundle's tensors copied in by a loop written here, for whole-parameter kinds."""
     record = read_owner_record(owner_record_path(package.path))
@@ -90,7 +89,7 @@ def with_blocks_by_hand(full, package, tensors):
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_vanilla_peft_opens_the_folder_on_the_right_blocks(
-    architecture, kind, owner_side, make_bundle, logits_of, tmp_path
+    plug_in, architecture, kind, owner_side, make_bundle, logits_of, tmp_path
 ):
     full, package = owner_side(architecture)
     targets = "attention" if architecture == "mixtral" else "all-linear"
@@ -101,7 +100,7 @@ def test_vanilla_peft_opens_the_folder_on_the_right_blocks(
     model = load_model(str(full))
     before = logits_of(model)
     record = read_owner_record(owner_record_path(package.path))
-    with plugged(model, fit(model, bundle, record)) as carrying:
+    with plugged(model, fit(model, read_own(bundle, record), record)) as carrying:
         ours = logits_of(carrying)
     assert deviation(ours, before) > 1e-2  # the adapter does something
     assert torch.equal(logits_of(model), before)  # and was taken off again
@@ -132,7 +131,7 @@ def lora_modules(model):
     ],
 )
 def test_the_peft_folder_names_its_targets_as_vllm_reads_them(
-    architecture, targets, form, owner_side, make_bundle, tmp_path
+    plug_in, architecture, targets, form, owner_side, make_bundle, tmp_path
 ):
     full, package = owner_side(architecture)
     bundle = make_bundle(tmp_path / "bundle", package, kind="lora", targets=targets)
@@ -164,7 +163,7 @@ def test_targets_that_differ_between_blocks_are_named_in_full(full_llama):
 @pytest.mark.parametrize("kind", ["blocks", "bitfit"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "mixtral"])
 def test_whole_parameters_land_where_a_loop_by_hand_puts_them(
-    architecture, kind, owner_side, make_bundle, logits_of, tmp_path
+    plug_in, architecture, kind, owner_side, make_bundle, logits_of, tmp_path
 ):
     full, package = owner_side(architecture)
     bundle = make_bundle(tmp_path / "bundle", package, kind=kind)
@@ -194,7 +193,7 @@ def test_a_package_that_keeps_everything_plugs_in_to_itself(
     tuned.load(bundle.load_tensors(names))
     tuned.model.eval()
     full = load_model(str(llama_folder))
-    with plugged(full, fit(full, bundle, record)) as model:
+    with plugged(full, fit(full, read_own(bundle, record), record)) as model:
         assert torch.equal(logits_of(model), logits_of(tuned.model))
 
 
@@ -218,7 +217,7 @@ def test_lora_on_shrunk_mlps_equals_the_package_where_the_other_channels_are_zer
     import copy
 
     full = copy.deepcopy(full_llama)
-    adapter = fit(full, bundle, record)
+    adapter = fit(full, read_own(bundle, record), record)
     assert adapter.tensors["middle.0.mlp.down_proj.lora_A"].shape == (4, 48)
     blocks = block_list(full, decoder_stack(full))
     tensors = dict(adapter.tensors)
@@ -233,7 +232,9 @@ def test_lora_on_shrunk_mlps_equals_the_package_where_the_other_channels_are_zer
 
 
 @pytest.mark.parametrize("kind", ["blocks", "lora", "rslora", "dora", "bitfit"])
-def test_merged_computes_what_unmerged_does(kind, dropped_package, llama_folder, make_bundle, logits_of, tmp_path):
+def test_merged_computes_what_unmerged_does(
+    plug_in, kind, dropped_package, llama_folder, make_bundle, logits_of, tmp_path
+):
     bundle = make_bundle(tmp_path / "bundle", dropped_package, kind=kind)
     alone = plug_in(llama_folder, bundle, tmp_path / "alone", package=dropped_package.path)
     merged = plug_in(llama_folder, bundle, tmp_path / "merged", package=dropped_package.path, merge=True)
@@ -247,16 +248,16 @@ def test_merged_computes_what_unmerged_does(kind, dropped_package, llama_folder,
     assert tokenizer.eos_token == "</s>"
 
 
-def test_merging_keeps_the_models_dtype(make_package, make_bundle, save_model, logits_of, tmp_path):
+def test_merging_keeps_the_models_dtype(plug_in, make_package, make_bundle, save_model, logits_of, tmp_path):
     save_model(tiny("llama").to(torch.bfloat16), tmp_path / "base")
     full = load_model(str(tmp_path / "base"))
     package = make_package(tmp_path / "package", model=full, kept=(0, 1, 3, 4, 5), dtype="bfloat16")
     bundle = make_bundle(tmp_path / "bundle", package, kind="lora", dtype="bfloat16")
-    result = plug_in(tmp_path / "base", bundle, tmp_path / "merged", merge=True)
+    result = plug_in(tmp_path / "base", bundle, tmp_path / "merged", package=package.path, merge=True)
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert 0 < result["deviation"] < 0.1
-    plug_in(tmp_path / "base", bundle, tmp_path / "alone")
+    plug_in(tmp_path / "base", bundle, tmp_path / "alone", package=package.path)
     for dtype in ("auto", "float32"):
         model, _ = load_adapted(tmp_path / "alone", dtype=dtype)
         assert model.dtype == (torch.bfloat16 if dtype == "auto" else torch.float32)
@@ -264,7 +265,7 @@ def test_merging_keeps_the_models_dtype(make_package, make_bundle, save_model, l
         assert torch.isfinite(logits_of(model)).all()
 
 
-def test_the_full_model_on_disk_is_not_touched(dropped_package, llama_folder, make_bundle, tmp_path):
+def test_the_full_model_on_disk_is_not_touched(plug_in, dropped_package, llama_folder, make_bundle, tmp_path):
     def state():
         return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in llama_folder.iterdir()}
 
@@ -281,21 +282,32 @@ def test_the_model_in_memory_is_as_it_was_after_plugged(dropped_package, full_ll
     names = [name for name, _ in full_llama.named_modules()]
     for kind in ("blocks", "lora", "dora", "bitfit", "lora"):
         bundle = make_bundle(tmp_path / f"b{len(list(tmp_path.iterdir()))}", dropped_package, kind=kind)
-        with plugged(full_llama, fit(full_llama, bundle, record, base_digest=before)) as model:
+        with plugged(full_llama, fit(full_llama, read_own(bundle, record), record, base_digest=before)) as model:
             assert model_digest(model) != before
         assert model_digest(full_llama) == before
         assert [name for name, _ in full_llama.named_modules()] == names
 
 
-def test_the_record_is_found_near_the_bundle(dropped_package, llama_folder, make_bundle, tmp_path):
-    shutil.copytree(dropped_package.path, tmp_path / "owner" / "package")
-    shutil.copy(owner_record_path(dropped_package.path), tmp_path / "owner" / "package.owner.json")
+def test_a_package_that_moved_is_named_with_package(
+    plug_in, shelve, dropped_package, llama_folder, make_bundle, tmp_path
+):
+    for name in ("package", "package.owner.json"):
+        source = dropped_package.path if name == "package" else owner_record_path(dropped_package.path)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     bundle = make_bundle(tmp_path / "bundle", dropped_package)
-    assert plug_in(llama_folder, bundle, tmp_path / "adapted")["package_digest"] == dropped_package.digest
+    named = shelve(bundle.path, tmp_path / "package", tmp_path / "shelf")
+    (tmp_path / "package.owner.json").unlink()
+    settings = PlugConfig(model=str(llama_folder), output=tmp_path / "adapted", **named)
+    with pytest.raises(ConfigError, match=r"owner's record 'package\.owner\.json' is not where it was") as caught:
+        run(settings)
+    assert "--package" in caught.value.hint
+    assert not (tmp_path / "adapted").exists()
+    found = run(settings.model_copy(update={"package": dropped_package.path}))
+    assert found["package_digest"] == dropped_package.digest
 
 
 def test_a_fetched_name_is_written_as_the_folder_it_stands_for(
-    dropped_package, llama_folder, make_bundle, monkeypatch, tmp_path
+    plug_in, dropped_package, llama_folder, make_bundle, monkeypatch, tmp_path
 ):
     """Other programs know the folder, not offsite's name for it."""
     shutil.copytree(llama_folder, tmp_path / "cache" / "smollm2-135m")
@@ -311,32 +323,95 @@ def test_a_fetched_name_is_written_as_the_folder_it_stands_for(
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_command_line_ends_with_one_json_object(
-    merged, dropped_package, llama_folder, make_bundle, capsys, tmp_path
+    merged, shelve, dropped_package, llama_folder, make_bundle, capsys, tmp_path
 ):
     from offsite.cli import run as cli
 
     bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora")
-    words = ["plug-in", str(llama_folder), str(bundle.path), "-o", str(tmp_path / "adapted")]
-    assert cli([*words, "--package", str(dropped_package.path), *(["--merge"] if merged else [])]) == 0
+    named = shelve(bundle.path, dropped_package.path, tmp_path / "shelf")
+    words = ["plug-in", str(llama_folder), named["id"], "-o", str(tmp_path / "adapted")]
+    words += ["--registry", str(named["registry"]), "--keys", str(named["keys"])]
+    assert cli([*words, *(["--merge"] if merged else [])]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (found["kind"], found["merged"], found["bundle_digest"]) == ("lora", merged, bundle.digest)
+    with Registry.open(named["registry"], named["keys"]) as registry:
+        assert registry.entry(named["id"]).state == "plugged-in"
+        assert registry.verify_log().number == 6
 
 
-def test_a_failing_command_says_one_line_and_leaves_no_file(
-    dropped_package, llama_folder, make_bundle, tamper, capsys, tmp_path
-):
+def test_what_was_not_accepted_is_not_plugged_in(shelve, dropped_package, llama_folder, make_bundle, capsys, tmp_path):
     from offsite.cli import run as cli
 
     bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora")
-    bad = tamper(bundle.path, edit=put("adapter", "rank", value=16))
-    before = sorted(path.name for path in tmp_path.iterdir())
-    words = ["plug-in", str(llama_folder), str(bad), "-o", str(tmp_path / "adapted")]
-    assert cli([*words, "--package", str(dropped_package.path)]) == 3
+    named = shelve(bundle.path, dropped_package.path, tmp_path / "shelf", state="verified")
+    where = ["--registry", str(named["registry"]), "--keys", str(named["keys"])]
+    words = ["plug-in", str(llama_folder), named["id"], "-o", str(tmp_path / "adapted"), *where]
+    assert cli(words) == 4
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines()[0].startswith("offsite: error: bundle 'tampered': tensor 'bottom.0")
+    assert captured.err.splitlines()[0] == f"offsite: error: bundle {named['id']} is verified, not accepted"
+    assert f"offsite registry accept {named['id']}" in captured.err.splitlines()[1]
+    assert cli(["registry", "refuse", named["id"], *where]) == 0
+    assert cli(words) == 3
+    assert "was refused: refused by the owner" in capsys.readouterr().err
+    assert cli([*words[:2], "0" * 16, *words[3:]]) == 2
     assert cli(words[:2]) == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert not (tmp_path / "adapted").exists()
+
+
+@pytest.mark.parametrize("name", ["offsite.json", "adapter.safetensors"])
+def test_row_15_a_file_changed_since_it_was_verified_is_not_plugged_in(
+    name, shelve, dropped_package, llama_folder, make_bundle, tmp_path
+):
+    bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora")
+    named = shelve(bundle.path, dropped_package.path, tmp_path / "shelf")
+    path = named["registry"] / "bundles" / named["id"] / name
+    raw = bytearray(path.read_bytes())
+    raw[-2] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(BadDigest, match="is not the one that was verified"):
+        run(PlugConfig(model=str(llama_folder), output=tmp_path / "adapted", **named))
+    assert not (tmp_path / "adapted").exists()
+    with Registry.open(named["registry"], named["keys"]) as registry:
+        assert registry.entry(named["id"]).state == "accepted"
+
+
+def test_row_24_published_before_the_registry_was_told_is_made_good(
+    shelve, dropped_package, llama_folder, make_bundle, monkeypatch, tmp_path
+):
+    bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora")
+    named = shelve(bundle.path, dropped_package.path, tmp_path / "shelf")
+    settings = PlugConfig(model=str(llama_folder), output=tmp_path / "adapted", **named)
+
+    def crash(point):
+        if point == "plug-published":
+            raise KeyboardInterrupt
+
+    faults.set_hook(crash)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    finally:
+        faults.set_hook(None)
+    assert (tmp_path / "adapted").is_dir()
+    assert run(settings)["bundle_digest"] == bundle.digest
+    with pytest.raises(ConfigError, match="already exists"):
+        run(settings)
+    again = run(settings.model_copy(update={"output": tmp_path / "elsewhere"}))
+    assert again["bundle_digest"] == bundle.digest
+
+
+def test_serving_tells_the_registry_once(shelve, dropped_package, llama_folder, make_bundle, tmp_path):
+    from server.serve import mark_served
+
+    bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora")
+    named = shelve(bundle.path, dropped_package.path, tmp_path / "shelf")
+    run(PlugConfig(model=str(llama_folder), output=tmp_path / "adapted", **named))
+    for _ in range(2):
+        mark_served(tmp_path / "adapted", named["registry"], named["keys"])
+    with Registry.open(named["registry"], named["keys"]) as registry:
+        assert registry.entry(named["id"]).state == "served"
+        assert registry.verify_log().number == 7
 
 
 # --- refusals
@@ -410,7 +485,6 @@ TAMPERED = {
     "other targets": (None, put("adapter", "targets", value="attention"), WrongNames),
     "a larger rank stated": (None, put("adapter", "rank", value=16), WrongShape),
     "another kind stated": (None, put("adapter", "kind", value="dora"), WrongNames),
-    "a scale beyond floats": (None, put("adapter", "alpha", value=1e308), NotFinite),
     "an infinite scale": (None, put("adapter", "alpha", value=math.inf), BadSchema),
     "a key nobody knows": (None, put("adapter", "auto_map", value="x"), BadSchema),
     "a digest of other bytes": (None, put("files", "adapter.safetensors", "sha256", value=OTHER), BadDigest),
@@ -424,52 +498,56 @@ TAMPERED = {
 
 
 @pytest.mark.parametrize("case", TAMPERED)
-def test_a_tampered_bundle_is_refused_and_nothing_is_written(
-    case, dropped_package, llama_folder, make_bundle, tamper, tmp_path
-):
+def test_a_tampered_bundle_of_ones_own_is_refused(case, dropped_package, make_bundle, tamper, tmp_path):
+    """What comes from a client is refused earlier and by more: tests/attacks/test_intake.py."""
     change, edit, expected = TAMPERED[case]
     bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora")
     bad = tamper(bundle.path, change=change, edit=edit)
-    out = tmp_path / "adapted"
-    settings = PlugConfig(model=str(llama_folder), bundle=bad, output=out, package=dropped_package.path)
     with pytest.raises(expected) as caught:
-        run(settings)
+        read_own(open_bundle(bad), read_owner_record(owner_record_path(dropped_package.path)))
     assert type(caught.value) is expected
     assert "\n" not in str(caught.value)
+
+
+def test_a_scale_beyond_floats_is_not_published(plug_in, dropped_package, llama_folder, make_bundle, tamper, tmp_path):
+    bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora")
+    bad = open_bundle(tamper(bundle.path, edit=put("adapter", "alpha", value=1e308)))
+    with pytest.raises(NotFinite):
+        plug_in(llama_folder, bad, tmp_path / "adapted", package=dropped_package.path)
     assert not list(tmp_path.glob("*adapted*"))
 
 
-def test_an_untouched_copy_of_the_bundle_passes(dropped_package, llama_folder, make_bundle, tamper, tmp_path):
+def test_an_untouched_copy_of_the_bundle_passes(plug_in, dropped_package, llama_folder, make_bundle, tamper, tmp_path):
     bundle = open_bundle(tamper(make_bundle(tmp_path / "bundle", dropped_package, kind="lora").path))
     assert plug_in(llama_folder, bundle, tmp_path / "adapted", package=dropped_package.path)["kind"] == "lora"
 
 
-def test_another_model_is_refused(dropped_package, full_llama, make_bundle, save_model, tmp_path):
+def test_another_model_is_refused(plug_in, dropped_package, full_llama, make_bundle, save_model, tmp_path):
     import copy
 
     other = copy.deepcopy(full_llama)
     other.model.norm.weight.data[0] += 1e-3
     save_model(other, tmp_path / "other")
     bundle = make_bundle(tmp_path / "bundle", dropped_package)
-    with pytest.raises(WrongBinding, match=r"model 'other' has digest sha256:.{12}, bundle 'bundle' belongs to sha256"):
+    with pytest.raises(
+        WrongBinding, match=r"model 'other' has digest sha256:.{12}, bundle [0-9a-f]{16} belongs to sha256"
+    ):
         plug_in(tmp_path / "other", bundle, tmp_path / "adapted", package=dropped_package.path)
     assert not (tmp_path / "adapted").exists()
 
 
-def test_a_bundle_of_another_package_is_refused(dropped_package, narrow_package, llama_folder, make_bundle, tmp_path):
+def test_a_bundle_of_another_package_is_refused(
+    shelve, dropped_package, narrow_package, llama_folder, make_bundle, tmp_path
+):
     bundle = make_bundle(tmp_path / "bundle", dropped_package)
+    named = shelve(bundle.path, dropped_package.path, tmp_path / "shelf")
+    settings = PlugConfig(model=str(llama_folder), output=tmp_path / "adapted", package=narrow_package.path, **named)
     with pytest.raises(WrongBinding, match="was tuned on package"):
-        plug_in(llama_folder, bundle, tmp_path / "adapted", package=narrow_package.path)
+        run(settings)
+    assert not (tmp_path / "adapted").exists()
 
 
-def test_without_the_owners_record_the_hint_says_how_to_name_it(dropped_package, llama_folder, make_bundle, tmp_path):
-    bundle = make_bundle(tmp_path / "far" / "away" / "bundle", dropped_package)
-    with pytest.raises(ConfigError, match="no owner's record") as caught:
-        plug_in(llama_folder, bundle, tmp_path / "adapted")
-    assert "--package" in caught.value.hint
-
-
-def test_an_existing_output_is_left_alone(dropped_package, llama_folder, make_bundle, tmp_path):
+def test_an_existing_output_is_left_alone(plug_in, dropped_package, llama_folder, make_bundle, tmp_path):
     (tmp_path / "adapted").mkdir()
     bundle = make_bundle(tmp_path / "bundle", dropped_package)
     with pytest.raises(ConfigError, match="already exists"):
@@ -477,7 +555,7 @@ def test_an_existing_output_is_left_alone(dropped_package, llama_folder, make_bu
 
 
 def test_a_merge_that_changes_what_is_computed_is_not_published(
-    dropped_package, llama_folder, make_bundle, monkeypatch, tmp_path
+    plug_in, dropped_package, llama_folder, make_bundle, monkeypatch, tmp_path
 ):
     def broken(attached):
         model = merge(attached)
@@ -499,7 +577,7 @@ def test_a_merge_that_changes_what_is_computed_is_not_published(
     ],
 )
 def test_a_checkpoint_that_reads_back_otherwise_is_not_published(
-    change, message, dropped_package, llama_folder, make_bundle, monkeypatch, tmp_path
+    plug_in, change, message, dropped_package, llama_folder, make_bundle, monkeypatch, tmp_path
 ):
     """What is on disk is compared, configuration included, not only what was merged in memory."""
     real = LlamaForCausalLM.save_pretrained
@@ -519,7 +597,7 @@ def test_a_checkpoint_that_reads_back_otherwise_is_not_published(
 
 
 def test_a_peft_folder_that_opens_as_another_model_is_not_published(
-    dropped_package, llama_folder, make_bundle, monkeypatch, tmp_path
+    plug_in, dropped_package, llama_folder, make_bundle, monkeypatch, tmp_path
 ):
     from server import peftfolder
 
@@ -539,7 +617,8 @@ def test_an_adapter_on_fewer_modules_is_noticed(dropped_package, full_llama, mak
     from server.fit import Fitted
 
     bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora")
-    adapter = fit(full_llama, bundle, read_owner_record(owner_record_path(dropped_package.path)))
+    record = read_owner_record(owner_record_path(dropped_package.path))
+    adapter = fit(full_llama, read_own(bundle, record), record)
     elsewhere = dict.fromkeys(adapter.sites, "model.layers.99")
     with pytest.raises(WrongNames, match=r"model\.layers\.99"):
         plug(full_llama, Fitted(adapter.spec, adapter.tensors, elsewhere))
@@ -549,7 +628,7 @@ def test_an_adapter_on_fewer_modules_is_noticed(dropped_package, full_llama, mak
 
 
 @pytest.fixture
-def adapted(dropped_package, llama_folder, make_bundle, tmp_path):
+def adapted(plug_in, dropped_package, llama_folder, make_bundle, tmp_path):
     def make(form):
         kind = "blocks" if form == "own" else "lora"
         bundle = make_bundle(tmp_path / "bundle", dropped_package, kind=kind)
