@@ -1,7 +1,8 @@
 """`offsite demo`: owner and client as separate processes in separate folders, on a real model and real text.
 
-The owner distils a package from public text, the client tunes an adapter on private text it alone has, the owner plugs
-the bundle in and measures on text that neither side trained on. Every step is one of the command line's own verbs; a
+Each party makes keys and pins the other's. The owner distils a package from public text, sets the terms and seals both;
+the client opens them, tunes an adapter on private text it alone has, and seals it; the owner takes it in, accepts it,
+plugs it in and measures on text that neither side trained on. Every step is one of the command line's own verbs; a
 step that finished with the same words is not run again. The reference row, LoRA on the full model, is what the owner
 could do if it were given the data; it is made here only to compare.
 """
@@ -19,6 +20,7 @@ from offsite.console import say, table
 from offsite.digests import sha256_bytes, sha256_file
 from offsite.errors import ConfigError, RunFailed
 from offsite.fetch import fetched_folder, known
+from offsite.handover import introduce, receive, send, set_terms, take_in
 from offsite.records import BUNDLED, bundled, read_records
 from offsite.results import RESULTS_NAME, ROWS, Results, read_results
 from offsite.settings import DemoConfig
@@ -36,6 +38,7 @@ SHORT = {
     "reference": ["--steps", "8", "--evaluate-every", "8", "--validation", "0.005"],
     "evaluate": ["--limit-tokens", "4096"],
 }
+CHECKS = "signatures, job, round, order; every byte; names, shapes, finite values; the size of each update"
 KEYS = ("zero_shot", "emulator_zero_shot", "emulator_tuned", "plugged_in", "lora_full")
 
 
@@ -49,17 +52,27 @@ def run(config: DemoConfig) -> dict[str, object]:
     """
     began = time.monotonic()
     scene = _scene(config)
+    say("BOTH   make keys, and pin the other's card by the fingerprint they were told")
+    parties = introduce(scene.owner, scene.client, scene.notes)
     say("\nOWNER  distils an emulator of the middle on public text; beside it, for comparison only, the reference")
     made, compared = _make(scene)
-    say("\nthe package crosses to the client; the full model, the owner's record and its block numbers do not")
     package = made.outcome["package_digest"]
-    _hand_over(scene.owner / "package", scene.client / "package", package)
-    say("CLIENT tunes an adapter on its private text; it has the package and its data, nothing else")
-    tuned = _tune(scene, package)
-    say("\nthe bundle crosses to the owner; the private text does not")
-    _hand_over(scene.client / "bundle", scene.owner / "bundle", tuned.outcome["bundle_digest"])
-    say("OWNER  plugs the adapter into the full model and measures on text neither side trained on")
-    results = _measure(scene, {"distill": made, "tune": tuned, "lora_full": compared})
+    say("\nOWNER  sets the terms and seals them with the package; the full model and its block numbers stay")
+    job_id = set_terms(parties, package, ["--adapter", "lora", "--placement", "all"])
+    to_client = {"job": job_id, "package": package}
+    for name, digest in to_client.items():
+        words = [] if name == "job" else ["--job", "job"]
+        to_client[name] = send(parties, scene.owner, name, job_id=job_id, digest=digest, words=words)
+    say("\nCLIENT opens both, and tunes an adapter on its private text; it has the package and its data, nothing else")
+    for name, sealed in to_client.items():
+        receive(parties, name, sealed)
+    tuned = _tune(scene, package, job_id)
+    words = ["--job", "job", "--round", "1"]
+    send(parties, scene.client, "bundle", job_id=job_id, digest=tuned.outcome["bundle_digest"], words=words)
+    say("\nOWNER  takes the sealed bundle in: " + CHECKS)
+    arrived = take_in(parties)
+    say("\nOWNER  plugs what it accepted into the full model and measures on text neither side trained on")
+    results = _measure(scene, {"distill": made, "tune": tuned, "lora_full": compared}, arrived)
     return _conclude(results, scene.report, time.monotonic() - began)
 
 
@@ -119,27 +132,27 @@ def _make(scene: _Scene) -> tuple[Stage, Stage]:
     return made, compared
 
 
-def _tune(scene: _Scene, package_digest: str) -> Stage:
+def _tune(scene: _Scene, package_digest: str, job_id: str) -> Stage:
     """Return the finished stage that made the bundle."""
-    words = ["tune", "package", "--data", "private.jsonl.gz", "--adapter", "lora", "--placement", "all"]
-    words += ["--learning-rate", "4e-3", "-o", "bundle"]
-    inputs = {"package": package_digest, "private": scene.text["private"]}
+    words = ["tune", "package", "--job", "job", "--data", "private.jsonl.gz", "--learning-rate", "4e-3", "-o", "bundle"]
+    inputs = {"package": package_digest, "job": job_id, "private": scene.text["private"]}
     words += [*scene.steps["tune"], *scene.seed]
     tuned = Stage("tune", scene.client, words, scene.client / "bundle", inputs)
     play([tuned], scene.notes)
     return tuned
 
 
-def _measure(scene: _Scene, runs: dict[str, Stage]) -> Results:
+def _measure(scene: _Scene, runs: dict[str, Stage], arrived: dict[str, Any]) -> Results:
     """Return what plugging in was worth; the report stands."""
-    owner, package, bundle = scene.owner, runs["distill"].outcome, runs["tune"].outcome
-    words = ["plug-in", scene.model, "bundle", "--package", "package", "-o", "adapted"]
-    inputs = {"model": scene.model_digest, "package": package["package_digest"], "bundle": bundle["bundle_digest"]}
+    owner, package = scene.owner, runs["distill"].outcome
+    words = ["plug-in", scene.model, arrived["id"], "--registry", "registry", "--keys", "keys", "-o", "adapted"]
+    inputs = {"model": scene.model_digest, "package": package["package_digest"], "bundle": arrived["id"]}
     play([Stage("plug-in", owner, words, owner / "adapted", inputs)], scene.notes)
     for name, stage in runs.items():
         (owner / f"{name}.outcome.json").write_text(json.dumps(stage.outcome), encoding="utf-8")
     _give(scene.client / "bundle.log.jsonl", owner / "tune.log.jsonl")
-    words = ["evaluate", scene.model, "--package", "package", "--bundle", "bundle", "--data", "heldout.jsonl.gz"]
+    words = ["evaluate", scene.model, "--package", "package", "--data", "heldout.jsonl.gz"]
+    words += ["--bundle", f"bundle={arrived['id']}", "--registry", "registry", "--keys", "keys"]
     words += ["--reference", "lora_full=lora-full", "--reference-package", "keep-all", "--precision", "bf16"]
     words += ["--log", "distill=package.log.jsonl", "--log", "tune=tune.log.jsonl", "--prompt", _question()]
     words += [word for name in runs for word in ("--outcome", f"{name}={name}.outcome.json")]
@@ -189,28 +202,6 @@ def _give(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _hand_over(source: Path, target: Path, digest: str) -> None:
-    """Copy an artefact to the other party's folder and check that it is the one that was sent.
-
-    Raises:
-        ArtefactError: when a file of the copy is not as its manifest says.
-        RunFailed: when the copy is another artefact than the one that was made.
-    """
-    from offsite.inspect import inspect_artefact
-
-    if target.is_dir():
-        shutil.rmtree(target)
-    shutil.copytree(source, target)
-    arrived = inspect_artefact(target)
-    if arrived.digest != digest:
-        raise RunFailed(
-            f"{target.name!r} arrived with another digest than it was sent with",
-            hint=f"delete {source.name!r} in the {source.parent.name}'s folder and run the demo again",
-        )
-    size = f"{arrived.num_bytes / 1e6:,.1f} MB"
-    say(f"  {target.name}: {size}, {arrived.digest[:19]}, every file agrees with its manifest")
-
-
 def _question() -> str:
     """Return the first question of the held-out text, which nobody trained on, as a line of its own.
 
@@ -237,7 +228,7 @@ def _conclude(results: Results, report: Path, seconds: float) -> dict[str, objec
     for answer in results.answers:
         say(f"\n{answer.prompt.strip()}\n  before: {answer.before.strip()}\n  after:  {answer.after.strip()}")
     say(f"\nreport: {report}")
-    say("not differentially private, and neither encrypted nor signed in transit: see SECURITY.md")
+    say("encrypted and signed in transit; NOT differentially private: see SECURITY.md")
     before, after = rows["zero_shot"], rows["plugged_in"]
     if after >= before:
         raise RunFailed(f"plugged in ({after:.2f}) is not better than zero-shot ({before:.2f}) on held-out text")

@@ -689,6 +689,6 @@ def test_a_setting_that_is_not_the_jobs_is_refused(settings, narrow_package, job
 @pytest.mark.parametrize("field", ["package_digest", "base_digest"])
 def test_a_job_for_another_package_is_refused(settings, narrow_package, job_folder, field):
     folder = job_folder(narrow_package, **{field: "sha256:" + "0" * 64})
-    with pytest.raises(WrongBinding, match="job 'job' is for .* sha256:000000000000"):
+    with pytest.raises(WrongBinding, match=r"job 'job' is for .* sha256:000000000000"):
         run(settings(narrow_package.path, job=folder))
     assert not (folder.parent / "bundle.work").exists()

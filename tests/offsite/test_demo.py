@@ -13,53 +13,20 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from offsite import cli
+from offsite import cli, handover
 from offsite import demo as module
 from offsite.bundle import AdapterSpec
 from offsite.config import build
 from offsite.demo import KEYS, run
 from offsite.digests import sha256_bytes
-from offsite.errors import BadDigest, ConfigError, RunFailed, WrongNames
+from offsite.errors import ConfigError, RunFailed
 from offsite.records import bundled, read_records
 from offsite.results import Answer, Crossing, Data, Parameters, Results, Row, Summary, write_results
 from offsite.settings import DemoConfig
 
 DIGEST = sha256_bytes(b"")
+FINGERPRINT = "-".join(["aaaa"] * 13)
 PROMISED = ("zero_shot", "emulator_zero_shot", "emulator_tuned", "plugged_in", "lora_full", "recovery_vs_lora", "gap")
-
-
-# What crosses
-
-
-def test_a_package_is_handed_over_whole(dropped_package, tmp_path, capsys):
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "old").write_text("left by another run")
-    module._hand_over(dropped_package.path, tmp_path / "package", dropped_package.digest)
-    sent, arrived = (
-        {p.name: p.read_bytes() for p in f.iterdir()} for f in (dropped_package.path, tmp_path / "package")
-    )
-    assert arrived == sent
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["package"]  # the owner's record stays behind
-    assert dropped_package.digest[:19] in capsys.readouterr().err
-
-
-def test_a_tampered_copy_is_refused(dropped_package, tmp_path):
-    shutil.copytree(dropped_package.path, tmp_path / "sent")
-    raw = bytearray((tmp_path / "sent" / "model.safetensors").read_bytes())
-    raw[-1] ^= 1
-    (tmp_path / "sent" / "model.safetensors").write_bytes(bytes(raw))
-    with pytest.raises(BadDigest):
-        module._hand_over(tmp_path / "sent", tmp_path / "package", dropped_package.digest)
-    shutil.copytree(dropped_package.path, tmp_path / "more")
-    (tmp_path / "more" / "setup.py").write_text("x")
-    with pytest.raises(WrongNames):
-        module._hand_over(tmp_path / "more", tmp_path / "package", dropped_package.digest)
-
-
-def test_another_package_than_the_one_made_is_refused(dropped_package, narrow_package, tmp_path):
-    with pytest.raises(RunFailed, match="'package' arrived with another digest") as caught:
-        module._hand_over(narrow_package.path, tmp_path / "package", dropped_package.digest)
-    assert "run the demo again" in caught.value.hint
 
 
 # The folder
@@ -115,10 +82,12 @@ def noted(monkeypatch, tmp_path, dropped_package):
     """Play every stage in this process: words go through the verb's own settings, the verb's work does not happen."""
     seen = {}
     figures = {"package_digest": dropped_package.digest, "bundle_digest": dropped_package.digest}
+    figures |= {"fingerprint": FINGERPRINT, "job_id": "0" * 32, "sealed_digest": DIGEST, "id": "0123456789abcdef"}
 
     def play(stages, notes):
         for stage in stages:
-            name = " ".join(stage.words[:2]) if stage.words[0] == "report" else stage.words[0]
+            name = " ".join(stage.words[:2])
+            name = name if name in cli.VERBS else stage.words[0]
             verb = cli.VERBS[name]
             monkeypatch.chdir(stage.party)
             monkeypatch.setitem(cli.VERBS, name, cli.Verb("", verb.settings, "noted_verb:note"))
@@ -131,11 +100,15 @@ def noted(monkeypatch, tmp_path, dropped_package):
             if stage.name in {"tune", "reference"}:
                 shutil.copytree(dropped_package.path, stage.leaves)
                 (stage.leaves.parent / f"{stage.leaves.name}.log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+            if stage.words[0] in {"keygen", "seal", "open"}:
+                stage.leaves.mkdir()
+                (stage.leaves / "card.json").write_text("{}")
             if stage.name == "evaluate":
                 stage.leaves.mkdir()
                 write_results(stage.leaves, made_results())
 
     monkeypatch.setattr(module, "play", play)
+    monkeypatch.setattr(handover, "play", play)
     monkeypatch.setitem(sys.modules, "noted_verb", sys.modules[__name__])
     return seen
 
@@ -183,12 +156,14 @@ def made_results(plugged_in=8.0):
 def test_every_stage_is_a_verb_with_words_it_takes(noted, tmp_path, monkeypatch, llama_like, short):
     monkeypatch.chdir(llama_like.parent)
     told = run(DemoConfig(output=tmp_path / "out", short=short, seed=5, model=llama_like.name))
-    assert list(noted) == ["keep-all", "distill", "reference", "tune", "plug-in", "evaluate", "report"]
+    assert list(noted) == [
+        *("owner-keys", "client-keys", "owner-trust", "client-trust", "keep-all", "distill", "reference"),
+        *("job", "seal-job", "seal-package", "open-job", "open-package", "tune", "seal-bundle", "intake", "accept"),
+        *("plug-in", "evaluate", "report"),
+    ]
     settings = {name: config for name, (_, config) in noted.items()}
-    assert {name: stage.party.name for name, (stage, _) in noted.items() if name != "report"} == {
-        **dict.fromkeys(["keep-all", "distill", "reference", "plug-in", "evaluate"], "owner"),
-        "tune": "client",
-    }
+    of_client = {name for name, (stage, _) in noted.items() if stage.party.name == "client"}
+    assert of_client == {"client-keys", "client-trust", "open-job", "open-package", "tune", "seal-bundle"}
     for name in ("keep-all", "distill", "plug-in", "evaluate"):  # found from within a party's folder
         assert settings[name].model == str(llama_like)
     for name in ("distill", "reference", "tune"):
@@ -200,7 +175,12 @@ def test_every_stage_is_a_verb_with_words_it_takes(noted, tmp_path, monkeypatch,
     assert settings["report"].output == tmp_path / "out" / "report.html"
     assert str(settings["tune"].steps) in (module.SHORT if short else module.FULL)["tune"]
     client = {path.name for path in (tmp_path / "out" / "client").iterdir()}
-    assert client == {"private.jsonl.gz", "package", "bundle", "bundle.log.jsonl"}
+    assert client == {
+        *("keys", "passphrase", "owner.card.json", "job.sealed", "package.sealed", "job", "package"),
+        *("private.jsonl.gz", "bundle", "bundle.log.jsonl", "bundle.sealed"),
+    }
+    assert settings["tune"].job == Path("job")
+    assert settings["plug-in"].id == "0123456789abcdef"
     assert {key: told[key] for key in KEYS} == dict(zip(KEYS, (20.0, 60.0, 12.0, 8.0, 7.0), strict=True))
     assert (told["recovery_vs_lora"], told["gap"]) == (0.9, None)
     assert (told["package_bytes"], told["adapter_bytes"]) == (30, 20)
@@ -209,11 +189,15 @@ def test_every_stage_is_a_verb_with_words_it_takes(noted, tmp_path, monkeypatch,
 def test_every_stage_is_bound_to_what_it_reads(noted, tmp_path, llama_like):
     run(DemoConfig(output=tmp_path / "out", model=str(llama_like)))
     inputs = {name: set(stage.inputs) for name, (stage, _) in noted.items()}
-    assert inputs == {
+    of_handover = {name: found for name, found in inputs.items() if noted[name][0].leaves and "keys" not in name}
+    assert all(found for found in of_handover.values())
+    assert {
+        name: inputs[name] for name in ("keep-all", "distill", "reference", "tune", "plug-in", "evaluate", "report")
+    } == {
         "keep-all": {"model"},
         "distill": {"model", "public"},
         "reference": {"package", "private"},
-        "tune": {"package", "private"},
+        "tune": {"package", "job", "private"},
         "plug-in": {"model", "package", "bundle"},
         "evaluate": {"model", "package", "bundle", "reference", "heldout"},
         "report": {"results"},
@@ -234,7 +218,7 @@ def test_the_answer_is_shown_before_and_after(capsys):
     err = capsys.readouterr().err
     assert "Who?\n  before: Nobody.\n  after:  You.\n" in err
     assert "report: report.html" in err
-    assert "not differentially private" in err
+    assert "NOT differentially private" in err
 
 
 @pytest.mark.parametrize("plugged_in", [20.0, 25.0])
@@ -305,15 +289,18 @@ def test_the_short_demo_on_a_tiny_model(tmp_path, llama_like):
     assert code == 0, err
     again = json.loads(out.splitlines()[-1])
     assert {**again, "seconds": 0} == {**told, "seconds": 0}
-    assert err.count("done before") == 7
+    assert err.count("done before") == 17  # all but intake and accept, which answer the same again
     assert again["seconds"] < told["seconds"] / 2
 
-    raw = bytearray((tmp_path / "out" / "owner" / "package" / "model.safetensors").read_bytes())
+    payload = max((tmp_path / "out" / "owner" / "package.sealed" / "payload").iterdir(), key=lambda p: p.stat().st_size)
+    raw = bytearray(payload.read_bytes())
     raw[-1] ^= 1
-    (tmp_path / "out" / "owner" / "package" / "model.safetensors").write_bytes(bytes(raw))
+    payload.write_bytes(bytes(raw))
+    shutil.rmtree(tmp_path / "out" / "client" / "package")
     code, out, err = demo()
-    assert (code, out) == (3, "")
-    assert "offsite: error: 'package': SHA-256 of 'model.safetensors'" in err
+    assert (code, out) == (5, "")
+    assert "offsite: error: step 'open-package' ended with exit code 3" in err
+    assert not (tmp_path / "out" / "client" / "package").exists()
 
 
 @pytest.mark.slow
