@@ -2,8 +2,9 @@
 
 The ``sh`` blocks of ``docs/owner.md``, ``docs/client.md`` and ``docs/auditor.md`` are run in order by bash, with the
 console script on the path, the owner's (and the auditor's) in one folder and the client's in another. Between them
-this test carries ``package.tar`` one way and ``bundle.tar`` the other, and nothing else. `SHORTER` lists every textual
-substitution that is made.
+this test carries the two cards, reads each party's fingerprint to the other, carries ``job.sealed`` and
+``package.sealed`` one way and ``bundle.sealed`` the other, and nothing else. `SHORTER` lists every textual substitution
+that is made.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import pytest
 
 from offsite import cli
 from offsite.config import flag_name
+from offsite.keys import read_card
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 ROOT = DOCS.parent
+CARDS = "<!-- cards cross here -->"
 PAUSE = "<!-- the client's walk-through happens here -->"
 SHORTER = {
     "--steps 300": "--steps 2 --batch-size 1 --block-tokens 64 --calibration-tokens 512 --evaluation-tokens 128",
@@ -39,10 +42,11 @@ def fenced(text: str, language: str) -> list[str]:
     return [found.group(1) for found in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)]
 
 
-def run_blocks(text: str, folder: Path, port: int) -> str:
+def run_blocks(text: str, folder: Path, port: int, **told: str) -> str:
     """Run the text's ``sh`` blocks in `folder` and return what they printed; the first that fails fails the test."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env |= {"OFFSITE_PASSPHRASE": f"of the {folder.name}", **told}
     printed = []
     for block in fenced(text, "sh"):
         if "curl" in block and shutil.which("curl") is None:
@@ -65,6 +69,10 @@ def run_blocks(text: str, folder: Path, port: int) -> str:
     return "\n".join(printed)
 
 
+def fingerprint(party: Path) -> str:
+    return read_card((party / "keys" / "card.json").read_bytes()).fingerprint
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -77,14 +85,22 @@ def test_the_three_walkthroughs(tmp_path: Path) -> None:
     owner, client = tmp_path / "owner", tmp_path / "client"
     owner.mkdir()
     client.mkdir()
-    before, after = (DOCS / "owner.md").read_text().split(PAUSE)
-
-    run_blocks(before, owner, free_port())
-    assert (owner / "package.owner.json").is_file()
-    shutil.copy(owner / "package.tar", client)
-
+    first, rest = (DOCS / "owner.md").read_text().split(CARDS)
+    before, after = rest.split(PAUSE)
     for_client = (DOCS / "client.md").read_text()
-    run_blocks(for_client, client, free_port())
+    keys, work = for_client.split(CARDS)
+
+    run_blocks(first, owner, free_port())
+    run_blocks(keys, client, free_port())
+    assert (owner / "package.owner.json").is_file()
+    shutil.copy(owner / "keys" / "card.json", client / "owner.card.json")
+    shutil.copy(client / "keys" / "card.json", owner / "client.card.json")
+    told = {name.upper(): fingerprint(folder) for name, folder in (("owner", owner), ("client", client))}
+    run_blocks(before, owner, free_port(), **told)
+    for name in ("job.sealed", "package.sealed"):
+        shutil.copytree(owner / name, client / name)
+
+    run_blocks(work, client, free_port(), **told)
     script = fenced(for_client, "python")[0]
     for long, short in SHORTER.items():
         script = script.replace(long, short)
@@ -96,9 +112,9 @@ def test_the_three_walkthroughs(tmp_path: Path) -> None:
     assert "nats per token after 2 steps" in done.stdout
     assert (client / "bundle-from-python" / "offsite.json").is_file()
     assert not list(client.glob("*owner.json"))
-    shutil.copy(client / "bundle.tar", owner)
+    shutil.copytree(client / "bundle.sealed", owner / "bundle.sealed")
 
-    printed = run_blocks(after, owner, free_port())
+    printed = run_blocks(after, owner, free_port(), **told)
     assert '"object":"text_completion"' in printed.replace(" ", "")
     assert "adapter_model.safetensors" not in [path.name for path in (owner / "adapted").iterdir()]  # whole blocks
     assert "<html" in (owner / "report.html").read_text()
@@ -118,9 +134,10 @@ def test_every_block_is_one_that_bash_or_python_reads(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_in_a_command_is_one_of_its_verbs(page: Path) -> None:
     text = page.read_text().replace("\\\n", " ")
-    commands = re.findall(r"(?:^|[`$ ])offsite ((?:[a-z-]+)(?: run)?)((?: [^`\n|&;]*)?)", text, re.M)
+    commands = re.findall(r"(?:^|[`$( ])offsite ([a-z-]+)((?: [^`\n|&;]*)?)", text, re.M)
     for verb, rest in commands:
-        name = verb if verb in cli.VERBS else verb.split()[0]
+        name = " ".join([verb, *rest.split()[:1]])
+        name = name if name in cli.VERBS else verb
         if name not in cli.VERBS:
             continue
         fields = cli._resolve(cli.VERBS[name].settings).model_fields
