@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Two companies exchange the same sealed folders over HTTP; the exchange adds convenience, never trust.
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+: "${PORT:=8443}"
+
+# The owner serves what it sealed, under a certificate of its own that the client pins.
+(cd owner && offsite exchange certificate -o tls --host 127.0.0.1)
+cp owner/tls/certificate.pem client/owner.certificate.pem
+owner exchange serve --registry registry --outbox outbox --port "$PORT" \
+  --certificate tls/certificate.pem --certificate-key tls/key.pem > exchange.json &
+exchange=$!
+trap 'kill -INT $exchange 2>/dev/null || true' EXIT
+url=https://127.0.0.1:$PORT
+for _ in $(seq 120); do
+  client exchange pull "$url" --certificate owner.certificate.pem -o inbox > pulled.json && break
+  sleep 1
+done
+
+client open inbox/job.sealed -o job
+client open inbox/package.sealed -o package
+# shellcheck disable=SC2086
+(cd client && offsite tune package --job job --data "$PRIVATE" $TUNE -o bundle)
+client seal bundle --job job --round 1 -o bundle.sealed
+id=$(client exchange push bundle.sealed "$url" --certificate owner.certificate.pem | field id)
+client exchange status "$id" "$url" --certificate owner.certificate.pem
+
+# What was verified on arrival waits for the owner's word.
+(cd owner && offsite registry accept "$id" --registry registry --keys keys)
+(cd owner && offsite plug-in "$MODEL" "$id" --registry registry --keys keys -o adapted)
+kill -INT $exchange
+wait $exchange
