@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -401,3 +402,176 @@ def live_exchange(
     made = LiveExchange(tmp_path / "owner-side", *parties, dropped_package, quiet_bundle)
     yield made
     made.stop()
+
+
+@pytest.fixture(scope="session")
+def make_bundle():
+    """Write a bundle of an adapter that no training made: its start, shaken so that every tensor matters."""
+    from adapters.kinds import attach, declared
+    from offsite.bundle import AdapterSpec, write_bundle
+
+    def make(out, package, *, seed=0, shake=0.05, tensors=None, **spec):
+        spec = AdapterSpec(**{"dtype": "float32", **spec})
+        names = declared(spec, package.layout, package.block_tensors())
+        if tensors is None:
+            attached = attach(package.load_model(), spec, package.layout.blocks, names)
+            generator = torch.Generator().manual_seed(seed)
+            tensors = {
+                name: tensor + shake * torch.randn(tensor.shape, generator=generator)
+                for name, tensor in attached.tensors().items()
+            }
+        return write_bundle(out, package=package, spec=spec, tensors=tensors, expected=names)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_model(letters_tokenizer):
+    """Write a model and the letters' tokenizer as a checkpoint folder."""
+
+    def save(model, out):
+        model.save_pretrained(out)
+        letters_tokenizer.save_pretrained(out)
+        return out
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def llama_folder(full_llama, save_model, tmp_path_factory):
+    """The checkpoint folder of `full_llama`; read only."""
+    return save_model(full_llama, tmp_path_factory.mktemp("base") / "llama")
+
+
+# --- two parties, a job and a registry
+
+
+class Exchange:
+    """An owner with a registry and a job, and the client of that job; both in folders of their own."""
+
+    def __init__(self, folder, package, owner, client, now):
+        folder.mkdir()
+        from offsite.job import Job
+        from offsite.trust import TrustStore
+        from server.registry import Registry
+
+        self.folder, self.package, self.owner, self.client, self.now = folder, package, owner, client, now
+        self.keys, self.registry_folder = folder / "keys", folder / "registry"
+        self.keys.mkdir(mode=0o700)
+        self.trust = TrustStore(self.keys)
+        self.trust.add(client.public.card, client.public.fingerprint, now=now)
+        self._job, self._registry_class, self._opened = Job, Registry, []
+        self.registry = self.opened(create=True)
+
+    def opened(self, *, create=False):
+        """Return the registry, opened anew, as after a restart."""
+        self._opened.append(self._registry_class.open(self.registry_folder, self.keys, create=create))
+        return self._opened[-1]
+
+    def close(self):
+        for registry in self._opened:
+            registry.close()
+
+    def job(self, *, register=True, **changes):
+        from offsite.bundle import AdapterSpec
+
+        stated = {
+            "job_id": secrets.token_hex(16),
+            "owner": self.owner.public.fingerprint,
+            "client": self.client.public.fingerprint,
+            "package_digest": self.package.digest,
+            "base_digest": self.package.manifest.base_digest,
+            "adapter": AdapterSpec(kind="lora", dtype="float32", rank=2, placement="1+1"),
+            "rounds": 3,
+            "created": self.now,
+            "expires": self.now + 86400,
+        }
+        job = self._job(**{**stated, **changes})
+        if register:
+            self.registry.add_job(job, package=self.package.path, client_name="client", now=self.now)
+        return job
+
+    def seal(self, bundle, job, out, *, identity=None, recipients=None, **changes):
+        """Seal a bundle folder as the client does, or with changes as nobody should."""
+        from offsite.seal import seal_files
+
+        stated = {
+            "kind": "bundle",
+            "job_id": job.job_id,
+            "created": self.now,
+            "expires": self.now + 3600,
+            "sequence": 1,
+            "round": 1,
+            "previous": None,
+            "base_digest": job.base_digest,
+            "package_digest": job.package_digest,
+            "identity": identity or self.client,
+            "recipients": recipients or [self.owner.public],
+        }
+        files = changes.pop("files", None) or {path.name: path for path in bundle.iterdir()}
+        seal_files(files, out, **{**stated, **changes})
+        return out
+
+    def take_in(self, sealed, *, registry=None, now=None):
+        return (registry or self.registry).intake(sealed, self.owner, self.trust, now=now or self.now)
+
+
+@pytest.fixture(scope="session")
+def identities():
+    """Owner, client and a stranger; their keys live in memory alone."""
+    from offsite.keys import generate
+
+    return {name: generate(name, days=30) for name in ("owner", "client", "stranger")}
+
+
+@pytest.fixture
+def exchange(tmp_path, dropped_package, identities):
+    """A registry without jobs, and who takes part."""
+    made = Exchange(
+        tmp_path / "owner-side", dropped_package, identities["owner"], identities["client"], int(time.time())
+    )
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def small_bundle(make_bundle, dropped_package, tmp_path_factory):
+    """A sound bundle of the adapter that the exchange's jobs ask for; read only."""
+    out = tmp_path_factory.mktemp("small") / "bundle"
+    return make_bundle(out, dropped_package, kind="lora", rank=2, placement="1+1", shake=0.02)
+
+
+@pytest.fixture(scope="session")
+def shelve():
+    """Put a bundle into a registry of its own as accepted, without sealing it; return the settings that name it."""
+    import shutil
+
+    from offsite.bundle import open_bundle
+    from offsite.job import Job
+    from server.registry import Registry
+    from server.registryrows import short_id
+
+    def put(bundle, package, folder, *, state="accepted"):
+        keys = folder / "keys"
+        keys.mkdir(parents=True, mode=0o700)
+        parties = {name: "-".join([letter * 4] * 13) for name, letter in (("owner", "a"), ("client", "b"))}
+        digest = "sha256:" + secrets.token_hex(32)
+        manifest = open_bundle(bundle).manifest
+        bound = {"package_digest": manifest.package_digest, "base_digest": manifest.base_digest}
+        job = Job(job_id=secrets.token_hex(16), adapter=manifest.adapter, created=1, expires=2**39, **parties, **bound)
+        envelope = SimpleNamespace(job_id=job.job_id, issuer=job.client, round=1, sequence=1)
+        with Registry.open(folder / "registry", keys, create=True) as registry:
+            registry.add_job(job, package=package, client_name="client")
+            registry.receive(envelope, digest)
+            shutil.copytree(bundle, registry.bundle_folder(short_id(digest)))
+            registry.verified(
+                digest,
+                bundle_digest=open_bundle(bundle).digest,
+                tensors_sha256=manifest.files["adapter.safetensors"].sha256,
+                figures={},
+            )
+            if state == "accepted":
+                registry.advance(short_id(digest), "accepted")
+        return {"id": short_id(digest), "registry": folder / "registry", "keys": keys}
+
+    return put
