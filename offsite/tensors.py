@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,10 +23,9 @@ from offsite.errors import BadSchema, NotFinite, RunFailed, TooLarge, WrongNames
 if TYPE_CHECKING:
     import torch
 
-HEADER_LIMIT_BYTES = 8 * 2**20
-MAX_TENSORS = 2**14
+HEADER_LIMIT_BYTES = 4 * 2**20
+MAX_TENSORS = 2**13
 ADAPTER_HEADER_LIMIT_BYTES = 2**20
-ADAPTER_MAX_TENSORS = 2**13
 MAX_DIMENSIONS = 8
 
 _CODES = {
@@ -83,7 +82,7 @@ def read_header(
 
     Args:
         limit_bytes: largest header that is read; for an adapter `ADAPTER_HEADER_LIMIT_BYTES`.
-        max_tensors: most tensors that are looked at; for an adapter `ADAPTER_MAX_TENSORS`.
+        max_tensors: most tensors that are looked at.
 
     Raises:
         TooLarge: when the header is longer than `limit_bytes` or holds more than `max_tensors` entries.
@@ -125,23 +124,23 @@ def parse_header(
         raise TooLarge(f"{what}: header of {num_entries} entries, limit {max_tensors}")
     if header.startswith('"__metadata__"', opening.end()):
         raise BadSchema(f"{what}: header holds notes, expected at most the format's name")
-    specs: dict[str, TensorSpec] = {}
-    spans, end = [], opening.end()
+    found: dict[str, _Entry] = {}
+    end = opening.end()
     for number in range(num_entries):
         comma = _COMMA.match(header, end) if number else opening
         entry = _ENTRY.match(header, comma.end()) if comma else None
         if entry is None:
             raise BadSchema(f"{what}: header entry {number + 1} does not hold exactly dtype, shape and data_offsets")
-        if entry[1] in specs:
-            raise BadSchema(f"{what}: header holds tensor {entry[1]!r} twice")
-        specs[entry[1]], span = _read_entry(what, entry, num_data_bytes)
-        spans.append(span)
+        read = _read_entry(what, entry, num_data_bytes)
+        if read.name in found:
+            raise BadSchema(f"{what}: header holds tensor {read.name!r} twice")
+        found[read.name] = read
         end = entry.end()
     closing = _CLOSING.match(header, end)
     if closing is None or closing.end() != len(header):
         raise BadSchema(f"{what}: header does not end after its {num_entries} entries")
-    _check_spans(what, spans, num_data_bytes)
-    return specs
+    _check_spans(what, ((read.start, read.end) for read in found.values()), num_data_bytes)
+    return {name: TensorSpec(shape=read.shape, dtype=read.dtype) for name, read in found.items()}
 
 
 def check_exact(what: str, found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
@@ -279,11 +278,19 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_entry(what: str, entry: re.Match[str], num_data_bytes: int) -> tuple[TensorSpec, tuple[int, int]]:
+class _Entry(NamedTuple):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def _read_entry(what: str, entry: re.Match[str], num_data_bytes: int) -> _Entry:
     name, *pairs = entry.groups()
     if not _NAME.fullmatch(name) or name == "__metadata__":
         raise BadSchema(f"{what}: a tensor name of {len(name)} characters is not made of letters, digits, '_' and '.'")
-    fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    fields = {pairs[0]: pairs[1], pairs[2]: pairs[3], pairs[4]: pairs[5]}
     if len(fields) != 3:
         raise BadSchema(f"{what}: entry of tensor {name!r} does not hold exactly dtype, shape and data_offsets")
     shape, offsets = _whole_numbers(fields["shape"]), _whole_numbers(fields["data_offsets"])
@@ -300,17 +307,17 @@ def _read_entry(what: str, entry: re.Match[str], num_data_bytes: int) -> tuple[T
             raise BadSchema(f"{what}: shape of tensor {name!r} is empty or larger than the file")
     if offsets[1] - offsets[0] != num_bytes:
         raise BadSchema(f"{what}: tensor {name!r} has a span that does not fit its shape and dtype")
-    return TensorSpec(shape=tuple(shape), dtype=dtype), (offsets[0], offsets[1])
+    return _Entry(name, dtype, shape, offsets[0], offsets[1])
 
 
-def _whole_numbers(found: str) -> list[int] | None:
+def _whole_numbers(found: str) -> tuple[int, ...] | None:
     if not _NUMBERS.fullmatch(found):
         return None
     inner = found[1:-1].strip()
-    return [int(number) for number in inner.split(",")] if inner else []
+    return tuple(map(int, inner.split(","))) if inner else ()
 
 
-def _check_spans(what: str, spans: list[tuple[int, int]], num_bytes: int) -> None:
+def _check_spans(what: str, spans: Iterable[tuple[int, int]], num_bytes: int) -> None:
     position = 0
     for start, end in sorted(spans):
         if start != position:
