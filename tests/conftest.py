@@ -502,7 +502,7 @@ class Exchange:
             "expires": self.now + 3600,
             "sequence": 1,
             "round": 1,
-            "previous": None,
+            "previous": None if changes.get("sequence", 1) == 1 else "sha256:" + "5" * 64,
             "base_digest": job.base_digest,
             "package_digest": job.package_digest,
             "identity": identity or self.client,
