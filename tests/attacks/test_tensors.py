@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-import os
 import pickle
-import resource
 import subprocess
 import sys
 import time
@@ -169,3 +168,242 @@ def test_row_16_hostile_headers_leave_the_process_small(tmp_path):
     refused, grown_kib = map(int, done.stdout.split())
     assert refused == len(HOSTILE)
     assert grown_kib * 1024 < LIMIT_BYTES
+
+
+SPEC = AdapterSpec(kind="lora", placement="1+1", rank=2, alpha=4.0, targets="attention", dtype="float32")
+NAME = "top.1.self_attn.q_proj.lora_B"
+PAIR = (NAME, NAME.replace("lora_B", "lora_A"))
+
+
+def tuned_tensors(package):
+    names = declared(SPEC, package.layout, package.block_tensors())
+    attached = attach(package.load_model(), SPEC, package.layout.blocks, names)
+    generator = torch.Generator().manual_seed(0)
+    noise = {name: 0.05 * torch.randn(spec.shape, generator=generator) for name, spec in names.items()}
+    return {name: tensor + noise[name] for name, tensor in attached.tensors().items()}, names
+
+
+@pytest.fixture
+def bundle(tmp_path, dropped_package):
+    tensors, names = tuned_tensors(dropped_package)
+    return write_bundle(tmp_path / "bundle", package=dropped_package, spec=SPEC, tensors=tensors, expected=names)
+
+
+def take_in(path, package):
+    """What an intake does with the files, once their envelope is known to be good."""
+    found = open_bundle(path)
+    found.bind(package_digest=package.digest, base_digest=package.manifest.base_digest)
+    expected = declared(SPEC, package.layout, package.block_tensors())
+    tensors = found.load_tensors(expected)
+    names = adapted_names(SPEC, package.layout, package.block_tensors())
+    norms = update_norms(SPEC, tensors, base_tensors(package, names))
+    check_norms(norms, max_relative_frobenius=1.0, max_relative_spectral=2.0)
+    return norms
+
+
+def rewritten(change):
+    """Change the tensors in a bundle's file, which its manifest then binds and declares."""
+
+    def edit(folder):
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSOR_FILE).items()}
+        change(tensors)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSOR_FILE)
+
+    return edit
+
+
+def replaced(name, make):
+    return lambda found: found.update({name: make(found[name])})
+
+
+def renamed(found):
+    found[NAME.replace("q_proj", "p_proj")] = found.pop(NAME)
+
+
+def elsewhere(found):
+    """All of it on another block, which has the same shapes."""
+    for name in [name for name in found if name.startswith("top.1.")]:
+        found[name.replace("top.1.", "top.0.")] = found.pop(name)
+
+
+def scaled(k_a, k_b):
+    def change(found):
+        found[PAIR[0]] *= k_b
+        found[PAIR[1]] *= k_a
+
+    return change
+
+
+def spike(found):
+    """One direction, as strong as the Frobenius norm of a whole base weight may be, and many times its spectrum."""
+    for name, size in ((PAIR[0], 3.3), (PAIR[1], 1.0)):
+        vector = torch.zeros_like(found[name])
+        vector.view(-1)[0] = size
+        found[name] = vector
+
+
+ROWS = {
+    "17 an extra tensor": (lambda found: found.update({"top.1.self_attn.q_proj.lora_C": torch.ones(1)}), WrongNames),
+    "17 a tensor outside the adapter": (lambda found: found.update({"lm_head.weight": torch.ones(9, 9)}), WrongNames),
+    "17 a missing tensor": (lambda found: found.pop(NAME), WrongNames),
+    "17 no tensor at all": (lambda found: found.clear(), WrongNames),
+    "17 a renamed tensor": (renamed, WrongNames),
+    "17 another block": (elsewhere, WrongNames),
+    "17 a shape that broadcasts": (replaced(NAME, lambda _: torch.ones(1)), WrongShape),
+    "17 a scalar": (replaced(NAME, lambda _: torch.tensor(1.0)), WrongShape),
+    "17 a shape with ones that broadcasts": (replaced(NAME, lambda old: old[:1]), WrongShape),
+    "17 a turned shape": (replaced(NAME, lambda old: old.T), WrongShape),
+    "17 an axis more": (replaced(NAME, lambda old: old[None]), WrongShape),
+    "17 another rank": (
+        lambda found: found.update({n: torch.cat([found[n]] * 2, a) for n, a in zip(PAIR, (1, 0), strict=True)}),
+        WrongShape,
+    ),
+    "17 another dtype": (replaced(NAME, lambda old: old.double()), WrongShape),
+    "17 whole numbers": (replaced(NAME, lambda old: old.to(torch.int32)), WrongShape),
+    "18 NaN": (replaced(NAME, lambda old: old.index_fill_(0, torch.tensor([3]), float("nan"))), NotFinite),
+    "18 infinity": (replaced(NAME, lambda old: old.fill_(float("inf"))), NotFinite),
+    "18 minus infinity": (replaced(NAME, lambda old: old.index_fill_(0, torch.tensor([0]), -float("inf"))), NotFinite),
+    "18 subnormal numbers": (replaced(NAME, lambda old: old.fill_(1e-40)), BadSchema),
+    "18 norms beyond half precision": (replaced(NAME, lambda old: old.fill_(6e4)), NormTooLarge),
+    "18 norms beyond single precision": (scaled(1e30, 1e30), NormTooLarge),
+    "19 a norm bomb": (scaled(1.0, 1e4), NormTooLarge),
+    "19 a norm bomb in the other factor": (scaled(1e6, 1e-2), NormTooLarge),
+    "19 a spike of rank one": (spike, NormTooLarge),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_rows_17_to_19_hostile_adapters(bundle, dropped_package, tamper, row):
+    change, expected = ROWS[row]
+    path = tamper(bundle.path, change=rewritten(change), redeclare=True)
+    with pytest.raises(ArtefactError) as caught:
+        take_in(path, dropped_package)
+    assert type(caught.value) is expected
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("17")])
+def test_row_17_what_the_manifest_does_not_declare(bundle, dropped_package, tamper, row):
+    path = tamper(bundle.path, change=rewritten(ROWS[row][0]))
+    with pytest.raises((WrongNames, WrongShape)):
+        take_in(path, dropped_package)
+
+
+def test_row_19_the_spike_is_within_the_frobenius_limit(bundle, dropped_package, tamper):
+    path = tamper(bundle.path, change=rewritten(spike), redeclare=True)
+    with pytest.raises(NormTooLarge, match="q_proj': the update's spectral norm"):
+        take_in(path, dropped_package)
+
+
+@pytest.mark.parametrize("k", [1e-6, 1e-3, 0.5, 8.0, 1e3, 1e6])
+def test_row_19_the_scale_between_the_factors_does_not_count(bundle, dropped_package, tamper, k):
+    plain = take_in(bundle.path, dropped_package)
+    moved = take_in(tamper(bundle.path, change=rewritten(scaled(k, 1 / k)), redeclare=True), dropped_package)
+    for name, norms in plain.items():
+        assert moved[name].frobenius == pytest.approx(norms.frobenius, rel=1e-6)
+        assert moved[name].spectral == pytest.approx(norms.spectral, rel=1e-6)
+
+
+@pytest.mark.parametrize("k", [1e-6, 1e-3, 0.5, 8.0, 1e3, 1e6])
+def test_row_19_nor_does_it_hide_a_norm_bomb(bundle, dropped_package, tamper, k):
+    with pytest.raises(NormTooLarge, match="q_proj"):
+        take_in(tamper(bundle.path, change=rewritten(scaled(k, 1e3 / k)), redeclare=True), dropped_package)
+
+
+class Bomb:
+    """What a pickle of a client's would do."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (self.target, "w"))
+
+
+@pytest.fixture
+def tripwire(monkeypatch):
+    """Fail on whatever would unpickle, and note every attempt; the audit hook of the interpreter sees those in C."""
+    touched: list[str] = []
+
+    def refuse(*args, **kwargs):
+        touched.append("called")
+        raise AssertionError("something was unpickled")
+
+    class Refuser:
+        def __init__(self, *args, **kwargs):
+            refuse()
+
+    monkeypatch.setattr(pickle, "Unpickler", Refuser)
+    monkeypatch.setattr(pickle, "_Unpickler", Refuser)
+    for owner, name in ((pickle, "load"), (pickle, "loads"), (torch, "load"), (torch.serialization, "load")):
+        monkeypatch.setattr(owner, name, refuse)
+    return touched
+
+
+def test_row_21_a_round_trip_never_unpickles(tmp_path, dropped_package, tripwire):
+    tensors, names = tuned_tensors(dropped_package)
+    done = write_bundle(tmp_path / "bundle", package=dropped_package, spec=SPEC, tensors=tensors, expected=names)
+    found = open_bundle(done.path).load_tensors(names)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert take_in(done.path, dropped_package)
+    assert tripwire == []
+    with pytest.raises(AssertionError, match="unpickled"):  # the wire is live
+        torch.load(io.BytesIO(b""))
+
+
+FOREIGN = (
+    "adapter.bin", "pytorch_model.bin", "adapter.pt", "state.pkl", "tune.py", "adapter_config.json", "config.json"
+)  # fmt: skip
+
+
+@pytest.fixture
+def opened():
+    """Paths that the interpreter opens while the test runs; an audit hook cannot be taken off, so it is switched."""
+    found: list[str] = []
+    watching = [True]
+
+    def hook(event, args):
+        if watching and event in {"open", "pickle.find_class"}:
+            found.append(str(args[0]))
+
+    sys.addaudithook(hook)
+    yield found
+    watching.clear()
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["unbound", "bound"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_row_21_files_that_hold_code_are_never_opened(
+    bundle, dropped_package, tamper, tripwire, opened, tmp_path, name, bound
+):
+    target = tmp_path / "ran"
+    harm = pickle.dumps(Bomb(str(target)))
+    if name.endswith(".json"):
+        harm = json.dumps({"auto_mapping": {"base_model_class": "x"}, "megatron_core": "os", "auto_map": {}}).encode()
+    entry = {"bytes": len(harm), "sha256": "sha256:" + hashlib.sha256(harm).hexdigest()}
+    path = tamper(
+        bundle.path,
+        change=lambda folder: (folder / name).write_bytes(harm),
+        edit=lambda manifest: manifest["files"].update({name: entry} if bound else {}),
+    )
+    opened.clear()
+    with pytest.raises(WrongNames):
+        take_in(path, dropped_package)
+    assert any(found.endswith("offsite.json") for found in opened)
+    assert not any(found.endswith(name) for found in opened)
+    assert tripwire == []
+    assert not target.exists()
+
+
+def test_row_21_a_pickle_under_the_tensor_files_name(bundle, dropped_package, tamper, tripwire, tmp_path):
+    target = tmp_path / "ran"
+    harm = pickle.dumps(Bomb(str(target)))
+    archive = io.BytesIO()
+    torch.save({NAME: torch.ones(2)}, archive)
+    for number, content in enumerate((harm, archive.getvalue(), b"PK\x03\x04" + bytes(60))):
+        copy = tamper(bundle.path, change=lambda folder, content=content: (folder / TENSOR_FILE).write_bytes(content))
+        with pytest.raises((BadSchema, TooLarge)):
+            take_in(copy, dropped_package)
+        copy.rename(tmp_path / f"done-{number}")
+    assert tripwire == []
+    assert not target.exists()
