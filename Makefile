@@ -9,9 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Small matrices on few cores: one thread per process is faster and steadier than several (torch's default).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 OUT := demo-out$(if $(SHORT),-short)
+FUZZ_SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slow demo bench clean
+.PHONY: help setup check test test-slow fuzz demo bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -29,6 +30,15 @@ test: $(READY) ## fast tests
 
 test-slow: $(READY) ## tests with the real model, kills and subprocesses
 	$(PYTEST) -m slow
+
+fuzz: $(READY) ## coverage-guided fuzzing of what reads strangers' bytes, FUZZ_SECONDS=60 for all targets together
+	$(PIP) install -c constraints.txt -e '.[fuzz]'
+	@mkdir -p build/fuzz/header build/fuzz/sealed
+	@for target in header sealed; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_$$target.py -max_total_time=$$(( $(FUZZ_SECONDS) / 2 )) \
+	    -timeout=5 -rss_limit_mb=512 -max_len=8192 -dict=tests/fuzz/tokens.dict -artifact_prefix=build/fuzz/$$target- \
+	    -print_final_stats=1 -verbosity=0 build/fuzz/$$target tests/fuzz/corpus/$$target || exit 1; \
+	done
 
 demo: $(READY) ## both sides on a real model and real text; SHORT=1 for the same path at a few steps
 	$(BIN)/offsite demo -o $(OUT) $(if $(SHORT),--short)
