@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 POINTS = (
     "upload-part",  # a part of an upload is on disk, the offset is not answered yet
-    "intake-copied",  # the sealed folder is copied beside the registry
     "intake-decrypted",  # the plain files are written, nothing is registered
     "intake-verified",  # every check has passed, nothing is registered
     "intake-stored",  # the bundle's files have their final name, the registry does not know it

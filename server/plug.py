@@ -9,6 +9,8 @@ good by the same command.
 
 from __future__ import annotations
 
+import glob
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +64,10 @@ def run(config: PlugConfig) -> dict[str, object]:
         refuse_existing(config.output)
         record = record_of(registry, entry, config.package)
         verified = read_registered(registry, entry, record)
-        manifest, effect, error = _plug_in(config, entry, verified, record)
+        with registry.one_plug_in() as alone:
+            if alone:
+                collect_partial(config.output)
+            manifest, effect, error = _plug_in(config, entry, verified, record)
         reach("plug-published")
         registry.advance(entry.id, "plugged-in")
     shown = f"{len(manifest.tensors)} tensors on {len(manifest.sites)} blocks"
@@ -116,6 +121,12 @@ def is_of(output: Path, entry: Entry) -> bool:
     except ArtefactError:
         return False
     return manifest.intake == entry.id and manifest.bundle_digest == entry.bundle_digest
+
+
+def collect_partial(output: Path) -> None:
+    """What a plugging in to `output` that was killed left beside it is gone."""
+    for path in output.absolute().parent.glob(f".{glob.escape(output.name)}.*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _plug_in(

@@ -19,7 +19,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -359,13 +359,20 @@ class Registry:
         self._store.verify_log()
         return self._store.head
 
-    @contextmanager
-    def one_intake(self, *, wait: bool = True) -> Iterator[bool]:
+    def one_intake(self, *, wait: bool = True) -> AbstractContextManager[bool]:
         """One intake at a time, of all threads and processes, so that memory and disk stay bounded.
 
         Yields whether it is this one's turn, which with `wait` it always is.
         """
-        handle = os.open(self.folder / "intake.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self._turn("intake.lock", wait)
+
+    def one_plug_in(self) -> AbstractContextManager[bool]:
+        """Yield whether no other plugging in from this registry is under way; none begins its turn meanwhile."""
+        return self._turn("plug-in.lock", wait=False)
+
+    @contextmanager
+    def _turn(self, name: str, wait: bool) -> Iterator[bool]:
+        handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -384,7 +391,7 @@ class Registry:
 
     def collect_locked(self) -> None:
         """As `collect`, for whoever holds `one_intake`."""
-        for path in (self.folder / "incoming").iterdir():
+        for path in (*(self.folder / "incoming").iterdir(), *self.folder.glob(".registry.id.*.partial")):
             _remove(path)
         for row in self._store.rows("SELECT digest FROM bundles WHERE state = 'received'"):
             self.forget(row["digest"])
