@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from offsite.errors import ArtefactError, BadDigest, TooLarge, WrongNames
+from offsite.errors import ArtefactError, BadDigest, RunFailed, TooLarge, WrongNames
 from offsite.sealed import (
     MAX_FILES,
     SEALED_MANIFEST_LIMIT_BYTES,
@@ -58,8 +58,9 @@ def read_sealed(path: Path) -> RawSealed:
         ArtefactError: when there is no such folder.
         WrongNames: when anything is missing or foreign, or is a link, a pipe or a device.
         TooLarge: when one of the three is over its limit.
+        RunFailed: when the disk does not give its bytes.
     """
-    with opened_folder(path) as folder:
+    with _readable(path.name), opened_folder(path) as folder:
         found, expected = names_in(folder), {*_LIMITS, PAYLOAD}
         if missing := sorted(expected - found):
             raise WrongNames(
@@ -81,7 +82,7 @@ def check_payload(path: Path, manifest: SealedManifest) -> None:
     Raises:
         WrongNames, BadDigest: as `decrypt_files`.
     """
-    with opened_folder(path) as folder, opened_payload(folder, path.name) as payload:
+    with _readable(path.name), opened_folder(path) as folder, opened_payload(folder, path.name) as payload:
         check_listed(payload, manifest)
         for file in manifest.files:
             with opened_file(payload, file.payload_name, file.sealed_bytes) as source:
@@ -172,6 +173,14 @@ def opened_file(folder: int, name: str, num_bytes: int | None = None) -> Iterato
         yield handle
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _readable(shown: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"cannot read {shown!r}: {(error.strerror or 'i/o error').lower()}") from error
 
 
 def _read_small(folder: int, name: str, shown: str) -> bytes:

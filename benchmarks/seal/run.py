@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -162,7 +161,9 @@ def _open(work: Path, name: str, one: Any, two: Any) -> None:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak resident bytes of this program; ``ru_maxrss`` would start at the peak of the process that spawned it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def _sha256(path: Path) -> str:
