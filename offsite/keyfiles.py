@@ -145,9 +145,9 @@ def decrypt_pkcs8(pem: bytes, passphrase: bytes, kind: type[Key], *, name: str) 
     """
     try:
         key = load_pem_private_key(pem, passphrase)
-    except TypeError:
-        raise BadKey(f"key file {name!r} is not encrypted", hint="make new keys with 'offsite keygen'") from None
-    except (ValueError, UnsupportedAlgorithm):
+    except (TypeError, ValueError, UnsupportedAlgorithm):
+        if b"BEGIN PRIVATE KEY" in pem:
+            raise BadKey(f"key file {name!r} is not encrypted", hint="make new keys with 'offsite keygen'") from None
         raise BadKey(f"key file {name!r} does not open: wrong passphrase, or the file is damaged") from None
     if not isinstance(key, kind):
         raise BadKey(f"key file {name!r} holds a key of another kind")
@@ -177,16 +177,18 @@ def _read(path: Path, limit_bytes: int, what: str, *, private: bool) -> bytes:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # non-blocking: a FIFO must not hang us
     except (OSError, ValueError) as error:
         raise BadKey(f"cannot read {named}: {_reason(error)}", hint="check the path") from None
-    with os.fdopen(handle, "rb") as file:
+    try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise BadKey(f"{named} is not a plain file")
         if private and stat.S_IMODE(found.st_mode) & _OTHERS:
             raise BadKey(f"{named} is open to others", hint="chmod 600 it, and think about who may have read it")
-        try:
+        with os.fdopen(handle, "rb", closefd=False) as file:
             content = file.read(limit_bytes + 1)
-        except OSError as error:
-            raise RunFailed(f"cannot read {named}: {_reason(error)}") from None
+    except OSError as error:
+        raise RunFailed(f"cannot read {named}: {_reason(error)}") from None
+    finally:
+        os.close(handle)
     if len(content) > limit_bytes:
         raise TooLarge(f"{named} is over {limit_bytes} bytes")
     return content

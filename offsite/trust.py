@@ -165,6 +165,7 @@ class TrustStore:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # not by closing: a process forked meanwhile would hold it on
             os.close(handle)
 
     def _read(self) -> _Pinned:
