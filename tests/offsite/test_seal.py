@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offsite.errors import ConfigError, RunFailed, TooLarge, WrongNames
-from offsite.seal import check_payload, decrypt_files, read_sealed, seal_files
+from offsite.seal import check_payload, decrypt_files, encrypt_files, read_sealed, seal_files
 from offsite.sealed import sealed_size, tensors_digest, verify_sealed
 from offsite.tensors import TensorSpec
 
@@ -157,6 +157,12 @@ def test_the_manifest_says_nothing_of_this_machine(tmp_path, pair):
     assert set(json.loads(raw)["files"][0]) == set(
         "name bytes sha256 sealed_bytes sealed_sha256 tensors_sha256".split()
     )
+
+
+def test_data_keys_are_not_shown(tmp_path, pair):
+    (tmp_path / "a").write_bytes(b"x")
+    encrypted = encrypt_files({"report.json": tmp_path / "a"}, tmp_path, kind="report", job_id=JOB)
+    assert repr(encrypted) == "Encrypted(1 files)"
 
 
 def test_modules_that_seal_import_no_torch():
