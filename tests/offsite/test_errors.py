@@ -24,7 +24,7 @@ def test_exit_codes(name, code):
 
 def test_every_rejection_of_an_artefact_exits_alike():
     rejections = [found for found in CLASSES if issubclass(found, errors.ArtefactError)]
-    assert len(rejections) == 8
+    assert len(rejections) == 16
     assert {found.exit_code for found in rejections} == {3}
 
 
