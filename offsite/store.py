@@ -288,6 +288,11 @@ class Store:
         """
         state, anchor, num_bytes = self._state(), self._read_anchor(), _size(self.log_path)
         name = self.path.name
+        if state.previous.number and not self.anchor.exists():
+            raise Replayed(
+                f"the head of {name!r} is not in folder {self.anchor.parent.name!r}",
+                hint="name the folder that it was made with, or put the file back; without its head it is never used",
+            )
         if num_bytes > state.log_bytes or anchor.number > state.head.number:
             ends = f"ends at entry {state.head.number}"
             raise _turned_back(name, f"{ends}, its log or head remembers more")

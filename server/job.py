@@ -32,6 +32,8 @@ def run(config: JobCreateConfig) -> dict[str, object]:
     check_folder(config.keys)
     owner = read_card(read_limited(config.keys / CARD_NAME, CARD_LIMIT_BYTES, what="card"))
     client = TrustStore(config.keys).require(config.client.strip().lower(), now=now)
+    if client.fingerprint == owner.fingerprint:
+        raise ConfigError("--client is this party's own fingerprint", hint="give the one of a card pinned by trust add")
     package = open_package(config.package)
     record = read_owner_record(owner_record_path(config.package))
     if record.package_digest != package.digest:

@@ -88,12 +88,14 @@ class Registry:
             name = _registry_id(folder)
         except OSError as error:
             raise RunFailed(f"cannot use registry {folder.name!r}: {(error.strerror or 'i/o error').lower()}") from None
-        store = Store(folder / "registry.db", MIGRATIONS, anchor=keys_folder / f"registry-{name}.head")
-        registry = cls(folder, store)
+        registry = cls(folder, Store(folder / "registry.db", MIGRATIONS, anchor=keys_folder / f"registry-{name}.head"))
         try:
             registry.collect()
+        except OSError as error:
+            registry.close()
+            raise RunFailed(f"cannot use registry {folder.name!r}: {(error.strerror or 'i/o error').lower()}") from None
         except BaseException:
-            store.close()
+            registry.close()
             raise
         return registry
 

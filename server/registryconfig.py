@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from offsite.keyconfig import IdentityConfig, KeysConfig
+from offsite.package import Text
 
 ID_PATTERN = r"^[0-9a-f]{16}$"
 
@@ -36,7 +37,7 @@ class JobCreateConfig(KeysConfig):
     max_relative_spectral: float = Field(
         2.0, gt=0, le=1e6, description="cap on a module's update: its largest singular value over the weight's"
     )
-    terms: str = Field("", max_length=20_000, description="terms in words, for people")
+    terms: Text = Field("", description="terms in words, for people")
 
 
 class IntakeConfig(IdentityConfig):

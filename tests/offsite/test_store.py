@@ -275,6 +275,22 @@ def test_row_12_what_is_deleted_is_noticed(gone, opened, tmp_path):
         opened()
 
 
+def test_a_head_that_is_looked_for_elsewhere(opened, tmp_path):
+    with opened() as store:
+        add(store, "one")
+        add(store, "two")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(Replayed, match=r"the head of 'words\.db' is not in folder 'other'") as caught:
+        Store(tmp_path / "words.db", SCHEMA, anchor=tmp_path / "other" / "words.head")
+    assert "that it was made with" in caught.value.hint
+
+
+def test_the_database_is_flushed_at_each_commit(opened):
+    with opened() as store:
+        found = {name: store.rows(f"PRAGMA {name}")[0][0] for name in ("journal_mode", "synchronous", "foreign_keys")}
+        assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+
+
 def test_row_12_a_file_turned_back_under_an_open_store(opened, tmp_path):
     with opened() as store:
         add(store, "one")
