@@ -75,7 +75,7 @@ class BadDigest(ArtefactError):
 
 
 class BadSchema(ArtefactError):
-    """A manifest, configuration or tensor header does not have the specified form."""
+    """A manifest, configuration or tensor file does not have the specified form."""
 
 
 class WrongBinding(ArtefactError):
