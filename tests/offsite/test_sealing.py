@@ -112,47 +112,32 @@ def test_the_job_comes_first(tmp_path, desk, parties, job, dropped_package):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("who", "words", "code", "message"),
-    [
-        ("client", "seal job -o out", 3, "may not seal a job"),
-        ("client", "seal {package} --job job -o out", 3, "may not seal a package"),
-        ("owner", "seal {bundle} --job job -o out", 3, "may not seal a bundle"),
-        ("client", "seal {bundle} -o out", 2, "--job is missing"),
-        ("client", "seal {bundle} --job job --round 3 -o out", 2, "rounds 1 to 2, found 3"),
-        ("owner", "seal {package} --job job --round 1 -o out", 2, "rounds 0 to 0, found 1"),
-        ("client", "seal {bundle} --job nowhere -o out", 3, "no job folder named 'nowhere'"),
-        ("client", "seal {bundle} --job job -o job", 2, "output 'job' already exists"),
-        ("client", "seal nowhere --job job -o out", 3, "no folder named 'nowhere'"),
-        ("client", "seal odd --job job -o out", 3, "no job, package, bundle or report"),
-        ("client", "seal page --job job -o out", 3, "no job, package, bundle or report"),
-        ("client", "seal broken --job job -o out", 3, "is not JSON with distinct keys"),
-        ("client", "seal results --job job -o out", 3, "results.json of 'results' is not offsite/results/1"),
-        ("owner", "seal {narrow} --job job -o out", 3, "the job is about"),
-        ("client", "seal {bundle} --job edited -o out", 3, "is known here with other terms"),
-        ("client", "seal {other} --job job -o out", 3, "another adapter than the job asks for"),
-        ("owner", "seal job --job edited -o out", 2, "--job names another job"),
-        ("client", "open nowhere -o out", 3, "no sealed folder named 'nowhere'"),
-        ("client", "open job -o out", 3, "'keys.json' is missing"),
-        ("owner", "open package.sealed -o out", 3, "is not pinned here"),
-        ("client", "open package.sealed -o job", 2, "output 'job' already exists"),
-    ],
-)
-def test_refusals(
-    opened,
-    desk,
-    parties,
-    job,
-    dropped_package,
-    narrow_package,
-    tiny_bundle,
-    tamper,
-    monkeypatch,
-    who,
-    words,
-    code,
-    message,
-):
+REFUSALS = [
+    ("client", "seal job -o out", 3, "may not seal a job"),
+    ("client", "seal {package} --job job -o out", 3, "may not seal a package"),
+    ("owner", "seal {bundle} --job job -o out", 3, "may not seal a bundle"),
+    ("client", "seal {bundle} -o out", 2, "--job is missing"),
+    ("client", "seal {bundle} --job job --round 3 -o out", 2, "rounds 1 to 2, found 3"),
+    ("owner", "seal {package} --job job --round 1 -o out", 2, "rounds 0 to 0, found 1"),
+    ("client", "seal {bundle} --job nowhere -o out", 3, "no job folder named 'nowhere'"),
+    ("client", "seal {bundle} --job job -o job", 2, "output 'job' already exists"),
+    ("client", "seal nowhere --job job -o out", 3, "no folder named 'nowhere'"),
+    ("client", "seal odd --job job -o out", 3, "no job, package, bundle or report"),
+    ("client", "seal page --job job -o out", 3, "no job, package, bundle or report"),
+    ("client", "seal broken --job job -o out", 3, "is not JSON with distinct keys"),
+    ("client", "seal results --job job -o out", 3, "results.json of 'results' is not offsite/results/1"),
+    ("owner", "seal {narrow} --job job -o out", 3, "the job is about"),
+    ("client", "seal {bundle} --job edited -o out", 3, "is known here with other terms"),
+    ("client", "seal {other} --job job -o out", 3, "another adapter than the job asks for"),
+    ("owner", "seal job --job edited -o out", 2, "--job names another job"),
+    ("client", "open nowhere -o out", 3, "no sealed folder named 'nowhere'"),
+    ("client", "open job -o out", 3, "'keys.json' is missing"),
+    ("owner", "open package.sealed -o out", 3, "is not pinned here"),
+    ("client", "open package.sealed -o job", 2, "output 'job' already exists"),
+]
+
+
+def test_refusals(opened, desk, parties, job, dropped_package, narrow_package, tiny_bundle, tamper, monkeypatch):
     monkeypatch.chdir(opened)
     for name, file, text in (
         ("odd", "notes.txt", "x"),
@@ -164,13 +149,13 @@ def test_refusals(
         (opened / name / file).write_text(text)
     write_job(opened / "edited", job.model_copy(update={"rounds": 1}))
     names = {"package": dropped_package.path, "bundle": tiny_bundle.path, "narrow": narrow_package.path}
-    if "{other}" in words:
-        names["other"] = tamper(tiny_bundle.path, edit=lambda stated: stated["adapter"].update(alpha=4.0))
+    names["other"] = tamper(tiny_bundle.path, edit=lambda stated: stated["adapter"].update(alpha=4.0))
     before = sorted(path.name for path in opened.iterdir())
-    party = parties[("owner", "client").index(who)]
-    error = desk(party, *words.format(**names).split(), code=code)
-    assert message in error
-    assert sorted(path.name for path in opened.iterdir()) == before
+    for who, words, code, message in REFUSALS:
+        party = parties[("owner", "client").index(who)]
+        error = desk(party, *words.format(**names).split(), code=code)
+        assert message in error, words
+        assert sorted(path.name for path in opened.iterdir()) == before, words
 
 
 def test_an_untrusted_recipient_is_not_sealed_for(opened, desk, parties, tiny_bundle):
@@ -222,3 +207,31 @@ def test_a_refused_opening_leaves_the_ledger_as_it_was(opened, desk, parties):
     desk(client, "open", opened / "copy", "-o", opened / "out", code=3)
     with Ledger(client.keys) as ledger:
         assert ledger._store.head == before
+
+
+def test_a_break_between_ledger_and_publishing_is_mended_by_opening_again(
+    opened, desk, parties, dropped_package, monkeypatch
+):
+    owner, client = parties
+    desk(owner, "seal", dropped_package.path, "--job", opened / "job", "-o", opened / "second")
+    rename = Path.rename
+
+    def broken(self, target):
+        if Path(target).name == "out":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", broken)
+        error = desk(client, "open", opened / "second", "-o", opened / "out", code=5)
+    assert "cannot write 'out': input/output error" in error
+    assert not (opened / "out").exists()
+    assert desk(client, "open", opened / "second", "-o", opened / "out")["admission"] == "again"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", broken)
+        desk(owner, "seal", dropped_package.path, "--job", opened / "job", "-o", opened / "out", code=2)
+        shutil.rmtree(opened / "out")
+        desk(owner, "seal", dropped_package.path, "--job", opened / "job", "-o", opened / "out", code=5)
+    told = desk(owner, "seal", dropped_package.path, "--job", opened / "job", "-o", opened / "fourth")
+    assert told["sequence"] == 4  # the third was signed and never published; nothing else bears its number
+    assert desk(client, "open", opened / "fourth", "-o", opened / "out-fourth")["admission"] == "new"
