@@ -55,7 +55,7 @@ def run(config: PlugConfig) -> dict[str, object]:
         ArtefactError: when it was refused, or its files are not those that were verified.
         RunFailed: when what was written does not compute what the plugged-in model does.
     """
-    with Registry.open(config.registry, config.keys) as registry:
+    with Registry.open(config.registry, config.keys) as registry, registry.one_plug_in():
         entry = accepted(registry, config.id)
         if entry.state == "accepted" and is_of(config.output, entry):
             say(f"{config.output.name} was published before the registry was told; now it is")
@@ -64,10 +64,8 @@ def run(config: PlugConfig) -> dict[str, object]:
         refuse_existing(config.output)
         record = record_of(registry, entry, config.package)
         verified = read_registered(registry, entry, record)
-        with registry.one_plug_in() as alone:
-            if alone:
-                collect_partial(config.output)
-            manifest, effect, error = _plug_in(config, entry, verified, record)
+        collect_partial(config.output)
+        manifest, effect, error = _plug_in(config, entry, verified, record)
         reach("plug-published")
         registry.advance(entry.id, "plugged-in")
     shown = f"{len(manifest.tensors)} tensors on {len(manifest.sites)} blocks"

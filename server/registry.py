@@ -312,10 +312,14 @@ class Registry:
 
         Raises:
             ConfigError: when there is no such bundle.
-            PolicyError: when it is plugged in already.
+            PolicyError: when it is plugged in already, or a plugging in is under way.
         """
         entry = self.entry(bundle_id)
-        with self._store.transaction() as transaction:
+        with self.one_plug_in(wait=False) as mine, self._store.transaction() as transaction:
+            if not mine:
+                raise PolicyError(
+                    f"bundle {bundle_id} may be the one that is being plugged in", hint="wait until it is"
+                )
             state = transaction.execute("SELECT state FROM bundles WHERE id = ?", (bundle_id,)).fetchone()[0]
             if state in ("plugged-in", "served"):
                 raise PolicyError(
@@ -368,9 +372,9 @@ class Registry:
         """
         return self._turn("intake.lock", wait)
 
-    def one_plug_in(self) -> AbstractContextManager[bool]:
-        """Yield whether no other plugging in from this registry is under way; none begins its turn meanwhile."""
-        return self._turn("plug-in.lock", wait=False)
+    def one_plug_in(self, *, wait: bool = True) -> AbstractContextManager[bool]:
+        """One plugging in at a time, during which nothing is refused; yields as `one_intake`."""
+        return self._turn("plug-in.lock", wait)
 
     @contextmanager
     def _turn(self, name: str, wait: bool) -> Iterator[bool]:

@@ -102,6 +102,13 @@ def test_what_is_plugged_in_cannot_be_refused(exchange, arrived):
     assert exchange.registry.bundle_folder(bundle_id).exists()
 
 
+def test_nothing_is_refused_while_something_is_plugged_in(exchange, arrived):
+    bundle_id = arrived(DIGESTS[0])
+    with exchange.opened().one_plug_in(), pytest.raises(PolicyError, match="is being plugged in"):
+        exchange.registry.refuse(bundle_id)
+    assert exchange.registry.refuse(bundle_id).state == "refused"
+
+
 def test_two_digests_of_one_id_are_not_confused(exchange, arrived):
     arrived("sha256:" + "a" * 64)
     with pytest.raises(Replayed, match="another bundle has the id"):
