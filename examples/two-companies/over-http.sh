@@ -8,22 +8,21 @@ set -euo pipefail
 (cd owner && offsite exchange certificate -o tls --host 127.0.0.1)
 cp owner/tls/certificate.pem client/owner.certificate.pem
 owner exchange serve --registry registry --outbox outbox --port "$PORT" \
-  --certificate tls/certificate.pem --certificate-key tls/key.pem > exchange.json &
+  --certificate tls/certificate.pem --certificate-key tls/certificate-key.pem > exchange.json &
 exchange=$!
 trap 'kill -INT $exchange 2>/dev/null || true' EXIT
 url=https://127.0.0.1:$PORT
-for _ in $(seq 120); do
-  client exchange pull "$url" --certificate owner.certificate.pem -o inbox > pulled.json && break
-  sleep 1
-done
+(cd client && offsite exchange pull "$url" --kind job --certificate owner.certificate.pem --patience-seconds 120 \
+  --keys keys --passphrase-file passphrase -o job.sealed)
+client exchange pull "$url" --kind package --certificate owner.certificate.pem -o package.sealed
 
-client open inbox/job.sealed -o job
-client open inbox/package.sealed -o package
+client open job.sealed -o job
+client open package.sealed -o package
 # shellcheck disable=SC2086
 (cd client && offsite tune package --job job --data "$PRIVATE" $TUNE -o bundle)
 client seal bundle --job job --round 1 -o bundle.sealed
-id=$(client exchange push bundle.sealed "$url" --certificate owner.certificate.pem | field id)
-client exchange status "$id" "$url" --certificate owner.certificate.pem
+id=$(client exchange push "$url" bundle.sealed --certificate owner.certificate.pem | field id)
+client exchange status "$url" bundle.sealed --certificate owner.certificate.pem
 
 # What was verified on arrival waits for the owner's word.
 (cd owner && offsite registry accept "$id" --registry registry --keys keys)

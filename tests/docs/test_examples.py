@@ -1,0 +1,59 @@
+"""The examples run as they stand, on a tiny random model: two companies, by hand and over HTTP."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "two-companies"
+
+
+@pytest.fixture
+def small(tmp_path: Path, letters_tokenizer) -> dict[str, str]:
+    """What the scripts read from the environment: a tiny model, short texts, few steps."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=259, max_position_embeddings=64, **sizes, **special))
+    model.save_pretrained(tmp_path / "model")
+    letters_tokenizer.save_pretrained(tmp_path / "model")
+    for name in ("public", "private"):
+        rows = [f"{name} case {number}: rest and water for {number % 9} days" for number in range(60)]
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(rows) + "\n")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    return {
+        "MODEL": str(tmp_path / "model"),
+        "PUBLIC": str(tmp_path / "public.txt"),
+        "PRIVATE": str(tmp_path / "private.txt"),
+        "DISTILL": "--width 0.5 --steps 0 --block-tokens 32 --calibration-tokens 512 --evaluation-tokens 128",
+        "TUNE": "--steps 2 --block-tokens 32",
+        "WHERE": str(tmp_path / "both"),
+        "PORT": str(port),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("way", ["by-hand", "over-http"])
+def test_two_companies(way: str, small: dict[str, str], tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **small}
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / f"{way}.sh")], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    owner, client = tmp_path / "both" / "owner", tmp_path / "both" / "client"
+    assert (owner / "adapted" / "adapter_model.safetensors").is_file()
+    assert not {"private.txt", "bundle"} & {path.name for path in owner.iterdir()}
+    assert not {"registry", "package.owner.json"} & {path.name for path in client.iterdir()}
+    secret = (owner / "passphrase").read_text().strip()
+    assert secret not in done.stdout + done.stderr
