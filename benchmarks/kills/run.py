@@ -28,7 +28,7 @@ def main() -> None:
     """Break jobs until there were enough kills and failures, and write what was found."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--kills", type=int, default=240, help="SIGKILLs that hit, at fault points and at random")
-    options.add_argument("--failures", type=int, default=80, help="runs whose disk failed, at least")
+    options.add_argument("--failures", type=int, default=80, help="runs whose disk failed or wrote short, at least")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("-o", "--out", type=Path, required=True)
     given = options.parse_args()

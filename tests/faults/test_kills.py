@@ -94,4 +94,12 @@ def test_the_kept_result_is_of_a_clean_commit_and_without_a_loss(path):
     assert found["num_kills"] >= 200
     assert (found["num_losses"], found["losses"]) == (0, [])
     assert set(found["kills"]) >= set(POINTS)
-    assert {"enospc", "eio", "short", "limit"} <= set(found["failures"])
+    assert {"enospc", "eio", "limit"} <= set(found["failures"])
+    table = (RESULTS.parent / "README.md").read_text()
+    in_turn = sum(count for name, count in found["kills"].items() if name in POINTS)
+    for words in (
+        f"in turn | {in_turn} | 0",
+        f"from a call | {found['failures']['eio']} | 0",
+        f"{found['num_jobs']} jobs",
+    ):
+        assert words in table
