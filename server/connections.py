@@ -41,6 +41,16 @@ class GuardedProtocol(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def send_400_response(self, msg: str) -> None:
+        """End the connection over what is no HTTP; a request under way gets no other answer."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.cycle.response_started:
+                self.transport.abort()
+                return
+        super().send_400_response(msg)
+
     def pause_writing(self) -> None:
         """Start counting the time in which the other side takes nothing."""
         super().pause_writing()
