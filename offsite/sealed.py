@@ -23,6 +23,7 @@ from offsite.manifest import MANIFEST_LIMIT_BYTES, MANIFEST_NAME, Strict
 from offsite.package import FILE_NAMES as PACKAGE_FILES
 from offsite.strictjson import parse_object, parse_strict, write_compact
 from offsite.tensors import TensorSpec
+from offsite.trust import MAX_SKEW_SECONDS
 
 SEALED_FORMAT: Final = "offsite/sealed/1"
 SIGNATURES_FORMAT: Final = "offsite/signatures/1"
@@ -33,7 +34,6 @@ SEALED_MANIFEST_LIMIT_BYTES = 2**20
 SIGNATURES_LIMIT_BYTES = 16 * 2**10
 MAX_FILES = 1024
 MAX_RECIPIENTS = 8
-MAX_SKEW_SECONDS = 300
 MAX_FILE_BYTES = 2**42
 REPORT_LIMIT_BYTES = 64 * 2**20
 

@@ -35,6 +35,7 @@ TRUST_NAME = "trust.json"
 TRUST_FORMAT = "offsite/trust/1"
 TRUST_LIMIT_BYTES = 32 * 2**20
 MAX_SKEW_SECONDS = 300
+"""How far the clocks of two parties may differ."""
 
 _MEND = "put a copy of it back, or delete it and add each party again"
 _COMPARE = "compare it with the one the other party tells you over another channel, then give it with --fingerprint"
