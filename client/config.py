@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from offsite.bundle import DISCLOSABLE, AdapterSpec
 from offsite.config import VerbConfig, flag_name
@@ -24,6 +24,35 @@ _ADAPTER_FIELDS = {
     "dropout": "dropout",
     "adapter_dtype": "dtype",
 }
+
+
+class DPSettings(BaseModel):
+    """Settings of ``--dp``: differential privacy for the data that is tuned on."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    epsilon: float | None = Field(None, gt=0, description="most that the run may spend; sets the noise")
+    noise_multiplier: float | None = Field(
+        None, ge=0.2, le=128, description="noise over clipping norm, instead of epsilon"
+    )
+    delta: float | None = Field(None, gt=0, lt=1, description="at most, and by default, 1/N^1.1 of N units")
+    clip: float = Field(1.0, gt=0, description="largest L2 norm of one unit's gradient")
+    unit: Literal["example", "user"] = Field("example", description="whose presence is hidden: a row's, or a user's")
+    user_field: str | None = Field(None, description="column that names the user, for unit=user")
+    rows_per_user: int = Field(4, ge=1, description="rows of a user that are trained on; further ones are left out")
+    sample_rate: float | None = Field(
+        None, gt=0, le=1, description="chance of a unit to be in a step; default: --batch-size over the units' number"
+    )
+    budget: float | None = Field(
+        None, gt=0, description="most epsilon this data may ever spend; the first run sets it, by default to its own"
+    )
+    engine: Literal["auto", "hooks", "ghost", "one-by-one"] = Field(
+        "auto", description="how gradients are clipped; auto: by memory"
+    )
+    rows_at_once: int | None = Field(
+        None, ge=1, description="rows that go through the model at once; default: by memory"
+    )
+    ledger: Path = Field(Path("~/.offsite/privacy"), description="folder of the budget ledger")
 
 
 class TuneConfig(VerbConfig):
@@ -77,6 +106,9 @@ class TuneConfig(VerbConfig):
     device: str = Field("auto", description="cpu, cuda, or auto for an accelerator if there is one")
     launch: int = Field(0, ge=0, description="processes that share the work (FSDP2); 0 or 1 for none")
     tensorboard: Path | None = Field(None, description="folder for TensorBoard's curves; none by default")
+    dp: DPSettings | None = Field(
+        None, description="tune with differential privacy, as epsilon=8,clip=1.0; needs the extra privacy"
+    )
     disclose: tuple[str, ...] = Field((), description=f"figures to put into the bundle: {', '.join(DISCLOSABLE)}")
 
     @model_validator(mode="after")
@@ -95,10 +127,45 @@ class TuneConfig(VerbConfig):
             problems.append(
                 f"--accumulate {self.accumulate}{shared}: a batch of {self.batch_size} cannot be cut into {parts}"
             )
+        problems += self._private_problems()
         if problems:
             raise ValueError("; ".join(problems))
         self.spec()
         return self
+
+    def _private_problems(self) -> list[str]:
+        """Return what --dp cannot go together with, a line each."""
+        problems: list[str] = []
+        dp = self.dp
+        if dp is None:
+            return problems
+        if (dp.epsilon is None) == (dp.noise_multiplier is None):
+            problems.append("--dp: give epsilon or noise_multiplier, one of the two")
+        if (dp.unit == "user") != (dp.user_field is not None):
+            problems.append("--dp: unit=user and user_field go together")
+        if dp.user_field is not None and self.document_field not in (None, dp.user_field):
+            problems.append("--document-field: with --dp unit=user the documents are the users")
+        if dp.unit == "user" and dp.engine in ("hooks", "ghost"):
+            problems.append(f"--dp: engine {dp.engine} clips examples, unit=user needs one-by-one")
+        if self.pack and "pack" in self.model_fields_set:
+            problems.append("--pack: a sequence would hold several examples, --dp hides one")
+        if self.accumulate > 1:
+            problems.append("--accumulate: --dp cuts a step's rows into parts by itself (rows_at_once)")
+        if self.launch > 1:
+            problems.append("--launch: --dp runs in one process")
+        if self.evaluate_every:
+            problems.append("--evaluate-every: --dp chooses no checkpoint by private text; it is validated at the end")
+        problems += [
+            f"--disclose {name}: --dp does not cover it, it is a function of the private text"
+            for name in self.disclose
+            if name in DISCLOSABLE and name != "steps"
+        ]
+        return problems
+
+    @property
+    def packed(self) -> bool:
+        """Whether sequences are filled across rows: as `pack` says, never with --dp."""
+        return self.pack and self.dp is None
 
     def spec(self) -> AdapterSpec:
         """Return the adapter these settings describe."""

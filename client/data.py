@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingText:
-    """Batches of the training documents, examples of the held-out ones, and what became of the rows."""
+    """Batches and examples of the training documents, examples of the held-out ones, and what became of the rows."""
 
     batches: Batches = field(repr=False)
     validation: list[Example] = field(repr=False)
+    examples: list[Example] = field(repr=False)
     pad_id: int
     num_records: int
     num_tokens: int
@@ -69,6 +70,7 @@ def prepare(
     return TrainingText(
         batches=Batches(shaped[0], batch_size=batch_size, seed=seed, pad_id=pad),
         validation=shaped[1],
+        examples=shaped[0],
         pad_id=pad,
         num_records=len(train),
         num_tokens=sides[0].num_tokens,

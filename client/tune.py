@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters.kinds import Attached, attach, declared
+from client.accounting import require_extra
 from client.config import TuneConfig
 from client.data import TrainingText, prepare, require_fit
+from client.privaterun import PrivateRun, private_binding, private_run
 from offsite.bundle import Bundle, write_bundle
 from offsite.checkpoints import require_work
 from offsite.console import say
@@ -32,7 +36,7 @@ from offsite.package import Package, open_package
 from offsite.processes import is_launched, world
 from offsite.records import read_records
 from offsite.staging import refuse_existing
-from offsite.step import uses_bf16
+from offsite.step import Stepper, uses_bf16
 from offsite.tensors import torch_dtype
 from offsite.text import IGNORED
 
@@ -86,13 +90,16 @@ def tune(
     binding: Mapping[str, str] | None = None,
     label: str = "tune",
     sent_as: str = "float32",
+    private: PrivateRun | None = None,
 ) -> Outcome:
-    """The adapter holds the weights of the lowest validation loss.
+    """The adapter holds the weights of the lowest validation loss; of a private run, those after the last step.
 
     Args:
         attached: model and adapter, on the device they train on; trained in place.
         work: folder for checkpoints and the log; the caller removes it.
         sent_as: dtype of the bundle, in which something must have changed.
+        private: draws the batches and takes the steps; private text then has no say in which weights are kept, and is
+            validated on once, at the end.
 
     Raises:
         ConfigError: when `work` holds a run that is not to be resumed, or one of other settings.
@@ -112,19 +119,26 @@ def tune(
     outcome = train(
         model,
         attached.trainable,
-        text.batches,
+        text.batches if private is None else private.batches(),
         next_token_loss,
         settings,
         work=work,
         resume=resume,
         label=label,
-        evaluate=evaluate,
+        evaluate=evaluate if private is None else None,
+        keep_best=private is None,
         shard_blocks=attached.blocks,
         binding=binding,
+        make_stepper=Stepper if private is None else private.make_stepper,
     )
     model.eval()
     if outcome.tensors:
         _require_moved(before, outcome.tensors, sent_as)
+    if private is not None:
+        private.require_moved(before, outcome.tensors)
+        loss = evaluate()
+        best = (loss, [(outcome.steps, loss)]) if math.isfinite(loss) else (None, [])
+        outcome = replace(outcome, best_loss=best[0], evaluations=best[1])
     return outcome
 
 
@@ -142,9 +156,11 @@ def run(config: TuneConfig) -> dict[str, object]:
     """Run the verb: open, read, train, write the bundle.
 
     Raises:
-        ConfigError, DataError, ArtefactError, RunFailed: as the steps it is made of.
+        ConfigError, DataError, ArtefactError, PolicyError, RunFailed: as the steps it is made of.
     """
     refuse_existing(config.output)
+    if config.dp is not None:
+        require_extra()
     if config.launch > 1 and not is_launched():
         raise ConfigError("--launch starts processes from the command line only", hint="offsite tune ... --launch N")
     work = work_folder(config.output)
@@ -157,53 +173,63 @@ def run(config: TuneConfig) -> dict[str, object]:
     device = choose_device(config.device)
     tokenizer = package.load_tokenizer()
     records = read_records(
-        config.data, fields=config.fields, document_field=config.document_field, separator=config.separator
+        config.data,
+        fields=config.fields,
+        document_field=(config.dp and config.dp.user_field) or config.document_field,
+        separator=config.separator,
     )
     text = prepare(
         records,
         tokenizer,
         block_tokens=config.block_tokens,
         batch_size=config.batch_size,
-        packed=config.pack,
+        packed=config.packed,
         on_long=config.on_long,
         validation=config.validation,
         seed=config.seed,
     )
     _say_text(text)
-    settings = loop_settings(config, text)
     attached = attach_to_package(package, spec, device=device, seed=config.seed)
     require_fit(text, attached.model)  # type: ignore[arg-type]
     if config.gradient_checkpointing:
         _checkpoint_activations(attached.model)
     _make_room(work)
-    outcome = tune(
-        attached,
-        text,
-        settings,
-        work=work,
-        resume=config.resume,
-        binding=_binding(config, package),
-        sent_as=config.adapter_dtype,
-    )
-    if not world().is_main:
-        return {}
-    figures = {
-        "num_records": text.num_records,
-        "num_tokens": outcome.tokens,
-        "steps": outcome.steps,
-        "validation_loss": float(outcome.best_loss or 0.0),
-    }
-    bundle = write_bundle(
-        config.output,
-        package=package,
-        spec=spec,
-        tensors=outcome.tensors,
-        expected=names,
-        figures=figures,
-        disclose=config.disclose,
-    )
+    binding = _binding(config, package)
+    spending = private_run(config, records, text, work=work, binding=binding) if config.dp else nullcontext()
+    with spending as private:
+        if private is not None:
+            binding["run"] = private.account.run
+            config = config.model_copy(update={"steps": private.steps})
+        outcome = tune(
+            attached,
+            text,
+            loop_settings(config, text),
+            work=work,
+            resume=config.resume,
+            binding=binding,
+            sent_as=config.adapter_dtype,
+            private=private,
+        )
+        if not world().is_main:
+            return {}
+        guarantee = private.release(outcome.tensors) if private is not None else None
+        figures = {
+            "num_records": text.num_records,
+            "num_tokens": outcome.tokens,
+            "steps": outcome.steps,
+            "validation_loss": float(outcome.best_loss or 0.0),
+        }
+        bundle = write_bundle(
+            config.output,
+            package=package,
+            spec=spec,
+            tensors=outcome.tensors,
+            expected=names,
+            figures=figures,
+            disclose=config.disclose,
+        )
     _finish(config.output, work)
-    return _result(bundle, text, outcome)
+    return _result(bundle, text, outcome) | ({} if guarantee is None else {"privacy": guarantee})
 
 
 def job_for(folder: Path, package: Package) -> Job:
@@ -281,7 +307,8 @@ def _binding(config: TuneConfig, package: Package) -> dict[str, str]:
     text = ("fields", "document_field", "separator", "on_long", "pack", "block_tokens", "validation", "batch_size")
     shared = config.model_dump(mode="json", include=set(text))
     shared |= {f"adapter.{name}": value for name, value in config.spec().model_dump(mode="json").items()}
-    return {"package": package.digest, "data": sha256_file(config.data), **{k: str(v) for k, v in shared.items()}}
+    bound = {"package": package.digest, "data": sha256_file(config.data), **{k: str(v) for k, v in shared.items()}}
+    return bound if config.dp is None else bound | private_binding(config.dp)
 
 
 def _say_text(text: TrainingText) -> None:

@@ -55,7 +55,7 @@ def build(
         key, _, text = word.partition("=")
         _put(cls, values, key.split("."), text)
     for name, given in (flags or {}).items():
-        values[name] = _json_value(cls.model_fields[name], given)
+        _put_flag(cls, values, name, given)
     try:
         text = json.dumps(values, default=str)
     except (ValueError, RecursionError):
@@ -76,15 +76,33 @@ def is_positional(field: FieldInfo) -> bool:
     return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("positional"))
 
 
+def _put_flag(cls: type[BaseModel], values: dict[str, Any], name: str, given: object) -> None:
+    """Put a flag's value; settings inside one setting are typed as ``--outer inner=1,other=2``."""
+    words = [word.strip() for word in given.split(",")] if isinstance(given, str) else []
+    is_model = _model_in(cls.model_fields[name].annotation) is not None
+    if not (is_model and words and all("=" in word for word in words)):
+        values[name] = _json_value(cls.model_fields[name], given)
+        return
+    for word in words:
+        key, _, text = word.partition("=")
+        _put(cls, values, [name, *key.split(".")], text)
+
+
+def _model_in(kind: Any) -> type[BaseModel] | None:
+    """Return the model that a setting holds, by itself or as an alternative to none."""
+    parts = (part for part in (kind, *get_args(kind)) if isinstance(part, type) and get_origin(part) is None)
+    return next((part for part in parts if issubclass(part, BaseModel)), None)
+
+
 def _put(cls: type[BaseModel], values: dict[str, Any], keys: list[str], text: str) -> None:
     field = cls.model_fields.get(keys[0])
     if len(keys) == 1 or field is None:
         values[".".join(keys)] = text if field is None else _json_value(field, text)
         return
-    inner, nested = field.annotation, values.get(keys[0], {})
-    if isinstance(nested, dict) and get_origin(inner) is dict:
+    inner, nested = _model_in(field.annotation), values.get(keys[0], {})
+    if isinstance(nested, dict) and get_origin(field.annotation) is dict:
         values[keys[0]] = {**nested, ".".join(keys[1:]): text}
-    elif isinstance(nested, dict) and isinstance(inner, type) and issubclass(inner, BaseModel):
+    elif isinstance(nested, dict) and inner is not None:
         _put(inner, values.setdefault(keys[0], {}), keys[1:], text)
     else:
         values[".".join(keys)] = text  # no setting has that name, and the model's own error says so
@@ -150,7 +168,8 @@ def _all_problems(cls: type[BaseModel], error: ValidationError) -> str:
         names = [str(part) for part in item["loc"]]
         name = ".".join(names)
         field = cls.model_fields.get(names[0]) if names else None
-        spelled = name.upper() if field is not None and is_positional(field) else flag_name(name)
+        first, dot, inner = name.partition(".")  # settings inside one are typed as they are named
+        spelled = name.upper() if field is not None and is_positional(field) else flag_name(first) + dot + inner
         if not names:
             problems.append(item["msg"].removeprefix("Value error, "))
         elif item["type"] == "extra_forbidden":

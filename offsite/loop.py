@@ -31,6 +31,7 @@ from offsite.step import Batch, StepLoss, Stepper, require_finite
 
 _LOG = "log.jsonl"
 _Record = dict[str, int | float | None]
+MakeStepper = Callable[[nn.Module, Mapping[str, nn.Parameter], StepLoss, LoopConfig, Processes], Stepper]
 
 
 class Batches(Protocol):
@@ -91,6 +92,7 @@ def train(
     keep_best: bool = True,
     shard_blocks: Sequence[nn.Module] = (),
     binding: Mapping[str, str] | None = None,
+    make_stepper: MakeStepper = Stepper,
 ) -> Outcome:
     """`trainable` holds the trained weights: the best evaluated ones, or the last.
 
@@ -113,6 +115,7 @@ def train(
         keep_best: end with the weights of the lowest evaluation.
         shard_blocks: the modules that `shard` gathers one at a time.
         binding: what else a resumed run must share, such as the digests of model and data.
+        make_stepper: makes what takes the steps; the client's private tuning has its own.
 
     Raises:
         ConfigError: when `work` holds an unfinished run and `resume` is false, or a run of other
@@ -131,7 +134,7 @@ def train(
         checkpoints.collect_stale(work)
     processes.wait()
     held = _sharded(model, trainable, names, shard_blocks, processes)
-    stepper = Stepper(model, held, step_loss, config, processes)
+    stepper = make_stepper(model, held, step_loss, config, processes)
     state = State(settings={**config.binding(), "keep_best": keep_best, **(binding or {})})
     run = _Run(model, held, batches, stepper, config, work, evaluate, keep_best, processes, state, label)
     with torch.random.fork_rng(devices=[stepper.device] if stepper.device.type == "cuda" else []):
