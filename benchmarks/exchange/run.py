@@ -76,7 +76,7 @@ def measure(folder: Path, num_clients: int, num_bundles: int, draw: random.Rando
     process, url, rest_bytes = serve(folder)
     try:
         began = time.monotonic()
-        quiet = open(os.devnull, "w")  # noqa: SIM115 - every client would show its progress
+        quiet = Path(os.devnull).open("w")  # noqa: SIM115 - every client would show its progress
         with quiet, contextlib.redirect_stderr(quiet), ThreadPoolExecutor(num_clients) as pool:
             outcomes = list(pool.map(lambda one: push(url, world.owner.public.fingerprint, one), pushes))
         seconds = time.monotonic() - began
