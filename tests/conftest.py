@@ -321,13 +321,13 @@ class LiveExchange:
         from server.exchangeconfig import ServeExchangeConfig
         from server.listening import listen, url_of
 
+        tls = settings.pop("tls", None)
         stated = {"registry": self.registry_folder, "outbox": self.outbox, "keys": self.owner.keys}
         config = ServeExchangeConfig(**{**stated, "limit_free_bytes": 0, "limit_rate": 10_000.0, **settings})
         held = ExitStack()
         exchange = held.enter_context(opened_exchange(config, self.owner.identity))
         sock = held.enter_context(listen("127.0.0.1", 0))
         sock.listen(256)
-        tls = settings.get("tls")
         process = server_process(exchange, config, tls)
         thread = Thread(target=process.run, kwargs={"sockets": [sock]})
         thread.start()
