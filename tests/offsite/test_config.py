@@ -179,3 +179,16 @@ def test_spellings():
     assert flag_name("batch_size") == "--batch-size"
     assert is_positional(Example.model_fields["package"])
     assert not is_positional(Example.model_fields["output"])
+
+
+class Inner(VerbConfig):
+    loop: Loop | None = Field(None, description="training, if any")
+
+
+def test_a_flag_holds_the_settings_inside_one_and_adds_to_words():
+    assert build(Inner).loop is None
+    assert build(Inner, flags={"loop": "rate=0.5, steps=3"}).loop == Loop(rate=0.5, steps=3)
+    assert build(Inner, overrides=["loop.steps=4"], flags={"loop": "rate=0.5"}).loop == Loop(rate=0.5, steps=4)
+    for given, message in (("0.5", "--loop: input should be an object"), ("rats=1", "unknown setting 'loop.rats'")):
+        with pytest.raises(ConfigError, match=message):
+            build(Inner, flags={"loop": given})
