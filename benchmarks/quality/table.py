@@ -62,8 +62,8 @@ def summarise_jobs(plan: dict[str, Any], jobs: list[dict[str, Any]], arms: list[
 def write_table(result: dict[str, Any]) -> str:
     """Return the rows as a Markdown table."""
     head = (
-        "package | of the middle | emulator zero-shot | adapter | emulator-tuned | plugged in | vs LoRA | vs ceiling "
-        "| gap | capability | adapter MB"
+        "package | of the middle | emulator zero-shot | adapter | rate | seeds | emulator-tuned | plugged in | vs LoRA "
+        "| vs ceiling | gap | capability | adapter MB"
     )
     lines = [f"| {head} |", "|" + " --- |" * head.count("|") + " --- |"]
     for row in result["rows"]:
@@ -73,6 +73,8 @@ def write_table(result: dict[str, Any]) -> str:
             f"{row['share']:.0%}",
             "-" if reference else f"{row['emulator_zero_shot']:.1f}",
             row["adapter"],
+            f"{row['rate']:g}",
+            str(len(row["seeds"])),
             "-" if reference else _shown(row["emulator_tuned"]),
             _shown(row["plugged_in"]),
             _shown(row["recovery_vs_lora"], 2),
