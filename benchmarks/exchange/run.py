@@ -167,10 +167,9 @@ def tamper(sealed: Path, *, signatures: bool) -> None:
     """One byte differs: of a signature, or of the largest encrypted file."""
     path = sealed / "signatures.json"
     if signatures:
-        content = json.loads(path.read_text())
-        first = content["ed25519"][0]
-        content["ed25519"] = ("A" if first != "A" else "B") + content["ed25519"][1:]
-        path.write_text(json.dumps(content))
+        text = path.read_text()
+        first = json.loads(text)["ed25519"][:8]
+        path.write_text(text.replace(first, ("A" if first[0] != "A" else "B") + first[1:]))
         return
     path = max((sealed / "payload").iterdir(), key=lambda found: found.stat().st_size)
     raw = bytearray(path.read_bytes())
