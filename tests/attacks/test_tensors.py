@@ -121,10 +121,12 @@ def write(path, name):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_row_16_hostile_headers_are_cheap_to_refuse(tmp_path, name):
     path, expected = write(tmp_path / "x.safetensors", name), HOSTILE[name][3]
-    begin = time.process_time()
-    with pytest.raises(expected) as caught:
-        read_header(path)
-    seconds = time.process_time() - begin
+    seconds = float("inf")
+    for _ in range(3):  # the best of three: a collection of the whole test run's garbage may fall into one
+        begin = time.process_time()
+        with pytest.raises(expected) as caught:
+            read_header(path)
+        seconds = min(seconds, time.process_time() - begin)
     assert type(caught.value) is expected
     message = str(caught.value)
     assert message.isascii()
