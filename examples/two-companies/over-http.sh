@@ -7,10 +7,11 @@ set -euo pipefail
 # The owner serves what it sealed, under a certificate of its own that the client pins.
 (cd owner && offsite exchange certificate -o tls --host 127.0.0.1)
 cp owner/tls/certificate.pem client/owner.certificate.pem
-owner exchange serve --registry registry --outbox outbox --port "$PORT" \
-  --certificate tls/certificate.pem --certificate-key tls/certificate-key.pem > exchange.json &
+(cd owner && exec offsite exchange serve --registry registry --outbox outbox --port "$PORT" \
+  --certificate tls/certificate.pem --certificate-key tls/certificate-key.pem \
+  --keys keys --passphrase-file passphrase) > exchange.json &
 exchange=$!
-trap 'kill -INT $exchange 2>/dev/null || true' EXIT
+trap 'kill -TERM $exchange 2>/dev/null || true' EXIT
 url=https://127.0.0.1:$PORT
 (cd client && offsite exchange pull "$url" --kind job --certificate owner.certificate.pem --patience-seconds 120 \
   --keys keys --passphrase-file passphrase -o job.sealed)
@@ -27,5 +28,6 @@ client exchange status "$url" bundle.sealed --certificate owner.certificate.pem
 # What was verified on arrival waits for the owner's word.
 (cd owner && offsite registry accept "$id" --registry registry --keys keys)
 (cd owner && offsite plug-in "$MODEL" "$id" --registry registry --keys keys -o adapted)
-kill -INT $exchange
+kill -TERM $exchange
 wait $exchange
+cat exchange.json

@@ -48,7 +48,13 @@ def test_two_companies(way: str, small: dict[str, str], tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **small}
     done = subprocess.run(
-        ["bash", str(EXAMPLES / f"{way}.sh")], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        ["bash", str(EXAMPLES / f"{way}.sh")],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     owner, client = tmp_path / "both" / "owner", tmp_path / "both" / "client"
