@@ -28,13 +28,13 @@ from offsite.stages import Stage, play
 
 FULL = {
     "distill": ["--steps", "40", "--evaluation-tokens", "4096", "--calibration-tokens", "8192"],
-    "tune": ["--steps", "40", "--evaluate-every", "20", "--validation", "0.012"],
+    "tune": ["--learning-rate", "4e-3", "--steps", "40", "--evaluate-every", "20", "--validation", "0.012"],
     "reference": ["--steps", "40", "--evaluate-every", "20", "--validation", "0.012"],
     "evaluate": ["--limit-tokens", "12288"],
 }
 SHORT = {
     "distill": ["--steps", "4", "--evaluation-tokens", "1024", "--calibration-tokens", "4096"],
-    "tune": ["--steps", "14", "--evaluate-every", "14", "--validation", "0.005"],
+    "tune": ["--learning-rate", "2e-3", "--steps", "14", "--evaluate-every", "14", "--validation", "0.005"],
     "reference": ["--steps", "8", "--evaluate-every", "8", "--validation", "0.005"],
     "evaluate": ["--limit-tokens", "4096"],
 }
@@ -134,7 +134,7 @@ def _make(scene: _Scene) -> tuple[Stage, Stage]:
 
 def _tune(scene: _Scene, package_digest: str, job_id: str) -> Stage:
     """Return the finished stage that made the bundle."""
-    words = ["tune", "package", "--job", "job", "--data", "private.jsonl.gz", "--learning-rate", "4e-3", "-o", "bundle"]
+    words = ["tune", "package", "--job", "job", "--data", "private.jsonl.gz", "-o", "bundle"]
     inputs = {"package": package_digest, "job": job_id, "private": scene.text["private"]}
     words += [*scene.steps["tune"], *scene.seed]
     tuned = Stage("tune", scene.client, words, scene.client / "bundle", inputs)
