@@ -5,7 +5,7 @@
 
 SOURCES is a folder that holds ``wikitext-2/{train,valid}.txt.gz`` and ``wikitext-2/raw/wiki.test.raw.gz``,
 ``medquad/all.jsonl.gz`` (one question and answer a row, fields source, file, focus, question, answer), and
-for ``--full`` also ``openwebtext-1k``, ``c4-demo``, ``wiki-demo``, ``arc_easy``, ``piqa`` and ``openbookqa``.
+for ``--full`` ``openwebtext-1k``, ``c4-demo``, ``wiki-demo``, ``pubmedqa``, ``arc_easy``, ``piqa`` and ``openbookqa``.
 Every choice is by hash, every file is written without a time stamp: the same sources give the same bytes.
 """
 
@@ -175,6 +175,13 @@ def web_rows(sources: Path) -> Iterator[Row]:
             yield {"text": line.strip(), "document": f"wiki-demo-{number:02d}"}
 
 
+def abstract_rows(path: Path) -> Iterator[Row]:
+    """PubMedQA's abstracts, each after its question, with the conclusion that its authors drew."""
+    for number, row in sorted(json.loads("".join(read_lines(path))).items()):
+        text = " ".join([row["QUESTION"], *row["CONTEXTS"], row["LONG_ANSWER"]])
+        yield {"text": " ".join(text.split()), "document": f"pubmed-{number}"}
+
+
 def choice_rows(path: Path) -> Iterator[Row]:
     """Question, choices, answer (an index) of ARC, OpenBookQA or PIQA rows."""
     for row in read_rows(path):
@@ -212,6 +219,7 @@ def write_full(sources: Path, out: Path) -> None:
     found = raw_articles(read_lines(sources / "wikitext-2/raw/wiki.test.raw.gz"))
     write_rows(out / "wikitext_test.jsonl.gz", wiki_rows(found, "wikitext-2-test"))
     write_rows(out / "public_web.jsonl.gz", web_rows(sources))
+    write_rows(out / "public_medical.jsonl.gz", abstract_rows(sources / "pubmedqa/ori_pqal.json.gz"))
     train, held_out = medquad_rows(sources / "medquad/all.jsonl.gz")
     write_rows(out / "medquad_train.jsonl.gz", train)
     write_rows(out / "medquad_heldout.jsonl.gz", held_out)

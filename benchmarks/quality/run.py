@@ -105,15 +105,22 @@ class _Runner:
 def _plan(config: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     config["model"] = given.model or config["model"]
     for key in ("public", "client", "heldout"):
-        path = given.data / config[key]
-        config[key] = str(path if path.exists() else Path(__file__).resolve().parents[2] / config[key])
+        config[key] = _found(config[key], given)
+    for package in config["packages"]:
+        if "public" in package:
+            package["public"] = _found(package["public"], given)
     return config
+
+
+def _found(name: str, given: argparse.Namespace) -> str:
+    path = given.data / name
+    return str(path if path.exists() else Path(__file__).resolve().parents[2] / name)
 
 
 def _package_job(plan: dict[str, Any], package: dict[str, Any]) -> dict[str, Any]:
     settings = dict(package["distill"])
     if settings.pop("needs_public", True):
-        settings["public"] = plan["public"]
+        settings["public"] = package.get("public", plan["public"])
     if settings.get("steps", plan["distillation"]["steps"]):
         settings = {**plan["distillation"], **settings}
     key = f"package-{package['name']}"
@@ -154,6 +161,7 @@ def _jobs(plan: dict[str, Any], arm: dict[str, Any], rates: list[float], seeds: 
             "rate": rate,
             "seed": seed,
             "reference": arm["package"] == "keep-all",
+            "scales": plan.get("scales", []) if settings["adapter"] == "lora" else [],
         }
         for rate in rates
         for seed in seeds
@@ -168,12 +176,19 @@ def _best_rate(done: dict[str, Any], arm: dict[str, Any], seed: int) -> float | 
 
 def _write(given: argparse.Namespace, plan: dict[str, Any], runner: _Runner, seconds: float) -> None:
     shown = {key: value for key, value in plan.items() if key not in {"public", "client", "heldout", "model"}}
+    shown["packages"] = [
+        {**package, "public": Path(package["public"]).name} if "public" in package else package
+        for package in plan["packages"]
+    ]
     hidden = {"model", "client", "heldout", "tune", "distill"}
     result = {
         "benchmark": "quality",
         **environment(),
         "config": shown,
-        "data": files(**{key: Path(plan[key]) for key in ("public", "client", "heldout")}),
+        "data": files(
+            **{key: Path(plan[key]) for key in ("public", "client", "heldout")},
+            **{f"public_of_{own['name']}": Path(own["public"]) for own in plan["packages"] if "public" in own},
+        ),
         "model": Path(plan["model"]).name,
         "seconds": round(seconds, 1),
         **summarise_jobs(plan, list(runner.done.values()), _arms(plan)),

@@ -77,10 +77,16 @@ def tune_and_measure(job: dict[str, Any], work: Path) -> dict[str, Any]:
     tuned = _measure(attached.model, job["heldout"])
     del attached
     plugged = tuned if job.get("reference") else _plugged_in(job, package.path, spec, tensors)
+    scaled = {
+        f"{scale:g}": _plugged_in(job, package.path, spec, _scaled(tensors, scale))
+        for scale in job.get("scales", ())
+        if not job.get("reference")
+    }
     return {
         "validation_loss": outcome.best_loss,
         "emulator_tuned": tuned,
         "plugged_in": plugged,
+        "plugged_in_scaled": scaled,
         "adapter_bytes": sum(spec_of(tensor).num_bytes for tensor in tensors.values()),
         "steps": outcome.steps,
         "tokens": outcome.tokens,
@@ -107,6 +113,11 @@ def _plugged_in(job: dict[str, Any], package: Path, spec: AdapterSpec, tensors: 
     attached.load(lift(tensors, record.channels, dims))
     attached.model.to(_device())
     return _measure(attached.model, job["heldout"])
+
+
+def _scaled(tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """LoRA's update times `scale`: it is linear in B."""
+    return {name: tensor * scale if ".lora_B" in name else tensor for name, tensor in tensors.items()}
 
 
 def _measure(model: Any, heldout: str) -> float:
