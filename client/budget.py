@@ -24,7 +24,7 @@ from pathlib import Path
 from sqlite3 import Row
 from typing import TYPE_CHECKING, Self
 
-from client.accounting import Mechanism, pld_epsilon
+from offsite.accounting import Mechanism, pld_epsilon
 from offsite.errors import ConfigError, PolicyError, RunFailed
 from offsite.records import Record
 from offsite.staging import fsync

@@ -24,9 +24,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from client.accounting import Mechanism, Spent, account, accountant, calibrate
 from client.clipping import Clipper, Unit, choose, zeros
 from client.config import DPSettings
+from offsite.accounting import Mechanism, Spent, account, accountant, calibrate
 from offsite.errors import ConfigError, DataError
 from offsite.loopconfig import LoopConfig
 from offsite.processes import Processes

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters.kinds import Attached, attach, declared
-from client.accounting import require_extra
 from client.config import TuneConfig
 from client.data import TrainingText, prepare, require_fit
 from client.privaterun import PrivateRun, private_binding, private_run
+from offsite.accounting import require_extra
 from offsite.bundle import Bundle, write_bundle
 from offsite.checkpoints import require_work
 from offsite.console import say

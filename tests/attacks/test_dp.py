@@ -19,12 +19,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from client import privacy
-from client.accounting import Mechanism, Spent
 from client.budget import BudgetLedger
 from client.config import DPSettings, TuneConfig
 from client.privacy import Guarantee, PoissonBatches, PrivateStepper
 from client.tune import run
 from offsite import cli
+from offsite.accounting import Mechanism, Spent
 from offsite.errors import PolicyError
 from offsite.loopconfig import LoopConfig
 from offsite.processes import world

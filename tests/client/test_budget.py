@@ -7,9 +7,9 @@ import stat
 
 import pytest
 
-from client.accounting import Mechanism, account, pld_epsilon
 from client.budget import BudgetLedger
 from client.privacy import Guarantee
+from offsite.accounting import Mechanism, account, pld_epsilon
 from offsite.errors import ConfigError, PolicyError, Replayed
 from offsite.records import Record
 

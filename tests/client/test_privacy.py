@@ -13,11 +13,11 @@ import torch
 from scipy import stats
 
 from client import privacy
-from client.accounting import Mechanism, Spent
 from client.config import DPSettings
 from client.privacy import Guarantee, PoissonBatches, PrivateStepper, by_memory, gaussian, plan, uniform, units_of
 from client.tune import run
 from offsite import cli
+from offsite.accounting import Mechanism, Spent
 from offsite.bundle import open_bundle
 from offsite.config import build
 from offsite.errors import ConfigError, DataError

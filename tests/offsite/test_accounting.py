@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from client import accounting
-from client.accounting import Mechanism, Spent, account, calibrate, pld_epsilon, require_agreement, require_extra
+from offsite import accounting
+from offsite.accounting import Mechanism, Spent, account, calibrate, pld_epsilon, require_agreement, require_extra
 from offsite.errors import ConfigError, RunFailed
 
 DELTA = 1000**-1.1
