@@ -1,0 +1,191 @@
+"""Whether what an audit measured is good enough to let something leave. Each limit is defined here and nowhere else.
+
+A gate *passed*, *failed*, or was *not measurable* (nothing was measured, or too little to tell); only the first lets a
+bundle go without ``--accept-leakage``. Gates are worked out from an audit's figures each time they are asked.
+
+A differentially private run is held against its own claim: an attack must not show more than the epsilon claimed. Any
+other is held against what attacks find: area under the curve at most 0.60 and hits at most 3% at 1% false alarms, no
+made-up secret and no row read back out, and enough steps and rows that the update is not a single row's gradient
+(arXiv:2405.15586 inverts those exactly).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from offsite.audit import BundleAudit, CanaryAudit, Count, PackageAudit, PluggedAudit
+from offsite.manifest import Strict
+from offsite.package import Key, Line
+
+MAX_AUC = 0.60
+MAX_TPR_AT_1 = 0.03
+MIN_NONMEMBERS = 1000
+MIN_STEPS = 10
+MIN_RECORDS = 100
+MIN_CANARIES = 100
+
+Verdict = Literal["passed", "failed", "not measurable"]
+
+
+class Gate(Strict):
+    """One condition: what was found, the limit, and the verdict. ``told`` says it in words."""
+
+    name: Key
+    verdict: Verdict
+    found: float | None = None
+    limit: float | None = None
+    told: Line
+
+
+class Release(Strict):
+    """What ``offsite seal`` let go of, and on what grounds: ``OUTPUT.release.json``, beside the sealed folder.
+
+    ``audit`` is the digest of the audit that the gates were worked out from, None where there was none.
+    """
+
+    format: Literal["offsite/release/1"] = "offsite/release/1"
+    bundle_digest: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
+    sealed_digest: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
+    audit: str | None = Field(None, pattern=r"^sha256:[0-9a-f]{64}$")
+    gates: tuple[Gate, ...]
+    accepted_leakage: bool
+    round: Count
+
+
+def passed(gates: Sequence[Gate]) -> bool:
+    """Tell whether every gate passed."""
+    return all(gate.verdict == "passed" for gate in gates)
+
+
+def unmeasured() -> tuple[Gate, ...]:
+    """Return the gates of a bundle that was never audited."""
+    return (Gate(name="audit", verdict="not measurable", told="no audit of this bundle was given"),)
+
+
+def bundle_gates(audit: BundleAudit) -> tuple[Gate, ...]:
+    """Return the gates of a client's bundle, in the order in which people should read them."""
+    scan = sum(audit.scan.found.values())
+    found = [
+        Gate(
+            name="scan",
+            verdict="failed" if scan else "passed",
+            found=float(scan),
+            limit=0.0,
+            told=f"{scan} piece(s) of text, names, paths, times or losses in the bundle's bytes",
+        )
+    ]
+    if audit.run.claim is not None:
+        claim = audit.run.claim
+        found += [_within_budget(claim.epsilon_total, claim.budget), _bound(audit.canaries, claim.epsilon)]
+        return tuple(found)
+    return (*found, *_membership(audit), *_secrets(audit), *_not_trivial(audit))
+
+
+def plugged_gates(audit: PluggedAudit, claimed_epsilon: float | None) -> tuple[Gate, ...]:
+    """Return the gates of the adapter in the full model; with a claim of epsilon, whether the claim stands."""
+    if claimed_epsilon is not None:
+        return (_bound(audit.canaries, claimed_epsilon),)
+    return tuple(_extracted(audit.canaries))
+
+
+def package_gates(
+    audit: PackageAudit,
+    *,
+    max_capability: float | None = None,
+    max_recovery: float | None = None,
+    max_union: float | None = None,
+) -> tuple[Gate, ...]:
+    """Return one gate for each limit that is given.
+
+    Args:
+        max_capability: largest share of the full model's perplexity skill that the emulator may have.
+        max_recovery: largest share of the lost capability that any attack may have regained.
+        max_union: largest share of the middle's parameters that all packages together may hold.
+    """
+    found = []
+    if max_capability is not None:
+        (kept,) = [one.kept for one in audit.capabilities if one.name == "perplexity"]
+        told = f"the emulator has {kept:.2f} of the full model's skill on held-out text"
+        found.append(_at_most("capability", kept, max_capability, told))
+    if max_recovery is not None:
+        best = max((one.best for one in audit.recovery), default=None)
+        told = "no recovery attack was run" if best is None else f"an attack regained {best:.2f} of what was lost"
+        found.append(_at_most("recovery", best, max_recovery, told))
+    if max_union is not None:
+        share = None if audit.union is None else audit.union.share_union
+        told = "no other package was given" if share is None else f"together the packages hold {share:.2f} of it"
+        found.append(_at_most("union", share, max_union, told))
+    return tuple(found)
+
+
+def _at_most(name: str, value: float | None, limit: float, told: str) -> Gate:
+    verdict: Verdict = "not measurable" if value is None else "passed" if value <= limit else "failed"
+    return Gate(name=name, verdict=verdict, found=value, limit=limit, told=told)
+
+
+def _within_budget(total: float, budget: float) -> Gate:
+    return _at_most("budget", total, budget * (1 + 1e-9), f"epsilon {total:.3f} spent of a budget of {budget:.3f}")
+
+
+def _bound(canaries: CanaryAudit | None, claimed: float) -> Gate:
+    """The lower bound on epsilon that an attack showed is no more than the epsilon claimed."""
+    bound = None if canaries is None else canaries.bound
+    if bound is None or bound.num_canaries < MIN_CANARIES:
+        told = f"fewer than {MIN_CANARIES} canaries: nothing could refute epsilon {claimed:.3f}"
+        return Gate(name="epsilon", verdict="not measurable", limit=claimed, told=told)
+    told = (
+        f"attacks show epsilon of at least {bound.epsilon:.2f}, claimed is {claimed:.2f}; "
+        f"a perfect attack with these canaries would have shown {bound.ceiling:.2f}"
+    )
+    return _at_most("epsilon", bound.epsilon, claimed, told)
+
+
+def _membership(audit: BundleAudit) -> list[Gate]:
+    """The best of the attacks on rows counts, by its upper limit nowhere and by its value everywhere."""
+    fewest = min((one.num_nonmembers for one in audit.membership), default=0)
+    if fewest < MIN_NONMEMBERS:
+        told = f"{fewest} rows that were not trained on, at least {MIN_NONMEMBERS} are needed"
+        return [Gate(name=name, verdict="not measurable", told=told) for name in ("auc", "tpr_at_1")]
+    auc = max(audit.membership, key=lambda one: one.auc.value)
+    hits = [one for one in audit.membership if one.tpr_at_1 is not None]
+    gates = [
+        _at_most("auc", auc.auc.value, MAX_AUC, f"the best attack ({auc.signal}) has an area of {auc.auc.value:.3f}")
+    ]
+    best = max(hits, key=lambda one: one.tpr_at_1.value if one.tpr_at_1 else 0.0, default=None)
+    value = best.tpr_at_1.value if best is not None and best.tpr_at_1 is not None else None
+    told = "no attack has a hit rate" if best is None else f"the best attack ({best.signal}) hits {value:.1%} at 1%"
+    return [*gates, _at_most("tpr_at_1", value, MAX_TPR_AT_1, told)]
+
+
+def _secrets(audit: BundleAudit) -> list[Gate]:
+    gates = _extracted(audit.canaries)
+    verbatim = audit.verbatim
+    if verbatim is None or not verbatim.num_rows:
+        return [*gates, Gate(name="verbatim", verdict="not measurable", told="no row was tried to be read back out")]
+    new = max(0, verbatim.num_extracted - verbatim.num_extracted_before)
+    told = f"{new} of {verbatim.num_rows} rows came back word for word that did not before tuning"
+    return [*gates, _at_most("verbatim", float(new), 0.0, told)]
+
+
+def _extracted(canaries: CanaryAudit | None) -> list[Gate]:
+    exposure = None if canaries is None else canaries.exposure
+    if exposure is None:
+        return [Gate(name="secrets", verdict="not measurable", told="no made-up secret was planted")]
+    num = max(exposure.num_extracted_greedy, exposure.num_extracted_top_k)
+    told = f"{num} of {exposure.num_secrets} made-up secrets were read back out"
+    return [_at_most("secrets", float(num), 0.0, told)]
+
+
+def _not_trivial(audit: BundleAudit) -> list[Gate]:
+    run = audit.run
+    enough = run.steps >= MIN_STEPS and run.num_records >= MIN_RECORDS
+    return [
+        Gate(
+            name="inversion",
+            verdict="passed" if enough else "failed",
+            told=f"{run.steps} steps on {run.num_records} rows; at least {MIN_STEPS} and {MIN_RECORDS} are asked for",
+        )
+    ]
