@@ -209,11 +209,11 @@ def test_the_rate_at_the_edges():
     assert rate(LoopConfig(steps=2, warmup_steps=2, learning_rate=1.0), 2) == 1.0
 
 
-def test_bf16_is_used_where_native_or_asked_for(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+def test_bf16_is_used_where_fast_or_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert uses_bf16("auto", CPU)
     assert not uses_bf16("fp32", CPU)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False})
     assert not uses_bf16("auto", CPU)
     assert uses_bf16("bf16", CPU)
 
