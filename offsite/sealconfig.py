@@ -26,6 +26,19 @@ class SealConfig(IdentityConfig):
     output: Path = Field(description="sealed folder to write", json_schema_extra=OUTPUT)
     job: Path | None = Field(None, description="folder of the job it belongs to; not needed for a job itself")
     round: int | None = Field(None, ge=0, description="round of the job; default: 1 for a bundle, otherwise none")
+    audit: Path | None = Field(None, description="audit folder of this bundle or package, on which its gates are held")
+    accept_leakage: bool = Field(
+        False, description="bundle: let it go although a gate failed or nothing was measured; reports show that"
+    )
+    max_capability: float | None = Field(
+        None, description="package: largest share of the full model's skill the emulator may have; needs --audit"
+    )
+    max_recovery: float | None = Field(
+        None, description="package: largest share of lost capability an attack may have regained; needs --audit"
+    )
+    max_union: float | None = Field(
+        None, ge=0, le=1, description="package: largest share of the middle in all packages together; needs --audit"
+    )
 
 
 class OpenConfig(IdentityConfig):

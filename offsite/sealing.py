@@ -17,6 +17,7 @@ from pathlib import Path
 from offsite.bundle import Bundle
 from offsite.console import say
 from offsite.errors import ArtefactError, BadDigest, ConfigError, Expired, WrongBinding
+from offsite.gating import require_gates, write_release
 from offsite.inspect import inspect_artefact
 from offsite.job import JOB_NAME, Job, OpenedJob, read_job
 from offsite.keys import Identity, load_identity, open_identity, read_passphrase
@@ -59,8 +60,12 @@ class Opened:
 def seal_run(config: SealConfig) -> dict[str, object]:
     """Run ``offsite seal``.
 
+    A bundle goes only if its gates (`offsite.gates`) passed or leakage is accepted, and what it went on is written
+    beside the output, as ``OUTPUT.release.json``. A package goes only within the limits that were given.
+
     Raises:
         ConfigError: when the output exists, a job is missing, or the round is not one of the job's.
+        PolicyError: when a gate did not pass; nothing is written.
         ArtefactError: when the input is unsound, not the job's, or these keys have no such part in the job.
         Untrusted: when the other party is not pinned here, or no longer.
     """
@@ -77,6 +82,7 @@ def seal_run(config: SealConfig) -> dict[str, object]:
     if now > job.expires:
         raise Expired(f"job {job.job_id[:12]} expired {now - job.expires} seconds ago", hint="agree on a new job")
     check_content(content, job)
+    grounds = require_gates(config, content.kind, content.digest)
     recipient = TrustStore(config.keys).require(str(job.other_party(own)), now=now)
     with Ledger(config.keys) as ledger, staged_folder(config.output) as stage:
         if content.kind == "job":
@@ -105,6 +111,8 @@ def seal_run(config: SealConfig) -> dict[str, object]:
                 files=encrypted.files,
             )
             slot.round, slot.digest = round_, write_sealed(stage, manifest, encrypted, identity, [recipient])
+        if grounds is not None:
+            write_release(config.output, grounds, sealed_digest=slot.digest, round=round_)
     say(f"sealed {content.kind} {config.input.name!r} for {recipient.name}, who alone can open {config.output.name!r}")
     return _told(manifest, slot.digest, content.digest, config.output)
 
