@@ -106,6 +106,7 @@ class TuneConfig(VerbConfig):
     device: str = Field("auto", description="cpu, cuda, or auto for an accelerator if there is one")
     launch: int = Field(0, ge=0, description="processes that share the work (FSDP2); 0 or 1 for none")
     tensorboard: Path | None = Field(None, description="folder for TensorBoard's curves; none by default")
+    sealed_off: bool = Field(False, description="deny connections, other processes and writes beside the output")
     dp: DPSettings | None = Field(
         None, description="tune with differential privacy, as epsilon=8,clip=1.0; needs the extra privacy"
     )
@@ -127,6 +128,8 @@ class TuneConfig(VerbConfig):
             problems.append(
                 f"--accumulate {self.accumulate}{shared}: a batch of {self.batch_size} cannot be cut into {parts}"
             )
+        if self.sealed_off and self.launch > 1:
+            problems.append("--launch: --sealed-off runs in one process, several must connect to each other")
         problems += self._private_problems()
         if problems:
             raise ValueError("; ".join(problems))

@@ -21,6 +21,7 @@ from adapters.kinds import Attached, attach, declared
 from client.config import TuneConfig
 from client.data import TrainingText, prepare, require_fit
 from client.privaterun import PrivateRun, private_binding, private_run
+from client.sealedoff import sealing
 from offsite.accounting import require_extra
 from offsite.bundle import Bundle, write_bundle
 from offsite.checkpoints import require_work
@@ -152,6 +153,7 @@ def _require_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], se
         )
 
 
+@sealing
 def run(config: TuneConfig) -> dict[str, object]:
     """Run the verb: open, read, train, write the bundle.
 

@@ -249,6 +249,8 @@ def _command(name: str, verb: Verb, arguments: list[str]) -> Callable[..., int]:
             from offsite.processes import launch
 
             return launch(config.launch, arguments)  # type: ignore[attr-defined]
+        if getattr(config, "sealed_off", False):
+            _resolve("client.sealedoff:enter")(config)  # before the function's module loads torch and starts threads
         result = _resolve(verb.function)(config)
         if _speaks():
             print(json.dumps(result, sort_keys=True, allow_nan=False), flush=True)
