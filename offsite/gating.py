@@ -56,7 +56,7 @@ def require_gates(config: SealConfig, kind: Kind, digest: str | None) -> Grounds
 
 
 def write_release(output: Path, grounds: Grounds, *, sealed_digest: str, round: int) -> None:  # noqa: A002
-    """The record of what was let go, and why, stands beside the sealed folder `output`."""
+    """The record of what was let go, and why, stands beside the sealed folder `output`; accepted leakage is said."""
     release = Release(
         bundle_digest=grounds.bundle_digest,
         sealed_digest=sealed_digest,
@@ -67,6 +67,8 @@ def write_release(output: Path, grounds: Grounds, *, sealed_digest: str, round: 
     )
     with staged_file(release_path(output), replace=True) as stage:
         stage.write_bytes(write_compact(release))
+    if grounds.accepted_leakage:
+        say(f"leakage accepted: {_told(grounds.gates)}")
 
 
 def release_path(sealed: Path) -> Path:
@@ -111,10 +113,8 @@ def _grounds(config: SealConfig, digest: str) -> Grounds:
                 hint="audit this bundle",
             )
         gates = bundle_gates(audit)
-    if not passed(gates):
-        if not config.accept_leakage:
-            raise PolicyError(_told(gates), hint=_MEASURE)
-        say(f"leakage accepted: {_told(gates)}")
+    if not passed(gates) and not config.accept_leakage:
+        raise PolicyError(_told(gates), hint=_MEASURE)
     return Grounds(digest, audit_digest, gates, config.accept_leakage and not passed(gates))
 
 

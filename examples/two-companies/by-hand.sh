@@ -12,7 +12,7 @@ client open package.sealed -o package
 (cd client && offsite inspect package)
 # shellcheck disable=SC2086
 (cd client && offsite tune package --job job --data "$PRIVATE" $TUNE -o bundle)
-client seal bundle --job job --round 1 -o bundle.sealed
+client seal bundle --job job --round 1 --accept-leakage -o bundle.sealed # unaudited: so short a run tells nothing
 cp -r client/bundle.sealed owner/
 
 # The owner takes it in, looks at the verdict, accepts, and plugs in.

@@ -532,7 +532,7 @@ def test_row_38_no_refusal_tells_a_secret(parties, small_bundle, dropped_package
                    "--rounds", "2", "-o", tmp_path / "job")  # fmt: skip
     offsite("seal", tmp_path / "job", "-o", tmp_path / "job.sealed", *owner.flags)
     offsite("open", tmp_path / "job.sealed", "-o", tmp_path / "client-job", *client.flags)
-    sealing = ["--job", tmp_path / "client-job", *client.flags]
+    sealing = ["--job", tmp_path / "client-job", "--accept-leakage", *client.flags]
     offsite("seal", small_bundle.path, "-o", tmp_path / "good", *sealing)
     offsite("seal", small_bundle.path, "-o", tmp_path / "other", *sealing, "--round", "1", code=0)
     for name in ("flipped", "unsigned"):
