@@ -15,8 +15,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Sides:
+    """A file's records by what becomes of their documents: trained on, validated on, or set aside for an audit."""
+
+    train: list[Record] = field(repr=False)
+    validation: list[Record] = field(repr=False)
+    audit: list[Record] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class TrainingText:
-    """Batches and examples of the training documents, examples of the held-out ones, and what became of the rows."""
+    """Batches and examples of the training documents, examples of the held-out ones, and what became of the rows.
+
+    ``read`` are the records that the run reads: those trained and validated on, and canaries. ``num_records`` and
+    ``num_tokens`` are of the training documents, canaries apart.
+    """
 
     batches: Batches = field(repr=False)
     validation: list[Example] = field(repr=False)
@@ -28,6 +41,30 @@ class TrainingText:
     num_dropped: int
     longest_tokens: int = 0
     largest_id: int = 0
+    num_canaries: int = 0
+    num_aside: int = 0
+    read: list[Record] = field(default_factory=list, repr=False)
+
+
+def split_records(records: Sequence[Record], *, validation: float, audit_share: float, seed: int) -> Sides:
+    """Return the records of each side; a document is on one side as a whole.
+
+    The side follows from `seed` and the document's name, so an audit can repeat it. Those set aside are chosen first and
+    independently of those validated on: they are drawn like the documents trained on, but for chance.
+
+    Args:
+        validation: share of the documents not set aside that are validated on, between 0 and 1.
+        audit_share: share of all documents that are set aside, from 0 for none up to 1, excluded.
+
+    Raises:
+        DataError: when there are too few documents.
+        ConfigError: when `validation` or `audit_share` is out of range.
+    """
+    kept, aside = list(records), []
+    if audit_share:
+        kept, aside = split_by_document(records, fraction=audit_share, seed=seed, purpose="audit")
+    train, held_out = split_by_document(kept, fraction=validation, seed=seed)
+    return Sides(train, held_out, aside)
 
 
 def prepare(
@@ -40,6 +77,8 @@ def prepare(
     on_long: Literal["truncate", "error"] = "truncate",
     validation: float = 0.1,
     seed: int = 0,
+    audit_share: float = 0.0,
+    canaries: Sequence[Record] = (),
 ) -> TrainingText:
     """Return the records as training batches and validation examples; a document is on one side as a whole.
 
@@ -47,37 +86,48 @@ def prepare(
         block_tokens: longest sequence in tokens.
         batch_size: sequences in one optimiser step.
         validation: share of documents held out, between 0 and 1.
+        audit_share: share of documents that are set aside, neither trained nor validated on, below 1.
+        canaries: made-up rows that are trained on as well, after the split.
 
     Raises:
         DataError: when a row is too long under "error", or there is too little text for one batch.
         ConfigError: when the tokenizer cannot serve.
     """
-    train, held_out = split_by_document(records, fraction=validation, seed=seed)
-    sides: list[Encoded] = []
-    shaped: list[list[Example]] = []
-    for side in (train, held_out):
-        encoded = encode(side, tokenizer, context=block_tokens, on_long=on_long, whole_text=packed)
-        sides.append(encoded)
-        shaped.append(pack(encoded.examples, block_tokens=block_tokens) if packed else list(encoded.examples))
-    if len(shaped[0]) < batch_size:
+    sides = split_records(records, validation=validation, audit_share=audit_share, seed=seed)
+
+    def encoded(rows: Sequence[Record]) -> Encoded:
+        return encode(rows, tokenizer, context=block_tokens, on_long=on_long, whole_text=packed)
+
+    def shaped(examples: list[Example]) -> list[Example]:
+        return pack(examples, block_tokens=block_tokens) if packed else examples
+
+    train, held_out = encoded(sides.train), encoded(sides.validation)
+    added = encoded(canaries) if canaries else None
+    examples = shaped([*train.examples, *(added.examples if added else ())])
+    validated = shaped(held_out.examples)
+    if len(examples) < batch_size:
         raise DataError(
-            f"too little text: {len(shaped[0])} sequences of up to {block_tokens} tokens, one step needs {batch_size}",
+            f"too little text: {len(examples)} sequences of up to {block_tokens} tokens, one step needs {batch_size}",
             hint="use a smaller --batch-size or --block-tokens, or more data",
         )
-    if not shaped[1]:
+    if not validated:
         raise DataError("too little text is held out to validate on", hint="raise --validation, or give more data")
     pad = pad_id(tokenizer)
+    parts = [part for part in (train, held_out, added) if part is not None]
     return TrainingText(
-        batches=Batches(shaped[0], batch_size=batch_size, seed=seed, pad_id=pad),
-        validation=shaped[1],
-        examples=shaped[0],
+        batches=Batches(examples, batch_size=batch_size, seed=seed, pad_id=pad),
+        validation=validated,
+        examples=examples,
         pad_id=pad,
-        num_records=len(train),
-        num_tokens=sides[0].num_tokens,
-        num_truncated=sum(side.num_truncated for side in sides),
-        num_dropped=sum(side.num_dropped for side in sides),
-        longest_tokens=max(len(example.input_ids) for side in shaped for example in side),
-        largest_id=max(max(example.input_ids) for side in shaped for example in side),
+        num_records=len(sides.train),
+        num_tokens=train.num_tokens,
+        num_truncated=sum(part.num_truncated for part in parts),
+        num_dropped=sum(part.num_dropped for part in parts),
+        longest_tokens=max(len(example.input_ids) for example in (*examples, *validated)),
+        largest_id=max(max(example.input_ids) for example in (*examples, *validated)),
+        num_canaries=len(canaries),
+        num_aside=len(sides.audit),
+        read=[*sides.train, *sides.validation, *canaries],
     )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from offsite.errors import ConfigError, DataError
 
@@ -97,7 +97,9 @@ def read_records(
     return records
 
 
-def split_by_document(records: Sequence[Record], *, fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+def split_by_document(
+    records: Sequence[Record], *, fraction: float, seed: int, purpose: Literal["split", "audit"] = "split"
+) -> tuple[list[Record], list[Record]]:
     """Records to train on and records held out; a document is on one side as a whole.
 
     The side follows from `seed` and the document's name alone, so neither the order of rows nor added
@@ -106,6 +108,7 @@ def split_by_document(records: Sequence[Record], *, fraction: float, seed: int) 
 
     Args:
         fraction: of the documents to hold out, between 0 and 1, both excluded.
+        purpose: splits for different purposes are independent of one another.
 
     Raises:
         DataError: fewer than two documents.
@@ -113,7 +116,7 @@ def split_by_document(records: Sequence[Record], *, fraction: float, seed: int) 
     """
     if not 0.0 < fraction < 1.0:
         raise ConfigError(f"held-out fraction {fraction}, expected a number between 0 and 1")
-    draws = {record.document: _draw(record.document, seed) for record in records}
+    draws = {record.document: _draw(record.document, seed, purpose) for record in records}
     if len(draws) < 2:
         raise DataError(
             f"{len(draws)} document(s), expected at least two to hold one out",
@@ -181,9 +184,9 @@ def checked_string(value: Any, what: str, row: Row, *, empty: bool = False) -> s
     return value
 
 
-def _draw(document: str, seed: int) -> float:
-    """A number in [0, 1) that depends on nothing but `document` and `seed`."""
-    digest = hashlib.blake2b(document.encode(), key=f"offsite/v1/split/{seed}".encode(), digest_size=6).digest()
+def _draw(document: str, seed: int, purpose: str) -> float:
+    """A number in [0, 1) that depends on nothing but the arguments."""
+    digest = hashlib.blake2b(document.encode(), key=f"offsite/v1/{purpose}/{seed}".encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
 
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from client.data import prepare, require_fit
+from client.data import prepare, require_fit, split_records
 from offsite.errors import ConfigError, DataError
-from offsite.records import read_records
+from offsite.records import Record, read_records, split_by_document
 from offsite.text import IGNORED
 
 SMALL = {"block_tokens": 32, "batch_size": 4}
@@ -129,3 +129,38 @@ def test_nothing_of_the_text_is_shown(records, letters_tokenizer):
     shown = repr(prepare(records, letters_tokenizer, **SMALL))
     assert "case" not in shown
     assert "input_ids" not in shown
+
+
+# What is set aside for an audit
+
+
+def test_documents_set_aside_are_chosen_by_name_and_seed_and_apart_from_validation(records):
+    without = split_records(records, validation=0.3, audit_share=0.0, seed=1)
+    assert without.audit == []
+    assert (without.train, without.validation) == split_by_document(records, fraction=0.3, seed=1)
+    sides = split_records(records, validation=0.3, audit_share=0.4, seed=1)
+    rows = {name: {record.row for record in getattr(sides, name)} for name in ("train", "validation", "audit")}
+    assert rows["train"] | rows["validation"] | rows["audit"] == {record.row for record in records}
+    assert sum(map(len, rows.values())) == len(records)
+    assert {record.row for record in without.train} - rows["audit"] == rows["train"]  # nobody else changes sides
+    assert len(rows["audit"] & {record.row for record in without.validation}) >= 2  # nor are the two the same draw
+    again = split_records(records[::-1], validation=0.3, audit_share=0.4, seed=1)
+    assert {record.row for record in again.audit} == rows["audit"]
+    other = split_records(records, validation=0.3, audit_share=0.4, seed=2)
+    assert {record.row for record in other.audit} != rows["audit"]
+
+
+def test_what_is_set_aside_is_not_read_and_canaries_are(records, letters_tokenizer):
+    canaries = [Record((("zq" * 9, True),), f"made-up-{number}", number) for number in range(5)]
+    plain = prepare(records, letters_tokenizer, **SMALL, packed=False)
+    text = prepare(records, letters_tokenizer, **SMALL, packed=False, audit_share=0.4, canaries=canaries)
+    sides = split_records(records, validation=0.1, audit_share=0.4, seed=0)
+    shown = decoded(letters_tokenizer, text.examples) + decoded(letters_tokenizer, text.validation)
+    for record in sides.audit:
+        assert record.segments[0][0] not in shown
+    assert shown.count("zqzq" * 4) == 5
+    assert text.read == [*sides.train, *sides.validation, *canaries]
+    assert (text.num_canaries, text.num_aside) == (5, len(sides.audit))
+    assert text.num_records == len(sides.train) < plain.num_records
+    assert len(text.examples) == len(sides.train) + 5
+    assert text.num_tokens == sum(len(example.input_ids) for example in text.examples[:-5])
