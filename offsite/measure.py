@@ -63,7 +63,7 @@ def perplexity(
     place = torch.device(device) if device is not None else next(model.parameters()).device
     ordered = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)  # least padding
     total, num_tokens = 0.0, 0
-    with torch.no_grad(), _evaluating(model), torch.autocast(place.type, torch.bfloat16, precision == "bf16"):
+    with torch.no_grad(), evaluating(model), torch.autocast(place.type, torch.bfloat16, precision == "bf16"):
         for start in range(0, len(ordered), batch_size):
             rows = ordered[start : start + batch_size]
             if any(example.num_loss_tokens for example in rows):
@@ -87,13 +87,13 @@ def _losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     counted_BT = torch.zeros_like(batch["labels"], dtype=torch.bool)
     counted_BT[:, :-1] = targets_BT != IGNORED
     targets_N = targets_BT[targets_BT != IGNORED]
-    logits_NV = _logits_at(model, batch, counted_BT)
+    logits_NV = logits_at(model, batch, counted_BT)
     pairs = zip(logits_NV.split(_POSITIONS_AT_ONCE), targets_N.split(_POSITIONS_AT_ONCE), strict=True)
     with torch.autocast(logits_NV.device.type, enabled=False):
         return torch.cat([nn.functional.cross_entropy(some.float(), to, reduction="none") for some, to in pairs])
 
 
-def _logits_at(model: PreTrainedModel, batch: dict[str, Tensor], counted_BT: Tensor) -> Tensor:
+def logits_at(model: PreTrainedModel, batch: dict[str, Tensor], counted_BT: Tensor) -> Tensor:
     """Logits (N, V) at the positions chosen by `counted_BT`, in row order.
 
     The vocabulary projection is the largest tensor of a forward pass and most rows have positions that
@@ -121,7 +121,7 @@ def _logits_at(model: PreTrainedModel, batch: dict[str, Tensor], counted_BT: Ten
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; every module is back in its own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -132,4 +132,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-__all__ = ["Perplexity", "TaskSpec", "generation_task", "multiple_choice_task", "perplexity", "run_tasks"]
+__all__ = [
+    "Perplexity",
+    "TaskSpec",
+    "evaluating",
+    "generation_task",
+    "logits_at",
+    "multiple_choice_task",
+    "perplexity",
+    "run_tasks",
+]
