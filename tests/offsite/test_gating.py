@@ -77,7 +77,8 @@ def package_audit(kept=0.3, regained=0.2, union=None):
     found = () if regained is None else (RecoveryPoint(num_tokens=0, perplexity=50.0, regained=regained),)
     return PackageAudit(
         package_digest=BUNDLE, base_digest=OTHER, method=Method(name="width"), middle_parameters=100,
-        emulator_parameters=50, similarity=Similarity(num_parameters=10, num_verbatim=1, num_verbatim_by_row=1, blocks=()),
+        emulator_parameters=50,
+        similarity=Similarity(num_parameters=10, num_verbatim=1, num_verbatim_by_row=1, blocks=()),
         capabilities=(Capability(name="perplexity", metric="nats", num_rows=9, chance=7.0, full=3.0, emulator=5.0,
                                  kept=kept),),
         recovery=(Recovery(attack="as_is_all", trained_parameters=9, points=found),) if found else (),
