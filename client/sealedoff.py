@@ -21,7 +21,7 @@ import socket
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -248,7 +248,7 @@ _STATE = _State()
 
 def enter(config: TuneConfig) -> Seal:
     """This process is sealed off for good, as these settings say: for the command line, before torch is loaded."""
-    reason = leave_network()
+    reason = leave_network(_reached(config))
     _tell(reason)
     _settle(config)
     return _arm(Seal(places_of(config), reason is None))
@@ -383,11 +383,14 @@ def _tell(reason: str | None) -> None:
 # The namespace
 
 
-def leave_network() -> str | None:
+def leave_network(reached: Sequence[tuple[Path, int]] = ()) -> str | None:
     """This process is in a network namespace without an interface, or why it is not is returned.
 
-    Files keep their owner: where a user namespace is needed for the right to do so, the user stays who he was. It is
-    tried in a child first, for half-way through there is no way back.
+    Files keep their owner: where a user namespace is needed for the right to do so, the user stays who he was. But root
+    stays root over his own files only. So it is tried in a child first; half-way through there is no way back.
+
+    Args:
+        reached: paths, each with the access (as `os.access` takes it) that must be as it was.
     """
     if _STATE.has_left:
         return None
@@ -397,7 +400,7 @@ def leave_network() -> str | None:
         return "this process has threads, or torch, which stay outside"
     number = 0
     for flags in (_NEW_NET, _NEW_USER | _NEW_NET):
-        number = _tried(flags)
+        number = _tried(flags, reached)
         if number == 0:
             _unshare(flags)
             _STATE.has_left = True
@@ -412,14 +415,26 @@ def _num_threads() -> int:
         return 0
 
 
-def _tried(flags: int) -> int:
+def _reached(config: TuneConfig) -> list[tuple[Path, int]]:
+    """Return what the run reads and where it writes, each with the access that takes."""
+    inputs = [folder for folder in (config.package, config.job) if folder is not None]
+    read = [config.data, *inputs, *(path for folder in inputs for path in folder.glob("*"))]
+    written = [config.output.parent, config.output.parent / f"{config.output.name}.work", config.tensorboard]
+    if config.dp is not None:
+        ledger = config.dp.ledger.expanduser()
+        written += [ledger, ledger / "key", ledger.parent]
+    return [(path, os.R_OK) for path in read] + [(path, os.W_OK) for path in written if path is not None]
+
+
+def _tried(flags: int, reached: Sequence[tuple[Path, int]]) -> int:
     """Return the error number of leaving the network in a child of this process; 0 when it can."""
+    before = [os.access(*one) for one in reached]
     child = os.fork()
     if child == 0:
         number = errno.EPERM
         try:
             _unshare(flags)
-            number = 0
+            number = 0 if [os.access(*one) for one in reached] == before else errno.EACCES
         except OSError as error:
             number = error.errno or errno.EPERM
         finally:
