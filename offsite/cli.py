@@ -33,6 +33,14 @@ VERBS: dict[str, Verb] = {
     "distill": Verb(
         "owner: make a package (emulator, ends) of a model", "emulator.config:DistillConfig", "emulator.distill:run"
     ),
+    "mark": Verb(
+        "owner: mark a package for one recipient, to trace a leak",
+        "emulator.markconfig:MarkConfig",
+        "emulator.mark:run",
+    ),
+    "trace": Verb(
+        "owner: find whose marked package a model comes from", "emulator.markconfig:TraceConfig", "emulator.leak:run"
+    ),
     "inspect": Verb(
         "anyone: show what a package or bundle holds, verified", "offsite.settings:InspectConfig", "offsite.inspect:run"
     ),
