@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Small matrices on few cores: one thread per process is faster and steadier than several (torch's default).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
-OUT := demo-out$(if $(SHORT),-short)
+OUT := demo-out$(if $(SHORT),-short)$(if $(DP),-dp$(DP))
 FUZZ_SECONDS ?= 60
 
 .DEFAULT_GOAL := help
@@ -40,8 +40,8 @@ fuzz: $(READY) ## coverage-guided fuzzing of what reads strangers' bytes, FUZZ_S
 	    -print_final_stats=1 -verbosity=0 build/fuzz/$$target tests/fuzz/corpus/$$target || exit 1; \
 	done
 
-demo: $(READY) ## both sides on a real model and real text; SHORT=1 for the same path at a few steps
-	$(BIN)/offsite demo -o $(OUT) $(if $(SHORT),--short)
+demo: $(READY) ## both sides on a real model and real text; SHORT=1 for the same path at a few steps, DP=8 with differential privacy
+	$(BIN)/offsite demo -o $(OUT) $(if $(SHORT),--short) $(if $(DP),--dp $(DP))
 
 bench: $(READY) ## the benchmarks (hours on a CPU); results go to their scratch/ folders
 	@test -d .bench-data || { echo "make: .bench-data is missing; benchmarks/data/README.md says how to make it" >&2; exit 1; }
@@ -50,7 +50,7 @@ bench: $(READY) ## the benchmarks (hours on a CPU); results go to their scratch/
 	  --work benchmarks/quality/scratch/work --out benchmarks/quality/scratch/medquad.json
 
 clean: ## remove caches, build outputs and the demo's folders; the virtual environment stays
-	rm -rf build dist demo-out demo-out-short *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist demo-out demo-out-* *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf .import_linter_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
@@ -63,4 +63,7 @@ $(READY): pyproject.toml constraints.txt
 	  echo "making $(VENV) with $$($$python --version)"; "$$python" -m venv --clear $(VENV); }
 	$(PIP) install '$(TORCH)'
 	$(PIP) install -c constraints.txt -e '.[dev]'
+# The oracle of the audits' statistics: one file of it, which needs numpy, SciPy and dp-accounting. Its other modules
+# want jax and optax, which no test imports; the tests load that file by its path.
+	$(PIP) install --no-deps -c constraints.txt jax-privacy
 	@touch $@
