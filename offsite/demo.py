@@ -21,6 +21,9 @@ from offsite.digests import sha256_bytes, sha256_file
 from offsite.errors import ConfigError, RunFailed
 from offsite.fetch import fetched_folder, known
 from offsite.handover import introduce, receive, send, set_terms, take_in
+from offsite.privatedemo import ADAPTER, Privacy, audit, conclude, plant, tune_words
+from offsite.privatedemo import FULL as PRIVATE_FULL
+from offsite.privatedemo import SHORT as PRIVATE_SHORT
 from offsite.records import BUNDLED, bundled, read_records
 from offsite.results import RESULTS_NAME, ROWS, Results, read_results
 from offsite.settings import DemoConfig
@@ -58,7 +61,7 @@ def run(config: DemoConfig) -> dict[str, object]:
     made, compared = _make(scene)
     package = made.outcome["package_digest"]
     say("\nOWNER  sets the terms and seals them with the package; the full model and its block numbers stay")
-    job_id = set_terms(parties, package, ["--adapter", "lora", "--placement", "all"])
+    job_id = set_terms(parties, package, ["--adapter", "lora", "--placement", "all"] if config.dp is None else ADAPTER)
     to_client = {"job": job_id, "package": package}
     for name, digest in to_client.items():
         words = [] if name == "job" else ["--job", "job"]
@@ -66,14 +69,23 @@ def run(config: DemoConfig) -> dict[str, object]:
     say("\nCLIENT opens both, and tunes an adapter on its private text; it has the package and its data, nothing else")
     for name, sealed in to_client.items():
         receive(parties, name, sealed)
-    tuned = _tune(scene, package, job_id)
-    words = ["--job", "job", "--round", "1"]
+    private = PRIVATE_SHORT if config.short else PRIVATE_FULL
+    words, canaries, grounds = scene.steps["tune"], "", ["--accept-leakage"]
+    if config.dp is not None:
+        canaries = plant(parties, package, job_id, private["canaries"])
+        words = tune_words(config.dp, private["tune"])
+    tuned = _tune(scene, package, job_id, words, canaries)
+    if config.dp is not None:
+        audit(parties, tuned.outcome["bundle_digest"], canaries, private["audit"])
+        grounds = ["--audit", "audit"]
+    words = ["--job", "job", "--round", "1", *grounds]
     send(parties, scene.client, "bundle", job_id=job_id, digest=tuned.outcome["bundle_digest"], words=words)
     say("\nOWNER  takes the sealed bundle in: " + CHECKS)
     arrived = take_in(parties)
     say("\nOWNER  plugs what it accepted into the full model and measures on text neither side trained on")
     results = _measure(scene, {"distill": made, "tune": tuned, "lora_full": compared}, arrived)
-    return _conclude(results, scene.report, time.monotonic() - began)
+    shown = None if config.dp is None else conclude(parties, scene.model, arrived, job_id, canaries)
+    return _conclude(results, scene.report, began, shown)
 
 
 @dataclass(frozen=True)
@@ -132,11 +144,12 @@ def _make(scene: _Scene) -> tuple[Stage, Stage]:
     return made, compared
 
 
-def _tune(scene: _Scene, package_digest: str, job_id: str) -> Stage:
+def _tune(scene: _Scene, package_digest: str, job_id: str, settings: list[str], canaries: str) -> Stage:
     """Return the finished stage that made the bundle."""
     words = ["tune", "package", "--job", "job", "--data", "private.jsonl.gz", "-o", "bundle"]
     inputs = {"package": package_digest, "job": job_id, "private": scene.text["private"]}
-    words += [*scene.steps["tune"], *scene.seed]
+    inputs |= {"canaries": canaries} if canaries else {}
+    words += [*settings, *scene.seed]
     tuned = Stage("tune", scene.client, words, scene.client / "bundle", inputs)
     play([tuned], scene.notes)
     return tuned
@@ -217,7 +230,7 @@ def _show(results: Results) -> None:
     table(f"perplexity on {results.data.name}", ["row", "perplexity", "what it is"], rows)
 
 
-def _conclude(results: Results, report: Path, seconds: float) -> dict[str, object]:
+def _conclude(results: Results, report: Path, began: float, private: Privacy | None = None) -> dict[str, object]:
     rows: dict[str, float] = {name: row.perplexity.mean for name, row in results.rows.items()}
     figures: dict[str, Any] = {name: rows.get(name) for name in KEYS}
     for name in ("recovery_vs_lora", "gap", "capability"):
@@ -228,8 +241,16 @@ def _conclude(results: Results, report: Path, seconds: float) -> dict[str, objec
     for answer in results.answers:
         say(f"\n{answer.prompt.strip()}\n  before: {answer.before.strip()}\n  after:  {answer.after.strip()}")
     say(f"\nreport: {report}")
-    say("encrypted and signed in transit; NOT differentially private: see SECURITY.md")
     before, after = rows["zero_shot"], rows["plugged_in"]
+    worse = f"plugged in ({after:.2f}) is not better than zero-shot ({before:.2f}) on held-out text"
+    figures |= {"report": str(report), "seconds": round(time.monotonic() - began, 1)}
+    if private is None:
+        say("encrypted and signed in transit; NOT differentially private, and no audit of the bundle: see SECURITY.md")
+        if after >= before:
+            raise RunFailed(worse)
+        return figures
+    say(f"privacy reports, signed: {private.client_page} by the client, {private.owner_page} by the owner")
+    say(f"differentially private per row: epsilon {private.epsilon:.2f} at delta {private.delta:.2g}, verified")
     if after >= before:
-        raise RunFailed(f"plugged in ({after:.2f}) is not better than zero-shot ({before:.2f}) on held-out text")
-    return {**figures, "report": str(report), "seconds": round(seconds, 1)}
+        say(f"with this noise {worse}")
+    return {**figures, "epsilon": private.epsilon, "delta": private.delta, "privacy_report": str(private.client_page)}

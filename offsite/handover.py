@@ -17,7 +17,7 @@ from offsite.console import say
 from offsite.digests import sha256_bytes
 from offsite.stages import Stage, play
 
-_KEYS = ("--keys", "keys", "--passphrase-file", "passphrase")
+KEYS = ("--keys", "keys", "--passphrase-file", "passphrase")
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,20 @@ def set_terms(parties: Parties, package_digest: str, adapter: list[str]) -> str:
     return str(stage.outcome["job_id"])
 
 
-def send(parties: Parties, sender: Path, name: str, *, job_id: str, digest: str, words: list[str]) -> str:
+def send(
+    parties: Parties, sender: Path, name: str, *, job_id: str, digest: str, words: list[str], source: str | None = None
+) -> str:
     """Seal the sender's artefact `name` and carry it into the other party's folder. Returns the sealed digest.
 
     Args:
         digest: what stands for the artefact's content.
         words: further words of ``offsite seal``.
+        source: folder that is sealed, where it is not called `name`.
     """
     receiver = parties.client if sender == parties.owner else parties.owner
     sealed = sender / f"{name}.sealed"
     inputs = {"job": job_id, "digest": digest, "keys": parties.owner_is + parties.client_is}
-    stage = Stage(f"seal-{name}", sender, ["seal", name, *words, *_KEYS, "-o", sealed.name], sealed, inputs)
+    stage = Stage(f"seal-{name}", sender, ["seal", source or name, *words, *KEYS, "-o", sealed.name], sealed, inputs)
     play([stage], parties.notes)
     arrived = receiver / sealed.name
     shutil.rmtree(arrived, ignore_errors=True)
@@ -90,18 +93,18 @@ def send(parties: Parties, sender: Path, name: str, *, job_id: str, digest: str,
     return str(stage.outcome["sealed_digest"])
 
 
-def receive(parties: Parties, name: str, sealed_digest: str) -> None:
-    """The client has opened `name`: signatures, recipient, dates, order and every byte were as they should."""
-    client = parties.client
-    words = ["open", f"{name}.sealed", *_KEYS, "-o", name]
-    inputs = {"sealed": sealed_digest, "keys": parties.client_is}
-    play([Stage(f"open-{name}", client, words, client / name, inputs)], parties.notes)
+def receive(parties: Parties, name: str, sealed_digest: str, *, receiver: Path | None = None) -> None:
+    """The receiver (the client) has opened `name`: signatures, recipient, dates, order and every byte were right."""
+    party = receiver or parties.client
+    words = ["open", f"{name}.sealed", *KEYS, "-o", name]
+    inputs = {"sealed": sealed_digest, "keys": parties.client_is if party == parties.client else parties.owner_is}
+    play([Stage(f"open-{name}", party, words, party / name, inputs)], parties.notes)
 
 
 def take_in(parties: Parties) -> dict[str, Any]:
     """Return the owner's verdict on the client's sealed bundle, once it is accepted."""
     owner = parties.owner
-    words = ["intake", "bundle.sealed", "--registry", "registry", *_KEYS]
+    words = ["intake", "bundle.sealed", "--registry", "registry", *KEYS]
     arrived = Stage("intake", owner, words)
     play([arrived], parties.notes)
     words = ["registry", "accept", str(arrived.outcome["id"]), "--registry", "registry", "--keys", "keys"]

@@ -47,5 +47,8 @@ class DemoConfig(VerbConfig):
 
     output: Path = Field(Path("demo-out"), description="both parties' folders", json_schema_extra={"short": "-o"})
     short: bool = Field(False, description="the same path at a few steps, under six minutes on two cores")
+    dp: float | None = Field(
+        None, gt=0, description="tune with differential privacy at this epsilon, audit it, and sign a privacy report"
+    )
     seed: int = Field(0, ge=0, description="seed of the data order and of the adapter's start")
     model: str = Field("smollm2-135m", description="model to play with: a fetched name, a folder, or a hub id")

@@ -214,7 +214,7 @@ def test_a_fetched_model_is_fetched_first(noted, tmp_path, monkeypatch):
 
 
 def test_the_answer_is_shown_before_and_after(capsys):
-    module._conclude(made_results(), Path("report.html"), 1.0)
+    module._conclude(made_results(), Path("report.html"), 0.0)
     err = capsys.readouterr().err
     assert "Who?\n  before: Nobody.\n  after:  You.\n" in err
     assert "report: report.html" in err
@@ -224,7 +224,7 @@ def test_the_answer_is_shown_before_and_after(capsys):
 @pytest.mark.parametrize("plugged_in", [20.0, 25.0])
 def test_no_gain_is_a_failure(plugged_in):
     with pytest.raises(RunFailed, match=r"plugged in \(2\d\.00\) is not better than zero-shot \(20\.00\)"):
-        module._conclude(made_results(plugged_in), Path("report.html"), 1.0)
+        module._conclude(made_results(plugged_in), Path("report.html"), 0.0)
 
 
 def test_settings():

@@ -17,6 +17,7 @@ from offsite.owner import owner_record_path
 from offsite.stages import Stage, play
 
 pytestmark = pytest.mark.slow
+BUNDLE_WORDS = ["--job", "job", "--accept-leakage"]
 ADAPTER = ["--adapter", "lora", "--placement", "all", "--rank", "2"]
 
 
@@ -44,7 +45,7 @@ def played(tmp_path_factory, narrow_package):
     tuned = Stage("tune", client, [*words, "-o", "bundle"], client / "bundle")
     play([tuned], notes)
     digest = tuned.outcome["bundle_digest"]
-    sealed["bundle"] = send(parties, client, "bundle", job_id=job_id, digest=digest, words=["--job", "job"])
+    sealed["bundle"] = send(parties, client, "bundle", job_id=job_id, digest=digest, words=BUNDLE_WORDS)
     return parties, sealed, take_in(parties), digest
 
 
@@ -61,10 +62,17 @@ def test_nothing_else_crossed(played):
     parties, _, _, _ = played
     assert {path.name for path in parties.client.iterdir()} == {
         *("keys", "passphrase", "owner.card.json", "job.sealed", "job", "package.sealed", "package"),
-        *("private.txt", "bundle", "bundle.log.jsonl", "bundle.sealed"),
+        *(
+            "private.txt",
+            "bundle",
+            "bundle.log.jsonl",
+            "bundle.run.json",
+            "bundle.sealed",
+            "bundle.sealed.release.json",
+        ),
     }
     theirs = {path.name for path in parties.owner.iterdir()}
-    assert not theirs & {"private.txt", "bundle", "bundle.log.jsonl"}
+    assert not theirs & {"private.txt", "bundle", "bundle.log.jsonl", "bundle.run.json"}
     text = (parties.client / "private.txt").read_bytes().split(b"\n\n")[0]
     for path in (parties.owner, parties.client / "bundle.sealed"):
         assert not any(text in file.read_bytes() for file in path.rglob("*") if file.is_file())
@@ -75,8 +83,7 @@ def test_a_second_run_sends_the_same_and_is_told_that_it_was_accepted(played):
     again = introduce(parties.owner, parties.client, parties.notes)
     assert again == parties
     job_id = json.loads((parties.owner / "job" / "job.json").read_bytes())["job_id"]
-    words = ["--job", "job"]
-    assert send(parties, parties.client, "bundle", job_id=job_id, digest=digest, words=words) == sealed["bundle"]
+    assert send(parties, parties.client, "bundle", job_id=job_id, digest=digest, words=BUNDLE_WORDS) == sealed["bundle"]
     assert take_in(parties)["id"] == verdict["id"]
 
 
