@@ -68,7 +68,7 @@ def one_run_epsilon(
 ) -> OneRun:
     """Return the epsilon that a training on these canaries has at least, at this delta and confidence.
 
-    Every canary must have been put in by a fair coin of its own, known to nobody who trained; exactly half of them is
+    Every canary must have been put in by a fair coin of its own, which the attack has not seen; exactly half of them is
     not that. The attack says "in" of those that score highest and "out" of those that score lowest, and keeps silent
     about the rest. A tie for the last guess goes to the canary that makes it wrong: membership must not break ties, and
     no other order is known here. To be spared that, add noise to scores of few values.
