@@ -80,6 +80,10 @@ class TuneConfig(VerbConfig):
     block_tokens: int = Field(256, ge=2, description="context: tokens per block, and the most of one row")
     validation: float = Field(0.1, gt=0, lt=1, description="share of the documents held out to choose the checkpoint")
 
+    audit_share: float = Field(
+        0.0, ge=0, lt=1, description="share of the documents set aside at random, neither trained nor validated on"
+    )
+
     adapter: str = Field("blocks", description="kind of adapter: blocks, lora, rslora, dora or bitfit")
     placement: str = Field("2+2", description="blocks of the bottom and top end, as 2+2 or 0+2, or all")
     targets: Literal["all-linear", "attention", "mlp"] = Field("all-linear", description="LoRA: modules that carry it")

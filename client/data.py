@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from offsite.console import say
 from offsite.errors import ConfigError, DataError
 from offsite.records import Record, split_by_document
 from offsite.text import Batches, Encoded, Example, encode, pack, pad_id
@@ -49,8 +50,8 @@ class TrainingText:
 def split_records(records: Sequence[Record], *, validation: float, audit_share: float, seed: int) -> Sides:
     """Return the records of each side; a document is on one side as a whole.
 
-    The side follows from `seed` and the document's name, so an audit can repeat it. Those set aside are chosen first and
-    independently of those validated on: they are drawn like the documents trained on, but for chance.
+    The side follows from `seed` and the document's name, so an audit can repeat it. Those set aside are chosen first,
+    independently of those validated on: but for chance they are like those trained on.
 
     Args:
         validation: share of the documents not set aside that are validated on, between 0 and 1.
@@ -60,7 +61,8 @@ def split_records(records: Sequence[Record], *, validation: float, audit_share: 
         DataError: when there are too few documents.
         ConfigError: when `validation` or `audit_share` is out of range.
     """
-    kept, aside = list(records), []
+    kept: list[Record] = list(records)
+    aside: list[Record] = []
     if audit_share:
         kept, aside = split_by_document(records, fraction=audit_share, seed=seed, purpose="audit")
     train, held_out = split_by_document(kept, fraction=validation, seed=seed)
@@ -129,6 +131,21 @@ def prepare(
         num_aside=len(sides.audit),
         read=[*sides.train, *sides.validation, *canaries],
     )
+
+
+def say_text(text: TrainingText) -> None:
+    """What the text came to is on stderr, in numbers."""
+    aside = f", {text.num_aside} records set aside for an audit" if text.num_aside else ""
+    say(
+        f"{text.num_records} records, {text.num_tokens:,} tokens to train on; "
+        f"{len(text.validation)} sequences held out{aside}"
+    )
+    if text.num_canaries:
+        say(f"{text.num_canaries} rows of canaries are trained on as well")
+    if text.num_truncated:
+        say(f"{text.num_truncated} rows were longer than the context and were cut")
+    if text.num_dropped:
+        say(f"{text.num_dropped} rows were dropped: nothing that counts was left of them")
 
 
 def require_fit(text: TrainingText, model: PreTrainedModel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +21,6 @@ from offsite.digests import sha256_bytes, tensors_digest
 from offsite.errors import PolicyError, RunFailed
 from offsite.loopconfig import LoopConfig
 from offsite.processes import Processes
-from offsite.records import Record
 from offsite.step import StepLoss
 
 _HOW = {"hooks": "by hooks", "ghost": "by ghost norms", "one-by-one": "one unit at a time"}
@@ -103,9 +102,12 @@ def private_binding(settings: DPSettings) -> dict[str, str]:
 
 @contextmanager
 def private_run(
-    config: TuneConfig, records: Sequence[Record], text: TrainingText, *, work: Path, binding: Mapping[str, str]
+    config: TuneConfig, text: TrainingText, *, work: Path, binding: Mapping[str, str]
 ) -> Iterator[PrivateRun]:
     """Yield the run these settings ask for, charged in full; a resumed one as it was charged, at no further cost.
+
+    Every record that the run reads is in the ledger, those validated on and canaries among them; documents set aside
+    for an audit are not: nothing that leaves is computed from them.
 
     Args:
         work: folder of the run's checkpoints.
@@ -145,7 +147,7 @@ def private_run(
             account = ledger.resumed(earlier.run)
         else:
             users = {unit[0].document for unit in units} if settings.unit == "user" else ()
-            members = ledger.members(records, users=users)
+            members = ledger.members(text.read, users=users)
             account = ledger.charge(members, guarantee, place=place, settings=digest, budget=settings.budget)
         run = PrivateRun(units, guarantee, account, settings, text.pad_id, ledger)
         _say(run)

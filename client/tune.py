@@ -19,13 +19,14 @@ from torch.nn import functional
 
 from adapters.kinds import Attached, attach, declared
 from client.config import TuneConfig
-from client.data import TrainingText, prepare, require_fit
+from client.data import TrainingText, prepare, require_fit, say_text
 from client.privaterun import PrivateRun, private_binding, private_run
+from client.runrecord import read_as, record_of, text_settings
 from client.sealedoff import sealing
 from offsite.accounting import require_extra
+from offsite.audit import run_path, write_run
 from offsite.bundle import Bundle, write_bundle
 from offsite.checkpoints import require_work
-from offsite.console import say
 from offsite.devices import choose_device
 from offsite.digests import sha256_file
 from offsite.errors import ConfigError, RunFailed, WrongBinding
@@ -35,7 +36,6 @@ from offsite.loopconfig import LoopConfig
 from offsite.measure import perplexity
 from offsite.package import Package, open_package
 from offsite.processes import is_launched, world
-from offsite.records import read_records
 from offsite.staging import refuse_existing
 from offsite.step import Stepper, uses_bf16
 from offsite.tensors import torch_dtype
@@ -168,20 +168,15 @@ def run(config: TuneConfig) -> dict[str, object]:
     work = work_folder(config.output)
     require_work(work, resume=config.resume)
     package = open_package(config.package)
-    if config.job is not None:
-        config = config.under(job_for(config.job, package).adapter)
+    job = job_for(config.job, package) if config.job is not None else None
+    if job is not None:
+        config = config.under(job.adapter)
     spec = config.spec()
     names = declared(spec, package.layout, package.block_tensors())
     device = choose_device(config.device)
     tokenizer = package.load_tokenizer()
-    records = read_records(
-        config.data,
-        fields=config.fields,
-        document_field=(config.dp and config.dp.user_field) or config.document_field,
-        separator=config.separator,
-    )
     text = prepare(
-        records,
+        read_as(config.data, text_settings(config)),
         tokenizer,
         block_tokens=config.block_tokens,
         batch_size=config.batch_size,
@@ -189,15 +184,17 @@ def run(config: TuneConfig) -> dict[str, object]:
         on_long=config.on_long,
         validation=config.validation,
         seed=config.seed,
+        audit_share=config.audit_share,
     )
-    _say_text(text)
+    if world().is_main:
+        say_text(text)
     attached = attach_to_package(package, spec, device=device, seed=config.seed)
     require_fit(text, attached.model)  # type: ignore[arg-type]
     if config.gradient_checkpointing:
         _checkpoint_activations(attached.model)
     _make_room(work)
     binding = _binding(config, package)
-    spending = private_run(config, records, text, work=work, binding=binding) if config.dp else nullcontext()
+    spending = private_run(config, text, work=work, binding=binding) if config.dp else nullcontext()
     with spending as private:
         if private is not None:
             binding["run"] = private.account.run
@@ -215,6 +212,15 @@ def run(config: TuneConfig) -> dict[str, object]:
         if not world().is_main:
             return {}
         guarantee = private.release(outcome.tensors) if private is not None else None
+        kept = record_of(
+            config,
+            package=package,
+            data_sha256=binding["data"],
+            text=text,
+            outcome=outcome,
+            guarantee=guarantee,
+            job_id=None if job is None else job.job_id,
+        )
         figures = {
             "num_records": text.num_records,
             "num_tokens": outcome.tokens,
@@ -229,6 +235,9 @@ def run(config: TuneConfig) -> dict[str, object]:
             expected=names,
             figures=figures,
             disclose=config.disclose,
+            before=lambda _, digest: write_run(
+                run_path(config.output), kept.model_copy(update={"bundle_digest": digest})
+            ),
         )
     _finish(config.output, work)
     return _result(bundle, text, outcome) | ({} if guarantee is None else {"privacy": guarantee})
@@ -306,23 +315,11 @@ def _make_room(work: Path) -> None:
 
 def _binding(config: TuneConfig, package: Package) -> dict[str, str]:
     """Return what a resumed run must share beside the loop's settings, one entry per setting."""
-    text = ("fields", "document_field", "separator", "on_long", "pack", "block_tokens", "validation", "batch_size")
-    shared = config.model_dump(mode="json", include=set(text))
+    text = ("fields", "document_field", "separator", "on_long", "pack", "block_tokens", "validation", "audit_share")
+    shared = config.model_dump(mode="json", include={*text, "batch_size"})
     shared |= {f"adapter.{name}": value for name, value in config.spec().model_dump(mode="json").items()}
     bound = {"package": package.digest, "data": sha256_file(config.data), **{k: str(v) for k, v in shared.items()}}
     return bound if config.dp is None else bound | private_binding(config.dp)
-
-
-def _say_text(text: TrainingText) -> None:
-    if not world().is_main:
-        return
-    say(
-        f"{text.num_records} records, {text.num_tokens:,} tokens to train on; {len(text.validation)} sequences held out"
-    )
-    if text.num_truncated:
-        say(f"{text.num_truncated} rows were longer than the context and were cut")
-    if text.num_dropped:
-        say(f"{text.num_dropped} rows were dropped: nothing that counts was left of them")
 
 
 def _finish(output: Path, work: Path) -> None:

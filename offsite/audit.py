@@ -84,7 +84,7 @@ class Claim(Strict):
     engine: Key | Line | None = None
     epsilon_total: float = Field(ge=0)
     delta_total: float = Field(gt=0, lt=1)
-    budget: float = Field(gt=0)
+    budget: float = Field(ge=0)
     num_runs: int = Field(ge=1)
     num_resumes: Count
     num_releases: Count

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -144,8 +144,13 @@ def write_bundle(
     expected: Mapping[str, TensorSpec],
     figures: Mapping[str, float] | None = None,
     disclose: tuple[str, ...] = (),
+    before: Callable[[Path, str], None] | None = None,
 ) -> Bundle:
     """Write the bundle folder `out`, whole or not at all: the expected tensors and the figures named in `disclose`.
+
+    Args:
+        before: called with the finished folder under another name, and the bundle's digest, before it stands at `out`;
+            what it raises keeps the bundle from standing there.
 
     Raises:
         ConfigError: when `out` exists, or `disclose` names a figure that may not be disclosed or is not in `figures`
@@ -174,5 +179,7 @@ def write_bundle(
             disclosed=disclosed,  # type: ignore[arg-type]
             files=entries(stage, [TENSOR_FILE]),
         )
-        write_manifest(stage, manifest)
+        digest = write_manifest(stage, manifest)
+        if before is not None:
+            before(stage, digest)
     return open_bundle(out)

@@ -179,5 +179,5 @@ def test_a_client_needs_its_package_and_its_data_and_nothing_else(dropped_packag
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     left = sorted(path.name for path in (tmp_path / "client").iterdir())
-    assert left == ["bundle", "bundle.log.jsonl", "notes.txt", "package"]
+    assert left == ["bundle", "bundle.log.jsonl", "bundle.run.json", "notes.txt", "package"]
     assert open_bundle(tmp_path / "client" / "bundle").manifest.package_digest == dropped_package.digest

@@ -311,7 +311,9 @@ def test_the_log_stands_beside_the_bundle_and_the_work_is_gone(settings, dropped
     config = settings(dropped_package.path, evaluate_every=3)
     told = run(config)
     folder = config.output.parent
-    assert sorted(path.name for path in folder.iterdir()) == ["bundle", "bundle.log.jsonl", "secret-ward-notes.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("bundle", "bundle.log.jsonl", "bundle.run.json", "secret-ward-notes.txt")
+    ]
     records = [json.loads(line) for line in (folder / "bundle.log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 7))
     assert [[r["step"], r["evaluation_loss"]] for r in records if "evaluation_loss" in r] == [
@@ -427,7 +429,9 @@ def test_outputs_below_a_file(settings, dropped_package, tmp_path, notes_file):
     with pytest.raises(RunFailed, match=r"cannot write 'deep\.work': not a directory"):
         run(settings(dropped_package.path, output=notes_file / "bundle" / "deep"))
     run(settings(dropped_package.path, output=tmp_path / "new" / "folder" / "bundle", steps=2))
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["bundle", "bundle.log.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        *("bundle", "bundle.log.jsonl", "bundle.run.json")
+    ]
 
 
 def test_a_full_disk_at_the_end_keeps_the_work(settings, dropped_package, monkeypatch):

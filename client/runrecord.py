@@ -1,0 +1,118 @@
+"""``BUNDLE.run.json``: what a client keeps of a run, so that an audit can repeat how its text was read and split.
+
+It stands before the bundle does, and names the bundle by digest. A crash between the two leaves a record of a bundle
+that never was, which says nothing about another; it never leaves a bundle that cannot be audited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offsite import __version__
+from offsite.audit import Claim, Run, TextSettings, read_run, run_path
+from offsite.errors import ArtefactError, PolicyError
+from offsite.records import Record, read_records
+
+if TYPE_CHECKING:
+    from client.config import TuneConfig
+    from client.data import TrainingText
+    from offsite.loop import Outcome
+    from offsite.package import Package
+
+
+def record_of(
+    config: TuneConfig,
+    *,
+    package: Package,
+    data_sha256: str,
+    text: TrainingText,
+    outcome: Outcome,
+    guarantee: Mapping[str, object] | None = None,
+    job_id: str | None = None,
+    canaries: str | None = None,
+) -> Run:
+    """Return the record of a run that ended so, of a bundle whose digest is not known yet: it has all zeros.
+
+    Args:
+        config: the settings as the run took them, a job's adapter and a private run's steps among them.
+        data_sha256: digest of the file, taken when it was read.
+        guarantee: what `PrivateRun.release` returned, of a private run.
+        canaries: digest of the canary set committed to, if any was trained on.
+    """
+    claim = None if guarantee is None else {name: guarantee[name] for name in Claim.model_fields}
+    return Run(
+        bundle_digest="sha256:" + "0" * 64,
+        package_digest=package.digest,
+        base_digest=package.manifest.base_digest,
+        job_id=job_id,
+        adapter=config.spec(),
+        data_sha256=data_sha256,
+        text=text_settings(config),
+        num_records=text.num_records,
+        num_tokens=text.num_tokens,
+        steps=outcome.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.rate(),
+        canaries=canaries,
+        num_canaries=text.num_canaries,
+        sealed_off=config.sealed_off,
+        claim=None if claim is None else Claim.model_validate(claim),
+        versions=versions(),
+    )
+
+
+def text_settings(config: TuneConfig) -> TextSettings:
+    """Return how the run's text was read and cut."""
+    return TextSettings(
+        fields=config.fields,
+        document_field=(config.dp and config.dp.user_field) or config.document_field,
+        separator=config.separator,
+        on_long=config.on_long,
+        packed=config.packed,
+        block_tokens=config.block_tokens,
+        validation=config.validation,
+        audit_share=config.audit_share,
+        seed=config.seed,
+    )
+
+
+def read_as(data: Path, settings: TextSettings) -> list[Record]:
+    """Return the file's records, read as those settings say.
+
+    Raises:
+        DataError, ConfigError: as `offsite.records.read_records`.
+    """
+    return read_records(
+        data, fields=settings.fields, document_field=settings.document_field, separator=settings.separator
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of offsite and of the libraries that compute."""
+    return {"offsite": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+
+
+def require_unused(output: Path, canaries: str, *, resume: bool) -> None:
+    """Return only if no record beside `output` says that these canaries went into a bundle.
+
+    A set that two bundles were trained on is known after the first was audited, and its coins are no secret then. The
+    record of a run that is resumed may be there: it came to it before its bundle did.
+
+    Raises:
+        PolicyError: naming the record.
+    """
+    for path in sorted(output.parent.glob("*.run.json")):
+        if resume and path == run_path(output):
+            continue
+        try:
+            found = read_run(path)
+        except ArtefactError:  # somebody else's file, or of a format to come
+            continue
+        if found.canaries == canaries:
+            raise PolicyError(
+                f"these canaries were trained on for the bundle of {path.name!r}, a set is for one bundle",
+                hint="offsite canaries makes another set",
+            )

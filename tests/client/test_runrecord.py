@@ -1,0 +1,134 @@
+"""The run's own record: it stands whenever its bundle does, says how the text was read, and holds no text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import client.tune as module
+from client.config import DPSettings
+from client.data import split_records
+from client.runrecord import read_as, require_unused
+from client.tune import run
+from offsite.audit import read_run, run_path, write_run
+from offsite.bundle import open_bundle
+from offsite.digests import sha256_file
+from offsite.errors import PolicyError
+
+
+def test_the_record_names_everything_by_digest_and_repeats_the_split(settings, dropped_package, notes):
+    config = settings(dropped_package.path, adapter="lora", rank=2, audit_share=0.3, seed=4)
+    told = run(config)
+    found = read_run(run_path(config.output))
+    assert found.bundle_digest == told["bundle_digest"] == open_bundle(config.output).digest
+    assert (found.package_digest, found.base_digest) == (dropped_package.digest, dropped_package.manifest.base_digest)
+    assert found.data_sha256 == sha256_file(config.data)
+    assert found.adapter == config.spec()
+    assert (found.steps, found.batch_size, found.learning_rate) == (6, 4, 2e-3)
+    assert (found.claim, found.canaries, found.num_canaries, found.job_id) == (None, None, 0, None)
+    records = read_as(config.data, found.text)
+    kept = {name: getattr(found.text, name) for name in ("validation", "audit_share", "seed")}
+    sides = split_records(records, **kept)
+    assert found.num_records == told["num_records"] == len(sides.train) == 60 - len(sides.validation) - len(sides.audit)
+    assert len(sides.audit) > 5
+    written = run_path(config.output).read_text()
+    assert not any(word in written for word in (*notes, "ward", "secret", str(config.output.parent)))
+
+
+def test_a_private_run_states_its_claim(settings, dropped_package, tmp_path):
+    dp = DPSettings(noise_multiplier=1.0, ledger=tmp_path / "ledger")
+    told = run(settings(dropped_package.path, adapter="bitfit", learning_rate=0.01, dp=dp))["privacy"]
+    claim = read_run(run_path(tmp_path / "bundle")).claim
+    assert claim is not None
+    stated = claim.model_dump(mode="json")
+    assert stated == {name: told[name] for name in stated}
+    assert set(told) - set(stated) == {"run", "data_set"}  # names of the ledger's, which stays here
+    assert not read_run(run_path(tmp_path / "bundle")).text.packed
+
+
+def test_documents_set_aside_are_not_charged(settings, dropped_package, tmp_path):
+    """A later run on only these is a stranger to the first: its budget is its own."""
+    dp = DPSettings(noise_multiplier=1.0, ledger=tmp_path / "ledger")
+    common = {"adapter": "bitfit", "learning_rate": 0.01, "dp": dp, "batch_size": 2}
+    config = settings(dropped_package.path, audit_share=0.4, **common)
+    run(config)
+    records = read_as(config.data, read_run(run_path(config.output)).text)
+    sides = split_records(records, validation=0.1, audit_share=0.4, seed=0)
+    for name, rows in (("aside", sides.audit), ("trained", sides.train)):
+        data = tmp_path / f"{name}.txt"
+        data.write_text("\n\n".join(row.segments[0][0] for row in rows), encoding="utf-8")
+        later = settings(dropped_package.path, **common, data=data, output=tmp_path / name, validation=0.3)
+        if name == "aside":
+            assert run(later)["privacy"]["num_runs"] == 1
+            continue
+        with pytest.raises(PolicyError, match="with 1 earlier run"):
+            run(later)
+
+
+def test_a_break_before_the_bundle_stands_leaves_at_most_the_record(settings, dropped_package, monkeypatch):
+    config = settings(dropped_package.path)
+
+    def broken(path, found):
+        write_run(path, found)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_run", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    assert run_path(config.output).is_file()
+    assert not config.output.exists()
+    told = run(config.model_copy(update={"resume": True}))
+    assert read_run(run_path(config.output)).bundle_digest == told["bundle_digest"]
+
+
+def test_a_record_that_cannot_be_written_keeps_the_bundle_back(settings, dropped_package, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_run", full)
+    config = settings(dropped_package.path)
+    with pytest.raises(module.RunFailed, match="no space left"):
+        run(config)
+    assert not config.output.exists()
+    assert not list(config.output.parent.glob(".*"))
+
+
+def test_an_older_record_gives_way(settings, dropped_package, tmp_path):
+    (tmp_path / "bundle.run.json").write_text("{}")
+    told = run(settings(dropped_package.path))
+    assert read_run(tmp_path / "bundle.run.json").bundle_digest == told["bundle_digest"]
+
+
+@pytest.mark.parametrize(("changes", "refused"), [({"audit_share": 0.2}, True), ({}, False)])
+def test_another_share_is_another_run(settings, dropped_package, monkeypatch, changes, refused):
+    config = settings(dropped_package.path)
+
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_run", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    again = config.model_copy(update={"resume": True, **changes})
+    if not refused:
+        run(again)
+        return
+    with pytest.raises(module.ConfigError, match="audit_share"):
+        run(again)
+
+
+def test_a_set_of_canaries_is_for_one_bundle(settings, dropped_package, tmp_path):
+    config = settings(dropped_package.path)
+    run(config)
+    path, used = run_path(config.output), "sha256:" + "7" * 64
+    require_unused(tmp_path / "other", used, resume=False)
+    write_run(path, read_run(path).model_copy(update={"canaries": used, "num_canaries": 3}))
+    (tmp_path / "strange.run.json").write_text(json.dumps({"format": "other/run/3"}))
+    require_unused(tmp_path / "other", "sha256:" + "8" * 64, resume=False)
+    require_unused(tmp_path / "bundle", used, resume=True)
+    for output, resume in (("other", False), ("other", True), ("bundle", False)):
+        with pytest.raises(PolicyError, match=r"for the bundle of 'bundle.run.json'"):
+            require_unused(tmp_path / output, used, resume=resume)
