@@ -83,6 +83,9 @@ class TuneConfig(VerbConfig):
     audit_share: float = Field(
         0.0, ge=0, lt=1, description="share of the documents set aside at random, neither trained nor validated on"
     )
+    canaries: Path | None = Field(
+        None, description="folder of offsite canaries: its made-up rows are trained on too, for audits; one bundle each"
+    )
 
     adapter: str = Field("blocks", description="kind of adapter: blocks, lora, rslora, dora or bitfit")
     placement: str = Field("2+2", description="blocks of the bottom and top end, as 2+2 or 0+2, or all")

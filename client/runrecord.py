@@ -7,18 +7,21 @@ that never was, which says nothing about another; it never leaves a bundle that 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offsite import __version__
 from offsite.audit import Claim, Run, TextSettings, read_run, run_path
-from offsite.errors import ArtefactError, PolicyError
+from offsite.canaries import read_canaries, records_of
+from offsite.errors import ArtefactError, PolicyError, WrongBinding
 from offsite.records import Record, read_records
 
 if TYPE_CHECKING:
     from client.config import TuneConfig
     from client.data import TrainingText
+    from offsite.job import Job
     from offsite.loop import Outcome
     from offsite.package import Package
 
@@ -77,6 +80,39 @@ def text_settings(config: TuneConfig) -> TextSettings:
         audit_share=config.audit_share,
         seed=config.seed,
     )
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Rows of canaries that a run trains on, and the digest committed to; no rows and None without canaries."""
+
+    records: list[Record] = field(default_factory=list, repr=False)
+    commitment: str | None = None
+
+
+def planted_for(config: TuneConfig, package: Package, job: Job | None) -> Planted:
+    """Return the canaries that these settings name, made for this package and job and for no other bundle.
+
+    Raises:
+        WrongBinding: when they were made for another package or job.
+        PolicyError: when another bundle was trained on them.
+        ArtefactError: when there are none, or they are unsound.
+    """
+    if config.canaries is None:
+        return Planted()
+    canaries, commitment = read_canaries(config.canaries)
+    what = f"canaries {config.canaries.name!r}"
+    if canaries.package_digest != package.digest:
+        raise WrongBinding(
+            f"{what} were made for package {canaries.package_digest[:19]}, this is {package.digest[:19]}",
+            hint="make canaries with this package",
+        )
+    job_id = None if job is None else job.job_id
+    if canaries.job_id != job_id:
+        made, given = (f"job {one[:12]}" if one else "no job" for one in (canaries.job_id, job_id))
+        raise WrongBinding(f"{what} were made for {made}, this run is for {given}", hint="give both the same --job")
+    require_unused(config.output, commitment, resume=config.resume)
+    return Planted(records_of(canaries), commitment)
 
 
 def read_as(data: Path, settings: TextSettings) -> list[Record]:

@@ -21,7 +21,7 @@ from adapters.kinds import Attached, attach, declared
 from client.config import TuneConfig
 from client.data import TrainingText, prepare, require_fit, say_text
 from client.privaterun import PrivateRun, private_binding, private_run
-from client.runrecord import read_as, record_of, text_settings
+from client.runrecord import Planted, planted_for, read_as, record_of, text_settings
 from client.sealedoff import sealing
 from offsite.accounting import require_extra
 from offsite.audit import run_path, write_run
@@ -171,6 +171,7 @@ def run(config: TuneConfig) -> dict[str, object]:
     job = job_for(config.job, package) if config.job is not None else None
     if job is not None:
         config = config.under(job.adapter)
+    planted = planted_for(config, package, job)
     spec = config.spec()
     names = declared(spec, package.layout, package.block_tensors())
     device = choose_device(config.device)
@@ -185,6 +186,7 @@ def run(config: TuneConfig) -> dict[str, object]:
         validation=config.validation,
         seed=config.seed,
         audit_share=config.audit_share,
+        canaries=planted.records,
     )
     if world().is_main:
         say_text(text)
@@ -193,7 +195,7 @@ def run(config: TuneConfig) -> dict[str, object]:
     if config.gradient_checkpointing:
         _checkpoint_activations(attached.model)
     _make_room(work)
-    binding = _binding(config, package)
+    binding = _binding(config, package, planted)
     spending = private_run(config, text, work=work, binding=binding) if config.dp else nullcontext()
     with spending as private:
         if private is not None:
@@ -220,6 +222,7 @@ def run(config: TuneConfig) -> dict[str, object]:
             outcome=outcome,
             guarantee=guarantee,
             job_id=None if job is None else job.job_id,
+            canaries=planted.commitment,
         )
         figures = {
             "num_records": text.num_records,
@@ -313,10 +316,10 @@ def _make_room(work: Path) -> None:
         raise RunFailed(f"cannot write {work.name!r}: {(error.strerror or 'i/o error').lower()}") from None
 
 
-def _binding(config: TuneConfig, package: Package) -> dict[str, str]:
+def _binding(config: TuneConfig, package: Package, planted: Planted) -> dict[str, str]:
     """Return what a resumed run must share beside the loop's settings, one entry per setting."""
     text = ("fields", "document_field", "separator", "on_long", "pack", "block_tokens", "validation", "audit_share")
-    shared = config.model_dump(mode="json", include={*text, "batch_size"})
+    shared = config.model_dump(mode="json", include={*text, "batch_size"}) | {"canaries": planted.commitment}
     shared |= {f"adapter.{name}": value for name, value in config.spec().model_dump(mode="json").items()}
     bound = {"package": package.digest, "data": sha256_file(config.data), **{k: str(v) for k, v in shared.items()}}
     return bound if config.dp is None else bound | private_binding(config.dp)

@@ -13,8 +13,10 @@ from client.runrecord import read_as, require_unused
 from client.tune import run
 from offsite.audit import read_run, run_path, write_run
 from offsite.bundle import open_bundle
+from offsite.canaries import CanarySet, CanaryText, Secret, write_canaries
 from offsite.digests import sha256_file
-from offsite.errors import PolicyError
+from offsite.errors import ArtefactError, ConfigError, PolicyError, WrongBinding
+from offsite.words import WORDS
 
 
 def test_the_record_names_everything_by_digest_and_repeats_the_split(settings, dropped_package, notes):
@@ -132,3 +134,81 @@ def test_a_set_of_canaries_is_for_one_bundle(settings, dropped_package, tmp_path
     for output, resume in (("other", False), ("other", True), ("bundle", False)):
         with pytest.raises(PolicyError, match=r"for the bundle of 'bundle.run.json'"):
             require_unused(tmp_path / output, used, resume=resume)
+
+
+# Canaries
+
+
+@pytest.fixture
+def canaries(tmp_path, dropped_package):
+    """Write a folder of four synthetic canaries, two of them in, and a secret that is repeated three times."""
+
+    def make(name="canaries", **changes):
+        texts = [CanaryText(text=f"lorem {number} ipsum", included=number % 2 == 0) for number in range(4)]
+        given = {
+            "nonce": "5a" * 32, "package_digest": dropped_package.digest, "tokens": 16, "temperature": 1.0,
+            "synthetic": tuple(texts), "repeats": 3, "num_candidates": 8,
+            "secrets": (Secret(prefix="the code is", secret=" ".join(WORDS[:4]), included=True),),
+        }  # fmt: skip
+        return tmp_path / name, write_canaries(tmp_path / name, CanarySet(**{**given, **changes}))
+
+    return make
+
+
+def test_canaries_are_trained_on_after_the_split_and_committed_to(settings, dropped_package, canaries, tmp_path):
+    folder, commitment = canaries()
+    plain = run(settings(dropped_package.path, output=tmp_path / "plain"))
+    told = run(settings(dropped_package.path, canaries=folder))
+    found, without = (read_run(tmp_path / f"{name}.run.json") for name in ("bundle", "plain"))
+    assert (found.canaries, found.num_canaries) == (commitment.digest, 2 + 3)
+    assert (without.canaries, without.num_canaries) == (None, 0)
+    assert found.num_records == without.num_records
+    assert found.num_tokens == without.num_tokens
+    assert told["bundle_digest"] != plain["bundle_digest"]
+    with pytest.raises(PolicyError, match="a set is for one bundle"):
+        run(settings(dropped_package.path, canaries=folder, output=tmp_path / "second"))
+    assert not (tmp_path / "second.work").exists()
+
+
+def test_a_private_run_draws_each_row_of_canaries_by_itself(settings, dropped_package, canaries, tmp_path):
+    folder, _ = canaries()
+    dp = DPSettings(noise_multiplier=1.0, ledger=tmp_path / "ledger")
+    given = {"adapter": "bitfit", "learning_rate": 0.01, "dp": dp}
+    told = run(settings(dropped_package.path, canaries=folder, **given))["privacy"]
+    num_units = read_run(tmp_path / "bundle.run.json").num_records + 2 + 3
+    assert told["sample_rate"] == pytest.approx(4 / num_units)
+    assert told["delta"] == pytest.approx(num_units**-1.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"package_digest": "sha256:" + "3" * 64}, "canaries 'canaries' were made for package sha256:333333333333"),
+        ({"job_id": "4" * 32}, "were made for job 444444444444, this run is for no job"),
+    ],
+)
+def test_canaries_of_something_else_are_refused(settings, dropped_package, canaries, tmp_path, changes, message):
+    folder, _ = canaries(**changes)
+    with pytest.raises(WrongBinding, match=message):
+        run(settings(dropped_package.path, canaries=folder))
+    with pytest.raises(ArtefactError, match="no folder of canaries named 'nothing'"):
+        run(settings(dropped_package.path, canaries=tmp_path / "nothing"))
+    assert not (tmp_path / "bundle.work").exists()
+
+
+def test_a_run_is_resumed_with_its_canaries_only(settings, dropped_package, canaries, monkeypatch):
+    (one, commitment), (other, _) = canaries(), canaries("others", nonce="6b" * 32)
+    config = settings(dropped_package.path, canaries=one)
+
+    def broken(path, found):
+        write_run(path, found)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_run", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    with pytest.raises(ConfigError, match="canaries"):
+        run(config.model_copy(update={"resume": True, "canaries": other}))
+    run(config.model_copy(update={"resume": True}))
+    assert read_run(run_path(config.output)).canaries == commitment.digest
