@@ -7,7 +7,7 @@ Fine-tuning, rounding and noise make the difference larger, not the coins.
 
 In every tensor the difference is clipped at three times its median size, so that no few values decide, and weighs as
 much as the mark stands out of it. What leaves a model's function as it is and hides its weights is undone first: rows
-or columns in another order (channels, heads) and of another scale. That looks at the package alone, never at a mark.
+or columns in another order (channels, heads), scale or sign. That looks at the package alone, never at a mark.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emulator.mark import MarkKey, Places, carriers, open_key, places, read_marks, refuse_marked
+from emulator.mark import MIN_PLACES, MarkKey, Places, carriers, open_key, places, read_marks, refuse_marked
 from emulator.markconfig import TraceConfig
 from offsite.console import say
 from offsite.errors import BadSchema, ConfigError, UnsupportedModel
@@ -30,8 +30,6 @@ from offsite.tensors import TensorSpec, read_header, read_tensors
 
 LEVEL = 1e-6
 """A mark is found when its p-value, times the number of questions asked, is below this."""
-MIN_PLACES = 1000
-"""Fewer compared entries would not make z normal enough."""
 MIN_COSINE = 0.5
 """Weights less alike than this are not the package's, whatever was done to them since."""
 _CLIP = 3.0
@@ -166,17 +164,17 @@ def _restored(weight: Tensor, other: Tensor) -> Tensor:
     if _cosine(weight, other) < MIN_COSINE:
         other = _reordered(weight, other)
     for axis in (1, 0):
-        fit = (weight * other).sum(axis, keepdim=True) / weight.square().sum(axis, keepdim=True)
-        sound = fit.isfinite() & (fit.abs() > _SMALLEST_SCALE)
-        if bool(((fit - 1)[sound].abs() > _SCALED).float().mean() > 0.5):
-            other = other / torch.where(sound, fit, 1.0)
+        ratio = torch.where(weight == 0, math.nan, other / weight)
+        fit = ratio.nanmedian(axis, keepdim=True).values  # which pruning and single values leave at 1
+        scaled = fit.isfinite() & (fit.abs() > _SMALLEST_SCALE) & ((fit - 1).abs() > _SCALED)
+        other = other / torch.where(scaled, fit, 1.0)
     return other
 
 
 def _reordered(weight: Tensor, other: Tensor) -> Tensor:
     for axis in (0, 1):
         rows, mixed = (torch.nn.functional.normalize(one.movedim(axis, 0), dim=1) for one in (weight, other))
-        likeness = (rows @ mixed.T).max(dim=1)
+        likeness = (rows @ mixed.T).abs().max(dim=1)
         order = likeness.indices
         if len(order.unique()) == len(order) and float(likeness.values.median()) > MIN_COSINE:
             return other.index_select(axis, order)

@@ -39,7 +39,7 @@ from torch import Tensor
 from emulator.markconfig import MarkConfig
 from offsite.console import say
 from offsite.digests import DIGEST_PATTERN
-from offsite.errors import BadKey, ConfigError, RunFailed, Untrusted, WrongBinding
+from offsite.errors import BadKey, ConfigError, RunFailed, UnsupportedModel, Untrusted, WrongBinding
 from offsite.keyfiles import check_folder, parse_keys, read_private, write_private
 from offsite.keys import FINGERPRINT_PATTERN
 from offsite.manifest import Strict, entries, write_manifest
@@ -55,6 +55,8 @@ _MARKS_LIMIT_BYTES = 32 * 2**20
 _KEY_BYTES = 32
 _LABEL = b"offsite/v1/mark"
 
+MIN_PLACES = 1000
+"""Fewer marked entries would not make the score of a mark normal enough."""
 _NUM_MARKED = 32
 """Of 256 entries, so many are marked."""
 _LEVELS = torch.tensor([round(256 * math.sin(math.pi * (2 * i + 1) / 32) ** 2) for i in range(8)])
@@ -155,6 +157,7 @@ def mark(package: Package, out: Path, *, recipient: str, keys: Path) -> Package:
 
     Raises:
         ConfigError: when `out` or its record exists, or `package` is one that was marked already.
+        UnsupportedModel: when its middle is too small to carry a mark.
         ArtefactError: when the package or its owner's record is not sound, or the keys folder is open to others.
         RunFailed: when the disk is full.
     """
@@ -165,6 +168,7 @@ def mark(package: Package, out: Path, *, recipient: str, keys: Path) -> Package:
     if record.package_digest != package.digest:
         raise WrongBinding(f"{owner_record_path(package.path).name!r} is the record of another package")
     refuse_marked(keys, package)
+    _require_room(package)
     try:
         with staged_folder(out) as stage:
             digest = _write(stage, package, open_key(keys, create=True), recipient)
@@ -174,6 +178,16 @@ def mark(package: Package, out: Path, *, recipient: str, keys: Path) -> Package:
         owner_record_path(out).unlink(missing_ok=True)
         raise
     return open_package(out)
+
+
+def _require_room(package: Package) -> None:
+    size = sum(math.prod(package.manifest.tensors[name].shape) for name in carriers(package))
+    needed = 2 * MIN_PLACES * 256 // _NUM_MARKED
+    if size < needed:
+        raise UnsupportedModel(
+            f"the matrices of the package's middle hold {size} entries, a mark needs {needed}",
+            hint="keep more of the middle when distilling",
+        )
 
 
 def _write(stage: Path, package: Package, key: MarkKey, recipient: str) -> str:

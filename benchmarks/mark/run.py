@@ -221,7 +221,7 @@ def _changed(bench: Bench, copies: list[Tensors], tuned: Tensors) -> Iterator[tu
         yield f"rounded to {bits} bits a row", each(lambda w, b=bits: _rounded(w, b), alice), True
     for share in (0.5,):
         yield f"smallest {share:.0%} set to zero", each(lambda w, s=share: _pruned(w, s), alice), True
-    yield "MLP channels shuffled and rescaled", _shuffled(alice, generator), False
+    yield "MLP channels in another order, scale and sign", _shuffled(alice, generator), False
     yield "average of two copies", each(lambda a, b: (a + b) / 2, alice, bob), False
     yield "average of two copies, one tuned", each(lambda a, b: (a + b) / 2, tuned, bob), False
     coin = lambda a, b: torch.where(torch.rand(a.shape, generator=generator) < 0.5, a, b)  # noqa: E731
@@ -244,12 +244,13 @@ def _pruned(weight: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def _shuffled(tensors: Tensors, generator: torch.Generator) -> Tensors:
-    """Return the same function: channels of each MLP in another order, values scaled up here and down there."""
+    """Return the same function: channels of each MLP in another order, scaled and turned here and back there."""
     out = dict(tensors)
     for name in tensors:
         if name.endswith("up_proj.weight"):
             order = torch.randperm(len(tensors[name]), generator=generator)
-            scale = 0.5 + torch.rand(len(order), generator=generator)
+            scale = 2 ** torch.randn(len(order), generator=generator)
+            scale *= torch.randn(len(order), generator=generator).sign()
             gate, down = name.replace("up_proj", "gate_proj"), name.replace("up_proj", "down_proj")
             out[name] = (tensors[name].float()[order] * scale[:, None]).to(torch.bfloat16)
             out[gate] = tensors[gate][order].contiguous()

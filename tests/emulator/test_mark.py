@@ -225,6 +225,7 @@ def test_fine_tuning_noise_and_rounding_leave_the_mark(package, make_marked, fin
         noisy({name: tensor.float() for name, tensor in copy.items()}, 0.01),
         {name: tensor.half() for name, tensor in copy.items()},
         _int8(copy),
+        {name: torch.where(tensor.abs() > 0.1, tensor, 0.0) for name, tensor in copy.items()},
     ):
         assert find(suspect, (ALICE, BOB)).found == (ALICE,)
 
@@ -272,7 +273,9 @@ def test_channels_in_another_order_or_scale_are_put_right(package, make_marked, 
     for name in carriers(package):
         if name.endswith("up_proj.weight"):
             order = torch.randperm(len(copy[name]), generator=generator)
-            scale = torch.rand(len(order), generator=generator) + 0.5
+            scale = torch.randn(len(order), generator=generator).sign() * 2 ** torch.randn(
+                len(order), generator=generator
+            )
             down, gate = name.replace("up_proj", "down_proj"), name.replace("up_proj", "gate_proj")
             copy[name] = copy[name].float()[order] * scale[:, None]
             copy[gate] = copy[gate][order]
@@ -388,6 +391,7 @@ REFUSALS = {
     f"mark shipped --recipient {ALICE} --keys keys -o out": (3, "no owner's record 'shipped.owner.json'"),
     f"mark foreign --recipient {ALICE} --keys keys -o out": (3, "'foreign.owner.json' is the record of another"),
     f"mark for-alice --recipient {BOB} --keys keys -o out": (2, "package 'for-alice' is marked already"),
+    f"mark small --recipient {ALICE} --keys keys -o out": (2, "a mark needs 16000"),
     "trace for-alice --package for-alice --keys keys": (2, "package 'for-alice' is marked already"),
     "trace for-alice --package nowhere --keys keys": (3, "no package folder named 'nowhere'"),
     "trace for-alice --keys keys": (2, "--package is missing"),
@@ -422,6 +426,7 @@ def test_refusals_take_one_line_and_leave_nothing(verb, tmp_path, make_package, 
     (tmp_path / "garbled" / MARKS_NAME).chmod(0o600)
     shutil.copytree(tmp_path / "package", tmp_path / "shipped")
     make_package(tmp_path / "foreign")
+    make_package(tmp_path / "small", kept=(0, 1, 2, 6, 7))
     shutil.copy(tmp_path / "package.owner.json", tmp_path / "foreign.owner.json")
     before = _listing(tmp_path)
     code, message = REFUSALS[line]
