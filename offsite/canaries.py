@@ -43,6 +43,7 @@ COMMITMENT_LIMIT_BYTES = 64 * 2**10
 MAX_CANARIES = 10_000
 MAX_SECRETS = 1_000
 MAX_TEXT = 20_000
+MAX_RANKED = 2**18
 SECRET_WORDS = 4
 SECRET_SPACE = len(WORDS) ** SECRET_WORDS
 
@@ -112,6 +113,8 @@ class CanarySet(Strict):
             raise ValueError("two synthetic canaries have one text")
         if len({secret.prefix for secret in self.secrets}) < len(self.secrets):
             raise ValueError("two secrets have one prefix")
+        if len(self.secrets) * self.num_candidates > MAX_RANKED:
+            raise ValueError(f"more than {MAX_RANKED} candidates of all secrets together")
         return self
 
     @property

@@ -171,6 +171,13 @@ ILL_FORMED: dict[str, tuple[Callable[[dict[str, Any]], object], type[ArtefactErr
     "five words": (lambda s: s["secrets"][1].update(secret="acid acid acid acid acid"), BadSchema),
     "a short nonce": (lambda s: s.update(nonce="00"), BadSchema),
     "endless candidates": (lambda s: s.update(num_candidates=10**9), BadSchema),
+    "more to rank than anybody has time for": (
+        lambda s: s.update(
+            num_candidates=4096,
+            secrets=[{"prefix": f"{n} is", "secret": "acid acid acid acid", "included": n % 2 == 0} for n in range(65)],
+        ),
+        BadSchema,
+    ),
     "endless repeats": (lambda s: s.update(repeats=10**9), BadSchema),
     "not finite": (lambda s: s.update(temperature=math.inf), BadSchema),
 }
