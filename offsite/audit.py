@@ -193,13 +193,17 @@ class CanaryAudit(Strict):
 
 
 class Verbatim(Strict):
-    """Rows of the training text that come back word for word from their beginnings, after tuning and before it."""
+    """Rows of the training text that come back word for word from their beginnings, after tuning and before it.
+
+    ``num_new`` came back after tuning and not before; None where only the two numbers are known.
+    """
 
     num_rows: Count
     prefix_tokens: int = Field(ge=1)
     continuation_tokens: int = Field(ge=1)
     num_extracted: Count
     num_extracted_before: Count
+    num_new: Count | None = None
 
 
 class ScanFigures(Strict):
@@ -211,13 +215,19 @@ class ScanFigures(Strict):
 
 
 class BundleAudit(Strict):
-    """The content of ``audit.json`` of the client's audit. Scores are of the emulator, with and without the adapter."""
+    """The content of ``audit.json`` of the client's audit. Scores are of the emulator, with and without the adapter.
+
+    ``nonmembers`` says where the rows that were not trained on come from. ``auc_before`` is how well the emulator's
+    loss without the adapter tells them from the others: 0.5, unless the two differ by more than what was trained on.
+    """
 
     format: Literal["offsite/audit/1"] = AUDIT_FORMAT
     kind: Literal["bundle"] = "bundle"
     run: Run
     tokens_per_row: int = Field(ge=2)
     membership: tuple[Membership, ...]
+    nonmembers: Literal["set aside", "validation", "file"] | None = None
+    auc_before: Estimate | None = None
     canaries: CanaryAudit | None = None
     verbatim: Verbatim | None = None
     scan: ScanFigures

@@ -3,14 +3,16 @@
 A gate *passed*, *failed*, or was *not measurable* (nothing was measured, or too little to tell); only the first lets a
 bundle go without ``--accept-leakage``. Gates are worked out from an audit's figures each time they are asked.
 
-A differentially private run is held against its own claim: an attack must not show more than the epsilon claimed. Any
-other is held against what attacks find: area under the curve at most 0.60 and hits at most 3% at 1% false alarms, no
-made-up secret and no row read back out, and enough steps and rows that the update is not a single row's gradient
-(arXiv:2405.15586 inverts those exactly).
+A differentially private run is held against its own claim: an attack must not show more than the epsilon claimed, of
+this run, at the same delta. Any other is held against what attacks find: area under the curve at most 0.60 and hits at
+most 3% at 1% false alarms, no made-up secret and no row read back out, and enough steps and rows that the update is not
+a single row's gradient (arXiv:2405.15586 inverts those exactly). A claim above `WEAK_EPSILON` promises next to nothing,
+so such a run is held against both.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,10 +24,15 @@ from offsite.package import Key, Line
 
 MAX_AUC = 0.60
 MAX_TPR_AT_1 = 0.03
+MAX_SHIFT = 0.05
+"""How far from a half the area may be before tuning: what differs already tells nothing of what was trained on."""
+MIN_MEMBERS = 100
 MIN_NONMEMBERS = 1000
 MIN_STEPS = 10
 MIN_RECORDS = 100
 MIN_CANARIES = 100
+CONFIDENCE = 0.95
+WEAK_EPSILON = 10.0
 
 Verdict = Literal["passed", "failed", "not measurable"]
 
@@ -67,27 +74,25 @@ def unmeasured() -> tuple[Gate, ...]:
 
 def bundle_gates(audit: BundleAudit) -> tuple[Gate, ...]:
     """Return the gates of a client's bundle, in the order in which people should read them."""
-    scan = sum(audit.scan.found.values())
-    found = [
-        Gate(
-            name="scan",
-            verdict="failed" if scan else "passed",
-            found=float(scan),
-            limit=0.0,
-            told=f"{scan} piece(s) of text, names, paths, times or losses in the bundle's bytes",
-        )
-    ]
-    if audit.run.claim is not None:
-        claim = audit.run.claim
-        found += [_within_budget(claim.epsilon_total, claim.budget), _bound(audit.canaries, claim.epsilon)]
-        return tuple(found)
+    found = [_scanned(audit)]
+    claim = audit.run.claim
+    if claim is not None:
+        found += [_within_budget(claim.epsilon_total, claim.budget), _bound(audit.canaries, claim.epsilon, claim.delta)]
+        if claim.epsilon <= WEAK_EPSILON:
+            return tuple(found)
     return (*found, *_membership(audit), *_secrets(audit), *_not_trivial(audit))
 
 
-def plugged_gates(audit: PluggedAudit, claimed_epsilon: float | None) -> tuple[Gate, ...]:
-    """Return the gates of the adapter in the full model; with a claim of epsilon, whether the claim stands."""
+def plugged_gates(
+    audit: PluggedAudit, claimed_epsilon: float | None, *, claimed_delta: float | None = None
+) -> tuple[Gate, ...]:
+    """Return the gates of the adapter in the full model; with a claim of epsilon, whether the claim stands.
+
+    Args:
+        claimed_delta: of the claim, where it is known; the bound must then be at the same.
+    """
     if claimed_epsilon is not None:
-        return (_bound(audit.canaries, claimed_epsilon),)
+        return (_bound(audit.canaries, claimed_epsilon, claimed_delta),)
     return tuple(_extracted(audit.canaries))
 
 
@@ -130,24 +135,40 @@ def _within_budget(total: float, budget: float) -> Gate:
     return _at_most("budget", total, budget * (1 + 1e-9), f"epsilon {total:.3f} spent of a budget of {budget:.3f}")
 
 
-def _bound(canaries: CanaryAudit | None, claimed: float) -> Gate:
-    """The lower bound on epsilon that an attack showed is no more than the epsilon claimed."""
+def _scanned(audit: BundleAudit) -> Gate:
+    num = sum(audit.scan.found.values())
+    if not audit.scan.num_bytes:
+        return Gate(name="scan", verdict="not measurable", limit=0.0, told="no byte of the bundle was looked at")
+    told = f"{num} piece(s) of text, names, paths, times or losses in the bundle's bytes"
+    return _at_most("scan", float(num), 0.0, told)
+
+
+def _bound(canaries: CanaryAudit | None, claimed: float, delta: float | None) -> Gate:
+    """The lower bound on epsilon that an attack showed is no more than the epsilon claimed.
+
+    A bound at a smaller delta than the claim's would refute sound claims, one at a larger delta spare false ones.
+    """
     bound = None if canaries is None else canaries.bound
+    told = ""
     if bound is None or bound.num_canaries < MIN_CANARIES:
         told = f"fewer than {MIN_CANARIES} canaries: nothing could refute epsilon {claimed:.3f}"
+    elif delta is not None and not math.isclose(bound.delta, delta, rel_tol=1e-6):
+        told = f"the bound is at delta {bound.delta:.3g}, the claim at {delta:.3g}"
+    elif bound.confidence > CONFIDENCE:
+        told = f"the bound is at confidence {bound.confidence:g}, so that little shows; it must be at {CONFIDENCE:g}"
+    if bound is None or told:
         return Gate(name="epsilon", verdict="not measurable", limit=claimed, told=told)
-    told = (
-        f"attacks show epsilon of at least {bound.epsilon:.2f}, claimed is {claimed:.2f}; "
-        f"a perfect attack with these canaries would have shown {bound.ceiling:.2f}"
-    )
+    if bound.ceiling > claimed:
+        most = f"a perfect attack with these canaries would have shown {bound.ceiling:.2f}"
+    else:
+        most = f"not even a perfect attack with these canaries, {bound.ceiling:.2f}, would refute it"
+    told = f"attacks show epsilon of at least {bound.epsilon:.2f}, claimed is {claimed:.2f}; {most}"
     return _at_most("epsilon", bound.epsilon, claimed, told)
 
 
 def _membership(audit: BundleAudit) -> list[Gate]:
     """The best of the attacks on rows counts, by its upper limit nowhere and by its value everywhere."""
-    fewest = min((one.num_nonmembers for one in audit.membership), default=0)
-    if fewest < MIN_NONMEMBERS:
-        told = f"{fewest} rows that were not trained on, at least {MIN_NONMEMBERS} are needed"
+    if told := _why_not(audit):
         return [Gate(name=name, verdict="not measurable", told=told) for name in ("auc", "tpr_at_1")]
     auc = max(audit.membership, key=lambda one: one.auc.value)
     hits = [one for one in audit.membership if one.tpr_at_1 is not None]
@@ -160,12 +181,27 @@ def _membership(audit: BundleAudit) -> list[Gate]:
     return [*gates, _at_most("tpr_at_1", value, MAX_TPR_AT_1, told)]
 
 
+def _why_not(audit: BundleAudit) -> str:
+    """Return why the attacks on rows tell nothing; empty when they do."""
+    fewest = min((one.num_nonmembers for one in audit.membership), default=0)
+    if fewest < MIN_NONMEMBERS:
+        return f"{fewest} rows that were not trained on, at least {MIN_NONMEMBERS} are needed"
+    fewest = min(one.num_members for one in audit.membership)
+    if fewest < MIN_MEMBERS:
+        return f"{fewest} rows that were trained on, at least {MIN_MEMBERS} are needed"
+    before = audit.auc_before
+    if before is not None and abs(before.value - 0.5) > MAX_SHIFT and not before.low <= 0.5 <= before.high:
+        return f"the rows differ before tuning already (area {before.value:.3f}), they must be alike but for training"
+    return ""
+
+
 def _secrets(audit: BundleAudit) -> list[Gate]:
     gates = _extracted(audit.canaries)
     verbatim = audit.verbatim
     if verbatim is None or not verbatim.num_rows:
         return [*gates, Gate(name="verbatim", verdict="not measurable", told="no row was tried to be read back out")]
-    new = max(0, verbatim.num_extracted - verbatim.num_extracted_before)
+    net = max(0, verbatim.num_extracted - verbatim.num_extracted_before)
+    new = net if verbatim.num_new is None else verbatim.num_new
     told = f"{new} of {verbatim.num_rows} rows came back word for word that did not before tuning"
     return [*gates, _at_most("verbatim", float(new), 0.0, told)]
 
