@@ -22,11 +22,13 @@ from client.config import TuneConfig
 from client.data import TrainingText, prepare, require_fit, say_text
 from client.privaterun import PrivateRun, private_binding, private_run
 from client.runrecord import Planted, planted_for, read_as, record_of, text_settings
-from client.sealedoff import sealing
+from client.scan import Scan, losses_in, require_clean, scan_bundle, texts_of
+from client.sealedoff import require_quiet, sealing
 from offsite.accounting import require_extra
 from offsite.audit import run_path, write_run
 from offsite.bundle import Bundle, write_bundle
 from offsite.checkpoints import require_work
+from offsite.console import say
 from offsite.devices import choose_device
 from offsite.digests import sha256_file
 from offsite.errors import ConfigError, RunFailed, WrongBinding
@@ -38,7 +40,7 @@ from offsite.package import Package, open_package
 from offsite.processes import is_launched, world
 from offsite.staging import refuse_existing
 from offsite.step import Stepper, uses_bf16
-from offsite.tensors import torch_dtype
+from offsite.tensors import TensorSpec, torch_dtype
 from offsite.text import IGNORED
 
 if TYPE_CHECKING:
@@ -230,6 +232,12 @@ def run(config: TuneConfig) -> dict[str, object]:
             "steps": outcome.steps,
             "validation_loss": float(outcome.best_loss or 0.0),
         }
+        scans: list[Scan] = []
+
+        def before(stage: Path, digest: str) -> None:
+            scans.append(_release(stage, config, text, outcome, names, figures))
+            write_run(run_path(config.output), kept.model_copy(update={"bundle_digest": digest}))
+
         bundle = write_bundle(
             config.output,
             package=package,
@@ -238,12 +246,40 @@ def run(config: TuneConfig) -> dict[str, object]:
             expected=names,
             figures=figures,
             disclose=config.disclose,
-            before=lambda _, digest: write_run(
-                run_path(config.output), kept.model_copy(update={"bundle_digest": digest})
-            ),
+            before=before,
         )
     _finish(config.output, work)
-    return _result(bundle, text, outcome) | ({} if guarantee is None else {"privacy": guarantee})
+    result = _result(bundle, text, outcome) | {"scan": scans[0].model_dump()}
+    return result | ({} if guarantee is None else {"privacy": guarantee})
+
+
+def _release(
+    stage: Path,
+    config: TuneConfig,
+    text: TrainingText,
+    outcome: Outcome,
+    names: Mapping[str, TensorSpec],
+    figures: Mapping[str, float],
+) -> Scan:
+    """Return what was read of the bundle at `stage` once nothing was found in it, and a sealed-off run was quiet.
+
+    Raises:
+        PolicyError: when the bundle may not get its name.
+    """
+    require_quiet()
+    losses = [outcome.first_loss, outcome.final_loss, *(loss for _, loss in outcome.evaluations)]
+    scan = scan_bundle(
+        stage,
+        texts=texts_of(text.read),
+        figures=[*losses, *losses_in(work_folder(config.output) / "log.jsonl")],
+        spec=config.spec(),
+        disclosed={name: figures[name] for name in config.disclose},
+        paths=[config.data, config.output, config.package],
+        known=names,
+    )
+    require_clean(scan)
+    say(f"scanned: {scan.num_bytes:,} bytes of the bundle; no text, path, name, time or loss of this machine's in it")
+    return scan
 
 
 def job_for(folder: Path, package: Package) -> Job:

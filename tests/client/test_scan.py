@@ -311,7 +311,10 @@ def test_a_record_is_one_text(tmp_path):
     rows = [{"prompt": " ".join(words[:6]), "completion": " ".join(words[6:])}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert Remembered(texts_of(read_records(path))).compare([SENTENCE])[1] == len(words) - NUM_WORDS + 1
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": SENTENCE}]}) + "\n")
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": SENTENCE}, {"role": "assistant", "content": "yes"}]})
+        + "\n"
+    )
     assert Remembered(texts_of(read_records(path))).compare([SENTENCE])[1] == len(words) - NUM_WORDS + 1
 
 
