@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import client.scan as module
+import client.tune as tune_module
 from client.ngrams import LEAST_BYTES, NUM_WORDS, Remembered
 from client.scan import Scan, losses_in, own_names, require_clean, scan_bundle, texts_of
-from offsite.bundle import AdapterSpec, write_bundle
+from client.tune import run
+from offsite.bundle import DISCLOSABLE, AdapterSpec, open_bundle, write_bundle
 from offsite.errors import PolicyError
 from offsite.records import read_records
 from offsite.tensors import TensorSpec
@@ -323,3 +325,53 @@ def test_losses_of_a_log(tmp_path):
     assert losses_in(log) == []
     log.write_text('{"step": 1, "loss": 5.5, "rate": 0.1}\n{"step": 2, "loss": null, "evaluation_loss": 4.25}\n')
     assert losses_in(log) == [5.5, 4.25]
+
+
+# In the verb
+
+
+@pytest.mark.parametrize("adapter", ["lora", "blocks"])
+def test_a_real_run_is_clean_and_says_what_was_read(settings, dropped_package, adapter, notes):
+    config = settings(dropped_package.path, adapter=adapter, disclose=DISCLOSABLE)
+    told = run(config)["scan"]
+    assert told["found"] == {}
+    assert told["num_bytes"] == sum(path.stat().st_size for path in config.output.iterdir())
+    losses = losses_in(config.output.parent / "bundle.log.jsonl")
+    assert len(losses) >= 6
+    spec, stated = config.spec(), open_bundle(config.output).manifest.disclosed
+    given = {"texts": notes, "figures": losses, "spec": spec, "names": None, "known": ()}
+    assert scanned(config.output, **given, disclosed=stated).clean
+    assert scanned(config.output, **given, disclosed={}).found == {"number": 4, "loss": 1}
+
+
+def appended(stage, text):
+    path = stage / "offsite.json"
+    path.write_text(path.read_text() + text)
+
+
+def last_loss(stage):
+    lines = (stage.parent / "bundle.work" / "log.jsonl").read_text().splitlines()
+    return json.loads(lines[-1])["loss"]
+
+
+WRITERS = {
+    "training text": lambda stage, notes: appended(stage, " ".join(notes[:2])),
+    "file": lambda stage, notes: (stage / "events.log").write_text("x"),
+    "path": lambda stage, notes: in_tensors(str(stage).encode(), 400)(stage),
+    "loss": lambda stage, notes: in_manifest(last=last_loss(stage))(stage),
+}
+
+
+@pytest.mark.parametrize("category", WRITERS)
+def test_a_bundle_that_holds_it_gets_no_name(settings, dropped_package, notes, monkeypatch, category):
+    """As if what writes the bundle were at fault: the scan sees the folder as it would leave."""
+
+    def faulty(stage, **given):
+        WRITERS[category](stage, notes)
+        return scan_bundle(stage, **given)
+
+    monkeypatch.setattr(tune_module, "scan_bundle", faulty)
+    config = settings(dropped_package.path, adapter="lora")
+    with pytest.raises(PolicyError, match=category):
+        run(config)
+    assert sorted(path.name for path in config.output.parent.iterdir()) == ["bundle.work", "secret-ward-notes.txt"]
