@@ -53,10 +53,10 @@ def dots(rows: Sequence[Dot], *, title: str, reference: float | None = None) -> 
     bottom = height - 26
     drawn = [_grid(x(tick), bottom, shown) for tick, shown in log_ticks(low, high)]
     if reference is not None:
-        drawn.append(el("line", x1=_n(x(reference)), x2=_n(x(reference)), y1=4, y2=bottom, class_="reference"))
+        drawn.append(el("line", x1=px(x(reference)), x2=px(x(reference)), y1=4, y2=bottom, class_="reference"))
     for number, row in enumerate(rows):
         drawn.append(_dot_row(row, x, _ROW * number + 20, reference))
-    return _svg(drawn, height, title)
+    return svg(drawn, height, title)
 
 
 def curves(lines: Sequence[Curve], *, title: str, height: int = 230) -> Markup:
@@ -77,17 +77,17 @@ def curves(lines: Sequence[Curve], *, title: str, height: int = 230) -> Markup:
 
     drawn: list[Markup] = []
     for tick in ticks(low, high, 5):
-        drawn.append(el("line", x1=left, x2=right, y1=_n(y(tick)), y2=_n(y(tick)), class_="grid"))
-        drawn.append(el("text", f"{tick:.4g}", x=left - 8, y=_n(y(tick) + 4), text_anchor="end", class_="axis"))
+        drawn.append(el("line", x1=left, x2=right, y1=px(y(tick)), y2=px(y(tick)), class_="grid"))
+        drawn.append(el("text", f"{tick:.4g}", x=left - 8, y=px(y(tick) + 4), text_anchor="end", class_="axis"))
     for tick in ticks(first, last, 6):
-        drawn.append(el("text", f"{tick:,.0f}", x=_n(x(tick)), y=bottom + 20, text_anchor="middle", class_="axis"))
+        drawn.append(el("text", f"{tick:,.0f}", x=px(x(tick)), y=bottom + 20, text_anchor="middle", class_="axis"))
     drawn.append(el("text", "step", x=left - 8, y=bottom + 20, text_anchor="end", class_="axis"))
     for line in lines:
-        shown = " ".join(f"{_n(x(step))},{_n(y(value))}" for step, value in line.points)
+        shown = " ".join(f"{px(x(step))},{px(y(value))}" for step, value in line.points)
         drawn.append(el("polyline", points=shown, class_=line.css))
         if len(line.points) <= 40:
-            drawn += [el("circle", cx=_n(x(s)), cy=_n(y(v)), r=2.4, class_=f"{line.css} mark") for s, v in line.points]
-    return _svg(drawn, height, title)
+            drawn += [el("circle", cx=px(x(s)), cy=px(y(v)), r=2.4, class_=f"{line.css} mark") for s, v in line.points]
+    return svg(drawn, height, title)
 
 
 def smooth(points: Sequence[tuple[float, float]], *, share: float = 0.05) -> tuple[tuple[float, float], ...]:
@@ -130,29 +130,31 @@ def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 def _grid(x: float, bottom: float, shown: str) -> Markup:
     return join(
-        el("line", x1=_n(x), x2=_n(x), y1=4, y2=_n(bottom), class_="grid"),
-        el("text", shown, x=_n(x), y=_n(bottom + 18), text_anchor="middle", class_="axis"),
+        el("line", x1=px(x), x2=px(x), y1=4, y2=px(bottom), class_="grid"),
+        el("text", shown, x=px(x), y=px(bottom + 18), text_anchor="middle", class_="axis"),
     )
 
 
 def _dot_row(row: Dot, x: Callable[[float], float], y: float, reference: float | None) -> Markup:
     """The row's label, a thin line from the reference to the mean, a dot per seed, the mean and its text."""
     mean = x(math.fsum(row.values) / len(row.values))
-    drawn = [el("text", row.label, x=_LABELS - 14, y=_n(y + 4), text_anchor="end", class_="label")]
+    drawn = [el("text", row.label, x=_LABELS - 14, y=px(y + 4), text_anchor="end", class_="label")]
     if reference is not None:
-        drawn.append(el("line", x1=_n(x(reference)), x2=_n(mean), y1=_n(y), y2=_n(y), class_=f"stem {row.css}"))
+        drawn.append(el("line", x1=px(x(reference)), x2=px(mean), y1=px(y), y2=px(y), class_=f"stem {row.css}"))
     if len(row.values) > 1:
-        drawn += [el("circle", cx=_n(x(value)), cy=_n(y), r=3, class_=f"seed {row.css}") for value in row.values]
-    drawn.append(el("circle", cx=_n(mean), cy=_n(y), r=6, class_=f"dot {row.css}"))
-    drawn.append(el("text", row.shown, x=WIDTH - 4, y=_n(y + 4), text_anchor="end", class_="value"))
+        drawn += [el("circle", cx=px(x(value)), cy=px(y), r=3, class_=f"seed {row.css}") for value in row.values]
+    drawn.append(el("circle", cx=px(mean), cy=px(y), r=6, class_=f"dot {row.css}"))
+    drawn.append(el("text", row.shown, x=WIDTH - 4, y=px(y + 4), text_anchor="end", class_="value"))
     return join(*drawn)
 
 
-def _svg(drawn: Sequence[Markup], height: int, title: str) -> Markup:
+def svg(drawn: Sequence[Markup], height: int, title: str) -> Markup:
+    """Return the drawing as one element that scales with the page and is told by its title."""
     return el(
         "svg", el("title", title), *drawn, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=title, class_="chart"
     )
 
 
-def _n(value: float) -> str:
+def px(value: float) -> str:
+    """Return a coordinate with at most one decimal."""
     return f"{value:.1f}".removesuffix(".0")
