@@ -46,7 +46,7 @@ KINDS: dict[Kind, re.Pattern[str]] = {
     "job": re.compile(re.escape(JOB_NAME)),
     "package": re.compile(f"{re.escape(MANIFEST_NAME)}|{PACKAGE_FILES.pattern}"),
     "bundle": re.compile(f"{re.escape(MANIFEST_NAME)}|{BUNDLE_FILES.pattern}"),
-    "report": re.compile(r"report\.json|results\.json"),
+    "report": re.compile(r"report\.json|report\.signatures\.json|results\.json"),
 }
 """The logical names that a sealed artefact of each kind may hold. None of them names code, a path or an archive."""
 

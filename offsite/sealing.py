@@ -24,6 +24,8 @@ from offsite.keys import Identity, load_identity, open_identity, read_passphrase
 from offsite.ledger import Admission, Ledger
 from offsite.manifest import MANIFEST_NAME
 from offsite.package import Package
+from offsite.privacyreport import PAGE_NAME, read_form
+from offsite.privacyreport import SIGNATURES_NAME as REPORT_SIGNATURES
 from offsite.results import RESULTS_NAME, read_results
 from offsite.seal import check_payload, decrypt_files, encrypt_files, read_sealed, write_sealed
 from offsite.sealconfig import OpenConfig, RewrapConfig, SealConfig
@@ -200,7 +202,7 @@ def rewrap_run(config: RewrapConfig) -> dict[str, object]:
 
 
 def read_content(folder: Path) -> Content:
-    """Return what the plain folder holds, checked as its kind.
+    """Return what the plain folder holds, checked as its kind. A privacy report's page is not part of it.
 
     Raises:
         ArtefactError: with the subclass of the check that failed.
@@ -216,7 +218,10 @@ def read_content(folder: Path) -> Content:
         opened = read_job(folder)
         return Content("job", {JOB_NAME: folder / JOB_NAME}, opened.digest, opened)
     found = {path.name: path for path in folder.iterdir()}
-    if not found or not found.keys() <= {REPORT_NAME, RESULTS_NAME}:
+    is_privacy = found.keys() >= {REPORT_NAME, REPORT_SIGNATURES}
+    if is_privacy:
+        found.pop(PAGE_NAME, None)  # no HTML crosses: the receiver makes the page anew, from what was signed
+    if not found or not found.keys() <= ({REPORT_NAME, RESULTS_NAME} | ({REPORT_SIGNATURES} if is_privacy else set())):
         raise ArtefactError(
             f"folder {folder.name!r} is no job, package, bundle or report",
             hint=f"a report is a folder with {RESULTS_NAME} or {REPORT_NAME} and nothing else",
@@ -227,6 +232,8 @@ def read_content(folder: Path) -> Content:
                 f"{path.name} of {folder.name!r} is no plain file of at most {REPORT_LIMIT_BYTES} bytes"
             )
         parse_object(path.read_bytes(), f"{path.name} of {folder.name!r}")
+    if is_privacy:
+        read_form(found[REPORT_NAME].read_bytes(), found[REPORT_SIGNATURES].read_bytes())
     if RESULTS_NAME in found:
         read_results(folder)
     return Content("report", found, None, None)
