@@ -124,6 +124,16 @@ VERBS: dict[str, Verb] = {
     "report run": Verb(
         "anyone: a page from what evaluate wrote", "offsite.settings:ReportConfig", "offsite.report:run"
     ),
+    "report privacy": Verb(
+        "anyone: one signed report of what audits found",
+        "offsite.privacyconfig:PrivacyReportConfig",
+        "offsite.privacyissue:run",
+    ),
+    "report verify": Verb(
+        "auditor: check a privacy report, its signatures and its figures",
+        "offsite.privacyconfig:ReportVerifyConfig",
+        "offsite.privacyverify:run",
+    ),
     "demo": Verb("both sides here, on a real model and text", "offsite.settings:DemoConfig", "offsite.demo:run"),
 }
 
