@@ -41,10 +41,25 @@ VERBS: dict[str, Verb] = {
     "trace": Verb(
         "owner: find whose marked package a model comes from", "emulator.markconfig:TraceConfig", "emulator.leak:run"
     ),
+    "audit package": Verb(
+        "owner: measure what a package gives away of the model",
+        "emulator.auditconfig:AuditPackageConfig",
+        "emulator.audit:run",
+    ),
     "inspect": Verb(
         "anyone: show what a package or bundle holds, verified", "offsite.settings:InspectConfig", "offsite.inspect:run"
     ),
     "tune": Verb("client: tune an adapter on private data", "client.config:TuneConfig", "client.tune:run"),
+    "canaries": Verb(
+        "client: make up rows that show what tuning gives away",
+        "client.canaryconfig:CanaryConfig",
+        "client.canaries:run",
+    ),
+    "audit bundle": Verb(
+        "client: measure what a bundle gives away of its data",
+        "client.auditconfig:AuditBundleConfig",
+        "client.audit:run",
+    ),
     "plug-in": Verb("owner: put a returned adapter into the full model", "server.config:PlugConfig", "server.plug:run"),
     "keygen": Verb(
         "anyone: make this party's keys and its public card", "offsite.keyconfig:KeygenConfig", "offsite.keys:run"

@@ -161,13 +161,14 @@ class Batches:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The collated batch of `step`, counted from 0."""
-        return collate(self._chosen(step), self._pad_id)
+        return collate(self.chosen(step), self._pad_id)
 
     def num_tokens(self, step: int) -> int:
         """Tokens of the batch of `step`, padding apart."""
-        return sum(len(example.input_ids) for example in self._chosen(step))
+        return sum(len(example.input_ids) for example in self.chosen(step))
 
-    def _chosen(self, step: int) -> list[Example]:
+    def chosen(self, step: int) -> list[Example]:
+        """The examples of `step`, counted from 0."""
         first = step * self._batch_size
         places = (divmod(place, len(self._examples)) for place in range(first, first + self._batch_size))
         return [self._examples[self._order(epoch)[index]] for epoch, index in places]

@@ -1,0 +1,329 @@
+"""`offsite audit bundle PACKAGE BUNDLE --data FILE -o AUDIT`: what an adapter gives away of the text it was tuned on.
+
+Rows that were trained on and rows that were not are scored under the package's model, without the adapter and with
+it: the model that the client has. The owner's full model with the adapter in it may say more or less; canaries let the
+owner measure that. Nothing that is shown or written holds text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adapters.kinds import declared
+from client.auditconfig import AuditBundleConfig
+from client.audittable import show
+from client.members import Rows, choose_rows
+from client.runrecord import read_as, versions
+from client.scan import losses_in, scan_bundle, texts_of
+from client.tune import attach_to_package
+from offsite.audit import (
+    BundleAudit,
+    CanaryAudit,
+    Membership,
+    Run,
+    ScanFigures,
+    Verbatim,
+    read_run,
+    run_path,
+    write_audit,
+)
+from offsite.auditing import require_extra
+from offsite.bundle import Bundle, open_bundle
+from offsite.canaries import CanarySet, read_canaries, records_of
+from offsite.canaryaudit import CanaryScores, audit_canaries, score_canaries
+from offsite.console import progress, say
+from offsite.devices import choose_device
+from offsite.digests import sha256_file
+from offsite.errors import ConfigError, WrongBinding
+from offsite.extraction import context_of, verbatim
+from offsite.gates import bundle_gates, passed
+from offsite.membership import membership_of
+from offsite.package import Package, open_package
+from offsite.scores import RowScores, score_rows, signals
+from offsite.staging import refuse_existing
+from offsite.text import IGNORED, Example, pad_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from offsite.records import Record
+
+NUM_VERBATIM = 200
+BEGINNINGS = (32, 16, 8)
+"""Tokens of a row that are given, and that must come back; shorter ones where rows are short."""
+
+DELTA_WITHOUT_CLAIM = 1e-5
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the verb was given, opened and found to belong together."""
+
+    package: Package
+    bundle: Bundle
+    run: Run
+    records: list[Record] = field(repr=False)
+    others: list[Record] | None = field(repr=False)
+    canaries: CanarySet | None = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one of the two models says: of rows, of canaries, and which rows come back."""
+
+    rows: RowScores | None
+    canaries: CanaryScores | None
+    verbatim: np.ndarray[Any, np.dtype[np.bool_]] = field(repr=False)
+
+
+def run(config: AuditBundleConfig) -> dict[str, object]:
+    """Run the verb: read, score twice, scan, write the audit. It is written whatever it finds.
+
+    Raises:
+        ConfigError, DataError, ArtefactError, RunFailed: as the steps it is made of; no audit then stands.
+    """
+    began = time.monotonic()
+    refuse_existing(config.output)
+    require_extra()
+    given = _open(config)
+    audit, rows = _measure(config, given)
+    digest = write_audit(config.output, audit)
+    gates = bundle_gates(audit)
+    show(audit, gates, num_nonmembers=rows.num_available)
+    say(f"audit: {config.output.name} is written; offsite seal BUNDLE --audit {config.output.name} asks its gates")
+    return _result(config, audit, digest) | {
+        "gates": {gate.name: gate.verdict for gate in gates},
+        "passed": passed(gates),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def _open(config: AuditBundleConfig) -> _Given:
+    """Return what belongs together.
+
+    Raises:
+        WrongBinding: when the record, the package, the data or the canaries are not those of the bundle.
+    """
+    package, bundle = open_package(config.package), open_bundle(config.bundle)
+    bundle.bind(package_digest=package.digest, base_digest=package.manifest.base_digest)
+    record = read_run(run_path(config.bundle))
+    what = f"{run_path(config.bundle).name!r}"
+    for name, stated, found in (
+        ("bundle", record.bundle_digest, bundle.digest),
+        ("package", record.package_digest, package.digest),
+        ("adapter", record.adapter, bundle.manifest.adapter),
+    ):
+        if stated != found:
+            raise WrongBinding(f"{what} is the record of another {name}", hint="keep it beside its own bundle")
+    canaries = _canaries(config, record)
+    if config.data.is_file() and sha256_file(config.data) != record.data_sha256:
+        raise WrongBinding(
+            f"{config.data.name}: not the file that this bundle was tuned on", hint=f"{what} has its digest"
+        )
+    records = read_as(config.data, record.text)
+    others = None if config.nonmembers is None else read_as(config.nonmembers, record.text)
+    return _Given(package, bundle, record, records, others, canaries)
+
+
+def _canaries(config: AuditBundleConfig, record: Run) -> CanarySet | None:
+    if config.canaries is None:
+        if record.canaries is None:
+            return None
+        raise ConfigError("--canaries is missing: the run trained on some", hint="give the folder that tune was given")
+    canaries, commitment = read_canaries(config.canaries)
+    if commitment != record.canaries:
+        stated = "trained on none" if record.canaries is None else f"trained on {record.canaries[:19]}"
+        raise WrongBinding(f"canaries {config.canaries.name!r} are {commitment[:19]}, the run {stated}")
+    return canaries
+
+
+def _measure(config: AuditBundleConfig, given: _Given) -> tuple[BundleAudit, Rows]:
+    tokenizer = given.package.load_tokenizer()
+    attached = attach_to_package(given.package, given.run.adapter, device=choose_device(config.device))
+    model: Any = attached.model
+    rows = choose_rows(
+        given.records,
+        given.run,
+        tokenizer,
+        limit=config.rows,
+        context=context_of(model),
+        others=given.others,
+        canaries=[] if given.canaries is None else records_of(given.canaries),
+        seed=config.seed,
+    )
+    say(f"{len(rows.members)} rows that were trained on, {len(rows.nonmembers)} that were not ({_WORDS[rows.source]})")
+    if not rows.members:
+        say("no row was certainly trained on: the run was too short to say which of them it drew")
+    before = _score(config, given, model, tokenizer, rows, label="without the adapter", is_tuned=False)
+    expected = declared(given.run.adapter, given.package.layout, given.package.block_tensors())
+    attached.load(given.bundle.load_tensors(expected))
+    after = _score(config, given, model, tokenizer, rows, label="with the adapter", is_tuned=True)
+    membership, shift = _membership(before, after, len(rows.members))
+    audit = BundleAudit(
+        run=given.run,
+        tokens_per_row=config.tokens_per_row,
+        membership=membership,
+        nonmembers=rows.source,
+        auc_before=None if shift is None else shift.auc,
+        canaries=_canary_audit(given, before, after),
+        verbatim=_verbatim(before, after, beginning(rows.members)),
+        scan=_scan(config, given),
+        versions=versions(),
+    )
+    return audit, rows
+
+
+_WORDS = {"set aside": "set aside for this", "validation": "validated on", "file": "from --nonmembers"}
+
+
+def _score(
+    config: AuditBundleConfig,
+    given: _Given,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    *,
+    label: str,
+    is_tuned: bool,
+) -> _Found:
+    examples = [*rows.members, *rows.nonmembers] if rows.members and rows.nonmembers else []
+    scored = None
+    if examples:
+        with _told(len(examples), f"{label}: rows") as bar:
+            scored = score_rows(
+                model,
+                examples,
+                batch_size=config.batch_size,
+                pad_id=pad_id(tokenizer),
+                limit_tokens=config.tokens_per_row,
+                progress=bar,
+            )
+    tokens = beginning(rows.members)
+    asked = [_window(example, tokens) for example in rows.members[:NUM_VERBATIM]]
+    with _told(max(1, len(asked)), f"{label}: rows asked for") as bar:
+        back = verbatim(
+            model,
+            asked,
+            prefix_tokens=tokens,
+            continuation_tokens=tokens,
+            batch_size=config.batch_size,
+            progress=bar,
+        )
+    canaries = None
+    if given.canaries is not None:
+        canaries = score_canaries(
+            model,
+            tokenizer,
+            given.canaries,
+            label=label,
+            extract=is_tuned,
+            batch_size=config.batch_size,
+            num_samples=config.secrets_samples,
+            seed=config.seed,
+        )
+    return _Found(scored, canaries, back)
+
+
+@contextmanager
+def _told(total: int, label: str) -> Iterator[Any]:
+    with progress(total, label) as bar:
+        yield lambda done, _: bar.update(done)
+
+
+def _membership(before: _Found, after: _Found, num_members: int) -> tuple[tuple[Membership, ...], Membership | None]:
+    """Return the attacks, and the loss without the adapter as one: it should tell nothing."""
+    if before.rows is None or after.rows is None:
+        return (), None
+    attacks = signals(after.rows, before.rows)
+    found = tuple(membership_of(name, by[:num_members], by[num_members:]) for name, by in attacks.items())
+    untuned = -before.rows.loss
+    return found, membership_of("loss", untuned[:num_members], untuned[num_members:])
+
+
+def _canary_audit(given: _Given, before: _Found, after: _Found) -> CanaryAudit | None:
+    if given.canaries is None or before.canaries is None or after.canaries is None:
+        return None
+    claim = given.run.claim
+    return audit_canaries(
+        given.canaries,
+        str(given.run.canaries),
+        tuned=after.canaries,
+        untuned=before.canaries,
+        delta=DELTA_WITHOUT_CLAIM if claim is None else claim.delta,
+    )
+
+
+def beginning(rows: Sequence[Example]) -> int:
+    """Return the most tokens of `BEGINNINGS` that half of the rows are twice as long as; else the fewest."""
+    asked = rows[:NUM_VERBATIM]
+    for tokens in BEGINNINGS:
+        if sum(len(_window(row, tokens).input_ids) >= 2 * tokens for row in asked) >= max(1, len(asked) / 2):
+            return tokens
+    return BEGINNINGS[-1]
+
+
+def _window(row: Example, tokens: int) -> Example:
+    """Return the row from so many tokens before its first that counts: what was not trained on cannot come back."""
+    first = next((place for place, label in enumerate(row.labels) if label != IGNORED), 0)
+    start = max(0, first - tokens)
+    return Example(row.input_ids[start:], row.labels[start:])
+
+
+def _verbatim(before: _Found, after: _Found, tokens: int) -> Verbatim:
+    return Verbatim(
+        num_rows=after.verbatim.size,
+        prefix_tokens=tokens,
+        continuation_tokens=tokens,
+        num_extracted=int(after.verbatim.sum()),
+        num_extracted_before=int(before.verbatim.sum()),
+        num_new=int((after.verbatim & ~before.verbatim).sum()),
+    )
+
+
+def _scan(config: AuditBundleConfig, given: _Given) -> ScanFigures:
+    log = config.bundle.parent / f"{config.bundle.name}.log.jsonl"
+    scan = scan_bundle(
+        config.bundle,
+        texts=texts_of(given.records),
+        figures=losses_in(log) if log.is_file() else [],
+        spec=given.run.adapter,
+        disclosed={str(name): value for name, value in given.bundle.manifest.disclosed.items()},
+        paths=[config.data, config.bundle, config.package],
+        known=given.bundle.manifest.tensors,
+    )
+    return ScanFigures(
+        num_bytes=scan.num_bytes,
+        num_ngrams_compared=scan.num_ngrams_compared,
+        found={name.replace(" ", "_"): num for name, num in scan.found.items()},
+    )
+
+
+def _result(config: AuditBundleConfig, audit: BundleAudit, digest: str) -> dict[str, object]:
+    """Return the figures that a program asks for first; all of them are in the audit."""
+    canaries, verbatim_ = audit.canaries, audit.verbatim
+    bound = None if canaries is None else canaries.bound
+    exposure = None if canaries is None else canaries.exposure
+    return {
+        "audit": Path(config.output).name,
+        "audit_digest": digest,
+        "bundle_digest": audit.run.bundle_digest,
+        "num_members": min((one.num_members for one in audit.membership), default=0),
+        "num_nonmembers": min((one.num_nonmembers for one in audit.membership), default=0),
+        "nonmembers": audit.nonmembers,
+        "auc": {one.signal: one.auc.value for one in audit.membership},
+        "auc_before": None if audit.auc_before is None else audit.auc_before.value,
+        "canary_auc": {} if canaries is None else {one.signal: one.auc.value for one in canaries.membership},
+        "epsilon_claimed": None if audit.run.claim is None else audit.run.claim.epsilon,
+        "epsilon_shown": None if bound is None else bound.epsilon,
+        "secrets_extracted": None
+        if exposure is None
+        else max(exposure.num_extracted_greedy, exposure.num_extracted_top_k),
+        "rows_extracted": None if verbatim_ is None else verbatim_.num_new,
+    }

@@ -1,0 +1,174 @@
+"""Which rows an audit scores: some that a run was trained on, and others that it never read.
+
+A row counts as trained on when the run drew it: of a run shorter than an epoch, rows whose batch never came are neither
+members nor non-members. Of a private run nobody knows which were drawn, so all of its units count.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from client.data import prepare, split_records
+from client.privacy import units_of
+from offsite.audit import Run
+from offsite.errors import WrongBinding
+from offsite.records import Record
+from offsite.text import IGNORED, Encoded, Example, encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Source = Literal["set aside", "validation", "file"]
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to score, as they were trained on one by one, and where those not trained on come from.
+
+    ``num_available`` is of non-members, before some were chosen.
+    """
+
+    members: list[Example] = field(repr=False)
+    nonmembers: list[Example] = field(repr=False)
+    source: Source
+    num_available: int
+
+
+def choose_rows(
+    records: Sequence[Record],
+    run: Run,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int,
+    context: int | None,
+    others: Sequence[Record] | None = None,
+    canaries: Sequence[Record] = (),
+    seed: int = 0,
+) -> Rows:
+    """Return at most `limit` rows that the run was trained on and as many that it was not, drawn by `seed`.
+
+    Args:
+        records: of the file that was tuned on, all of them.
+        context: longest row that the model can read; none for any.
+        others: non-members; without them, those set aside, or else those validated on.
+        canaries: rows of the set that was trained on.
+
+    Raises:
+        WrongBinding: when the split does not come out as the run's did.
+        DataError: when no row that was trained on has a token to score.
+    """
+    text = run.text
+    sides = split_records(records, validation=text.validation, audit_share=text.audit_share, seed=text.seed)
+    if len(sides.train) != run.num_records:
+        raise WrongBinding(
+            f"the data splits into {len(sides.train)} rows to train on, the run's record says {run.num_records}",
+            hint="give the very file that was tuned on",
+        )
+    source: Source = "file" if others is not None else "set aside" if sides.audit else "validation"
+    outside = others if others is not None else sides.audit or sides.validation
+    read = [sides.train, *([] if source == "validation" else [sides.validation])]
+    known = {_content(record) for side in read for record in side}
+    unread = [record for record in outside if _content(record) not in known]
+    inside = _trained(records, sides.train, run, tokenizer, canaries)
+    nonmembers = _encoded(unread, run, tokenizer).examples if unread else []
+    chosen = [_some(rows, limit, f"{seed}/{name}") for rows, name in ((inside, "members"), (nonmembers, "others"))]
+    cut = [[_cut(example, context) for example in rows] for rows in chosen]
+    return Rows(cut[0], cut[1], source, len(nonmembers))
+
+
+def _trained(
+    records: Sequence[Record],
+    train: Sequence[Record],
+    run: Run,
+    tokenizer: PreTrainedTokenizerBase,
+    canaries: Sequence[Record],
+) -> list[Example]:
+    examples = _encoded(train, run, tokenizer).examples
+    if run.claim is not None:
+        units = units_of(examples, unit=run.claim.unit, rows_per_user=run.claim.rows_per_user or 1)
+        return [example for unit in units for example in unit]
+    drawn = _drawn(records, examples, run, tokenizer, canaries)
+    if drawn is None:
+        return examples
+    if not run.text.packed:
+        return [example for number, example in enumerate(examples) if number in drawn]
+    found, start = [], 0
+    for example in examples:
+        end = start + len(example.input_ids)
+        if all(block in drawn for block in range(start // run.text.block_tokens, -(-end // run.text.block_tokens))):
+            found.append(example)
+        start = end
+    return found
+
+
+def _drawn(
+    records: Sequence[Record],
+    examples: Sequence[Example],
+    run: Run,
+    tokenizer: PreTrainedTokenizerBase,
+    canaries: Sequence[Record],
+) -> set[int] | None:
+    """Return the numbers of the sequences, or of the stream's blocks, that the run drew; none when it drew them all.
+
+    Args:
+        examples: those trained on, canaries apart, one by one.
+    """
+    text = run.text
+    whole = prepare(
+        records,
+        tokenizer,
+        block_tokens=text.block_tokens,
+        batch_size=run.batch_size,
+        packed=text.packed,
+        on_long=text.on_long,
+        validation=text.validation,
+        seed=text.seed,
+        audit_share=text.audit_share,
+        canaries=canaries,
+    )
+    if run.steps >= whole.batches.num_steps_per_epoch:
+        return None
+    numbers = {id(example): number for number, example in enumerate(whole.examples)}
+    drawn = {numbers[id(example)] for step in range(run.steps) for example in whole.batches.chosen(step)}
+    if not text.packed:
+        return drawn
+    kept = _blocks_kept(examples, text.block_tokens)
+    return {kept[number] for number in drawn if number < len(kept)}
+
+
+def _blocks_kept(examples: Sequence[Example], block_tokens: int) -> list[int]:
+    """Return the numbers, in the stream of all tokens, of the blocks that packing keeps: those where a label counts."""
+    labels = [label for example in examples for label in example.labels]
+    starts = range(0, len(labels), block_tokens)
+    return [
+        start // block_tokens
+        for start in starts
+        if any(label != IGNORED for label in labels[start + 1 : start + block_tokens])
+    ]
+
+
+def _encoded(records: Sequence[Record], run: Run, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    text = run.text
+    return encode(records, tokenizer, context=text.block_tokens, on_long=text.on_long, whole_text=text.packed)
+
+
+def _some(rows: Sequence[Row], limit: int, label: str) -> list[Row]:
+    """Return at most `limit` of the rows, in their order, by a draw that the label decides."""
+    if len(rows) <= limit:
+        return list(rows)
+    chosen = random.Random(f"offsite/v1/audit/{label}").sample(range(len(rows)), limit)  # noqa: S311 - not a secret
+    return [rows[number] for number in sorted(chosen)]
+
+
+def _cut(example: Example, context: int | None) -> Example:
+    if context is None or len(example.input_ids) <= context:
+        return example
+    return Example(example.input_ids[:context], example.labels[:context], example.document)
+
+
+def _content(record: Record) -> tuple[object, ...]:
+    return (record.segments, record.messages)
