@@ -101,4 +101,7 @@ def _choose(logits_BV: Tensor, temperature: float, top_k: int, generator: torch.
     if 0 < top_k < logits_BV.shape[1]:
         least_B1 = logits_BV.topk(top_k, -1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
-    return torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)[:, 0]
+    upto_BV = (logits_BV / temperature).softmax(-1).double().cumsum(-1)  # one draw a row; multinomial makes V of them
+    drawn_B1 = torch.rand((len(upto_BV), 1), generator=generator, dtype=torch.float64, device=upto_BV.device)
+    found_B1 = torch.searchsorted(upto_BV, drawn_B1 * upto_BV[:, -1:], right=True)
+    return found_B1[:, 0].clamp_max(upto_BV.shape[1] - 1)
