@@ -100,7 +100,11 @@ def exposure(after: Sequence[float], before: Sequence[float], *, most: float, ti
 
 def spent(points: Sequence[tuple[float, float]], *, claimed: float, budget: float, total: float, title: str) -> Markup:
     """Return epsilon over steps, against what is claimed, what all runs spent and what they may."""
-    height, highest, last = 270, max([claimed, budget, total, *(value for _, value in points)]) * 1.14, points[-1][0]
+    height, highest, last = (
+        270,
+        max([claimed, budget, total, *(value for _, value in points)]) * 1.14 or 1.0,
+        points[-1][0],
+    )
     axes = _Axes(
         lambda step: _LEFT + step / last * (_RIGHT - _LEFT),
         lambda value: height - _BELOW - value / highest * (height - _BELOW - _TOP),

@@ -7,13 +7,18 @@ from collections.abc import Sequence
 
 from offsite.audit import BundleAudit, CanaryAudit, Estimate, Exposure, Membership, PluggedAudit, ScanFigures, Verbatim
 from offsite.charts import Curve
-from offsite.gates import MAX_TPR_AT_1
+from offsite.gates import MAX_TPR_AT_1, WEAK_EPSILON
 from offsite.markup import Markup, el, join
 from offsite.numbers import size
 from offsite.privacycharts import MOST_STEMS, exposure, roc
 from offsite.privacywords import upper_delta
 
 _EN_DASH = "\N{EN DASH}"
+_SOURCES = {
+    "set aside": "were set aside from the same text before tuning",
+    "validation": "were held out of the same text for validation",
+    "file": "come from a file of their own",
+}
 _TOO_FEW = el("span", "too few to tell", class_="deviation")
 
 
@@ -21,14 +26,20 @@ def attacks(audit: BundleAudit | None) -> Markup | None:
     """Return what attacks on the bundle found, by the emulator with the adapter."""
     if audit is None:
         return None
-    limit = None if audit.run.claim is not None else (0.01, MAX_TPR_AT_1)
+    claim = audit.run.claim
+    limit = None if claim is not None and claim.epsilon <= WEAK_EPSILON else (0.01, MAX_TPR_AT_1)
+    source = _SOURCES.get(audit.nonmembers or "", "are said to come from the same text")
     intro = (
         f"Each attack gives rows of up to {audit.tokens_per_row:,} tokens a score, by the emulator with the adapter, "
-        "and says of those that score high that they were trained on. Members were trained on, others come from the "
-        "same text and were not."
+        "and says of those that score high that they were trained on. Members were trained on, others "
+        f"{source} and were not."
     )
     parts = [el("h2", "Attacks on the bundle: rows of the text"), el("p", intro)]
     parts += _membership(audit.membership, limit, "rows")
+    if (before := audit.auc_before) is not None:
+        told = f"{before.value:.3f} ({before.low:.3f}{_EN_DASH}{before.high:.3f})"
+        why = "Far from 0.5, rows and others differ by more than training, and the areas above tell nothing."
+        parts.append(el("p", f"Before tuning, the emulator's loss told them apart with an area of {told}. {why}"))
     parts.append(_verbatim(audit.verbatim))
     if audit.canaries is not None:
         parts.append(el("h2", "Attacks on the bundle: canaries"))
@@ -146,6 +157,7 @@ def _verbatim(found: Verbatim | None) -> Markup:
     told = (
         f"From its first {found.prefix_tokens} tokens, {found.num_extracted:,} of {found.num_rows:,} rows went on for "
         f"{found.continuation_tokens} tokens as in the text; before tuning {found.num_extracted_before:,} did."
+        f"{'' if found.num_new is None else f' New are {found.num_new:,}.'}"
     )
     return join(title, el("p", told))
 

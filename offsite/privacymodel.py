@@ -35,7 +35,7 @@ def package(audit: PackageAudit | None, limits: Limits) -> Markup | None:
 
 
 def _capabilities(found: tuple[Capability, ...], limits: Limits) -> Markup:
-    groups = [(f"{one.name} ({one.metric}, {one.num_rows:,} rows)", _bars(one)) for one in found]
+    groups = [(f"{one.name} ({_words(one.metric)}, {one.num_rows:,} rows)", _bars(one)) for one in found]
     limit = limits.max_capability
     caption = (
         "Skill: 0 is chance, 1 is the full model; for perplexity in nats per token, against a model of single words' "
@@ -46,7 +46,7 @@ def _capabilities(found: tuple[Capability, ...], limits: Limits) -> Markup:
     lines = [
         el(
             "tr",
-            el("th", el("bdi", one.name), el("small", one.metric, class_="about"), scope="row"),
+            el("th", el("bdi", one.name), el("small", _words(one.metric), class_="about"), scope="row"),
             *(el("td", NONE if value is None else number(value), class_="number") for value in _values(one)),
         )
         for one in found
@@ -56,6 +56,10 @@ def _capabilities(found: tuple[Capability, ...], limits: Limits) -> Markup:
         el("figure", bars(groups, title="capability", limit=limit), el("figcaption", caption)),
         el("div", el("table", el("thead", head), el("tbody", *lines)), class_="scroll"),
     )
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 _COLUMNS = ("chance", "full", "emulator", "emulator, tuned", "plugged in", "share kept")
@@ -77,21 +81,23 @@ def _bars(one: Capability) -> list[Bar]:
     return [
         Bar(label, share, number(value), css)
         for label, value, share, css in rows
-        if value is not None and share is not None
+        if value is not None and share is not None and abs(share) < _BEYOND
     ]
+
+
+_BEYOND = 20  # a share that large is no bar among others; the table has it
 
 
 def _skill(one: Capability) -> Callable[[float | None], float | None]:
     """Return the share of the full model's skill above chance that a figure stands for; None where there is none."""
-    in_nats = "perplexity" in (one.name, one.metric)
+    in_nats = one.metric == "perplexity"
 
     def skill(value: float | None) -> float | None:
         if value is None or (in_nats and min(value, one.full, one.chance) <= 0):
             return None
         ends = [math.log(part) if in_nats else part for part in (one.chance, value, one.full)]
         chance, reached, full = ends
-        share = (reached - chance) / (full - chance) if full != chance else math.inf
-        return share if abs(share) < 100 else None
+        return (reached - chance) / (full - chance) if full != chance else None
 
     return skill
 
@@ -101,16 +107,14 @@ def _recovery(found: tuple[Recovery, ...], text: str, limits: Limits) -> Markup:
     if not found:
         return join(title, el("p", "No attack was run."))
     curves = [
-        Curve(
-            one.attack.replace("_", " "), tuple((float(p.num_tokens), p.regained) for p in one.points), f"s{n % 5 + 1}"
-        )
+        Curve(_words(one.attack), tuple((float(p.num_tokens), p.regained) for p in one.points), f"s{n % 5 + 1}")
         for n, one in enumerate(found)
     ]
     head = el("tr", el("th", "attack"), *(el("th", title, class_="number") for title in _RECOVERED))
     lines = [
         el(
             "tr",
-            el("th", one.attack.replace("_", " "), scope="row"),
+            el("th", _words(one.attack), scope="row"),
             el("td", count(one.trained_parameters), class_="number"),
             el("td", f"{max(point.num_tokens for point in one.points):,}", class_="number"),
             el("td", number(min(point.perplexity for point in one.points)), class_="number"),

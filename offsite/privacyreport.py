@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -19,10 +18,8 @@ from offsite.audit import (
     AUDIT_NAME,
     Audit,
     BundleAudit,
-    CanaryAudit,
     Claim,
     Digest,
-    Membership,
     PackageAudit,
     PluggedAudit,
 )
@@ -33,6 +30,7 @@ from offsite.job import JOB_ID_PATTERN
 from offsite.keys import Signatures
 from offsite.manifest import Strict
 from offsite.package import Key, Line
+from offsite.privacysound import require_sound
 from offsite.privacywords import headline, non_claims, not_accounted
 from offsite.recompute import Recomputed
 from offsite.sealed import REPORT_LIMIT_BYTES, SIGNATURES_LIMIT_BYTES, Fingerprint, Second, read_signatures
@@ -43,9 +41,6 @@ SIGN_PURPOSE = "privacy-report"
 REPORT_NAME = "report.json"
 SIGNATURES_NAME = "report.signatures.json"
 PAGE_NAME = "report.html"
-
-LARGEST = 1e15
-"""No figure of an audit is larger: none measures anything of that size."""
 
 Sentence = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 AuditKind = Literal["bundle", "plugged_in", "package"]
@@ -180,7 +175,8 @@ def conclude(
         WrongBinding: when audits, release record and job are not about the same, or the issuer has another part.
         ArtefactError: when an audit contradicts itself.
     """
-    _require_numbers(audits.model_dump())
+    for kind, audit in audits.given.items():
+        require_sound(kind, audit)
     digests = _digests(audits, release)
     gates = _gates(audits, release, limits)
     role: Literal["client", "owner"] = "owner" if audits.plugged_in or audits.package else "client"
@@ -282,9 +278,6 @@ def _digests(audits: Audits, release: Release | None) -> Digests:
     for what, found in (("bundles", bundles), ("packages", packages), ("base models", bases)):
         if len(set(found)) > 1:
             raise WrongBinding(f"the audits are about different {what}", hint="report on one bundle of one package")
-    for kind, audit in audits.given.items():
-        for one in _memberships(audit):
-            _require_curve(kind, one)
     return Digests(
         bundle=bundles[0] if bundles else release.bundle_digest if release else None,
         package=packages[0],
@@ -303,9 +296,13 @@ def _gates(audits: Audits, release: Release | None, limits: Limits) -> Gates:
     if limits.max_capability is not None and num != 1:
         raise BadSchema(f"{AUDIT_NAME}: {num} capabilities named 'perplexity', expected 1 to hold a limit against")
     of_bundle = bundle_gates(bundle) if bundle else unmeasured() if plugged or release else ()
+    of_plugged: tuple[Gate, ...] = ()
+    if plugged is not None:
+        stated = (None, None) if claim is None else (claim.epsilon, claim.delta)
+        of_plugged = plugged_gates(plugged, stated[0], claimed_delta=stated[1])
     return Gates(
         bundle=of_bundle,
-        plugged_in=plugged_gates(plugged, claim.epsilon if claim else None) if plugged else (),
+        plugged_in=of_plugged,
         package=package_gates(package, **given) if package else (),
     )
 
@@ -335,25 +332,3 @@ def _require_release(release: Release | None, digests: Digests, gates: Gates) ->
     expected = gates.bundle if release.audit is not None else unmeasured()
     if (release.audit is None or stated is not None) and release.gates != expected:
         raise WrongBinding("the release record's gates are not those of the audit that it rests on")
-
-
-def _require_numbers(found: object) -> None:
-    """Every number is one that can be drawn."""
-    parts = found.values() if isinstance(found, dict) else found if isinstance(found, list | tuple) else ()
-    for part in parts:
-        _require_numbers(part)
-    if isinstance(found, int | float) and abs(found) > LARGEST:
-        raise ArtefactError(f"an audit holds a figure beyond {LARGEST:g}")
-
-
-def _memberships(audit: Audit) -> tuple[Membership, ...]:
-    canaries: CanaryAudit | None = None if isinstance(audit, PackageAudit) else audit.canaries
-    rows = audit.membership if isinstance(audit, BundleAudit) else ()
-    return (*rows, *(canaries.membership if canaries else ()))
-
-
-def _require_curve(kind: str, found: Membership) -> None:
-    if found.roc[0] != (0, 0) or found.roc[-1] != (1, 1):
-        raise ArtefactError(f"audit of the {kind}: the curve of {found.signal!r} does not go from (0, 0) to (1, 1)")
-    if any(later[0] < now[0] or later[1] < now[1] for now, later in pairwise(found.roc)):
-        raise ArtefactError(f"audit of the {kind}: the curve of {found.signal!r} does not rise")

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 
 from offsite.audit import BundleAudit, CanaryAudit, Claim, PackageAudit, PluggedAudit
-from offsite.gates import Gate, Release
+from offsite.gates import WEAK_EPSILON, Gate, Release
 
 NOT_PRIVATE = "NOT DIFFERENTIALLY PRIVATE"
 
@@ -37,10 +37,12 @@ def headline(
     if "budget" in failed:
         return f"PRIVACY BUDGET EXCEEDED: epsilon {upper(claim.epsilon_total)} spent of {claim.budget:.3f}"
     total = "" if claim.num_runs == 1 else f"; {upper(claim.epsilon_total)} in all of {claim.num_runs} runs"
-    return (
-        f"Differentially private per {unit(claim)}, as claimed: epsilon {upper(claim.epsilon)} "
-        f"at delta {upper_delta(claim.delta)}{total}"
-    )
+    start = f"Differentially private per {unit(claim)}, as claimed"
+    if claim.epsilon > WEAK_EPSILON:
+        start = (
+            f"HARDLY DIFFERENTIALLY PRIVATE, above {WEAK_EPSILON:g} a claim per {unit(claim)} promises next to nothing"
+        )
+    return f"{start}: epsilon {upper(claim.epsilon)} at delta {upper_delta(claim.delta)}{total}"
 
 
 def unit(claim: Claim) -> str:
