@@ -1,5 +1,6 @@
 """Tiny random models of every architecture that `width` treats, a tokenizer to go with them, and public text."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from emulator.compress import Recipe, compress
+from emulator.publish import publish
+from offsite.digests import model_digest
+from offsite.package import Package
+from offsite.records import read_records
+from offsite.split import make_plan
+from offsite.text import collate, encode
 
 VOCABULARY = 128
 _COMMON = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -101,3 +110,91 @@ def public_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [" ".join(words[(i * 3 + j * j) % 8] for j in range(12)) for i in range(40)]
     path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+# --- a model with something to say, for audits of packages
+
+
+@pytest.fixture(scope="session")
+def speaker() -> PreTrainedModel:
+    """A tiny random llama that is sure of what comes next, so that text drawn from it is text it is good at."""
+    model = _tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4.0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def speaker_folder(
+    tmp_path_factory: pytest.TempPathFactory, speaker: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """The checkpoint of `speaker`, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("speaker") / "speaker"
+    speaker.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def speech(
+    tmp_path_factory: pytest.TempPathFactory, speaker: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., Path]:
+    """Write documents of 40 characters, 41 tokens with their end, that `speaker` said, one a row."""
+
+    @torch.no_grad()
+    def say(num: int, seed: int) -> Path:
+        generator = torch.Generator().manual_seed(seed)
+        ids_BT = torch.randint(4, 99, (num, 1), generator=generator)
+        for _ in range(39):
+            logits_BV = speaker(ids_BT).logits[:, -1, 4:99]
+            ids_BT = torch.cat([ids_BT, 4 + torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)], 1)
+        path = tmp_path_factory.mktemp("speech") / "speech.jsonl"
+        rows = ["".join(tokenizer.convert_ids_to_tokens(row)) for row in ids_BT.tolist()]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows), encoding="utf-8")
+        return path
+
+    return say
+
+
+@pytest.fixture(scope="session")
+def heldout_speech(speech: Callable[..., Path]) -> Path:
+    """Sixty documents that `speaker` said."""
+    return speech(60, seed=1)
+
+
+@pytest.fixture(scope="session")
+def public_speech(speech: Callable[..., Path]) -> Path:
+    """Four hundred others."""
+    return speech(400, seed=2)
+
+
+@pytest.fixture(scope="session")
+def pack_speaker(
+    tmp_path_factory: pytest.TempPathFactory,
+    speaker: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    public_speech: Path,
+) -> Callable[..., Package]:
+    """Write a training-free package of `speaker`, one block at either end; the same settings give the same folder."""
+    made: dict[str, Package] = {}
+
+    def pack(method: str, *, dtype: str = "float32", **recipe: object) -> Package:
+        key = repr((method, dtype, sorted(recipe.items())))
+        if key not in made:
+            plan = make_plan(speaker, num_bottom=1, num_top=1)
+            examples = encode(read_records(public_speech), tokenizer, context=64).examples[:50]
+            compressed = compress(speaker, plan, method, Recipe(**recipe, calibration=[collate(examples, 0)]))
+            made[key] = publish(
+                tmp_path_factory.mktemp("packages") / "package",
+                model=compressed.model,
+                tokenizer=tokenizer,
+                plan=plan,
+                compressed=compressed,
+                method=method,
+                base_digest=model_digest(speaker),
+                figures={},
+                dtype=dtype,
+            )
+        return made[key]
+
+    return pack
