@@ -1,0 +1,311 @@
+"""How much of the full model's ability somebody regains who has the package and public text, and nothing else.
+
+An attack has a start (`emulator.refill`) and a way to heal it by next-token loss: low-rank adapters on every linear, or
+every weight but the embeddings. It never sees the owner's record or the full model; what it knows besides the package
+is `Knowledge`. A mark of so many tokens is one run of that length, whose rate falls to its end: what that many tokens
+buy. At the first mark several rates are tried, and the one that is best on public text held out stays.
+
+*Regained* is ``(emulator - attacked) / (emulator - full)``, in nats per token of the owner's held-out text. Where the
+emulator is as good as the full model, nothing is left to regain, and all of it counts as regained: 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adapters.kinds import attach
+from emulator.capability import HeldOut
+from emulator.public import PublicText
+from emulator.refill import missing, refilled
+from emulator.trace import Batch, on_device
+from offsite.audit import Recovery, RecoveryPoint
+from offsite.blocks import block_list, decoder_stack, linear_dims, linear_names
+from offsite.bundle import AdapterSpec
+from offsite.console import say
+from offsite.errors import ConfigError, RunFailed
+from offsite.loop import train
+from offsite.loopconfig import LoopConfig, Precision
+from offsite.package import Package
+from offsite.staging import staged_file
+from offsite.tensors import TensorSpec
+from offsite.text import IGNORED
+
+LEAST_LOST = 0.01
+"""Nats per token: where the emulator lost no more than this, nothing is left to regain."""
+
+LORA = AdapterSpec(kind="lora", rank=8, alpha=16.0, placement="all", dtype="float32")
+"""The adapter by which ``lora`` heals."""
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What an attacker knows besides the package, because it is public."""
+
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How attacks are run.
+
+    Attributes:
+        marks: tokens trained on, ascending; 0 among them or not, it is always measured.
+        rates: learning rates to try, by way of healing.
+        steps_tokens: tokens of one step.
+    """
+
+    marks: Sequence[int]
+    rates: Mapping[str, Sequence[float]]
+    step_tokens: int
+    work: Path
+    seed: int = 0
+    precision: Precision = "auto"
+    checkpoint_every: int = 50
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Nats per token on the owner's held-out text, of the full model and of the package's."""
+
+    full: float
+    emulator: float
+
+    def regained(self, attacked: float) -> float:
+        """Return the share of what the emulator lost that a model of that loss has regained."""
+        lost = self.emulator - self.full
+        return 1.0 if lost < LEAST_LOST else (self.emulator - attacked) / lost
+
+    @property
+    def is_anything_lost(self) -> bool:
+        """Whether there is anything to regain."""
+        return self.emulator - self.full >= LEAST_LOST
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one run ended with: losses in nats per token, on public text held out and on the owner's."""
+
+    chosen_by: float
+    loss: float
+    num_tokens: int
+    trained_parameters: int
+    rate: float
+
+
+@dataclass
+class Attacker:
+    """Somebody with one package, public text and patience."""
+
+    package: Package
+    knowledge: Knowledge
+    text: PublicText
+    setting: Setting
+    ruler: HeldOut = field(repr=False)
+    losses: Losses
+
+    def attack(self, names: Sequence[str]) -> tuple[Recovery, ...]:
+        """Return what each attack regained, in order, and every start that was looked at but not healed.
+
+        Args:
+            names: START_HEAL; a start of ``refill`` is the best on public text of those that there are, and is left
+                out where nothing is missing.
+
+        Raises:
+            ConfigError: a start that has nothing to do here, or what is in the work folder is of other attacks.
+            RunFailed: no rate ends with a finite loss, or the disk is full.
+        """
+        starts = [name.rpartition("_")[0] for name in names]
+        at_zero: dict[str, float] = {}
+        if not self.losses.is_anything_lost:
+            say("recovery: the package is as good as the full model: nothing to regain")
+            return (self._unhealed("as_is", self.losses.emulator),)
+        if "refill" in starts:
+            best, at_zero = self._best_refill()
+            starts = [best if start == "refill" else start for start in starts]
+        found: dict[str, Recovery] = {}
+        for start, name in zip(starts, names, strict=True):
+            heal = name.rpartition("_")[2]
+            if start and f"{start}_{heal}" not in found:
+                if start not in at_zero:
+                    at_zero[start] = self._measured(start)
+                found[f"{start}_{heal}"] = self.heal(start, heal, at_zero[start])
+        healed = {key.rpartition("_")[0] for key in found}
+        rest = [self._unhealed(start, loss) for start, loss in at_zero.items() if start not in healed]
+        return (*found.values(), *rest)
+
+    def heal(self, start: str, heal: str, loss_at_zero: float) -> Recovery:
+        """Return the curve of one attack: at 0 tokens and at every mark."""
+        points, runs = [self._point(0, loss_at_zero)], list[_Run]()
+        for mark in filter(None, self.setting.marks):
+            rates = [runs[0].rate] if runs else self.setting.rates[heal]
+            runs.append(self._best_run(start, heal, mark, rates))
+            points.append(self._point(runs[-1].num_tokens, runs[-1].loss))
+            regained, num_tokens = points[-1].regained, points[-1].num_tokens
+            say(f"recovery: {start}_{heal} has regained {regained:.3f} after {num_tokens:,} tokens")
+        trained = runs[-1].trained_parameters if runs else 0
+        return Recovery(attack=f"{start}_{heal}", trained_parameters=trained, points=tuple(points))
+
+    def start(self, name: str) -> PreTrainedModel:
+        """Return a model of its own, in float32, where that start leaves off."""
+        model = self.package.load_model()
+        model = refilled(name, model, self.package.layout, self.knowledge.num_blocks, seed=self.setting.seed)
+        return model.requires_grad_(False).to(self.setting.device)  # type: ignore[no-any-return, arg-type]
+
+    def _best_refill(self) -> tuple[str, dict[str, float]]:
+        """Return the start that is best on public text, "" for none, and the held-out losses of all."""
+        public, held = dict[str, float](), dict[str, float]()
+        for name in missing(self.package.load_model(), self.package.layout, self.knowledge.num_blocks):
+            model = self.start(name)
+            public[name] = mean_loss(model, self.text.held_out)
+            held[name] = self.ruler.loss(model, f"recovery: {name}")
+        return min(public, key=lambda name: public[name], default=""), held
+
+    def _measured(self, start: str) -> float:
+        return self.losses.emulator if start == "as_is" else self.ruler.loss(self.start(start), f"recovery: {start}")
+
+    def _unhealed(self, start: str, loss: float) -> Recovery:
+        return Recovery(attack=start, trained_parameters=0, points=(self._point(0, loss),))
+
+    def _point(self, num_tokens: int, loss: float) -> RecoveryPoint:
+        return RecoveryPoint(num_tokens=num_tokens, perplexity=math.exp(loss), regained=self.losses.regained(loss))
+
+    def _best_run(self, start: str, heal: str, mark: int, rates: Sequence[float]) -> _Run:
+        """Return the run that is best on public text held out; a rate too high to end with a number is left out."""
+        tried, problem = list[_Run](), None
+        for rate in rates:
+            try:
+                tried.append(self._run(start, heal, mark, rate))
+            except RunFailed as error:
+                problem = error
+                say(f"recovery: {start}_{heal} at rate {rate:g} failed: {error}")
+        if not tried and problem is not None:
+            raise problem
+        return min(tried, key=lambda run: run.chosen_by)
+
+    def _run(self, start: str, heal: str, mark: int, rate: float) -> _Run:
+        """Return what a run found; one that ended before is not run again, one that was broken off goes on."""
+        setting = self.setting
+        name = f"{start}_{heal}-{mark}-{rate:g}"
+        done, work = setting.work / f"{name}.json", setting.work / name
+        steps = max(1, round(mark / setting.step_tokens))
+        epoch = self.text.train.num_steps_per_epoch
+        loop = LoopConfig(
+            steps=steps,
+            learning_rate=rate,
+            warmup_steps=max(1, steps // 20),
+            precision=setting.precision,
+            seed=setting.seed,
+            checkpoint_every=setting.checkpoint_every,
+            evaluate_every=steps // 4 if steps > epoch else 0,  # text read twice can be learnt by heart
+        )
+        binding = {"package": self.package.digest, "public text": self.text.digest, "attack": f"{start}_{heal}"}
+        stated = json.dumps([loop.binding(), binding, self.ruler.num_tokens], sort_keys=True)
+        if done.is_file():
+            return _read(done, stated)
+        model, trainable = healing(self.start(start), heal, seed=setting.seed)
+        outcome = train(
+            model,
+            trainable,
+            self.text.train,
+            next_token_loss,
+            loop,
+            work=work,
+            resume=work.is_dir(),
+            label=f"recovery: {name}",
+            evaluate=lambda: mean_loss(model, self.text.held_out),
+            keep_best=loop.evaluate_every > 0,
+            binding=binding,
+        )
+        found = _Run(
+            chosen_by=float(outcome.best_loss or math.inf),
+            loss=self.ruler.loss(model, f"recovery: {name}"),  # type: ignore[arg-type]
+            num_tokens=outcome.tokens,
+            trained_parameters=sum(parameter.numel() for parameter in trainable.values()),
+            rate=rate,
+        )
+        with staged_file(done, replace=True) as stage:
+            stage.write_text(json.dumps({"stated": stated, "found": vars(found)}), encoding="utf-8")
+        shutil.rmtree(work)
+        return found
+
+
+def healing(model: PreTrainedModel, heal: str, *, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """Return `model`, changed in place, made ready to learn, and what learns of it.
+
+    Args:
+        model: in float32, no parameter of which requires a gradient.
+        heal: ``lora``, or ``all``: every parameter but the embeddings and the head.
+
+    Raises:
+        UnsupportedModel: when peft cannot treat the architecture.
+    """
+    if heal == "all":
+        frozen = {id(weight) for weight in _embeddings(model)}
+        trainable = {name: one for name, one in model.named_parameters() if id(one) not in frozen}
+        for parameter in trainable.values():
+            parameter.requires_grad_(True)
+        return model, trainable
+    stack = decoder_stack(model)
+    sites = {f"middle.{number}": f"{stack.name}.{number}" for number in range(stack.num_blocks)}
+    names = {}
+    for site, block in zip(sites, block_list(model, stack), strict=True):
+        for linear in linear_names(block):
+            inputs, outputs = linear_dims(block.get_submodule(linear))
+            names[f"{site}.{linear}.lora_A"] = TensorSpec(shape=(LORA.rank, inputs), dtype=LORA.dtype)
+            names[f"{site}.{linear}.lora_B"] = TensorSpec(shape=(outputs, LORA.rank), dtype=LORA.dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        attached = attach(model, LORA, sites, names)
+    return attached.model, attached.trainable
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy in nats over labels that count, and their number."""
+    targets_BT = batch["labels"][:, 1:]
+    logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[
+        :, :-1
+    ]
+    loss = nn.functional.cross_entropy(
+        logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return loss, (targets_BT != IGNORED).sum()
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Return the loss in nats per token over batches, each token weighing the same."""
+    device = next(model.parameters()).device
+    sums = [0.0, 0.0]
+    for batch in batches:
+        loss, num = next_token_loss(model, on_device(batch, device))
+        sums = [sums[0] + float(loss), sums[1] + float(num)]
+    return sums[0] / sums[1]
+
+
+def _embeddings(model: PreTrainedModel) -> list[nn.Parameter]:
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [weight for module in modules if isinstance(module, nn.Module) for weight in module.parameters()]
+
+
+def _read(done: Path, stated: str) -> _Run:
+    try:
+        content = json.loads(done.read_text(encoding="utf-8"))
+        found = _Run(**content["found"]) if content["stated"] == stated else None
+    except (ValueError, KeyError, TypeError):
+        found = None
+    if found is None:
+        raise ConfigError(
+            f"{done.name!r} is of an attack with other settings",
+            hint="resume with those settings, or delete the folder",
+        )
+    return found
