@@ -60,6 +60,11 @@ VERBS: dict[str, Verb] = {
         "client.auditconfig:AuditBundleConfig",
         "client.audit:run",
     ),
+    "audit plugged-in": Verb(
+        "owner: measure what an adapter gives away in the full model, by the client's canaries",
+        "server.auditconfig:AuditPluggedConfig",
+        "server.audit:run",
+    ),
     "plug-in": Verb("owner: put a returned adapter into the full model", "server.config:PlugConfig", "server.plug:run"),
     "keygen": Verb(
         "anyone: make this party's keys and its public card", "offsite.keyconfig:KeygenConfig", "offsite.keys:run"
