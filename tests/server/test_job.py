@@ -92,7 +92,8 @@ def test_from_job_to_acceptance_on_the_command_line(create, offsite, parties, sm
     assert offsite("seal", tmp_path / "job", "-o", tmp_path / "job.sealed", *owner.flags)[0] == 0
     assert offsite("open", tmp_path / "job.sealed", "-o", tmp_path / "terms", *client.flags)[0] == 0
     sealed = tmp_path / "sealed"
-    assert offsite("seal", small_bundle.path, "-o", sealed, "--job", tmp_path / "terms", "--accept-leakage", *client.flags)[0] == 0
+    terms = ("--job", tmp_path / "terms", "--accept-leakage")
+    assert offsite("seal", small_bundle.path, "-o", sealed, *terms, *client.flags)[0] == 0
 
     code, verdict, err = offsite("intake", sealed, *taking)
     assert (code, verdict["state"], verdict["again"]) == (0, "verified", False), err
