@@ -31,8 +31,8 @@ def attacks(audit: BundleAudit | None) -> Markup | None:
     source = _SOURCES.get(audit.nonmembers or "", "are said to come from the same text")
     intro = (
         f"Each attack gives rows of up to {audit.tokens_per_row:,} tokens a score, by the emulator with the adapter, "
-        "and says of those that score high that they were trained on. Members were trained on, others "
-        f"{source} and were not."
+        "and says of those that score high that they were trained on. Members were trained on; others were "
+        f"not, and {source}."
     )
     parts = [el("h2", "Attacks on the bundle: rows of the text"), el("p", intro)]
     parts += _membership(audit.membership, limit, "rows")

@@ -46,7 +46,7 @@ def _capabilities(found: tuple[Capability, ...], limits: Limits) -> Markup:
     lines = [
         el(
             "tr",
-            el("th", el("bdi", one.name), el("small", _words(one.metric), class_="about"), scope="row"),
+            el("th", el("bdi", one.name), el("small", _words(one.metric), class_="scope"), scope="row"),
             *(el("td", NONE if value is None else number(value), class_="number") for value in _values(one)),
         )
         for one in found

@@ -95,7 +95,7 @@ def _gate(scope: str, gate: Gate) -> Markup:
     css = {"passed": "passed", "failed": "failed"}.get(gate.verdict, "open")
     return el(
         "tr",
-        el("th", gate.name, el("small", scope, class_="about"), scope="row", class_="kind"),
+        el("th", gate.name, el("small", scope, class_="scope"), scope="row", class_="kind"),
         el("td", gate.verdict, class_=f"verdict {css}"),
         el("td", _figure(gate.found), class_="number"),
         el("td", _figure(gate.limit), class_="number"),
@@ -210,12 +210,12 @@ def _digests(report: PrivacyReport) -> Markup:
     lines += [("bundle", _mono(digests.bundle))] if digests.bundle else []
     lines += [("sealed bundle", _mono(release.sealed_digest))] if release is not None else []
     lines += [("package", _mono(digests.package)), ("full model", _mono(digests.base))]
-    lines += [(f"audit of {_SCOPES[kind]}", _mono(digest)) for kind, digest in digests.audits.items()]
+    lines += [(f"audit: {_SCOPES[kind]}", _mono(digest)) for kind, digest in digests.audits.items()]
     if report.audits.bundle is not None:
         lines.append(("training text", _mono(report.audits.bundle.run.data_sha256)))
     for kind, audit in report.audits.given.items():
         found = ", ".join(f"{name} {version}" for name, version in audit.versions.items())
-        lines.append((f"software, audit of {_SCOPES[kind]}", _said(found or "not stated")))
+        lines.append((f"software, audit: {_SCOPES[kind]}", _said(found or "not stated")))
     stated = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     lines.append(("software, this report", _said(stated or "not stated")))
     return join(

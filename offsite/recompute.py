@@ -58,6 +58,8 @@ def recompute(claim: Claim) -> Recomputed:
         raise ArtefactError(
             f"the claim's noise multiplier of {claim.noise_multiplier:g} gives no meaningful guarantee"
         ) from None
+    except MemoryError:
+        raise ArtefactError(f"the claim's {claim.steps:,} steps are more than an accountant can hold here") from None
     steps = sorted({max(1, round(claim.steps * part / NUM_POINTS)) for part in range(1, NUM_POINTS + 1)})
     points = [(num, pld_epsilon([mechanism._replace(steps=num)], claim.delta)) for num in steps]
     at_total = pld_epsilon([mechanism], claim.delta_total)

@@ -249,6 +249,7 @@ def test_a_true_claim_follows_from_its_constants():
         ({"delta_total": 1e-2}, "is above this run's"),
         ({"steps": 60}, "epsilon is stated"),
         ({"noise_multiplier": 0.05}, "no meaningful guarantee"),
+        ({"steps": 10**15, "noise_multiplier": 1.0}, "more than an accountant can hold"),
     ],
 )
 def test_a_claim_that_does_not_follow_is_named(changes, match):
