@@ -67,7 +67,7 @@ class AuditPackageConfig(VerbConfig):
         "interpolate, regrow or split; HEAL lora (rank 8, every linear) or all (every weight but the embeddings)",
     )
     lora_rates: tuple[Rate, ...] = Field(
-        (1e-3, 4e-3), min_length=1, description="learning rates tried for lora at the first mark; the best one stays"
+        (2e-3, 8e-3), min_length=1, description="learning rates tried for lora at the first mark; the best one stays"
     )
     all_rates: tuple[Rate, ...] = Field(
         (3e-4, 1e-3), min_length=1, description="learning rates tried for all at the first mark; the best one stays"

@@ -100,6 +100,7 @@ class _Run:
     num_tokens: int
     trained_parameters: int
     rate: float
+    seconds: float
 
 
 @dataclass
@@ -232,6 +233,7 @@ class Attacker:
             num_tokens=outcome.tokens,
             trained_parameters=sum(parameter.numel() for parameter in trainable.values()),
             rate=rate,
+            seconds=outcome.seconds,
         )
         with staged_file(done, replace=True) as stage:
             stage.write_text(json.dumps({"stated": stated, "found": vars(found)}), encoding="utf-8")
