@@ -7,7 +7,7 @@ from pathlib import Path
 
 from offsite import __version__
 from offsite.audit import BundleAudit, PackageAudit, PluggedAudit, read_audit
-from offsite.console import say, table
+from offsite.console import say
 from offsite.digests import sha256_bytes
 from offsite.errors import BadSchema, ConfigError, WrongBinding
 from offsite.gates import Gate
@@ -78,9 +78,9 @@ def show(report: PrivacyReport) -> None:
     if report.release is not None:
         say(released(report.release))
     kinds = {"bundle": report.gates.bundle, "plugged in": report.gates.plugged_in, "package": report.gates.package}
-    rows = [[f"{kind}: {gate.name}", gate.verdict, gate.told] for kind, gates in kinds.items() for gate in gates]
-    if rows:
-        table("gates", ["gate", "verdict", "found"], rows)
+    for kind, gates in kinds.items():
+        for gate in gates:
+            say(f"  {gate.verdict:<15} {kind}, {gate.name}: {gate.told}")
 
 
 def told(report: PrivacyReport, digest: str) -> dict[str, object]:

@@ -153,7 +153,7 @@ def _require_conclusions(report: PrivacyReport) -> None:
         recomputed=_stated(report),
         versions=report.versions,
     )
-    _passed("about", f"one bundle, package and base model in all of {len(report.audits.given)} audit(s)")
+    _passed("about", f"audits quoted: {len(report.audits.given)}; all of one bundle, package and base model")
     for name in PrivacyReport.model_fields:
         if getattr(again, name) != getattr(report, name):
             raise ArtefactError(f"{name} is not what follows from the audits", hint=_hint(report))
