@@ -14,31 +14,24 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from emulator.auditconfig import AuditPackageConfig
+from emulator.auditinput import Given, open_given
 from emulator.audittable import figures, show
 from emulator.capability import (
-    HeldOut,
     floor_by_halves,
     floor_by_public,
-    held_out,
     require_same,
     task_capabilities,
-    task_chance,
     task_scores,
     text_capability,
 )
-from emulator.public import PublicText, prepare
 from emulator.recovery import Attacker, Knowledge, Losses, Setting
-from emulator.refill import require_start
 from emulator.similarity import similarity
 from emulator.trace import Batch
 from emulator.union import union_share
@@ -46,35 +39,16 @@ from offsite import __version__
 from offsite.audit import Capability, PackageAudit, Recovery, Similarity, Union, write_audit
 from offsite.checkpoints import require_work
 from offsite.console import say
-from offsite.devices import choose_device
 from offsite.digests import model_digest, sha256_file
-from offsite.errors import ConfigError, WrongBinding
+from offsite.errors import WrongBinding
 from offsite.gates import package_gates
 from offsite.models import load_model
-from offsite.owner import OwnerRecord, owner_record_path, read_owner_record
-from offsite.package import Package, open_package
-from offsite.records import Record, read_records
-from offsite.results import read_results
+from offsite.owner import OwnerRecord
 from offsite.staging import refuse_existing
 from offsite.tensors import torch_dtype
-from offsite.text import Example, collate, encode
+from offsite.text import Example, collate
 
 LIBRARIES = ("torch", "transformers", "peft")
-
-
-@dataclass(frozen=True)
-class _Given:
-    """What the verb was given, opened and checked before anything is measured."""
-
-    package: Package
-    record: OwnerRecord
-    earlier: Sequence[OwnerRecord]
-    tokenizer: PreTrainedTokenizerBase
-    records: Sequence[Record] = field(repr=False)
-    text: HeldOut
-    public: Sequence[Example] = field(repr=False)
-    attackers: PublicText | None
-    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -100,7 +74,7 @@ def run(config: AuditPackageConfig) -> dict[str, object]:
     refuse_existing(config.output)
     work = config.output.with_name(config.output.name + ".work")
     require_work(work, resume=config.resume)
-    given = _open(config)
+    given = open_given(config)
     found = _measure(config, given)
     recovery, recovery_text = _recover(config, given, found.losses, work)
     audit = PackageAudit(
@@ -132,94 +106,10 @@ def run(config: AuditPackageConfig) -> dict[str, object]:
     return {**told, "seconds": round(time.monotonic() - began, 1)}
 
 
-# --- what is given
-
-
-def _open(config: AuditPackageConfig) -> _Given:
-    package = open_package(config.package)
-    record = _record(config.package)
-    if record.package_digest != package.digest:
-        raise WrongBinding(f"{owner_record_path(config.package).name!r} is the record of another package")
-    earlier = [_record(path) for path in config.earlier]
-    for path, other in zip(config.earlier, earlier, strict=True):
-        if other.base_digest != record.base_digest:
-            raise WrongBinding(f"--earlier: {path.name!r} is a package of another model")
-    _require_tasks(config)
-    if config.results is not None:
-        read_results(config.results)
-    records = read_records(
-        config.heldout, fields=config.fields, document_field=config.document_field, separator=config.separator
-    )
-    tokenizer = package.load_tokenizer()
-    text = held_out(
-        records,
-        tokenizer,
-        packed=config.pack,
-        block_tokens=config.block_tokens,
-        limit_tokens=config.limit_tokens,
-        batch_size=config.batch_size,
-    )
-    public = _public_records(config)
-    examples = encode(public, tokenizer, context=config.block_tokens, whole_text=True).examples if public else []
-    attackers = _attackers_text(config, package, record, tokenizer, public) if public else None
-    device = choose_device(config.device)
-    return _Given(package, record, earlier, tokenizer, records, text, examples, attackers, device)
-
-
-def _record(package: Path) -> OwnerRecord:
-    return read_owner_record(owner_record_path(package))
-
-
-def _public_records(config: AuditPackageConfig) -> list[Record]:
-    if config.public is None:
-        return []
-    return read_records(
-        config.public,
-        fields=config.public_fields,
-        document_field=config.public_document_field,
-        separator=config.public_separator,
-    )
-
-
-def _attackers_text(
-    config: AuditPackageConfig,
-    package: Package,
-    record: OwnerRecord,
-    tokenizer: PreTrainedTokenizerBase,
-    public: Sequence[Record],
-) -> PublicText:
-    """Return the public text as attackers read it, when there is work for every attack."""
-    model = package.load_model()
-    for name in config.attack:
-        if not name.startswith("refill_"):
-            require_start(name.rpartition("_")[0], model, package.layout, record.num_blocks)
-    return prepare(
-        public,
-        tokenizer,
-        model,
-        block_tokens=config.block_tokens,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        holdout=config.holdout,
-        evaluation_tokens=16 * config.block_tokens,
-        calibration_tokens=1,
-    )
-
-
-def _require_tasks(config: AuditPackageConfig) -> None:
-    for path in config.task:
-        if not path.is_file():
-            raise ConfigError(f"--task: no file {path.name!r}")
-    if config.task and (find_spec("lm_eval") is None or find_spec("datasets") is None):
-        raise ConfigError("--task needs the eval extra", hint="pip install 'offsite-tuning[eval]'")
-    for path in config.task:
-        task_chance(path, config.task_limit)
-
-
 # --- what is measured with the full model
 
 
-def _measure(config: AuditPackageConfig, given: _Given) -> _Measured:
+def _measure(config: AuditPackageConfig, given: Given) -> _Measured:
     """Return what needs the full model, which is gone from memory afterwards."""
     full = load_model(config.model)
     if (digest := model_digest(full)) != given.record.base_digest:
@@ -253,11 +143,10 @@ def _measure(config: AuditPackageConfig, given: _Given) -> _Measured:
     return _Measured(capabilities, alike, middle, sizes, losses)
 
 
-def _text_capability(config: AuditPackageConfig, given: _Given, full: PreTrainedModel, losses: Losses) -> Capability:
-    results = None if config.results is None else read_results(config.results)
-    if results is not None:
+def _text_capability(config: AuditPackageConfig, given: Given, full: PreTrainedModel, losses: Losses) -> Capability:
+    if given.results is not None:
         require_same(
-            results,
+            given.results,
             package_digest=given.package.digest,
             data_sha256=sha256_file(config.heldout),
             text=given.text,
@@ -270,11 +159,11 @@ def _text_capability(config: AuditPackageConfig, given: _Given, full: PreTrained
     else:
         say("capability: chance is a unigram model of the held-out documents, each half by the other half's")
         chance = floor_by_halves(given.records, given.tokenizer, vocabulary, context=config.block_tokens)
-    return text_capability(given.text, chance=chance, full=losses.full, emulator=losses.emulator, results=results)
+    return text_capability(given.text, chance=chance, full=losses.full, emulator=losses.emulator, results=given.results)
 
 
 def _task_capabilities(
-    config: AuditPackageConfig, given: _Given, full: PreTrainedModel, emulator: PreTrainedModel
+    config: AuditPackageConfig, given: Given, full: PreTrainedModel, emulator: PreTrainedModel
 ) -> tuple[Capability, ...]:
     scores = [
         task_scores(model, given.tokenizer, config.task, batch_size=config.batch_size, limit=config.task_limit)
@@ -283,7 +172,7 @@ def _task_capabilities(
     return task_capabilities(config.task, *scores, limit=config.task_limit)
 
 
-def _compared(config: AuditPackageConfig, given: _Given) -> list[Batch]:
+def _compared(config: AuditPackageConfig, given: Given) -> list[Batch]:
     """Return held-out text of about as many tokens as hidden states are to be compared at."""
     batches: list[Batch] = []
     left = config.similarity_tokens
@@ -318,7 +207,7 @@ def _emulator_parameters(record: OwnerRecord) -> int:
 # --- what an attacker can do without it
 
 
-def _recover(config: AuditPackageConfig, given: _Given, losses: Losses, work: Path) -> tuple[tuple[Recovery, ...], str]:
+def _recover(config: AuditPackageConfig, given: Given, losses: Losses, work: Path) -> tuple[tuple[Recovery, ...], str]:
     if given.attackers is None:
         say("recovery: no public text was given, no attack is tried")
         return (), ""
@@ -336,10 +225,10 @@ def _recover(config: AuditPackageConfig, given: _Given, losses: Losses, work: Pa
     found = Attacker(given.package, knowledge, given.attackers, setting, given.text, losses).attack(config.attack)
     num = sum(len(example.input_ids) for example in given.public)
     return found, (
-        f"from the package alone, knowing that the full model has {knowledge.num_blocks} blocks; healed on "
-        f"{num:,} tokens of public text, rates chosen on {config.holdout:.0%} of its documents"
+        f"from the package alone, knowing that the full model has {knowledge.num_blocks} blocks; public text of "
+        f"{num:,} tokens, rates chosen on {config.holdout:.0%} of its documents"
     )
 
 
-def _union(given: _Given, found: _Measured) -> Union | None:
+def _union(given: Given, found: _Measured) -> Union | None:
     return union_share([given.record, *given.earlier], sizes=found.sizes) if given.earlier else None

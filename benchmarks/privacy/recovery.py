@@ -26,8 +26,9 @@ from emulator.auditconfig import AuditPackageConfig
 from emulator.capability import held_out
 from emulator.config import DistillConfig
 from emulator.distill import run as distill
+from emulator.heal import LORA
 from emulator.public import prepare
-from emulator.recovery import LORA, Attacker, Knowledge, Losses, Setting
+from emulator.recovery import Attacker, Knowledge, Losses, Setting
 from offsite.audit import read_audit
 from offsite.errors import RunFailed
 from offsite.owner import owner_record_path, read_owner_record
