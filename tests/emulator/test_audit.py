@@ -1,6 +1,10 @@
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 from pydantic import ValidationError
@@ -170,6 +174,30 @@ def test_broken_off_and_resumed_it_writes_the_same_audit(settings, pack_speaker,
     run(settings(package, resume=True))
     assert read_audit(tmp_path / "audit")[0] == whole
     assert [path.name for path in tmp_path.iterdir()] == ["audit"]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_an_unbroken_audit(settings, pack_speaker, tmp_path):
+    config = settings(pack_speaker("drop", blocks=2))
+    words = ["audit", "package", str(config.package), "--model", config.model, "--heldout", str(config.heldout)]
+    words += ["--public", str(config.public), "--block-tokens", str(TOKENS), "--recovery-tokens", "2000,6000"]
+    words += ["--attack", "as_is_all", "--all-rates", "1e-3,3e-3", "--checkpoint-every", "4", "--device", "cpu"]
+    command = [sys.executable, "-m", "offsite", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "-o", str(tmp_path / "whole")], capture_output=True, env=environment, check=True)
+    broken = [*command, "-o", str(tmp_path / "broken")]
+    for place in ("as_is_all-2000-0.001/checkpoint-4", "as_is_all-6000-*/checkpoint-8"):
+        process = subprocess.Popen(broken, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        while not list((tmp_path / "broken.work").glob(place)):
+            assert process.poll() is None, "ended before it could be killed"
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "broken").exists()
+        broken = [*command, "-o", str(tmp_path / "broken"), "--resume"]
+    subprocess.run(broken, capture_output=True, env=environment, check=True)
+    assert read_audit(tmp_path / "broken") == read_audit(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "whole"]
 
 
 def _full_disk(*_):
