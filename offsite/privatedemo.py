@@ -84,17 +84,17 @@ def conclude(parties: Parties, model: str, arrived: dict[str, Any], job_id: str,
     release = release_path(client / "bundle.sealed")
     words = ["--audit", "audit", "--release", release.name, "--job", "job"]
     inputs = {"audit": sha256_file(client / "audit" / "audit.json"), "release": sha256_file(release)}
-    told = _report(parties, client, words, inputs)
+    _report(parties, client, words, inputs)
     _send_report(parties, "privacy", "privacy", job_id, _digest(client), round_="1")
-    verified = _verify(parties, owner, ["--bundle", f"registry/bundles/{id_}", "--package", "package"])
+    claim = _verify(parties, owner, ["--bundle", f"registry/bundles/{id_}", "--package", "package"])["claim"]
     say("\nCLIENT reveals its canaries; the owner asks the full model, with the adapter in it, what it knows of them")
     _send_report(parties, "reveal", "canaries/reveal", job_id, canaries, round_="1")
     words = ["audit", "plugged-in", model, id_, "--registry", "registry", "--keys", "keys"]
     words += ["--commitment", "commitment", "--reveal", "reveal", "-o", "audit"]
+    words += ["--epsilon", repr(claim["epsilon"]), "--delta", repr(claim["delta"])]
     inputs = {"bundle": id_, "canaries": canaries}
     play([Stage("audit-plugged-in", owner, words, owner / "audit", inputs)], parties.notes)
     _report(parties, owner, ["--audit", "audit", "--job", "job"], inputs, out="own")
-    claim = verified.get("claim") or told.get("claim") or {}
     return Privacy(
         epsilon=float(claim["epsilon"]),
         delta=float(claim["delta"]),
@@ -103,13 +103,10 @@ def conclude(parties: Parties, model: str, arrived: dict[str, Any], job_id: str,
     )
 
 
-def _report(
-    parties: Parties, party: Path, words: list[str], inputs: dict[str, str], *, out: str = "privacy"
-) -> dict[str, Any]:
+def _report(parties: Parties, party: Path, words: list[str], inputs: dict[str, str], *, out: str = "privacy") -> None:
+    """The party's signed report stands in its folder `out`."""
     asked = ["report", "privacy", *words, *KEYS, "-o", out]
-    stage = Stage(f"{party.name}-report", party, asked, party / out, inputs)
-    play([stage], parties.notes)
-    return stage.outcome
+    play([Stage(f"{party.name}-report", party, asked, party / out, inputs)], parties.notes)
 
 
 def _verify(parties: Parties, party: Path, words: list[str]) -> dict[str, Any]:

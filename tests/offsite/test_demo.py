@@ -305,6 +305,39 @@ def test_the_short_demo_on_a_tiny_model(tmp_path, llama_like):
 
 
 @pytest.mark.slow
+def test_the_private_demo_ends_with_reports_that_verify(tmp_path, llama_like):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def offsite(*words, cwd):
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "offsite", *words], cwd=cwd, env=environment, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    out_folder = tmp_path / "out"
+    words = ("demo", "--short", "--dp", "8", "--model", "tiny-llama", "-o", str(out_folder))
+    code, out, err = offsite(*words, cwd=llama_like.parent)
+    assert code == 0, err
+    told = json.loads(out.splitlines()[-1])
+    assert 0 < told["epsilon"] <= 8
+    assert "differentially private per row: epsilon" in err
+    assert "NOT differentially private" not in err
+    owner = out_folder / "owner"
+    code, out, err = offsite("report", "verify", "privacy", "--keys", "keys", cwd=owner)
+    assert (code, json.loads(out)["accepted_leakage"]) == (0, False), err
+    code, _, err = offsite("report", "verify", "own", "--keys", "../client/keys", cwd=owner)  # by the client's trust
+    assert code == 0, err
+    report = owner / "privacy" / "report.json"
+    raw = report.read_bytes()
+    report.write_bytes(raw.replace(b'"steps": 4', b'"steps": 3', 1))
+    assert report.read_bytes() != raw
+    code, out, err = offsite("report", "verify", "privacy", "--keys", "keys", cwd=owner)
+    assert (code, out) == (3, ""), err
+    assert "signature" in err
+
+
+@pytest.mark.slow
 def test_a_verb_that_fails_fails_the_demo(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")
