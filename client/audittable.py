@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from offsite.audit import BundleAudit, Estimate, Membership
+from offsite.canaries import MAX_CANARIES
 from offsite.console import say, table
 from offsite.gates import MIN_CANARIES, MIN_NONMEMBERS, Gate
+from offsite.lowerbound import SHARES
 
 _SOURCES = {"set aside": "set aside at random", "validation": "validated on", "file": "from a file"}
 _HOW = {
@@ -44,6 +47,27 @@ def show(audit: BundleAudit, gates: Sequence[Gate], *, num_nonmembers: int) -> N
             how = _HOW[name].format(rows=f"{MIN_NONMEMBERS:,}", canaries=MIN_CANARIES)
             here = f"; there were {num_nonmembers:,}" if name == "auc" else ""
             say(f"  to measure {name}: {how}{here}")
+    if more := _more_canaries(audit):
+        say(f"  {more}")
+
+
+def _more_canaries(audit: BundleAudit) -> str:
+    """Return how canaries could have refuted the claim; empty when these could have."""
+    claim, bound = audit.run.claim, None if audit.canaries is None else audit.canaries.bound
+    if claim is None or bound is None or bound.ceiling > claim.epsilon:
+        return ""
+    num = canaries_to_refute(claim.epsilon, bound.confidence)
+    if num > MAX_CANARIES:
+        return f"no audit by canaries could refute epsilon {claim.epsilon:.2f}: that takes {num:,} of them"
+    wanted = f"{num:,} canaries or more and a delta far below 1/{num:,} (dp.delta)"
+    return f"for canaries to be able to refute epsilon {claim.epsilon:.2f}, tune with {wanted}"
+
+
+def canaries_to_refute(epsilon: float, confidence: float) -> int:
+    """Return the fewest canaries of which guesses that are never wrong show more than epsilon, at a delta next to 0."""
+    significance = (1 - confidence) / len(SHARES)
+    num_guesses = math.log(1 / significance) / math.log1p(math.exp(-epsilon))
+    return math.floor(num_guesses / max(SHARES)) + 2
 
 
 def _row(what: str, one: Membership) -> tuple[str, ...]:

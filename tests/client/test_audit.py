@@ -8,13 +8,17 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from adapters.kinds import declared
 from client.auditconfig import AuditBundleConfig
 from client.config import DPSettings, TuneConfig
 from client.data import split_records
+from client.tune import attach_to_package
 from client.tune import run as tune_run
 from offsite import cli
 from offsite.audit import AUDIT_NAME, read_audit, read_run, run_path, write_run
+from offsite.bundle import AdapterSpec, write_bundle
 from offsite.canaries import CanarySet, CanaryText, Secret, write_canaries
 from offsite.gates import bundle_gates
 from offsite.records import read_records
@@ -150,6 +154,27 @@ def test_without_a_single_other_row_the_rest_is_measured(words, tmp_path, tuned,
     assert audit.membership == ()
     assert audit.canaries is not None
     assert "auc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["blocks", "lora", "dora", "bitfit"])
+def test_an_adapter_that_changes_nothing_shows_nothing(tuned, tmp_path, capsys, kind):
+    """Whatever its kind, the model is scored without it and with it: a fresh adapter's rows score alike."""
+    package, spec = tuned.package, AdapterSpec(kind=kind, rank=2, dtype="float32")
+    expected = declared(spec, package.layout, package.block_tensors())
+    fresh = attach_to_package(package, spec, device=torch.device("cpu"), seed=3).tensors()
+    bundle = write_bundle(tmp_path / "fresh", package=package, spec=spec, tensors=fresh, expected=expected)
+    changes = {"bundle_digest": bundle.digest, "adapter": spec, "canaries": None, "num_canaries": 0}
+    write_run(run_path(bundle.path), read_run(run_path(tuned.folder / "bundle")).model_copy(update=changes))
+    words = ["audit", "bundle", str(package.path), str(bundle.path), "--data", str(tuned.data), "--rows", "20"]
+    assert cli.run([*words, "--device", "cpu", "-o", str(tmp_path / "audit")]) == 0
+    audit, _ = read_audit(tmp_path / "audit")
+    by_signal = {one.signal: one.auc.value for one in audit.membership}
+    if kind != "dora":  # whose weights are put together anew, which rounds
+        assert by_signal["reference"] == 0.5
+    assert by_signal["loss"] == pytest.approx(audit.auc_before.value, abs=0.02)
+    assert (audit.verbatim.num_extracted, audit.verbatim.num_new) == (audit.verbatim.num_extracted_before, 0)
+    assert audit.canaries is None
+    assert "to measure secrets: offsite canaries" in capsys.readouterr().err
 
 
 WRONG = {
