@@ -174,7 +174,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_what_is_planted_is_found(bundle, name):
+def test_row_32_what_is_planted_is_found(bundle, name):
     plant, category = PLANTED[name]
     paths = [Path("/clinic/data/secret-ward.jsonl")]
     assert scanned(bundle, paths=paths).found == {}
@@ -331,7 +331,7 @@ def test_losses_of_a_log(tmp_path):
 
 
 @pytest.mark.parametrize("adapter", ["lora", "blocks"])
-def test_a_real_run_is_clean_and_says_what_was_read(settings, dropped_package, adapter, notes):
+def test_row_32_a_real_run_is_clean_and_says_what_was_read(settings, dropped_package, adapter, notes):
     config = settings(dropped_package.path, adapter=adapter, disclose=DISCLOSABLE)
     told = run(config)["scan"]
     assert told["found"] == {}
@@ -363,7 +363,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("category", WRITERS)
-def test_a_bundle_that_holds_it_gets_no_name(settings, dropped_package, notes, monkeypatch, category):
+def test_row_32_a_bundle_that_holds_it_gets_no_name(settings, dropped_package, notes, monkeypatch, category):
     """As if what writes the bundle were at fault: the scan sees the folder as it would leave."""
 
     def faulty(stage, **given):

@@ -198,7 +198,7 @@ EVENTS = [
 
 
 @pytest.mark.parametrize(("event", "arguments", "kind"), EVENTS, ids=[f"{e} {a}"[:70] for e, a, _ in EVENTS])
-def test_what_is_denied(config, here, event, arguments, kind):
+def test_row_31_what_is_denied(config, here, event, arguments, kind):
     denied = judge(event, filled(arguments, here), places_of(config))
     assert (denied and denied.kind) == kind
     assert denied is None or str(here) not in denied.what
@@ -466,7 +466,7 @@ HOOK_ALONE = "an audit hook alone denies connections and writes"
 
 
 @pytest.mark.parametrize("patch", ["", USER_FIRST, NO_NAMESPACE, HALF_WAY], ids=["as is", "user", "none", "half-way"])
-def test_real_events_and_the_kernel(probe, patch):
+def test_row_31_real_events_and_the_kernel(probe, patch):
     found, said = probe(patch)
     for name, outcome in found["tried"].items():
         assert outcome.startswith("sealed off: "), f"{name}: {outcome}"
@@ -513,7 +513,7 @@ def tuned(folder, package, data, name, *more, start=("-m", "offsite"), **environ
 
 
 @pytest.mark.slow
-def test_an_observer_sees_no_connection_and_no_write_elsewhere(dropped_package, notes_file, tmp_path):
+def test_row_31_an_observer_sees_no_connection_and_no_write_elsewhere(dropped_package, notes_file, tmp_path):
     (tmp_path / "observer").mkdir()
     (tmp_path / "observer" / "sitecustomize.py").write_text(RECORDER)
     events = tmp_path / "events"
@@ -545,7 +545,7 @@ def test_an_observer_sees_no_connection_and_no_write_elsewhere(dropped_package, 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-def test_the_kernel_is_asked_for_no_socket(dropped_package, notes_file, tmp_path):
+def test_row_31_the_kernel_is_asked_for_no_socket(dropped_package, notes_file, tmp_path):
     calls = tmp_path / "calls"
     words = ["tune", str(dropped_package.path), "--data", str(notes_file), "-o", "sealed", *SMALL, "--sealed-off"]
     command = ["strace", "-f", "-e", "trace=network", "-o", str(calls), sys.executable, "-P", "-m", "offsite", *words]
@@ -596,7 +596,7 @@ DEEDS = {
     ("deed", "is_swallowed"),
     [*((deed, False) for deed in DEEDS), ("connects", True), ("writes elsewhere", True)],
 )
-def test_code_that_reads_the_data_and_gets_out_is_stopped(dropped_package, notes_file, tmp_path, deed, is_swallowed):
+def test_row_31_code_that_reads_the_data_and_gets_out_is_stopped(dropped_package, notes_file, tmp_path, deed, is_swallowed):
     before = sorted(path.name for path in tmp_path.iterdir())
     script = MISCHIEF.format(what=(SWALLOWED if is_swallowed else "") + DEEDS[deed])
     done = tuned(tmp_path, dropped_package, notes_file, "sealed", "--sealed-off", start=("-c", script))

@@ -3,7 +3,7 @@
 The ``sh`` blocks of ``docs/owner.md``, ``docs/client.md`` and ``docs/auditor.md`` are run in order by bash, with the
 console script on the path, the owner's (and the auditor's) in one folder and the client's in another. Between them
 this test carries the two cards, reads each party's fingerprint to the other, carries ``job.sealed`` and
-``package.sealed`` one way and ``bundle.sealed`` the other, and nothing else. `SHORTER` lists every textual substitution
+``package.sealed`` one way and ``bundle.sealed`` and ``privacy.sealed`` the other, and nothing else. `SHORTER` lists every textual substitution
 that is made.
 """
 
@@ -112,15 +112,18 @@ def test_the_three_walkthroughs(tmp_path: Path) -> None:
     assert "nats per token after 2 steps" in done.stdout
     assert (client / "bundle-from-python" / "offsite.json").is_file()
     assert not list(client.glob("*owner.json"))
-    shutil.copytree(client / "bundle.sealed", owner / "bundle.sealed")
+    for name in ("bundle.sealed", "privacy.sealed"):
+        shutil.copytree(client / name, owner / name)
 
     printed = run_blocks(after, owner, free_port(), **told)
     assert '"object":"text_completion"' in printed.replace(" ", "")
     assert "adapter_model.safetensors" not in [path.name for path in (owner / "adapted").iterdir()]  # whole blocks
     assert "<html" in (owner / "report.html").read_text()
-    printed = run_blocks((DOCS / "auditor.md").read_text(), owner, free_port())
+    printed = run_blocks((DOCS / "auditor.md").read_text(), owner, free_port(), **told)
     assert "the bundle was made for this package" in printed
     assert "the same figures again" in printed
+    assert "NOT DIFFERENTIALLY PRIVATE" in printed
+    assert "accepted leakage: True" in printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
