@@ -177,6 +177,25 @@ def test_an_adapter_that_changes_nothing_shows_nothing(tuned, tmp_path, capsys, 
     assert "to measure secrets: offsite canaries" in capsys.readouterr().err
 
 
+def test_of_a_run_too_short_to_say_which_rows_it_drew_the_rest_is_measured(tuned, tmp_path, capsys):
+    config = TuneConfig(
+        package=tuned.package.path, data=tuned.data, output=tmp_path / "bundle", block_tokens=8, batch_size=1, steps=1,
+        precision="fp32", device="cpu", learning_rate=0.01,
+    )  # fmt: skip
+    tune_run(config)
+    words = ["audit", "bundle", str(tuned.package.path), str(config.output), "--data", str(tuned.data)]
+    assert cli.run([*words, "--device", "cpu", "-o", str(tmp_path / "audit")]) == 0
+    audit, _ = read_audit(tmp_path / "audit")
+    assert (audit.membership, audit.auc_before, audit.verbatim.num_rows) == ((), None, 0)
+    assert audit.nonmembers == "validation"
+    gates = {gate.name: gate.verdict for gate in bundle_gates(audit)}
+    assert gates == {
+        "scan": "passed", "auc": "not measurable", "tpr_at_1": "not measurable", "secrets": "not measurable",
+        "verbatim": "not measurable", "inversion": "failed",
+    }  # fmt: skip
+    assert "no row was certainly trained on" in capsys.readouterr().err
+
+
 WRONG = {
     "no bundle": ({"bundle": "nothing"}, 3, "no bundle folder named 'nothing'"),
     "other data": ({"data": "others.txt"}, 3, "others.txt: not the file that this bundle was tuned on"),
