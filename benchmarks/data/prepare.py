@@ -149,6 +149,12 @@ def medquad_rows(path: Path) -> tuple[list[Row], list[Row]]:
     return train, held_out
 
 
+def as_text(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows as running text: what a party has that knows the field and form of the client's text, not the text."""
+    for row in rows:
+        yield {"text": f"{row['prompt']}{row['completion']}", "document": row["document"]}
+
+
 def whole_documents(rows: list[Row], num_rows: int, purpose: str) -> list[Row]:
     """At least `num_rows` rows: whole documents in the order of their hash, rows in their own order."""
     counts: dict[str, int] = {}
@@ -222,6 +228,9 @@ def write_full(sources: Path, out: Path) -> None:
     write_rows(out / "public_medical.jsonl.gz", abstract_rows(sources / "pubmedqa/ori_pqal.json.gz"))
     train, held_out = medquad_rows(sources / "medquad/all.jsonl.gz")
     write_rows(out / "medquad_train.jsonl.gz", train)
+    private = {row["document"] for row in whole_documents(train, NUM_PRIVATE_ROWS, "private")}
+    others = [row for row in train if row["document"] not in private]
+    write_rows(out / "public_medquad.jsonl.gz", as_text(others))
     write_rows(out / "medquad_heldout.jsonl.gz", held_out)
     for name, split in (("arc_easy", "test"), ("piqa", "validation"), ("openbookqa", "test")):
         questions = list(choice_rows(sources / name / f"{split}.jsonl.gz"))
