@@ -7,6 +7,7 @@ one over the number of choices, and 0 where text is generated.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offsite.audit import Capability
 from offsite.console import progress
+from offsite.digests import sha256_bytes
 from offsite.errors import ConfigError, DataError
 from offsite.measure import multiple_choice_task, perplexity, run_tasks
 from offsite.records import Record, read_rows, split_by_document
@@ -51,6 +53,11 @@ class HeldOut:
     def num_tokens(self) -> int:
         """Positions that count in the loss."""
         return sum(example.num_loss_tokens for example in self.examples)
+
+    @property
+    def digest(self) -> str:
+        """A digest of the tokens and of which of them count."""
+        return sha256_bytes(json.dumps([[one.input_ids, one.labels] for one in self.examples]).encode())
 
     def loss(self, model: PreTrainedModel, label: str) -> float:
         """Return the model's mean loss in nats per token, in the model's own dtype; `label` is shown meanwhile.

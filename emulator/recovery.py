@@ -50,7 +50,8 @@ class Setting:
     Attributes:
         marks: tokens trained on, ascending; 0 among them or not, it is always measured.
         rates: learning rates to try, by way of healing.
-        steps_tokens: tokens of one step.
+        step_tokens: tokens of one step.
+        work: folder for what is done, and for checkpoints of what is not; the caller removes it.
     """
 
     marks: Sequence[int]
@@ -200,7 +201,7 @@ class Attacker:
             evaluate_every=steps // 4 if steps > epoch else 0,  # text read twice can be learnt by heart
         )
         binding = {"package": self.package.digest, "public text": self.text.digest, "attack": f"{start}_{heal}"}
-        stated = json.dumps([loop.binding(), binding, self.ruler.num_tokens], sort_keys=True)
+        stated = json.dumps([loop.binding(), binding, self.ruler.digest], sort_keys=True)
         if done.is_file():
             return _read(done, stated)
         model, trainable = healing(self.start(start), heal, seed=setting.seed)
@@ -218,7 +219,7 @@ class Attacker:
             binding=binding,
         )
         found = _Run(
-            chosen_by=float(outcome.best_loss or math.inf),
+            chosen_by=math.inf if outcome.best_loss is None else outcome.best_loss,
             loss=self.ruler.loss(model, f"recovery: {name}"),  # type: ignore[arg-type]
             num_tokens=outcome.tokens,
             trained_parameters=sum(parameter.numel() for parameter in trainable.values()),

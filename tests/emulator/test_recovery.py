@@ -1,5 +1,6 @@
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,6 +140,10 @@ def test_what_was_done_is_not_done_again_and_not_taken_for_something_else(attack
         attacker(package, seed=1).attack(["as_is_all"])
     with pytest.raises(ConfigError, match="is of an attack with other settings"):
         attacker(pack_speaker("drop", blocks=3)).attack(["as_is_all"])
+    other = attacker(package)
+    other.ruler = replace(other.ruler, examples=[*other.ruler.examples[1:], other.ruler.examples[0]])
+    with pytest.raises(ConfigError, match="is of an attack with other settings"):
+        other.attack(["as_is_all"])
 
 
 def test_a_start_that_has_nothing_to_do_is_refused_and_refill_left_out(attacker, pack_speaker, speaker):
