@@ -92,7 +92,7 @@ def test_the_three_walkthroughs(tmp_path: Path) -> None:
 
     run_blocks(first, owner, free_port())
     run_blocks(keys, client, free_port())
-    assert (owner / "package.owner.json").is_file()
+    assert (owner / "unmarked.owner.json").is_file()
     shutil.copy(owner / "keys" / "card.json", client / "owner.card.json")
     shutil.copy(client / "keys" / "card.json", owner / "client.card.json")
     told = {name.upper(): fingerprint(folder) for name, folder in (("owner", owner), ("client", client))}
