@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -58,3 +59,18 @@ def test_row_30_a_correct_private_run_is_not(lab, setting):
 def test_row_30_over_several_seeds(lab, setting, way):
     failed = sum(judged(lab, setting, way, seed)[0].verdict == "failed" for seed in range(2, 8))
     assert failed == 0 if way == "correct" else failed >= 5
+
+
+def test_row_30_the_committed_benchmark_says_so_of_twenty_seeds():
+    found = json.loads((PRIVACY / "results" / "power.json").read_text())
+    assert not found["dirty"]
+    rows = {(row["way"], row["claimed"]): row for row in found["rows"]}
+    assert all(row["runs"] >= 20 for row in rows.values())
+    for (way, _), row in rows.items():
+        if way == "correct":
+            assert row["share_failed"] <= 0.05
+        elif row["could_fail"]:
+            assert row["share_failed"] >= 0.95
+        else:
+            assert row["failed"] == 0
+    assert all(rows[way, 2.0]["could_fail"] for way in ["correct", *BROKEN])
