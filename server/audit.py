@@ -63,7 +63,7 @@ def run(config: AuditPluggedConfig) -> dict[str, object]:
         versions=versions(),
     )
     digest = write_audit(config.output, audit)
-    gates = plugged_gates(audit, config.epsilon)
+    gates = plugged_gates(audit, config.epsilon, claimed_delta=config.delta)
     _show(audit, gates)
     return {"audit": config.output.name, "audit_digest": digest, **_flat(audit, gates)}
 

@@ -3,8 +3,8 @@
 The ``sh`` blocks of ``docs/owner.md``, ``docs/client.md`` and ``docs/auditor.md`` are run in order by bash, with the
 console script on the path, the owner's (and the auditor's) in one folder and the client's in another. Between them
 this test carries the two cards, reads each party's fingerprint to the other, carries ``job.sealed`` and
-``package.sealed`` one way and ``bundle.sealed`` and ``privacy.sealed`` the other, and nothing else. `SHORTER` lists every textual substitution
-that is made.
+``package.sealed`` one way and ``bundle.sealed`` and ``privacy.sealed`` the other, and nothing else. `SHORTER` lists
+every textual substitution that is made.
 """
 
 from __future__ import annotations
