@@ -24,12 +24,12 @@ BUDGETS = 4
 """The data's budget, in runs: the demo's ledger remembers runs that were broken off or repeated."""
 
 FULL = {
-    "canaries": ["--count", "200", "--secrets", "4", "--tokens", "32"],
+    "canaries": ["--count", "240", "--secrets", "16", "--candidates", "64", "--tokens", "24"],
     "tune": ["--learning-rate", "2e-3", "--batch-size", "64", "--block-tokens", "96", "--steps", "24"],
     "audit": ["--rows", "200", "--tokens-per-row", "48"],
 }
 SHORT = {
-    "canaries": ["--count", "120", "--secrets", "2", "--tokens", "16"],
+    "canaries": ["--count", "200", "--secrets", "16", "--candidates", "16", "--tokens", "16"],
     "tune": ["--learning-rate", "2e-3", "--batch-size", "16", "--block-tokens", "48", "--steps", "4"],
     "audit": ["--rows", "40", "--tokens-per-row", "32"],
 }
