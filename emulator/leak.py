@@ -2,7 +2,9 @@
 
 The suspect minus the unmarked package is compared with what each recipient's mark would have added. For somebody whose
 mark is not in it, the directions are fresh coins, whatever was done to the weights and whatever others' marks it holds:
-given the difference, the score is a sum of independent terms with mean 0 and known variance, and z is standard normal.
+given the difference, the score is a sum of independent terms with mean 0, known variance and a known largest value.
+Over many places z is close to standard normal. Over few it is not, as one rare direction can be worth eleven
+deviations: so the odds are Bernstein's bound, which holds for any number of places and any weights.
 Fine-tuning, rounding and noise make the difference larger, not the coins.
 
 In every tensor the difference is clipped at three times its median size, so that no few values decide, and weighs as
@@ -39,14 +41,25 @@ _SMALLEST = 1e-300
 
 @dataclass(frozen=True)
 class Score:
-    """How far the suspect leans towards a mark: standard normal where that mark is not in it."""
+    """How far the suspect leans towards a mark.
+
+    Attributes:
+        z: in standard deviations from what is expected where that mark is not in it.
+        largest: the most that one place could add to z; small where many places weigh alike.
+    """
 
     z: float
+    largest: float
 
     @property
     def p_value(self) -> float:
-        """The chance of such a score without the mark, at least 1e-300."""
-        return max(0.5 * math.erfc(self.z / math.sqrt(2)), _SMALLEST)
+        """A bound on the chance of such a score without the mark, at least 1e-300.
+
+        Source: Bernstein's inequality, as in Boucheron et al., "Concentration Inequalities", 2013, corollary 2.11.
+        """
+        if self.z <= 0:
+            return 1.0
+        return max(math.exp(-(self.z**2) / (2 + 2 * self.largest * self.z / 3)), _SMALLEST)
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,7 @@ def compare(package: Package, suspect: Path, key: MarkKey, recipients: Sequence[
     """
     there = _suspect_tensors(suspect)
     sums, owner_sum, squares = torch.zeros(len(recipients), dtype=torch.float64), 0.0, 0.0
+    largest = owner_largest = 0.0
     cosines: list[float] = []
     num_places = num_changed = num_missing = 0
     for name, weight in _carried(package):
@@ -126,12 +140,17 @@ def compare(package: Package, suspect: Path, key: MarkKey, recipients: Sequence[
         sums += torch.tensor([_towards(lean, where, recipient) for recipient in recipients], dtype=torch.float64)
         owner_sum += float(lean @ where.tendency)
         squares += float(lean.square().sum())
+        largest = max(largest, _most(lean * torch.maximum(where.worth_up, where.worth_down)))
+        owner_largest = max(owner_largest, _most(lean * where.tendency))
         num_places += len(lean)
         num_changed += int((difference != 0).sum())
     scale = math.sqrt(squares) or 1.0
     return Comparison(
-        scores={recipient: Score(float(one) / scale) for recipient, one in zip(recipients, sums, strict=True)},
-        owner=Score(owner_sum / scale),
+        scores={
+            recipient: Score(float(one) / scale, largest / scale)
+            for recipient, one in zip(recipients, sums, strict=True)
+        },
+        owner=Score(owner_sum / scale, owner_largest / scale),
         num_tensors=len(cosines),
         num_missing=num_missing,
         num_places=num_places,
@@ -152,9 +171,11 @@ def _lean(difference: Tensor, where: Places) -> Tensor:
 
 def _towards(lean: Tensor, where: Places, recipient: str) -> float:
     """Return the sum of leans times the recipient's standardised directions."""
-    share = where.share
-    direction = torch.where(where.up(recipient), ((1 - share) / share).sqrt(), -(share / (1 - share)).sqrt())
-    return float(lean @ direction)
+    return float(lean @ torch.where(where.up(recipient), where.worth_up, -where.worth_down))
+
+
+def _most(values: Tensor) -> float:
+    return float(values.abs().max()) if len(values) else 0.0
 
 
 def _restored(weight: Tensor, other: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ _KEY_BYTES = 32
 _LABEL = b"offsite/v1/mark"
 
 MIN_PLACES = 1000
-"""Fewer marked entries would not make the score of a mark normal enough."""
+"""Fewer marked entries would not tell a mark that was tuned over from chance."""
 _NUM_MARKED = 32
 """Of 256 entries, so many are marked."""
 _LEVELS = torch.tensor([round(256 * math.sin(math.pi * (2 * i + 1) / 32) ** 2) for i in range(8)])
@@ -112,6 +112,16 @@ class Places:
     def share(self) -> Tensor:
         """The likelihood of each place to move up, float64."""
         return _LEVELS[self.level].double() / 256
+
+    @property
+    def worth_up(self) -> Tensor:
+        """What a move up of each place is worth, a move down minus `worth_down`: mean 0 and variance 1, float64."""
+        return ((1 - self.share) / self.share).sqrt()
+
+    @property
+    def worth_down(self) -> Tensor:
+        """See `worth_up`."""
+        return (self.share / (1 - self.share)).sqrt()
 
 
 def places(key: MarkKey, package_digest: str, name: str, weight: Tensor) -> Places:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import emulator.mark
-from emulator.leak import compare
+from emulator.leak import Score, compare
 from emulator.mark import KEY_NAME, MARKS_NAME, MarkKey, carriers, mark, nudged, open_key, places, read_marks
 from offsite import cli
 from offsite.errors import RunFailed
@@ -215,6 +215,47 @@ def test_wrong_recipients_score_as_the_null_says_against_a_tuned_copy(package, m
     z = torch.tensor([found.scores[one].z for one in wrong])
     assert abs(float(z.mean())) < 4 / math.sqrt(len(z))
     assert 0.9 < float(z.std()) < 1.1
+
+
+@pytest.mark.parametrize("num", [1, 10, 100, 1000])
+def test_nobody_is_accused_of_few_changes(package, find, num):
+    letters = "abcdefghijklmnopqrstuvwxyz234567"
+    names = ["-".join([f"{letters[number >> 5]}{letters[number & 31]}zz"] * 13) for number in range(400)]
+    plain = load_file(package.path / "model.safetensors")
+    generator = torch.Generator().manual_seed(num)
+    for trial in range(4):
+        key = MarkKey(bytes([trial]) * 32)
+        suspect = {name: tensor.clone() for name, tensor in plain.items()}
+        marked = {name: places(key, package.digest, name, plain[name]).index for name in carriers(package)}
+        spots = [(name, int(one)) for name, index in marked.items() for one in index]
+        for spot in torch.randperm(len(spots), generator=generator)[:num].tolist():
+            name, at = spots[spot]
+            suspect[name].view(-1)[at] *= 1.05 if spot % 2 else 0.95
+        found = find(suspect, names, key=key)
+        assert found.num_changed == num
+        assert found.found == ()
+        assert not found.owner_found
+
+
+def test_odds_are_a_bound_whatever_the_weights():
+    shares = torch.tensor([2, 22, 57, 103, 153, 199, 234, 254]).double() / 256
+    generator = torch.Generator().manual_seed(0)
+    for num, spread in ((1, 0.0), (10, 0.0), (100, 0.0), (100, 2.0), (1000, 1.0), (10_000, 0.0)):
+        share = shares[torch.arange(num) % 8]
+        lean = (spread * torch.randn(num, generator=generator, dtype=torch.float64)).exp() * (0.5 - share).sign()
+        up, down = ((1 - share) / share).sqrt(), -(share / (1 - share)).sqrt()  # the most skewed that it can be
+        draws = torch.rand(4_000_000 // max(num, 100), num, generator=generator) < share
+        z = torch.where(draws, up, down) @ lean / lean.norm()
+        largest = float((lean.abs() * torch.maximum(up, -down)).max() / lean.norm())
+        p = torch.tensor([Score(float(one), largest).p_value for one in z])
+        for level in (0.3, 0.1, 0.03, 0.01, 1e-3):
+            expected = level * len(p)
+            assert int((p <= level).sum()) <= expected + 4 * math.sqrt(expected)
+        assert float(p.min()) > 1e-2 / len(p)
+        assert num > 1 or float(z.max()) > 11  # which the normal tail would call one in 10**28
+    assert Score(5.7, 0.01).p_value * 3 < 1e-6 < Score(5.2, 0.0).p_value
+    assert Score(-9.0, 0.0).p_value == 1
+    assert Score(1e9, 0.0).p_value == 1e-300
 
 
 def test_fine_tuning_noise_and_rounding_leave_the_mark(package, make_marked, find):
