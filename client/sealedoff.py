@@ -5,8 +5,10 @@ that threads, and libraries that ask the kernel themselves, are cut off alike. E
 denies what the run never needs: sockets, other processes, and writes outside of its places. What is denied raises
 PolicyError; should that error be swallowed, the bundle still does not leave (`require_quiet`).
 
-An audit hook sees what Python does. It does not see files that a compiled library opens by itself, and it does not hold
-code that means to get around it: the client's own code is trusted, this notices what it did not mean to do.
+An audit hook sees what Python does, but for one way to another process that has no event: `_posixsubprocess`, by which
+multiprocessing spawns. That function is replaced while the seal holds. Neither sees files that a compiled library opens
+by itself, and neither holds code that means to get around it: the client's own code is trusted, this notices what it
+did not mean to do.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import importlib
 import os
 import re
 import signal
@@ -22,7 +25,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -51,6 +54,7 @@ _STARTS = frozenset(
     "subprocess.Popen os.system os.exec os.posix_spawn os.spawn os.fork os.forkpty os.startfile os.startfile/2 "
     "pty.spawn _winapi.CreateProcess sys.remote_exec".split()
 )
+_UNHEARD = (("_posixsubprocess", "fork_exec"), ("subprocess", "_fork_exec"))  # starts a process without an event
 
 
 class _Target(NamedTuple):
@@ -132,6 +136,8 @@ def places_of(config: TuneConfig) -> Places:
     written = rf"{name}|{name}\.work|{files}|\.(?:{name}|{files})\.{_STAGE}"
     near = [(os.path.realpath(config.output.parent), re.compile(written))]
     roots = []
+    if config.canaries is not None:  # the mark that they are used
+        near.append((os.path.realpath(config.canaries), re.compile(rf"used\.json|\.used\.json\.{_STAGE}")))
     if config.dp is not None:
         ledger = config.dp.ledger.expanduser()
         head = rf"{re.escape(ledger.name)}\.head"
@@ -251,6 +257,7 @@ def enter(config: TuneConfig) -> Seal:
     reason = leave_network(_reached(config))
     _tell(reason)
     _settle(config)
+    _bar_unheard()
     return _arm(Seal(places_of(config), reason is None))
 
 
@@ -273,11 +280,12 @@ def sealed_off(config: TuneConfig) -> Iterator[Seal]:
         return
     if not _STATE.has_left:
         _tell("it is left by the command line only, before torch is loaded")
-    undo = _settle(config)
+    undo, unbar = _settle(config), _bar_unheard()
     try:
         yield _arm(Seal(places_of(config), _STATE.has_left))
     finally:
         _STATE.seal = before
+        unbar()
         undo()
 
 
@@ -350,8 +358,45 @@ def _make_hook(state: _State) -> Callable[[str, Arguments], None]:
     return hook
 
 
+def _bar_unheard() -> Callable[[], None]:
+    """What starts a process without an audit event is denied and counted while there is a seal.
+
+    Returns what undoes it.
+    """
+    before = []
+    for module_name, name in _UNHEARD:
+        try:
+            module = importlib.import_module(module_name)
+            before.append((module, name, getattr(module, name)))
+        except (ImportError, AttributeError):  # another platform or another Python
+            continue
+        setattr(module, name, _barred(before[-1][2]))
+
+    def undo() -> None:
+        for module, name, function in before:
+            setattr(module, name, function)
+
+    return undo
+
+
+def _barred(function: Callable[..., int]) -> Callable[..., int]:
+    @functools.wraps(function)
+    def barred(*arguments: Any) -> int:
+        seal = _STATE.seal
+        if seal is None:
+            return function(*arguments)
+        seal.num_seen += 1
+        seal.denied["process"] += 1
+        raise PolicyError("sealed off: another process (_posixsubprocess.fork_exec) was denied", hint=_HINT)
+
+    return barred
+
+
 def _settle(config: TuneConfig) -> Callable[[], None]:
     """Libraries do not write beside the run out of habit: bytecode, a temporary folder, torch's cache of kernels.
+
+    Nor do they start a process out of habit: where processes are spawned, the lock that progress bars share would start
+    multiprocessing's tracker of resources. There is one process, so that the bars need no lock but among threads.
 
     Returns what undoes it.
     """
@@ -362,6 +407,10 @@ def _settle(config: TuneConfig) -> Callable[[], None]:
     before = sys.dont_write_bytecode, tempfile.tempdir, os.environ.get(cache)
     sys.dont_write_bytecode, tempfile.tempdir = True, str(folder)
     os.environ[cache] = str(folder)
+    with suppress(ImportError):
+        lock = importlib.import_module("tqdm.std").TqdmDefaultWriteLock
+        if not hasattr(lock, "mp_lock"):
+            lock.mp_lock = None
 
     def undo() -> None:
         sys.dont_write_bytecode, tempfile.tempdir = before[0], before[1]

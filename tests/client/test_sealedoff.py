@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import _posixsubprocess
+import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -270,6 +273,58 @@ def test_a_block_is_sealed_off_and_nothing_after_it(config, here, monkeypatch):
     assert figures() is None
     require_quiet()
     assert before == (sys.dont_write_bytecode, tempfile.tempdir, os.environ.get("TORCHINDUCTOR_CACHE_DIR"))
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_processes_that_multiprocessing_spawns_are_denied_and_counted(config, method, monkeypatch):
+    from multiprocessing import forkserver, util
+
+    monkeypatch.setattr(forkserver._forkserver, "_forkserver_pid", None)  # as if none ran yet
+    monkeypatch.setattr(forkserver._forkserver, "_forkserver_alive_fd", None)
+    before = _posixsubprocess.fork_exec, subprocess._fork_exec
+    context = multiprocessing.get_context(method)
+    with sealed_off(config) as seal:
+        with pytest.raises(PolicyError, match=r"another process \(_posixsubprocess.fork_exec\)"):
+            util.spawnv_passfds(b"/bin/true", [b"true"], ())
+        assert seal.figures()["processes"] == 1
+        with contextlib.suppress(PolicyError, OSError):
+            context.Process(target=str).start()
+        assert sum(seal.denied.values()) == 2
+        with pytest.raises(PolicyError, match=r"no bundle is released"):
+            require_quiet()
+    assert before == (_posixsubprocess.fork_exec, subprocess._fork_exec)
+    process = multiprocessing.get_context("spawn").Process(target=str)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+BARS = """
+import multiprocessing, sys
+from pathlib import Path
+from client.config import TuneConfig
+from client.sealedoff import enter, require_quiet
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    here = Path(sys.argv[1])
+    seal = enter(TuneConfig(package=here / "package", data=here / "notes.txt", output=here / "bundle", sealed_off=True))
+    from tqdm.auto import tqdm
+    list(tqdm(range(3)))
+    require_quiet()
+    try:
+        multiprocessing.Process(target=str).start()
+    except Exception as error:
+        print(type(error).__name__, seal.figures()["processes"])
+"""
+
+
+def test_progress_bars_start_no_process_where_processes_are_spawned(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", "-c", BARS, str(tmp_path)],
+        env={**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "PolicyError 1\n"
 
 
 def test_blocks_within_one_another(config, here):
@@ -596,7 +651,9 @@ DEEDS = {
     ("deed", "is_swallowed"),
     [*((deed, False) for deed in DEEDS), ("connects", True), ("writes elsewhere", True)],
 )
-def test_row_31_code_that_reads_the_data_and_gets_out_is_stopped(dropped_package, notes_file, tmp_path, deed, is_swallowed):
+def test_row_31_code_that_reads_the_data_and_gets_out_is_stopped(
+    dropped_package, notes_file, tmp_path, deed, is_swallowed
+):
     before = sorted(path.name for path in tmp_path.iterdir())
     script = MISCHIEF.format(what=(SWALLOWED if is_swallowed else "") + DEEDS[deed])
     done = tuned(tmp_path, dropped_package, notes_file, "sealed", "--sealed-off", start=("-c", script))
