@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-MARKS = {"ends": "o", "lora-ends": "s", "lora-all": "^", "lora-attention": "v"}
+MARKS = {"ends": "o", "lora-ends": "s", "lora-all": "^", "lora-all-low": "<", "lora-attention": "v", "blocks-all": "D"}
 COLOURS = {"width": "#2563a8", "drop": "#b3541e"}
 
 
@@ -36,8 +36,9 @@ def draw(result: dict[str, Any], out: Path) -> None:
             markerfacecolor="white" if row["package"].endswith("free") else None,
             capsize=2,
         )
+        beside = (6, -8) if row["adapter"] in {"ends", "lora-all-low"} else (6, 4)
         axes.annotate(
-            row["package"], (row["capability"], recovered["mean"]), (5, 4), textcoords="offset points", fontsize=7
+            row["package"], (row["capability"], recovered["mean"]), beside, textcoords="offset points", fontsize=7
         )
     for adapter, mark in MARKS.items():
         if any(row["adapter"] == adapter and row["package"] != "keep-all" for row in result["rows"]):
