@@ -67,10 +67,14 @@ class AuditPackageConfig(VerbConfig):
         "interpolate, regrow or split; HEAL lora (rank 8, every linear) or all (every weight but the embeddings)",
     )
     lora_rates: tuple[Rate, ...] = Field(
-        (2e-3, 8e-3), min_length=1, description="learning rates tried for lora at the first mark; the best one stays"
+        (2e-3, 8e-3),
+        min_length=1,
+        description="learning rates tried for lora; after the first mark the best and those next to it",
     )
     all_rates: tuple[Rate, ...] = Field(
-        (3e-4, 1e-3), min_length=1, description="learning rates tried for all at the first mark; the best one stays"
+        (3e-4, 1e-3),
+        min_length=1,
+        description="learning rates tried for all; after the first mark the best and those next to it",
     )
     holdout: float = Field(0.05, gt=0, lt=1, description="share of public documents by which the attacker chooses")
     batch_size: int = Field(4, ge=1, description="sequences in one forward pass")

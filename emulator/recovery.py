@@ -3,7 +3,9 @@
 An attack has a start (`emulator.refill`) and a way to heal it by next-token loss: low-rank adapters on every linear, or
 every weight but the embeddings. It never sees the owner's record or the full model; what it knows besides the package
 is `Knowledge`. A mark of so many tokens is one run of that length, whose rate falls to its end: what that many tokens
-buy. At the first mark several rates are tried, and the one that is best on public text held out stays.
+buy. At the first mark all given rates are tried; at each longer one the best of the mark before and its neighbours, the
+next lower and the next higher that was given, as the best rate changes with length. What is best on public text held
+out is what counts. With two rates that is all of them at every mark, with many it is three at most.
 
 *Regained* is ``(emulator - attacked) / (emulator - full)``, in nats per token of the owner's held-out text. Where the
 emulator is as good as the full model, nothing is left to regain, and all of it counts as regained: 1.
@@ -49,7 +51,7 @@ class Setting:
 
     Attributes:
         marks: tokens trained on, ascending; 0 among them or not, it is always measured.
-        rates: learning rates to try, by way of healing.
+        rates: learning rates to try, by way of healing; at longer marks those near the best one.
         step_tokens: tokens of one step.
         work: folder for what is done, and for checkpoints of what is not; the caller removes it.
     """
@@ -139,7 +141,7 @@ class Attacker:
         """Return the curve of one attack: at 0 tokens and at every mark."""
         points, runs = [self._point(0, loss_at_zero)], list[_Run]()
         for mark in filter(None, self.setting.marks):
-            rates = [runs[0].rate] if runs else self.setting.rates[heal]
+            rates = _neighbours(self.setting.rates[heal], runs[-1].rate) if runs else self.setting.rates[heal]
             runs.append(self._best_run(start, heal, mark, rates))
             points.append(self._point(runs[-1].num_tokens, runs[-1].loss))
             regained, num_tokens = points[-1].regained, points[-1].num_tokens
@@ -230,6 +232,13 @@ class Attacker:
             stage.write_text(json.dumps({"stated": stated, "found": vars(found)}), encoding="utf-8")
         shutil.rmtree(work)
         return found
+
+
+def _neighbours(rates: Sequence[float], rate: float) -> Sequence[float]:
+    """Return the rate and those next to it by size."""
+    ordered = sorted(set(rates))
+    at = ordered.index(rate)
+    return ordered[max(0, at - 1) : at + 2]
 
 
 def _read(done: Path, stated: str) -> _Run:

@@ -94,16 +94,42 @@ def test_a_width_package_is_regrown(attacker, pack_speaker):
     assert only.points[0].regained == pytest.approx(0, abs=1e-4)
 
 
-def test_rates_are_tried_at_the_first_mark_and_the_best_by_public_text_stays(attacker, pack_speaker, tmp_path):
+def test_all_rates_are_tried_at_the_first_mark_and_then_those_near_the_best_by_public_text(
+    attacker, pack_speaker, tmp_path
+):
     rates = {"lora": (1e-2,), "all": (1e-6, 3e-3, 1e-5)}
     eager = attacker(pack_speaker("drop", blocks=2), marks=(0, 4 * STEP, 8 * STEP), rates=rates)
     (found,) = eager.attack(["as_is_all"])
     names = sorted(path.name for path in (tmp_path / "work").iterdir())
     first, second = 4 * STEP, 8 * STEP
     assert names == sorted(
-        [f"as_is_all-{first}-{rate}.json" for rate in ("1e-06", "0.003", "1e-05")] + [f"as_is_all-{second}-0.003.json"]
+        [f"as_is_all-{first}-{rate}.json" for rate in ("1e-06", "0.003", "1e-05")]
+        + [f"as_is_all-{second}-{rate}.json" for rate in ("1e-05", "0.003")]
     )
     assert [point.num_tokens for point in found.points] == [0, first, second]
+
+
+@pytest.mark.parametrize(
+    ("best_by_mark", "tried_at"),
+    [
+        ((3, 3, 3), [{1, 2, 3, 4}, {2, 3, 4}, {2, 3, 4}]),
+        ((3, 2, 1), [{1, 2, 3, 4}, {2, 3, 4}, {1, 2, 3}]),
+        ((4, 4, 3), [{1, 2, 3, 4}, {3, 4}, {3, 4}]),
+        ((1, 2, 3), [{1, 2, 3, 4}, {1, 2}, {1, 2, 3}]),
+    ],
+)
+def test_the_rate_may_change_with_the_mark(attacker, pack_speaker, monkeypatch, best_by_mark, tried_at):
+    marks, tried = (4 * STEP, 8 * STEP, 16 * STEP), []
+
+    def run(self, start, heal, mark, rate):
+        tried.append((mark, rate))
+        off = abs(rate - best_by_mark[marks.index(mark)])
+        return module._Run(off, 3.0 + off, mark, 1, rate, 0.0)
+
+    monkeypatch.setattr(Attacker, "_run", run)
+    found = attacker(pack_speaker("drop", blocks=2), marks=marks, rates={"all": (3, 1, 4, 2)}).heal("as_is", "all", 4.0)
+    assert [{rate for at, rate in tried if at == mark} for mark in marks] == tried_at
+    assert [point.perplexity for point in found.points[1:]] == pytest.approx([math.exp(3.0)] * 3)
 
 
 class Killed(BaseException):
