@@ -157,8 +157,8 @@ def _text_capability(config: AuditPackageConfig, given: Given, full: PreTrainedM
         say("capability: chance is a unigram model of the public text")
         chance = floor_by_public(given.text, given.public, vocabulary)
     else:
-        say("capability: chance is a unigram model of the held-out documents, each half by the other half's")
-        chance = floor_by_halves(given.records, given.tokenizer, vocabulary, context=config.block_tokens)
+        say("capability: chance is a unigram model of the held-out text, each half by the other half's")
+        chance = floor_by_halves(given.text, vocabulary)
     return text_capability(given.text, chance=chance, full=losses.full, emulator=losses.emulator, results=given.results)
 
 

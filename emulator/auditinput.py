@@ -29,7 +29,7 @@ class Given:
 
     Attributes:
         earlier: the owner's records of other packages.
-        records: held-out text as it was read; `text`: as it is measured on.
+        text: held-out text as it is measured on.
         public: public text, empty when there is none.
         attackers: the same in batches, for attacks.
     """
@@ -39,7 +39,6 @@ class Given:
     earlier: Sequence[OwnerRecord]
     results: Results | None
     tokenizer: PreTrainedTokenizerBase
-    records: Sequence[Record] = field(repr=False)
     text: HeldOut
     public: Sequence[Example] = field(repr=False)
     attackers: PublicText | None
@@ -79,7 +78,7 @@ def open_given(config: AuditPackageConfig) -> Given:
     examples = encode(public, tokenizer, context=config.block_tokens, whole_text=True).examples if public else []
     attackers = _attackers_text(config, package, record, tokenizer, public) if public else None
     device = choose_device(config.device)
-    return Given(package, record, earlier, results, tokenizer, records, text, examples, attackers, device)
+    return Given(package, record, earlier, results, tokenizer, text, examples, attackers, device)
 
 
 def _record(package: Path) -> OwnerRecord:

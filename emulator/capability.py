@@ -25,12 +25,14 @@ from offsite.console import progress
 from offsite.digests import sha256_bytes
 from offsite.errors import ConfigError, DataError
 from offsite.measure import multiple_choice_task, perplexity, run_tasks
-from offsite.records import Record, read_rows, split_by_document
+from offsite.records import Record, read_rows
 from offsite.results import Results
 from offsite.text import IGNORED, Example, encode, pack, pad_id
 
 PERPLEXITY = "perplexity"
 """The name of the capability that is measured on held-out text; a task cannot have it."""
+
+_LOSSES = frozenset("perplexity word_perplexity byte_perplexity bits_per_byte brier_score ter".split())
 
 SAME_LOSS = 0.02
 """Nats per token by which the same model, text and cut may differ between two runs, in other arithmetic."""
@@ -110,9 +112,12 @@ def held_out(
 
 def unigram(examples: Iterable[Example], vocabulary: int) -> Tensor:
     """Return (vocabulary,) float64: the log-probability of each token by how often it counts, add-one smoothed."""
-    counts = torch.ones(vocabulary, dtype=torch.float64)
-    for example in examples:
-        counts += torch.bincount(_targets(example), minlength=vocabulary)
+    targets = [_targets(example) for example in examples]
+    return _log_frequencies(torch.cat(targets) if targets else torch.empty(0, dtype=torch.int64), vocabulary)
+
+
+def _log_frequencies(targets: Tensor, vocabulary: int) -> Tensor:
+    counts = torch.bincount(targets, minlength=vocabulary).double() + 1
     return (counts / counts.sum()).log()
 
 
@@ -127,23 +132,21 @@ def floor_by_public(text: HeldOut, public: Sequence[Example], vocabulary: int) -
     return unigram_loss(text.examples, unigram(public, vocabulary))
 
 
-def floor_by_halves(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, vocabulary: int, *, context: int
-) -> float:
-    """Return the loss on the held-out documents, each half by a unigram model that was fitted on the other half.
+def floor_by_halves(text: HeldOut, vocabulary: int) -> float:
+    """Return the loss on held-out text, each half by a unigram model that was fitted on the other half.
+
+    The positions that count are those that models are measured on, no others. They are cut in the middle, in the order
+    of the file, so that at most one document is on both sides.
 
     Raises:
-        DataError: when there is but one document.
+        DataError: when but one position counts.
     """
-    halves = [
-        encode(half, tokenizer, context=context, whole_text=True).examples
-        for half in split_by_document(records, fraction=0.5, seed=0)
-    ]
-    sums = [
-        unigram_loss(half, unigram(other, vocabulary)) * _num_targets(half)
-        for half, other in (halves, reversed(halves))
-    ]
-    return sum(sums) / sum(map(_num_targets, halves))
+    targets = torch.cat([_targets(example) for example in text.examples])
+    if len(targets) < 2:
+        raise DataError(f"{len(targets)} token(s) of held-out text count, expected at least two to halve them")
+    halves = targets.tensor_split(2)
+    sums = [float(_log_frequencies(other, vocabulary)[half].sum()) for half, other in (halves, reversed(halves))]
+    return -sum(sums) / len(targets)
 
 
 def share_kept(chance: float, full: float, emulator: float) -> float:
@@ -232,12 +235,13 @@ def task_chance(path: Path, limit: int) -> float:
     """Return what guessing scores in the task: the mean of one over the number of choices, 0 for generated text.
 
     Raises:
-        ConfigError: when a task file does not show how many choices there are.
+        ConfigError: when a task file does not show how many choices there are, or measures what is better when lower.
         DataError: when the rows cannot be read.
     """
     if not _is_yaml(path):
         return _mean_chance(path, [row.values.get("choices") for row in read_rows(path)], limit)
     task = yaml.safe_load(path.read_bytes())
+    _refuse_losses(path, task)
     if task.get("output_type") != "multiple_choice":
         return 0.0
     choices = task.get("doc_to_choice")
@@ -249,6 +253,23 @@ def task_chance(path: Path, limit: int) -> float:
     names = [named] if isinstance(named, str) else named or []
     rows = [row.values.get(str(choices)) for name in names for row in read_rows(path.parent / name)]
     return _mean_chance(path, rows, limit)
+
+
+def _refuse_losses(path: Path, task: Mapping[str, Any]) -> None:
+    """Return only if more is better in all that the task measures, as in shares of what is above chance."""
+    kind, stated = task.get("output_type"), task.get("metric_list")
+    metrics = stated if isinstance(stated, list) else [{"metric": "perplexity"}] if kind == "loglikelihood" else []
+    found = [
+        str(one.get("metric"))
+        for one in metrics
+        if isinstance(one, dict) and (one.get("metric") in _LOSSES or one.get("higher_is_better") is False)
+    ]
+    if kind == "loglikelihood_rolling" or found:
+        what = found[0] if found else f"output_type {kind}"
+        raise ConfigError(
+            f"{path.name}: {what} is better when lower, expected metrics of which more is better",
+            hint="give such text as --heldout, which measures perplexity against chance",
+        )
 
 
 def task_capabilities(
@@ -307,7 +328,3 @@ def _mean_loss(perplexities: Mapping[str, float]) -> float:
 def _targets(example: Example) -> Tensor:
     labels = torch.tensor(example.labels[1:])
     return labels[labels != IGNORED]
-
-
-def _num_targets(examples: Sequence[Example]) -> int:
-    return sum(example.num_loss_tokens for example in examples)

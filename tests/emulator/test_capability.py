@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from emulator.capability import (
+    HeldOut,
     floor_by_halves,
     floor_by_public,
     held_out,
@@ -65,15 +66,26 @@ def test_the_unigram_model_is_add_one_smoothed_counts_of_what_counts():
 def test_no_unigram_model_is_better_than_the_floor_by_much(text, public_speech, heldout_speech, tokenizer):
     public = encode(read_records(public_speech), tokenizer, context=64).examples
     by_public = floor_by_public(text, public, 128)
-    by_halves = floor_by_halves(read_records(heldout_speech), tokenizer, 128, context=16)
+    by_halves = floor_by_halves(text, 128)
     entropy = unigram_loss(text.examples, unigram(text.examples, 128))  # fitted on what it is measured on
     assert entropy <= by_public < entropy + 0.3
     assert by_halves == pytest.approx(by_public, abs=0.2)
 
 
-def test_one_document_has_no_halves(heldout_speech, tokenizer):
-    with pytest.raises(DataError, match=r"1 document\(s\)"):
-        floor_by_halves(read_records(heldout_speech)[:1], tokenizer, 128, context=16)
+def test_halves_are_of_the_tokens_that_are_measured(heldout_speech, tokenizer):
+    examples = [Example([1, 2, 2], [-100, 2, 2]), Example([9, 3, 2], [-100, -100, 3])]
+    text = HeldOut([Example([0, 9, 2, 2, 3, 3], [9, -100, 2, 2, 3, 3])], 0, 1)
+    expected = -(2 * math.log(1 / 6) + 2 * math.log(1 / 6)) / 4  # a half knows nothing of the other's token
+    assert floor_by_halves(text, 4) == pytest.approx(expected)
+    assert floor_by_halves(HeldOut(examples, 0, 1), 4) == pytest.approx(-(2 * math.log(1 / 5) + math.log(1 / 6)) / 3)
+    some = held_out(read_records(heldout_speech), tokenizer, **{**SETTINGS, "limit_tokens": 500})
+    whole = held_out(read_records(heldout_speech), tokenizer, **SETTINGS)
+    assert floor_by_halves(some, 128) != floor_by_halves(whole, 128)
+
+
+def test_one_token_has_no_halves():
+    with pytest.raises(DataError, match=r"1 token\(s\)"):
+        floor_by_halves(HeldOut([Example([1, 2], [1, 2])], 0, 1), 128)
 
 
 def test_a_model_without_skill_is_refused_and_leaves_nothing_to_withhold(text):
@@ -156,6 +168,25 @@ def test_chance_is_one_over_the_choices_and_nothing_for_generated_text(choices, 
         assert task_chance(path, 0) == pytest.approx(chance)
     path.write_text(json.dumps({**stated, "doc_to_choice": "{{a}}"}))
     with pytest.raises(ConfigError, match=r"t\.yaml: does not show how many choices a row has"):
+        task_chance(path, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ({"output_type": "loglikelihood_rolling"}, "output_type loglikelihood_rolling"),
+        ({"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "acc"}]}, "loglikelihood_rolling"),
+        ({"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "bits_per_byte"}]}, "bits_per_byte"),
+        ({"output_type": "loglikelihood"}, "perplexity"),
+        ({"output_type": "loglikelihood", "metric_list": [{"metric": "acc"}, {"metric": "perplexity"}]}, "perplexity"),
+        ({"output_type": "generate_until", "metric_list": [{"metric": "wer", "higher_is_better": False}]}, "wer"),
+        ({"output_type": "multiple_choice", "metric_list": [{"metric": "brier_score"}]}, "brier_score"),
+    ],
+)
+def test_tasks_that_are_better_when_lower_are_refused(tmp_path, content, what):
+    path = tmp_path / "t.yaml"
+    path.write_text(json.dumps({"task": "t", **content}))
+    with pytest.raises(ConfigError, match=rf"t\.yaml: .*{what} is better when lower"):
         task_chance(path, 0)
 
 
