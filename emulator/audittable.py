@@ -19,6 +19,8 @@ def show(audit: PackageAudit, gates: Sequence[Gate]) -> None:
     alike, total = audit.similarity, audit.similarity.num_parameters
     whole, rows_too = alike.num_verbatim / total, alike.num_verbatim_by_row / total
     say(f"verbatim: {whole:.3f} of the model's parameters by whole tensors, {rows_too:.3f} with rows and columns")
+    if alike.num_within_rounding is not None:
+        say(f"within rounding: {alike.num_within_rounding / total:.3f} of them, as a mark leaves them")
     rows = [[one.block, f"{one.cosine:.3f}", f"{one.cka:.3f}"] for one in alike.blocks]
     table("best likeness of each block to one of the full model's", ["", "cosine", "cka"], rows)
     if audit.recovery:
@@ -57,6 +59,9 @@ def figures(audit: PackageAudit, gates: Sequence[Gate]) -> dict[str, object]:
         "gap": None if tuned is None or plugged is None else tuned - plugged,
         "verbatim": alike.num_verbatim / alike.num_parameters,
         "verbatim_by_row": alike.num_verbatim_by_row / alike.num_parameters,
+        "within_rounding": None
+        if alike.num_within_rounding is None
+        else alike.num_within_rounding / alike.num_parameters,
         "regained": max((one.best for one in audit.recovery), default=None),
         "union": None if audit.union is None else audit.union.share_union,
         "gates": [gate.model_dump(mode="json") for gate in gates],

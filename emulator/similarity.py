@@ -1,7 +1,9 @@
 """How like the full model a package is, by its weights and by what passes through its blocks.
 
 *Verbatim*: the owner's parameters that stand in the package bit for bit, in the package's dtype, wherever they stand:
-by whole tensors, and by rows or columns of matrices, which is what a narrowed MLP keeps. *Alignment*: for each block of
+by whole tensors, and by rows or columns of matrices, which is what a narrowed MLP keeps. *Within rounding*: those that
+are where the owner's record says and no further than one step of bfloat16 from the owner's, by whole tensors, rows or
+columns: a mark (`emulator.mark`) moves entries by that much and withholds nothing. *Alignment*: for each block of
 the emulator, how like the one of the owner's blocks it is that it is most like. Which one that is is not told.
 
 Shapes: B rows, T tokens, N of them compared, D hidden.
@@ -46,12 +48,14 @@ def similarity(
     """
     owned, sent = _parameters(full, dtype), _parameters(emulator, dtype)
     num_whole, num_lines = verbatim(owned, sent)
+    num_near = within_rounding(owned, sent, full, record)
     cosines = block_cosines(full, emulator, record)
     ckas = block_ckas(full, emulator, record, batches)
     return Similarity(
         num_parameters=sum(tensor.numel() for tensor in owned.values()),
         num_verbatim=num_whole,
         num_verbatim_by_row=num_whole + num_lines,
+        num_within_rounding=max(num_near, num_whole + num_lines),
         blocks=tuple(BlockAlignment(block=name, cosine=cosines[name], cka=ckas[name]) for name in record.layout.blocks),
     )
 
@@ -90,6 +94,58 @@ def _num_in_lines(matrix: Tensor, rows: set[bytes], columns: set[bytes]) -> int:
     num_rows = sum(line in rows for line in _lines(matrix)) if rows else 0
     num_columns = sum(line in columns for line in _lines(matrix.T)) if columns else 0
     return max(num_rows * matrix.shape[1], num_columns * matrix.shape[0])
+
+
+# --- but for rounding
+
+
+def within_rounding(
+    owned: Mapping[str, Tensor], sent: Mapping[str, Tensor], full: PreTrainedModel, record: OwnerRecord
+) -> int:
+    """Return how many of the owner's parameters were sent to within a step of bfloat16, where the record says.
+
+    A tensor counts whole, otherwise a matrix by whichever it has more of: whole rows or whole columns.
+
+    Args:
+        owned: parameters of `full`; `sent`: of the package. All in one dtype.
+    """
+    num_near, inside = 0, tuple(f"{module}." for module in record.layout.blocks.values())
+    for name, tensor in sent.items():
+        if not name.startswith(inside) and name in owned:
+            num_near += _num_near(owned[name], tensor, owned[name].shape)
+    for canonical, module in record.layout.blocks.items():
+        site = record.sites[canonical]
+        theirs = _inside(owned, site)
+        narrowed = _narrowed(theirs, full.get_submodule(site), record.channels.get(canonical))
+        for name, tensor in _inside(sent, module).items():
+            if name in narrowed:
+                num_near += _num_near(narrowed[name], tensor, theirs[name].shape)
+    return num_near
+
+
+def _inside(parameters: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{module}."): one for name, one in parameters.items() if name.startswith(f"{module}.")}
+
+
+def _num_near(owned: Tensor, sent: Tensor, whole: torch.Size) -> int:
+    """Return the entries sent in whole tensors, rows or columns; `whole` is the owner's shape before narrowing."""
+    if owned.shape != sent.shape:
+        return 0
+    near = is_near(owned, sent)
+    if sent.shape == whole and bool(near.all()):
+        return sent.numel()
+    if sent.dim() != 2:
+        return 0
+    num_rows, num_columns = (int(near.all(axis).sum()) * sent.shape[axis] for axis in (1, 0))
+    return max(num_rows * (sent.shape[1] == whole[1]), num_columns * (sent.shape[0] == whole[0]))
+
+
+def is_near(one: Tensor, other: Tensor) -> Tensor:
+    """Return which entries differ by no more than one step of bfloat16 at the larger of the two, bool."""
+    one, other = one.float(), other.float()
+    larger = torch.maximum(one.abs(), other.abs())
+    step = torch.ldexp(torch.ones_like(larger), torch.frexp(larger).exponent - 8)  # bfloat16 keeps 7 bits
+    return (one - other).abs() <= torch.where(larger == 0, 0.0, step)
 
 
 def _parameters(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -279,11 +279,16 @@ class BlockAlignment(Strict):
 
 
 class Similarity(Strict):
-    """What of the owner's parameters is in the package bit for bit: by whole tensors, and by rows of matrices."""
+    """What of the owner's parameters is in the package bit for bit: by whole tensors, and by rows of matrices.
+
+    ``num_within_rounding`` counts those that are no further than one step of bfloat16 away too, which a mark moves
+    entries by: at least ``num_verbatim_by_row``. None in audits of earlier versions.
+    """
 
     num_parameters: int = Field(ge=1)
     num_verbatim: Count
     num_verbatim_by_row: Count
+    num_within_rounding: Count | None = None
     blocks: tuple[BlockAlignment, ...]
 
 

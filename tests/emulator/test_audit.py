@@ -77,6 +77,7 @@ def test_it_measures_everything_and_prints_verdicts(settings, pack_speaker, tmp_
     for words in (
         "capability kept",
         "verbatim: ",
+        "within rounding: ",
         "best likeness",
         "regained",
         "union: 2 packages",
@@ -88,6 +89,7 @@ def test_it_measures_everything_and_prints_verdicts(settings, pack_speaker, tmp_
 def test_a_package_that_keeps_all_gives_all_away(settings, pack_speaker, tmp_path):
     told = run(settings(pack_speaker("keep-all"), max_recovery="0.99", max_capability="0.99"))
     assert (told["kept"], told["verbatim"], told["verbatim_by_row"], told["regained"]) == (1, 1, 1, 1)
+    assert told["within_rounding"] == 1
     assert [gate["verdict"] for gate in told["gates"]] == ["failed", "failed"]
 
 

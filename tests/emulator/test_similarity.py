@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
-from emulator.similarity import block_ckas, block_cosines, similarity, verbatim
+from emulator.mark import mark
+from emulator.similarity import block_ckas, block_cosines, is_near, similarity, verbatim
 from offsite.owner import owner_record_path, read_owner_record
 from offsite.package import open_package
 from offsite.records import read_records
@@ -102,6 +105,30 @@ def test_padding_is_not_compared(speaker, pack_speaker, batches):
     assert block_ckas(speaker, emulator, record, padded) == pytest.approx(
         block_ckas(speaker, emulator, record, batches), abs=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("method", "recipe"),
+    [("keep-all", {}), ("drop", {"blocks": 2}), ("width", {"width": 0.5, "refit": False}), ("width", {"width": 0.25})],
+)
+def test_a_mark_leaves_parameters_within_rounding(speaker, pack_speaker, batches, tmp_path, method, recipe, dtype):
+    package, kind = pack_speaker(method, dtype=dtype, **recipe), getattr(torch, dtype)
+    plain = compare(speaker, package, batches, kind)
+    assert plain.num_within_rounding == plain.num_verbatim_by_row
+    (tmp_path / "keys").mkdir(mode=0o700)
+    marked = mark(package, tmp_path / "marked", recipient="-".join(["aaaa"] * 13), keys=tmp_path / "keys")
+    found = compare(speaker, marked, batches, kind)
+    assert found.num_verbatim_by_row < plain.num_verbatim_by_row
+    assert found.num_within_rounding == plain.num_within_rounding
+
+
+def test_more_than_a_step_is_not_within_rounding():
+    one = torch.tensor([1.0, 1.0, 1.0, 2.0, -1.0, 0.0, 0.0, 1e-30, math.nan])
+    other = torch.tensor([1 + 2**-7, 1 + 2**-6, 1 - 2**-7, 2 - 2**-7, 1.0, 0.0, 1e-30, 1.01e-30, math.nan])
+    assert is_near(one, other).tolist() == [True, False, True, True, False, True, False, False, False]
+    assert torch.equal(is_near(one, other), is_near(other, one))
+    assert bool(is_near(one[:8], one[:8].bfloat16()).all())
 
 
 def test_each_tensor_that_was_sent_accounts_for_one_of_the_owners():
