@@ -8,7 +8,8 @@ no other set fits it. No text of the client's is in a set: what is revealed is m
 four random words after it, for how far those words stand out of others that were drawn alike.
 
 A folder of canaries holds ``canaries.json``, which stays with the client until it is revealed, and two folders ready to
-be sealed as reports: ``commitment`` and ``reveal``, the same bytes again.
+be sealed as reports: ``commitment`` and ``reveal``, the same bytes again. A run that trains on the set leaves
+``used.json`` there before its first step: a set is for one bundle, wherever bundles are written.
 
 Source: exposure of secrets, arXiv:1802.08232; a coin for each row, arXiv:2305.08846; texts that a model made at high
 temperature, arXiv:2606.10481.
@@ -18,24 +19,27 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
 from offsite.digests import DIGEST_PATTERN, sha256_bytes
-from offsite.errors import ArtefactError, BadDigest, BadSchema, TooLarge, WrongBinding, WrongNames
+from offsite.errors import ArtefactError, BadDigest, BadSchema, PolicyError, TooLarge, WrongBinding, WrongNames
 from offsite.job import JOB_ID_PATTERN
 from offsite.manifest import Strict
 from offsite.records import Record
-from offsite.staging import staged_folder
+from offsite.staging import staged_file, staged_folder
 from offsite.strictjson import parse_strict, write_compact
 from offsite.words import WORDS
 
 CANARIES_FORMAT: Final = "offsite/canaries/1"
 COMMITMENT_FORMAT: Final = "offsite/canaries-commitment/1"
+USED_FORMAT: Final = "offsite/canaries-used/1"
 CANARIES_NAME = "canaries.json"
+USED_NAME = "used.json"
 COMMITMENT_FOLDER, REVEAL_FOLDER = "commitment", "reveal"
 REPORT_NAME = "report.json"  # the name under which `offsite seal` takes a report
 CANARIES_LIMIT_BYTES = 32 * 2**20
@@ -49,6 +53,7 @@ SECRET_SPACE = len(WORDS) ** SECRET_WORDS
 
 _COMMITMENT_LABEL = b"offsite/v1/canaries\0"
 _CANDIDATES_LABEL = b"offsite/v1/canary-candidates\0"
+_PLACE_LABEL = b"offsite/v1/canaries-place\0"
 _IMPLAUSIBLE = 1e-6
 
 Digest = Annotated[str, Field(pattern=DIGEST_PATTERN)]
@@ -139,6 +144,14 @@ class Commitment(Strict):
     num_secrets: int = Field(ge=0, le=MAX_SECRETS)
 
 
+class Used(Strict):
+    """The content of ``used.json``: where the one bundle that the set is for goes, and its digest once it stands."""
+
+    format: Literal["offsite/canaries-used/1"] = USED_FORMAT
+    place: Digest
+    bundle: Digest | None = None
+
+
 def commitment_of(raw: bytes) -> str:
     """Return the digest that commits to a set of canaries, of the exact bytes of its file."""
     return sha256_bytes(_COMMITMENT_LABEL + raw)
@@ -147,24 +160,45 @@ def commitment_of(raw: bytes) -> str:
 def records_of(canaries: CanarySet) -> list[Record]:
     """Return the rows to train on: every text that is included, every included secret `repeats` times.
 
-    Each row is a document of its own. They belong behind the rows to train on, once those to validate on are chosen.
+    Each row is a document of its own, which no other set has: a ledger of users must not take two sets for one user.
+    They belong behind the rows to train on, once those to validate on are chosen.
     """
     rows = [row for canary, row in zip(canaries.synthetic, synthetic_records(canaries), strict=True) if canary.included]
     for number, secret in enumerate(canaries.planted, 1):
         segments = ((f"{secret.prefix} {secret.secret}", True),)
-        for copy in range(canaries.repeats):
-            rows.append(
-                Record(segments, f"offsite secret {number}/{copy + 1}", len(rows) + 1, place=f"secret {number}")
-            )
+        for copy in range(1, canaries.repeats + 1):
+            document = f"offsite secret {_tag(canaries)}/{number}/{copy}"
+            rows.append(Record(segments, document, len(rows) + 1, place=f"secret {number}"))
     return rows
 
 
 def synthetic_records(canaries: CanarySet) -> list[Record]:
     """Return every synthetic canary, included or not, as the row that it is or would have been."""
     return [
-        Record(((canary.text, True),), f"offsite canary {number}", number, place=f"canary {number}")
+        Record(((canary.text, True),), f"offsite canary {_tag(canaries)}/{number}", number, place=f"canary {number}")
         for number, canary in enumerate(canaries.synthetic, 1)
     ]
+
+
+def drawn_only(canaries: CanarySet, documents: Collection[str]) -> CanarySet:
+    """Return the set without what was to be trained on and never was: it is neither in nor out.
+
+    Synthetic canaries that were never drawn are gone; secrets none of whose copies was drawn are not `planted`.
+
+    Args:
+        documents: names of the rows of `records_of` that were drawn.
+    """
+    synthetic = tuple(
+        canary
+        for canary, row in zip(canaries.synthetic, synthetic_records(canaries), strict=True)
+        if not canary.included or row.document in documents
+    )
+    spoken = {row.segments[0][0] for row in records_of(canaries) if row.document in documents}
+    secrets = tuple(
+        secret.model_copy(update={"included": secret.included and f"{secret.prefix} {secret.secret}" in spoken})
+        for secret in canaries.secrets
+    )
+    return canaries.model_copy(update={"synthetic": synthetic, "secrets": secrets})
 
 
 def candidates_of(canaries: CanarySet, secret: Secret) -> list[str]:
@@ -179,6 +213,49 @@ def candidates_of(canaries: CanarySet, secret: Secret) -> list[str]:
     drawn = dict.fromkeys(words_of(stream[at : at + SECRET_WORDS]) for at in range(0, len(stream), SECRET_WORDS))
     drawn.pop(secret.secret, None)
     return list(drawn)[:wanted]
+
+
+def mark_used(folder: Path, canaries: CanarySet, output: Path, *, bundle: str | None = None) -> None:
+    """The set in `folder` is known to be trained on for `output`, and once `bundle` is given, to have become it.
+
+    Raises:
+        RunFailed: when the disk is full or the folder cannot be written.
+    """
+    used = Used(place=_place(canaries, output), bundle=bundle)
+    with staged_file(folder.resolve() / USED_NAME, replace=True) as stage:
+        stage.touch(mode=0o600)
+        stage.write_bytes(write_compact(used))
+
+
+def require_unmarked(folder: Path, canaries: CanarySet, output: Path, *, resume: bool) -> None:
+    """Return only if no run was begun on the set in `folder`, or the one towards `output` that is now resumed.
+
+    Raises:
+        PolicyError: when another was begun, or that one has its bundle.
+        ArtefactError: when the mark is not one of this format.
+    """
+    path = folder / USED_NAME
+    if not path.exists() and not path.is_symlink():
+        return
+    raw = _read(folder, USED_NAME, COMMITMENT_LIMIT_BYTES, "folder of canaries")
+    used = parse_strict(raw, Used, USED_NAME, {"format": USED_FORMAT})
+    is_same = used.place == _place(canaries, output)
+    if is_same and resume and used.bundle is None:
+        return
+    hint = "offsite canaries makes another set"
+    if used.bundle is None:
+        hint = f"--resume goes on with that run; {hint}" if is_same else hint
+    which = "this output" if is_same else "another output"
+    raise PolicyError(f"canaries {folder.name!r} were trained on for {which}, a set is for one bundle", hint=hint)
+
+
+def _place(canaries: CanarySet, output: Path) -> str:
+    """Return the digest of where a bundle is to be written, salted: it tells nobody the path."""
+    return sha256_bytes(_PLACE_LABEL + bytes.fromhex(canaries.nonce) + os.fsencode(output.resolve()))
+
+
+def _tag(canaries: CanarySet) -> str:
+    return canaries.nonce[:16]
 
 
 def words_of(raw: bytes) -> str:

@@ -20,6 +20,7 @@ from offsite.canaries import (
     Secret,
     candidates_of,
     commitment_of,
+    drawn_only,
     open_reveal,
     read_canaries,
     read_commitment,
@@ -101,6 +102,8 @@ def test_rows_to_train_on_are_those_of_the_coins():
     assert texts[3:] == 2 * [f"code 1 is {words_of(bytes(4 * [1]))}"] + 2 * [f"code 2 is {words_of(bytes(4 * [2]))}"]
     assert len({row.document for row in rows}) == len(rows)
     assert all(counts for row in rows for _, counts in row.segments)
+    assert len({row.document for row in rows}) == len(rows)
+    assert all("0" * 16 in row.document for row in (*rows, *synthetic_records(made())))
     assert [row.segments[0][0] for row in synthetic_records(made())] == [f"naïve text {n}" for n in range(6)]
     assert "naïve" not in repr(rows) + repr(made())
 
@@ -143,6 +146,18 @@ def reveal(folder: Path, raw: bytes) -> Path:
     folder.mkdir()
     (folder / "report.json").write_bytes(raw)
     return folder
+
+
+def test_what_was_to_be_trained_on_and_never_was_is_neither_in_nor_out():
+    canaries = made()
+    rows = records_of(canaries)
+    kept = drawn_only(canaries, {rows[1].document, rows[-1].document})
+    assert [(one.text, one.included) for one in kept.synthetic] == [
+        ("naïve text 1", False), ("naïve text 2", True), ("naïve text 3", False), ("naïve text 5", False),
+    ]  # fmt: skip
+    assert kept.planted == (canaries.secrets[2],)  # one of its two copies was drawn
+    assert drawn_only(canaries, {row.document for row in rows}) == canaries
+    assert drawn_only(canaries, ()).num_included == 0
 
 
 @pytest.mark.parametrize("raw", OTHER_BYTES.values(), ids=OTHER_BYTES.keys())
