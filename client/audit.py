@@ -30,13 +30,14 @@ from offsite.audit import (
     Run,
     ScanFigures,
     Verbatim,
+    quoted,
     read_run,
     run_path,
     write_audit,
 )
 from offsite.auditing import require_extra
 from offsite.bundle import Bundle, open_bundle
-from offsite.canaries import CanarySet, read_canaries, records_of
+from offsite.canaries import CanarySet, read_canaries
 from offsite.canaryaudit import CanaryScores, audit_canaries, score_canaries
 from offsite.console import progress, say
 from offsite.devices import choose_device
@@ -155,24 +156,28 @@ def _measure(config: AuditBundleConfig, given: _Given) -> tuple[BundleAudit, Row
         limit=config.rows,
         context=context_of(model),
         others=given.others,
-        canaries=[] if given.canaries is None else records_of(given.canaries),
+        canaries=given.canaries,
         seed=config.seed,
     )
     say(f"{len(rows.members)} rows that were trained on, {len(rows.nonmembers)} that were not ({_WORDS[rows.source]})")
     if not rows.members:
         say("no row was certainly trained on: the run was too short to say which of them it drew")
+    if rows.drawn_share < 1:
+        say(f"{rows.drawn_share:.0%} of the canaries to train on were drawn by the step released, the rest is left out")
     before = _score(config, given, model, tokenizer, rows, label="without the adapter", is_tuned=False)
     expected = declared(given.run.adapter, given.package.layout, given.package.block_tensors())
     attached.load(given.bundle.load_tensors(expected))
     after = _score(config, given, model, tokenizer, rows, label="with the adapter", is_tuned=True)
     membership, shift = _membership(before, after, len(rows.members))
     audit = BundleAudit(
-        run=given.run,
+        run=quoted(given.run),
         tokens_per_row=config.tokens_per_row,
+        seed=config.seed,
+        rows_limit=config.rows,
         membership=membership,
         nonmembers=rows.source,
         auc_before=None if shift is None else shift.auc,
-        canaries=_canary_audit(given, before, after),
+        canaries=_canary_audit(given, rows, before, after),
         verbatim=_verbatim(before, after, beginning(rows.members)),
         scan=_scan(config, given),
         versions=versions(),
@@ -217,11 +222,11 @@ def _score(
             progress=bar,
         )
     canaries = None
-    if given.canaries is not None:
+    if rows.canaries is not None:
         canaries = score_canaries(
             model,
             tokenizer,
-            given.canaries,
+            rows.canaries,
             label=label,
             extract=is_tuned,
             batch_size=config.batch_size,
@@ -247,16 +252,17 @@ def _membership(before: _Found, after: _Found, num_members: int) -> tuple[tuple[
     return found, membership_of("loss", untuned[:num_members], untuned[num_members:])
 
 
-def _canary_audit(given: _Given, before: _Found, after: _Found) -> CanaryAudit | None:
-    if given.canaries is None or before.canaries is None or after.canaries is None:
+def _canary_audit(given: _Given, rows: Rows, before: _Found, after: _Found) -> CanaryAudit | None:
+    if rows.canaries is None or before.canaries is None or after.canaries is None:
         return None
     claim = given.run.claim
     return audit_canaries(
-        given.canaries,
+        rows.canaries,
         str(given.run.canaries),
         tuned=after.canaries,
         untuned=before.canaries,
         delta=DELTA_WITHOUT_CLAIM if claim is None else claim.delta,
+        drawn_share=rows.drawn_share,
     )
 
 

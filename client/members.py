@@ -1,7 +1,8 @@
 """Which rows an audit scores: some that a run was trained on, and others that it never read.
 
-A row counts as trained on when the run drew it: of a run shorter than an epoch, rows whose batch never came are neither
-members nor non-members. Of a private run nobody knows which were drawn, so all of its units count.
+A row counts as trained on when the run drew it by the step whose weights are released: of fewer steps than an epoch
+has, rows whose batch had not come are neither members nor non-members, and so are canaries. Of a private run nobody
+knows which were drawn, so all of its units count. A row that stands in the text twice is scored once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from client.data import prepare, split_records
 from client.privacy import units_of
 from offsite.audit import Run
+from offsite.canaries import CanarySet, drawn_only, records_of
 from offsite.errors import WrongBinding
 from offsite.records import Record
 from offsite.text import IGNORED, Encoded, Example, encode
@@ -29,13 +31,16 @@ Row = TypeVar("Row")
 class Rows:
     """Rows to score, as they were trained on one by one, and where those not trained on come from.
 
-    ``num_available`` is of non-members, before some were chosen.
+    ``num_available`` is of non-members, before some were chosen. ``canaries`` is the set without what was to be trained
+    on and never was, None where nothing is left of it; ``drawn_share`` is how much of that was drawn.
     """
 
     members: list[Example] = field(repr=False)
     nonmembers: list[Example] = field(repr=False)
     source: Source
     num_available: int
+    canaries: CanarySet | None = field(default=None, repr=False)
+    drawn_share: float = 1.0
 
 
 def choose_rows(
@@ -46,7 +51,7 @@ def choose_rows(
     limit: int,
     context: int | None,
     others: Sequence[Record] | None = None,
-    canaries: Sequence[Record] = (),
+    canaries: CanarySet | None = None,
     seed: int = 0,
 ) -> Rows:
     """Return at most `limit` rows that the run was trained on and as many that it was not, drawn by `seed`.
@@ -55,7 +60,7 @@ def choose_rows(
         records: of the file that was tuned on, all of them.
         context: longest row that the model can read; none for any.
         others: non-members; without them, those set aside, or else those validated on.
-        canaries: rows of the set that was trained on.
+        canaries: the set that was trained on.
 
     Raises:
         WrongBinding: when the split does not come out as the run's did.
@@ -73,11 +78,17 @@ def choose_rows(
     read = [sides.train, *([] if source == "validation" else [sides.validation])]
     known = {_content(record) for side in read for record in side}
     unread = [record for record in outside if _content(record) not in known]
-    inside = _trained(records, sides.train, run, tokenizer, canaries)
-    nonmembers = _encoded(unread, run, tokenizer).examples if unread else []
+    planted = [] if canaries is None else records_of(canaries)
+    inside, known_canaries = _trained(records, sides.train, run, tokenizer, planted)
+    inside = _distinct(inside)
+    nonmembers = _distinct(_encoded(unread, run, tokenizer).examples) if unread else []
     chosen = [_some(rows, limit, f"{seed}/{name}") for rows, name in ((inside, "members"), (nonmembers, "others"))]
     cut = [[_cut(example, context) for example in rows] for rows in chosen]
-    return Rows(cut[0], cut[1], source, len(nonmembers))
+    kept, share = canaries, 1.0
+    if canaries is not None and known_canaries is not None:
+        kept = drawn_only(canaries, known_canaries)
+        share = kept.num_included / max(1, canaries.num_included)
+    return Rows(cut[0], cut[1], source, len(nonmembers), kept if kept and kept.synthetic else None, share)
 
 
 def _trained(
@@ -85,24 +96,19 @@ def _trained(
     train: Sequence[Record],
     run: Run,
     tokenizer: PreTrainedTokenizerBase,
-    canaries: Sequence[Record],
-) -> list[Example]:
+    planted: Sequence[Record],
+) -> tuple[list[Example], set[str] | None]:
+    """Return the rows that count as trained on, and the documents of canaries that do; None where all of them do."""
     examples = _encoded(train, run, tokenizer).examples
     if run.claim is not None:
         units = units_of(examples, unit=run.claim.unit, rows_per_user=run.claim.rows_per_user or 1)
-        return [example for unit in units for example in unit]
-    drawn = _drawn(records, examples, run, tokenizer, canaries)
+        return [example for unit in units for example in unit], None
+    added = _encoded(planted, run, tokenizer).examples if planted else []
+    drawn = _drawn(records, [*examples, *added], run, tokenizer, planted)
     if drawn is None:
-        return examples
-    if not run.text.packed:
-        return [example for number, example in enumerate(examples) if number in drawn]
-    found, start = [], 0
-    for example in examples:
-        end = start + len(example.input_ids)
-        if all(block in drawn for block in range(start // run.text.block_tokens, -(-end // run.text.block_tokens))):
-            found.append(example)
-        start = end
-    return found
+        return examples, None
+    inside = [example for number, example in enumerate(examples) if number in drawn]
+    return inside, {example.document for number, example in enumerate(added, len(examples)) if number in drawn}
 
 
 def _drawn(
@@ -110,12 +116,12 @@ def _drawn(
     examples: Sequence[Example],
     run: Run,
     tokenizer: PreTrainedTokenizerBase,
-    canaries: Sequence[Record],
+    planted: Sequence[Record],
 ) -> set[int] | None:
-    """Return the numbers of the sequences, or of the stream's blocks, that the run drew; none when it drew them all.
+    """Return the numbers of the examples that the run drew, whole, by the step released; None when it drew them all.
 
     Args:
-        examples: those trained on, canaries apart, one by one.
+        examples: those trained on, one by one, canaries behind the rest.
     """
     text = run.text
     whole = prepare(
@@ -128,7 +134,7 @@ def _drawn(
         validation=text.validation,
         seed=text.seed,
         audit_share=text.audit_share,
-        canaries=canaries,
+        canaries=planted,
     )
     if run.steps >= whole.batches.num_steps_per_epoch:
         return None
@@ -137,7 +143,13 @@ def _drawn(
     if not text.packed:
         return drawn
     kept = _blocks_kept(examples, text.block_tokens)
-    return {kept[number] for number in drawn if number < len(kept)}
+    blocks, found, start = {kept[number] for number in drawn}, set(), 0
+    for number, example in enumerate(examples):
+        end = start + len(example.input_ids)
+        if all(block in blocks for block in range(start // text.block_tokens, -(-end // text.block_tokens))):
+            found.add(number)
+        start = end
+    return found
 
 
 def _blocks_kept(examples: Sequence[Example], block_tokens: int) -> list[int]:
@@ -162,6 +174,14 @@ def _some(rows: Sequence[Row], limit: int, label: str) -> list[Row]:
         return list(rows)
     chosen = random.Random(f"offsite/v1/audit/{label}").sample(range(len(rows)), limit)  # noqa: S311 - not a secret
     return [rows[number] for number in sorted(chosen)]
+
+
+def _distinct(examples: Sequence[Example]) -> list[Example]:
+    """Return the examples in their order, of those that are alike the first."""
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], Example] = {}
+    for example in examples:
+        found.setdefault((tuple(example.input_ids), tuple(example.labels)), example)
+    return list(found.values())
 
 
 def _cut(example: Example, context: int | None) -> Example:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from offsite import __version__
 from offsite.audit import Claim, Run, TextSettings, read_run, run_path
-from offsite.canaries import read_canaries, records_of
+from offsite.canaries import CanarySet, mark_used, read_canaries, records_of, require_unmarked
 from offsite.errors import ArtefactError, PolicyError, WrongBinding
 from offsite.records import Record, read_records
 
@@ -55,8 +55,10 @@ def record_of(
         data_sha256=data_sha256,
         text=text_settings(config),
         num_records=text.num_records,
+        num_drawn=min(text.num_records, outcome.best_step * config.batch_size),
         num_tokens=text.num_tokens,
-        steps=outcome.steps,
+        steps=outcome.best_step,
+        steps_run=outcome.steps,
         batch_size=config.batch_size,
         learning_rate=config.rate(),
         canaries=canaries,
@@ -88,6 +90,16 @@ class Planted:
 
     records: list[Record] = field(default_factory=list, repr=False)
     commitment: str | None = None
+    canaries: CanarySet | None = field(default=None, repr=False)
+
+    def mark(self, config: TuneConfig, *, bundle: str | None = None) -> None:
+        """The folder of canaries says that this run trains on them, and once it stands, which bundle they are in.
+
+        Raises:
+            RunFailed: when the disk is full or the folder cannot be written.
+        """
+        if config.canaries is not None and self.canaries is not None:
+            mark_used(config.canaries, self.canaries, config.output, bundle=bundle)
 
 
 def planted_for(config: TuneConfig, package: Package, job: Job | None) -> Planted:
@@ -95,7 +107,7 @@ def planted_for(config: TuneConfig, package: Package, job: Job | None) -> Plante
 
     Raises:
         WrongBinding: when they were made for another package or job.
-        PolicyError: when another bundle was trained on them.
+        PolicyError: when another run was begun on them.
         ArtefactError: when there are none, or they are unsound.
     """
     if config.canaries is None:
@@ -111,8 +123,9 @@ def planted_for(config: TuneConfig, package: Package, job: Job | None) -> Plante
     if canaries.job_id != job_id:
         made, given = (f"job {one[:12]}" if one else "no job" for one in (canaries.job_id, job_id))
         raise WrongBinding(f"{what} were made for {made}, this run is for {given}", hint="give both the same --job")
+    require_unmarked(config.canaries, canaries, config.output, resume=config.resume)
     require_unused(config.output, commitment, resume=config.resume)
-    return Planted(records_of(canaries), commitment)
+    return Planted(records_of(canaries), commitment, canaries)
 
 
 def read_as(data: Path, settings: TextSettings) -> list[Record]:
@@ -134,7 +147,8 @@ def versions() -> dict[str, str]:
 def require_unused(output: Path, canaries: str, *, resume: bool) -> None:
     """Return only if no record beside `output` says that these canaries went into a bundle.
 
-    A set that two bundles were trained on is known after the first was audited, and its coins are no secret then. The
+    A set that two bundles were trained on is known after the first was audited, and its coins are no secret then. This
+    also finds a copy of a set, which has no mark of the other's use. The
     record of a run that is resumed may be there: it came to it before its bundle did.
 
     Raises:

@@ -203,6 +203,9 @@ def run(config: TuneConfig) -> dict[str, object]:
         if private is not None:
             binding["run"] = private.account.run
             config = config.model_copy(update={"steps": private.steps})
+        world().wait()  # every process has found the canaries unused
+        if world().is_main:
+            planted.mark(config)
         outcome = tune(
             attached,
             text,
@@ -248,6 +251,7 @@ def run(config: TuneConfig) -> dict[str, object]:
             disclose=config.disclose,
             before=before,
         )
+    planted.mark(config, bundle=bundle.digest)
     _finish(config.output, work)
     result = _result(bundle, text, outcome) | {"scan": scans[0].model_dump()}
     return result | ({} if guarantee is None else {"privacy": guarantee})

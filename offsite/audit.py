@@ -35,6 +35,10 @@ Digest = Annotated[str, Field(pattern=DIGEST_PATTERN)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 SignalName = Literal["loss", "reference", "min-k", "min-k++"]
+DECLARED_SIGNAL: Final[SignalName] = "reference"
+"""The one signal that the bound on epsilon and the gate on canaries go by, settled before any score is seen."""
+MAX_STEPS = 10**6
+"""No claim is of more steps: what accountants do with more takes longer than a verifier should wait."""
 
 
 class Estimate(Strict):
@@ -76,7 +80,7 @@ class Claim(Strict):
     clip: float = Field(gt=0)
     sample_rate: float = Field(gt=0, le=1)
     divisor: int = Field(ge=1)
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=MAX_STEPS)
     accountant: Line
     sampler: Literal["poisson"]
     noise: Line
@@ -105,9 +109,12 @@ class TextSettings(Strict):
 
 
 class Run(Strict):
-    """The client's own record of a run, ``BUNDLE.run.json``. It stays with the client; audits and reports quote it.
+    """The client's own record of a run, ``BUNDLE.run.json``. It stays with the client; audits quote it (`quoted`).
 
-    ``num_records`` are those trained on, canaries apart; ``canaries`` is the digest committed to, where any were used.
+    ``num_records`` are those trained on, canaries apart, and ``num_drawn`` at most so many of them came in a batch by
+    the step whose weights are released. That is ``steps``; ``steps_run`` were taken in all, the same number in a
+    private run. ``canaries`` is the digest committed to, where any were used. What may be None for the sake of a
+    quotation is never None in the record itself.
     """
 
     format: Literal["offsite/run/1"] = RUN_FORMAT
@@ -116,11 +123,13 @@ class Run(Strict):
     base_digest: Digest
     job_id: str | None = Field(None, pattern=JOB_ID_PATTERN)
     adapter: AdapterSpec
-    data_sha256: Digest
+    data_sha256: Digest | None
     text: TextSettings
-    num_records: int = Field(ge=1)
-    num_tokens: int = Field(ge=1)
+    num_records: int | None = Field(ge=1)
+    num_drawn: int | None = Field(None, ge=1)
+    num_tokens: int | None = Field(ge=1)
     steps: int = Field(ge=1)
+    steps_run: int | None = Field(None, ge=1)
     batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     canaries: Digest | None = None
@@ -128,6 +137,18 @@ class Run(Strict):
     sealed_off: bool = False
     claim: Claim | None = None
     versions: dict[Key, Line] = {}
+
+
+def quoted(run: Run) -> Run:
+    """Return what others may read of a run's record: no digest of the data, no name of a column or user field.
+
+    Where a claim says that the number of units is not public, the numbers of rows and tokens are left out too.
+    """
+    text = run.text.model_copy(update={"fields": {}, "document_field": None, "separator": None})
+    left_out: dict[str, object] = {"data_sha256": None, "text": text}
+    if run.claim is not None and not run.claim.number_of_units_public:
+        left_out |= {"num_records": None, "num_drawn": None, "num_tokens": None}
+    return run.model_copy(update=left_out)
 
 
 class Membership(Strict):
@@ -150,16 +171,18 @@ class Membership(Strict):
 class EpsilonBound(Strict):
     """A lower bound on epsilon from one run, and what a perfect attack with as many canaries could have shown.
 
-    Source: arXiv:2305.08846. It can refute a claimed epsilon; a small value confirms nothing.
+    Source: arXiv:2305.08846. It can refute a claimed epsilon; a small value confirms nothing. ``declared`` are all the
+    numbers of guesses that were tried; epsilon is that of ``num_guesses`` of them, of which ``num_correct`` were right.
     """
 
     signal: SignalName
     epsilon: float = Field(ge=0)
     delta: float = Field(ge=0, lt=1)
     confidence: float = Field(gt=0, lt=1)
-    num_canaries: int = Field(ge=1)
+    num_canaries: int = Field(ge=1, le=100_000)
     num_guesses: Count
     num_correct: Count
+    declared: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, max_length=8)
     rule: Line
     ceiling: float = Field(ge=0)
 
@@ -217,6 +240,7 @@ class ScanFigures(Strict):
 class BundleAudit(Strict):
     """The content of ``audit.json`` of the client's audit. Scores are of the emulator, with and without the adapter.
 
+    ``run`` is the run's record as `quoted`. Rows were chosen by ``seed``, at most ``rows_limit`` of either side.
     ``nonmembers`` says where the rows that were not trained on come from. ``auc_before`` is how well the emulator's
     loss without the adapter tells them from the others: 0.5, unless the two differ by more than what was trained on.
     """
@@ -225,6 +249,8 @@ class BundleAudit(Strict):
     kind: Literal["bundle"] = "bundle"
     run: Run
     tokens_per_row: int = Field(ge=2)
+    seed: Count | None = None
+    rows_limit: int | None = Field(None, ge=1)
     membership: tuple[Membership, ...]
     nonmembers: Literal["set aside", "validation", "file"] | None = None
     auc_before: Estimate | None = None

@@ -7,12 +7,14 @@ takes one, `audit_canaries` puts the two scores together and needs no model.
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from offsite.audit import CanaryAudit, EpsilonBound, Exposure, SignalName
+from offsite.audit import DECLARED_SIGNAL, CanaryAudit, EpsilonBound, Exposure
 from offsite.canaries import CanarySet, synthetic_records
 from offsite.console import progress
 from offsite.errors import DataError
@@ -25,9 +27,6 @@ from offsite.text import Example, encode, pad_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DECLARED_SIGNAL: Final[SignalName] = "reference"
-"""The one signal that the bound on epsilon goes by, settled before any score is seen."""
 
 NUM_SAMPLES = 50
 
@@ -132,6 +131,7 @@ def audit_canaries(
     untuned: CanaryScores,
     delta: float,
     confidence: float = 0.95,
+    drawn_share: float = 1.0,
 ) -> CanaryAudit:
     """Return the audit of one training by its canaries.
 
@@ -139,7 +139,10 @@ def audit_canaries(
     nor a bound when all coins fell on one side.
 
     Args:
+        canaries: of a run too short to draw all of them, those of `offsite.canaries.drawn_only`.
         commitment: the digest committed to.
+        drawn_share: how much of what was to be trained on was drawn. For the bound, as large a share of those left out
+            is drawn by the commitment's digest: of the rest a coin still says whether they are in.
         tuned: with secrets tried to be read back out, where any was trained on.
         delta: of the claim that the bound may refute.
 
@@ -151,9 +154,10 @@ def audit_canaries(
     by_signal = signals(tuned.rows, untuned.rows)
     both = bool(coins.any() and not coins.all())
     bound = None
-    if both:
+    counted = coins | _kept(len(coins), commitment, drawn_share)
+    if both and not coins[counted].all():
         declared = by_signal[DECLARED_SIGNAL]
-        bound = _bound(declared[coins], declared[~coins], delta, confidence)
+        bound = _bound(declared[coins], declared[counted & ~coins], delta, confidence)
     return CanaryAudit(
         commitment=commitment,
         num=len(coins),
@@ -164,6 +168,12 @@ def audit_canaries(
         bound=bound,
         exposure=_exposure(canaries, tuned, untuned),
     )
+
+
+def _kept(num: int, commitment: str, share: float) -> NDArray[np.bool_]:
+    """Return of so many canaries about this share, whatever their coins and scores: (num,) bool."""
+    draw = random.Random(f"offsite/v1/canaries-kept/{commitment}")  # noqa: S311 - not a secret
+    return np.array([draw.random() < share for _ in range(num)], dtype=np.bool_)
 
 
 def _bound(inside: Floats, outside: Floats, delta: float, confidence: float) -> EpsilonBound:
@@ -177,6 +187,7 @@ def _bound(inside: Floats, outside: Floats, delta: float, confidence: float) -> 
         num_canaries=found.num_canaries,
         num_guesses=found.num_guesses,
         num_correct=found.num_correct,
+        declared=found.declared,
         rule=f"{found.rule}: {declared} guesses, in and out" if found.sides == "both" else f"{found.rule}: {declared}",
         ceiling=found.ceiling,
     )

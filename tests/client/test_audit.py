@@ -17,9 +17,10 @@ from client.data import split_records
 from client.tune import attach_to_package
 from client.tune import run as tune_run
 from offsite import cli
-from offsite.audit import AUDIT_NAME, read_audit, read_run, run_path, write_run
+from offsite.audit import AUDIT_NAME, quoted, read_audit, read_run, run_path, write_run
 from offsite.bundle import AdapterSpec, write_bundle
 from offsite.canaries import CanarySet, CanaryText, Secret, write_canaries
+from offsite.digests import sha256_file
 from offsite.gates import bundle_gates
 from offsite.records import read_records
 from offsite.words import WORDS
@@ -60,7 +61,7 @@ def tuned(tmp_path_factory, dropped_package):
         "evaluate_every": 120,
     }
     tune_run(TuneConfig(**common, **learnt, output=folder / "bundle"))
-    shutil.copytree(folder / "canaries", folder / "private" / "canaries")
+    write_canaries(folder / "private" / "canaries", made)
     private = {**common, "canaries": folder / "private" / "canaries"}
     dp = DPSettings(epsilon=4.0, ledger=folder / "ledger")
     tune_run(TuneConfig(**private, adapter="bitfit", steps=6, dp=dp, output=folder / "private" / "bundle"))
@@ -90,7 +91,10 @@ def test_a_bundle_that_knows_its_text_by_heart_is_found_out(words, tmp_path, cap
     audit, digest = read_audit(tmp_path / "audit")
     assert (told["audit"], told["audit_digest"]) == ("audit", digest)
     assert told["bundle_digest"] == audit.run.bundle_digest
-    assert audit.run == read_run(run_path(tuned.folder / "bundle"))
+    record = read_run(run_path(tuned.folder / "bundle"))
+    assert audit.run == quoted(record)
+    assert record.data_sha256 == sha256_file(tuned.data)
+    assert (audit.seed, audit.rows_limit) == (0, 60)
     by_signal = {one.signal: one.auc.value for one in audit.membership}
     assert set(by_signal) == {"loss", "reference", "min-k", "min-k++"}
     assert by_signal["reference"] > 0.8
@@ -114,6 +118,7 @@ def test_a_bundle_that_knows_its_text_by_heart_is_found_out(words, tmp_path, cap
     written = (tmp_path / "audit" / AUDIT_NAME).read_text()
     for text in (out, err, written):
         assert not any(word in text for word in (*WARDS, "lorem", "the code is", "private-notes", str(tmp_path.parent)))
+    assert sha256_file(tuned.data) not in written
 
 
 def test_a_private_run_is_held_against_its_claim(words, tmp_path, capsys, tuned):
@@ -194,6 +199,30 @@ def test_of_a_run_too_short_to_say_which_rows_it_drew_the_rest_is_measured(tuned
         "verbatim": "not measurable", "inversion": "failed",
     }  # fmt: skip
     assert "no row was certainly trained on" in capsys.readouterr().err
+
+
+def test_canaries_that_a_short_run_never_drew_are_neither_in_nor_out(tuned, tmp_path, capsys):
+    made = CanarySet(
+        nonce="7c" * 32, package_digest=tuned.package.digest, tokens=24, temperature=1.0, num_candidates=8,
+        synthetic=tuple(CanaryText(text=f"{n * 7907 % 9973} lorem {n}", included=n % 2 == 0) for n in range(60)),
+        secrets=(Secret(prefix="the code is", secret=" ".join(WORDS[:4]), included=True),),
+    )  # fmt: skip
+    write_canaries(tmp_path / "canaries", made)
+    config = TuneConfig(
+        package=tuned.package.path, data=tuned.data, output=tmp_path / "bundle", block_tokens=32, batch_size=16,
+        steps=5, precision="fp32", device="cpu", learning_rate=0.01, pack=False, canaries=tmp_path / "canaries",
+    )  # fmt: skip
+    tune_run(config)
+    words = ["audit", "bundle", str(tuned.package.path), str(config.output), "--data", str(tuned.data)]
+    words += ["--canaries", str(tmp_path / "canaries"), "--rows", "20", "--device", "cpu"]
+    assert cli.run([*words, "-o", str(tmp_path / "audit")]) == 0
+    audit, _ = read_audit(tmp_path / "audit")
+    found = audit.canaries
+    assert 0 < found.num_included < 30
+    assert found.num == 30 + found.num_included
+    assert {(one.num_members, one.num_nonmembers) for one in found.membership} == {(found.num_included, 30)}
+    assert found.num_included < found.bound.num_canaries < found.num  # as many are left out of the other side
+    assert "were drawn by the step released" in capsys.readouterr().err
 
 
 WRONG = {

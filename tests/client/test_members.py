@@ -12,26 +12,29 @@ from client.data import prepare, split_records
 from client.members import choose_rows
 from client.runrecord import read_as, record_of, text_settings
 from offsite.audit import Claim, Run
+from offsite.canaries import CanarySet, CanaryText, Secret, records_of
 from offsite.errors import WrongBinding
 from offsite.loop import Outcome
 from offsite.records import Record, read_records
 from offsite.text import encode
+from offsite.words import WORDS
 
 
 @pytest.fixture
 def made(settings, dropped_package, letters_tokenizer):
     """Make the records and the record of a run with these settings that took so many steps."""
 
-    def make(steps=1000, **changes):
+    def make(steps=1000, best=None, canaries=(), **changes):
         config = settings(dropped_package.path, **changes)
         records = read_records(config.data)
         text = prepare(
             records, letters_tokenizer, block_tokens=config.block_tokens, batch_size=config.batch_size,
             packed=config.packed, audit_share=config.audit_share, seed=config.seed,
+            canaries=canaries,
         )  # fmt: skip
         outcome = Outcome(
-            tensors={}, steps=steps, tokens=1, seconds=1.0, first_loss=1.0, final_loss=1.0, best_loss=1.0, best_step=1,
-            evaluations=[], peak_bytes=1, tokens_per_second=1.0,
+            tensors={}, steps=steps, tokens=1, seconds=1.0, first_loss=1.0, final_loss=1.0, best_loss=1.0,
+            best_step=best or steps, evaluations=[], peak_bytes=1, tokens_per_second=1.0,
         )  # fmt: skip
         run = record_of(config, package=dropped_package, data_sha256="sha256:" + "1" * 64, text=text, outcome=outcome)
         return records, run, text
@@ -97,6 +100,58 @@ def test_of_a_short_run_only_rows_that_were_drawn_count(made, letters_tokenizer,
             assert across or any(part in block for block in text_seen)
     whole_run = made(steps=1000, pack=packed, block_tokens=block_tokens, batch_size=3)[1]
     assert len(choose_rows(records, whole_run, letters_tokenizer, limit=100, context=128).members) == run.num_records
+
+
+def test_rows_drawn_after_the_released_step_are_no_members(made, letters_tokenizer):
+    records, late, _ = made(steps=1000, best=4, pack=False, batch_size=3)
+    _, short, _ = made(steps=4, pack=False, batch_size=3)
+    assert (late.steps, late.steps_run, late.num_drawn) == (4, 1000, 12)
+    assert made(steps=1000)[1].num_drawn == late.num_records == 53
+    found, expected = (choose_rows(records, run, letters_tokenizer, limit=100, context=128) for run in (late, short))
+    assert ids(found.members) == ids(expected.members)
+    assert len(found.members) == 12
+
+
+def test_a_row_that_stands_twice_is_scored_once(made, letters_tokenizer, tmp_path):
+    path = tmp_path / "twice.txt"
+    lines = [f"note {n % 20} of the ward" for n in range(40)]
+    path.write_text("\n\n".join(lines), encoding="utf-8")
+    records, run, _ = made(data=path)
+    others = [Record(((f"another {n % 3}", True),), f"other {n}", n) for n in range(9)]
+    rows = choose_rows(records, run, letters_tokenizer, limit=100, context=128, others=others)
+    assert len(rows.members) == len(ids(rows.members)) <= 20 < run.num_records
+    assert (len(rows.nonmembers), rows.num_available) == (3, 3)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_of_canaries_those_drawn_by_the_released_step_are_in(made, letters_tokenizer, packed):
+    texts = tuple(CanaryText(text=f"{n * 7907} lorem {n}", included=n % 2 == 0) for n in range(40))
+    secrets = tuple(
+        Secret(prefix=f"the code of {n} is", secret=" ".join(WORDS[n : n + 4]), included=n % 3 != 0) for n in range(9)
+    )
+    canaries = CanarySet(
+        nonce="5a" * 32, package_digest="sha256:" + "1" * 64, tokens=24, temperature=1.0, synthetic=texts,
+        secrets=secrets, repeats=2, num_candidates=8,
+    )  # fmt: skip
+    given = {"pack": packed, "block_tokens": 16 if packed else 96, "batch_size": 4, "canaries": records_of(canaries)}
+    steps = 24 if packed else 8
+    records, run, text = made(steps=steps, **given)
+    rows = choose_rows(records, run, letters_tokenizer, limit=100, context=128, canaries=canaries)
+    drawn = {id(example) for step in range(steps) for example in text.batches.chosen(step)}
+    seen = "".join(letters_tokenizer.decode(one.input_ids) if id(one) in drawn else "|" for one in text.examples)
+    kept = rows.canaries
+    inside = {one.text for one in kept.synthetic if one.included}
+    assert inside == {one.text for one in texts if one.included and f"{one.text}</s>" in seen}
+    assert 0 < len(inside) < 20
+    assert rows.drawn_share == len(inside) / 20
+    assert sum(not one.included for one in kept.synthetic) == 20
+    assert set(kept.planted) == {one for one in canaries.planted if f"{one.prefix} {one.secret}</s>" in seen}
+    _, run, _ = made(steps=1000, **given)
+    rows = choose_rows(records, run, letters_tokenizer, limit=100, context=128, canaries=canaries)
+    assert (rows.canaries, rows.drawn_share) == (canaries, 1.0)
+    private = run.model_copy(update={"claim": claim().model_copy(update={"unit": "example"}), "steps": 1})
+    rows = choose_rows(records, private, letters_tokenizer, limit=100, context=128, canaries=canaries)
+    assert (rows.canaries, rows.drawn_share) == (canaries, 1.0)  # nobody knows which a private run drew
 
 
 def _across(part, text, drawn, tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,7 @@ from client.runrecord import read_as, require_unused
 from client.tune import run
 from offsite.audit import read_run, run_path, write_run
 from offsite.bundle import open_bundle
-from offsite.canaries import CanarySet, CanaryText, Secret, write_canaries
+from offsite.canaries import CanarySet, CanaryText, Secret, read_canaries, records_of, write_canaries
 from offsite.digests import sha256_file
 from offsite.errors import ArtefactError, ConfigError, PolicyError, WrongBinding
 from offsite.words import WORDS
@@ -178,6 +179,75 @@ def test_a_private_run_draws_each_row_of_canaries_by_itself(settings, dropped_pa
     num_units = read_run(tmp_path / "bundle.run.json").num_records + 2 + 3
     assert told["sample_rate"] == pytest.approx(4 / num_units)
     assert told["delta"] == pytest.approx(num_units**-1.1)
+
+
+def test_a_set_is_for_one_bundle_wherever_bundles_are_written(settings, dropped_package, canaries, tmp_path):
+    folder, _ = canaries()
+    (tmp_path / "elsewhere").mkdir()
+    first = settings(dropped_package.path, canaries=folder)
+    run(first)
+    assert (folder / "used.json").stat().st_mode & 0o077 == 0
+    assert str(tmp_path) not in (folder / "used.json").read_text()
+    elsewhere = settings(dropped_package.path, canaries=folder, output=tmp_path / "elsewhere" / "bundle")
+    for resume in (False, True):
+        with pytest.raises(PolicyError, match="trained on for another output, a set is for one bundle"):
+            run(elsewhere.model_copy(update={"resume": resume}))
+    for path in (run_path(first.output), first.output):
+        path.rename(tmp_path / "elsewhere" / path.name)  # nothing beside the output tells of it now
+    for resume in (False, True):
+        with pytest.raises(PolicyError, match="trained on for this output"):
+            run(first.model_copy(update={"resume": resume}))
+
+
+def test_the_mark_stands_before_training_and_the_same_run_goes_on(settings, dropped_package, canaries, monkeypatch):
+    folder, _ = canaries()
+    config = settings(dropped_package.path, canaries=folder)
+
+    def broken(*_, **__):
+        assert (folder / "used.json").is_file()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "tune", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    with pytest.raises(PolicyError, match="trained on for this output") as refused:
+        run(config)
+    assert refused.value.hint.startswith("--resume goes on with that run")
+    run(config.model_copy(update={"resume": True}))
+    assert config.output.is_dir()
+
+
+def test_a_run_that_is_sealed_off_may_mark_its_canaries(settings, dropped_package, canaries, tmp_path):
+    folder, _ = canaries("apart/canaries")
+    run(settings(dropped_package.path, canaries=folder, output=tmp_path / "out" / "bundle", sealed_off=True))
+    assert (folder / "used.json").is_file()
+
+
+def test_the_step_released_is_recorded_not_the_last(settings, dropped_package, monkeypatch):
+    def best_first(*args, **given):
+        return replace(tune(*args, **given), best_step=2)
+
+    tune = module.tune
+    monkeypatch.setattr(module, "tune", best_first)
+    config = settings(dropped_package.path)
+    run(config)
+    found = read_run(run_path(config.output))
+    assert (found.steps, found.steps_run, found.num_drawn) == (2, 6, 2 * config.batch_size)
+
+
+def test_a_mark_that_is_none_is_refused(settings, dropped_package, canaries):
+    folder, _ = canaries()
+    (folder / "used.json").write_text("{}")
+    with pytest.raises(ArtefactError, match=r"used\.json"):
+        run(settings(dropped_package.path, canaries=folder))
+
+
+def test_two_sets_of_canaries_are_not_one_user(canaries):
+    (one, _), (other, _) = canaries(), canaries("others", nonce="6b" * 32)
+    names = [{row.document for row in records_of(read_canaries(folder)[0])} for folder in (one, other)]
+    assert len(names[0]) == len(names[1]) == 2 + 3
+    assert not names[0] & names[1]
 
 
 @pytest.mark.parametrize(

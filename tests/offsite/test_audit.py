@@ -12,6 +12,7 @@ from offsite.audit import (
     BundleAudit,
     CanaryAudit,
     Capability,
+    Claim,
     Estimate,
     Membership,
     PackageAudit,
@@ -20,6 +21,7 @@ from offsite.audit import (
     ScanFigures,
     Similarity,
     TextSettings,
+    quoted,
     read_audit,
     read_run,
     run_path,
@@ -68,6 +70,22 @@ def audits(record):
                                      kept=0.5),),
         ),
     }  # fmt: skip
+
+
+def test_a_quotation_names_neither_the_data_nor_its_columns(record):
+    text = record.text.model_copy(update={"fields": {"text": "diagnosis"}, "document_field": "mrn", "separator": "~"})
+    whole = record.model_copy(update={"text": text, "num_drawn": 4})
+    found = quoted(whole)
+    assert found.model_dump(exclude={"data_sha256", "text"}) == whole.model_dump(exclude={"data_sha256", "text"})
+    told = found.model_dump_json()
+    assert not any(word in told for word in ("diagnosis", "mrn", "~"))
+    assert found.data_sha256 is None
+    assert (found.text.fields, found.text.document_field, found.text.separator) == ({}, None, None)
+    for is_public in (True, False):
+        claim = Claim.model_construct(number_of_units_public=is_public)
+        numbers = quoted(whole.model_copy(update={"claim": claim}))
+        expected = (9, 4, 9) if is_public else (None, None, None)
+        assert (numbers.num_records, numbers.num_drawn, numbers.num_tokens) == expected
 
 
 KINDS = ("bundle", "plugged-in", "package")
