@@ -113,6 +113,33 @@ def one_run_epsilon(
     )
 
 
+def guessed_epsilon(
+    num_canaries: int,
+    num_guesses: int,
+    num_correct: int,
+    delta: float,
+    confidence: float = 0.95,
+    *,
+    declared: int | Sequence[int],
+) -> float:
+    """Return what so many correct guesses prove: `one_run_epsilon` says the same of the scores they were made by.
+
+    Args:
+        declared: all numbers of guesses that were tried, `num_guesses` among them.
+
+    Raises:
+        ConfigError: when an argument is out of range, or SciPy is missing.
+    """
+    numbers = _declared(declared, num_canaries)
+    if num_guesses not in numbers or not 0 <= num_correct <= num_guesses:
+        told = ", ".join(str(number) for number in numbers)
+        raise ConfigError(
+            f"{num_correct} of {num_guesses} guesses are right, expected as many guesses as one of {told}"
+        )
+    significance = _significance(delta, confidence) / len(numbers)
+    return _largest_rejected(_chance(num_canaries, num_guesses, num_correct, delta), significance)
+
+
 def one_run_ceiling(
     num_canaries: int, delta: float, confidence: float = 0.95, *, num_guesses: int | Sequence[int] | None = None
 ) -> float:

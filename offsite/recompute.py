@@ -10,7 +10,7 @@ import math
 from pydantic import Field
 
 from offsite.accounting import Mechanism, account, accountant, pld_epsilon, require_extra
-from offsite.audit import Claim
+from offsite.audit import MAX_STEPS, Claim
 from offsite.errors import ArtefactError, ConfigError
 from offsite.manifest import Strict
 from offsite.package import Line
@@ -47,10 +47,12 @@ def recompute(claim: Claim) -> Recomputed:
 
     Raises:
         ConfigError: when the extra ``privacy`` is not installed.
-        ArtefactError: when there is too little noise, or no finite epsilon at these deltas.
+        ArtefactError: when there are too many steps or too little noise, or no finite epsilon at these deltas.
         RunFailed: when the accountants here disagree with each other.
     """
     _require_extra()
+    if claim.steps > MAX_STEPS:
+        raise ArtefactError(f"the claim's {claim.steps:,} steps are more than the {MAX_STEPS:,} that are accounted for")
     mechanism = Mechanism(claim.noise_multiplier, claim.sample_rate, claim.steps)
     try:
         spent = account(mechanism, claim.delta)

@@ -24,6 +24,7 @@ from offsite.lowerbound import (
     _largest_rejected,
     _num_correct,
     epsilon_from_rates,
+    guessed_epsilon,
     one_run_ceiling,
     one_run_epsilon,
 )
@@ -310,3 +311,15 @@ def test_scores_and_counts_that_make_no_sense_are_refused():
         epsilon_from_rates(1, 2, 1, 2, delta=2.0)
     with pytest.raises(ConfigError, match="5 successes in 2"):
         epsilon_from_rates(5, 2, 1, 2)
+
+
+@pytest.mark.parametrize("declared", [None, 100, (150, 50)])
+def test_what_guesses_prove_is_the_same_without_their_scores(declared):
+    draw = np.random.default_rng(5)
+    found = one_run_epsilon(draw.normal(2, 1, 150), draw.normal(0, 1, 150), DELTA, num_guesses=declared)
+    given = (found.num_canaries, found.num_guesses, found.num_correct, DELTA)
+    assert found.epsilon > 0
+    assert guessed_epsilon(*given, declared=found.declared) == found.epsilon
+    for guesses, correct in ((found.num_guesses + 1, 1), (found.num_guesses, -1), (50, 51)):
+        with pytest.raises(ConfigError, match="guesses are right, expected"):
+            guessed_epsilon(300, guesses, correct, DELTA, declared=found.declared)
