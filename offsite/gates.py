@@ -7,7 +7,9 @@ A differentially private run is held against its own claim: an attack must not s
 this run, at the same delta. Any other is held against what attacks find: area under the curve at most 0.60 and hits at
 most 3% at 1% false alarms, no made-up secret and no row read back out, and enough steps and rows that the update is not
 a single row's gradient (arXiv:2405.15586 inverts those exactly). A claim above `WEAK_EPSILON` promises next to nothing,
-so such a run is held against both.
+so such a run is held against both; and where so few canaries were tried that no attack could have refuted the claim,
+what attacks on the canaries find is asked too. A secret, a row or a model that was read back out fails however little
+was tried; only what would have passed can have been tried too little.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from offsite.audit import BundleAudit, CanaryAudit, Count, PackageAudit, PluggedAudit
+from offsite.audit import DECLARED_SIGNAL, BundleAudit, CanaryAudit, Count, EpsilonBound, PackageAudit, PluggedAudit
 from offsite.manifest import Strict
 from offsite.package import Key, Line
 
@@ -31,6 +33,11 @@ MIN_NONMEMBERS = 1000
 MIN_STEPS = 10
 MIN_RECORDS = 100
 MIN_CANARIES = 100
+MIN_SECRETS = 4
+MIN_SAMPLES = 10
+"""Draws for each secret; of a differentially private run one secret is enough, and none need be drawn."""
+MIN_VERBATIM = 100
+MIN_TOKENS_PER_ROW = 32
 CONFIDENCE = 0.95
 WEAK_EPSILON = 10.0
 
@@ -74,13 +81,14 @@ def unmeasured() -> tuple[Gate, ...]:
 
 def bundle_gates(audit: BundleAudit) -> tuple[Gate, ...]:
     """Return the gates of a client's bundle, in the order in which people should read them."""
-    found = [_scanned(audit)]
-    claim = audit.run.claim
-    if claim is not None:
-        found += [_within_budget(claim.epsilon_total, claim.budget), _bound(audit.canaries, claim.epsilon, claim.delta)]
-        if claim.epsilon <= WEAK_EPSILON:
-            return tuple(found)
-    return (*found, *_membership(audit), *_secrets(audit), *_not_trivial(audit))
+    scanned, claim = _scanned(audit), audit.run.claim
+    if claim is None:
+        return (scanned, *_membership(audit), *_extracted(audit.canaries), _verbatim(audit), _not_trivial(audit))
+    budget = _within_budget(claim.epsilon_total, claim.budget)
+    held = _held(audit.canaries, claim.epsilon, claim.delta)
+    if claim.epsilon <= WEAK_EPSILON:
+        return (scanned, budget, *held)
+    return (scanned, budget, *held, *_membership(audit), _verbatim(audit), _not_trivial(audit))
 
 
 def plugged_gates(
@@ -91,9 +99,9 @@ def plugged_gates(
     Args:
         claimed_delta: of the claim, where it is known; the bound must then be at the same.
     """
-    if claimed_epsilon is not None:
-        return (_bound(audit.canaries, claimed_epsilon, claimed_delta),)
-    return tuple(_extracted(audit.canaries))
+    if claimed_epsilon is None:
+        return tuple(_extracted(audit.canaries))
+    return tuple(_held(audit.canaries, claimed_epsilon, claimed_delta))
 
 
 def package_gates(
@@ -116,9 +124,7 @@ def package_gates(
         told = f"the emulator has {kept:.2f} of the full model's skill on held-out text"
         found.append(_at_most("capability", kept, max_capability, told))
     if max_recovery is not None:
-        best = max((one.best for one in audit.recovery), default=None)
-        told = "no recovery attack was run" if best is None else f"an attack regained {best:.2f} of what was lost"
-        found.append(_at_most("recovery", best, max_recovery, told))
+        found.append(_recovered(audit, max_recovery))
     if max_union is not None:
         share = None if audit.union is None else audit.union.share_union
         told = "no other package was given" if share is None else f"together the packages hold {share:.2f} of it"
@@ -131,6 +137,22 @@ def _at_most(name: str, value: float | None, limit: float, told: str) -> Gate:
     return Gate(name=name, verdict=verdict, found=value, limit=limit, told=told)
 
 
+def _unless(gate: Gate, why_not: str) -> Gate:
+    """Return the gate, but where it passed on too little: `why_not` says so, and is empty where it was enough."""
+    if not why_not or gate.verdict != "passed":
+        return gate
+    return gate.model_copy(update={"verdict": "not measurable", "told": f"{why_not}; {gate.told}"})
+
+
+def _recovered(audit: PackageAudit, limit: float) -> Gate:
+    best = max((one.best for one in audit.recovery), default=None)
+    if best is None:
+        return _at_most("recovery", None, limit, "no recovery attack was run")
+    most = max(point.num_tokens for one in audit.recovery for point in one.points)
+    told = f"an attack regained {best:.2f} of what was lost, the longest was on {most:,} tokens"
+    return _unless(_at_most("recovery", best, limit, told), "" if most else "no attack was trained on any text")
+
+
 def _within_budget(total: float, budget: float) -> Gate:
     return _at_most("budget", total, budget * (1 + 1e-9), f"epsilon {total:.3f} spent of a budget of {budget:.3f}")
 
@@ -141,6 +163,19 @@ def _scanned(audit: BundleAudit) -> Gate:
         return Gate(name="scan", verdict="not measurable", limit=0.0, told="no byte of the bundle was looked at")
     told = f"{num} piece(s) of text, names, paths, times or losses in the bundle's bytes"
     return _at_most("scan", float(num), 0.0, told)
+
+
+def _held(canaries: CanaryAudit | None, claimed: float, delta: float | None) -> list[Gate]:
+    """The claim is not refuted; and where it promises next to nothing, or nothing could, the canaries are not known."""
+    bound = _bound(canaries, claimed, delta)
+    weak = claimed > WEAK_EPSILON
+    if not weak and (bound.verdict != "passed" or _could_refute(canaries.bound if canaries else None, claimed)):
+        return [bound]
+    return [bound, _canaries_known(canaries), *_extracted(canaries, private=not weak)]
+
+
+def _could_refute(bound: EpsilonBound | None, claimed: float) -> bool:
+    return bound is not None and bound.ceiling > claimed
 
 
 def _bound(canaries: CanaryAudit | None, claimed: float, delta: float | None) -> Gate:
@@ -158,12 +193,23 @@ def _bound(canaries: CanaryAudit | None, claimed: float, delta: float | None) ->
         told = f"the bound is at confidence {bound.confidence:g}, so that little shows; it must be at {CONFIDENCE:g}"
     if bound is None or told:
         return Gate(name="epsilon", verdict="not measurable", limit=claimed, told=told)
-    if bound.ceiling > claimed:
+    if _could_refute(bound, claimed):
         most = f"a perfect attack with these canaries would have shown {bound.ceiling:.2f}"
     else:
         most = f"not even a perfect attack with these canaries, {bound.ceiling:.2f}, would refute it"
     told = f"attacks show epsilon of at least {bound.epsilon:.2f}, claimed is {claimed:.2f}; {most}"
     return _at_most("epsilon", bound.epsilon, claimed, told)
+
+
+def _canaries_known(canaries: CanaryAudit | None) -> Gate:
+    """The declared signal tells canaries that were trained on from the others little better than chance."""
+    known = [one for one in canaries.membership if one.signal == DECLARED_SIGNAL] if canaries else []
+    if not known or min(one.num_members + one.num_nonmembers for one in known) < MIN_CANARIES:
+        told = f"fewer than {MIN_CANARIES} canaries were told apart by {DECLARED_SIGNAL}"
+        return Gate(name="canaries", verdict="not measurable", limit=MAX_AUC, told=told)
+    area = max(one.auc.value for one in known)
+    told = f"{DECLARED_SIGNAL} tells canaries that were trained on from others with an area of {area:.3f}"
+    return _at_most("canaries", area, MAX_AUC, told)
 
 
 def _membership(audit: BundleAudit) -> list[Gate]:
@@ -183,6 +229,10 @@ def _membership(audit: BundleAudit) -> list[Gate]:
 
 def _why_not(audit: BundleAudit) -> str:
     """Return why the attacks on rows tell nothing; empty when they do."""
+    if audit.tokens_per_row < MIN_TOKENS_PER_ROW:
+        return f"only {audit.tokens_per_row} tokens of a row were scored, at least {MIN_TOKENS_PER_ROW} are needed"
+    if audit.nonmembers == "validation" and audit.run.claim is None:
+        return "the weights were chosen by the rows they are compared on; tune with --audit-share or give --nonmembers"
     fewest = min((one.num_nonmembers for one in audit.membership), default=0)
     if fewest < MIN_NONMEMBERS:
         return f"{fewest} rows that were not trained on, at least {MIN_NONMEMBERS} are needed"
@@ -195,33 +245,43 @@ def _why_not(audit: BundleAudit) -> str:
     return ""
 
 
-def _secrets(audit: BundleAudit) -> list[Gate]:
-    gates = _extracted(audit.canaries)
+def _verbatim(audit: BundleAudit) -> Gate:
     verbatim = audit.verbatim
     if verbatim is None or not verbatim.num_rows:
-        return [*gates, Gate(name="verbatim", verdict="not measurable", told="no row was tried to be read back out")]
+        return Gate(name="verbatim", verdict="not measurable", told="no row was tried to be read back out")
     net = max(0, verbatim.num_extracted - verbatim.num_extracted_before)
     new = net if verbatim.num_new is None else verbatim.num_new
     told = f"{new} of {verbatim.num_rows} rows came back word for word that did not before tuning"
-    return [*gates, _at_most("verbatim", float(new), 0.0, told)]
+    few = f"fewer than {MIN_VERBATIM} rows were tried" if verbatim.num_rows < MIN_VERBATIM else ""
+    return _unless(_at_most("verbatim", float(new), 0.0, told), few)
 
 
-def _extracted(canaries: CanaryAudit | None) -> list[Gate]:
+def _extracted(canaries: CanaryAudit | None, *, private: bool = False) -> list[Gate]:
+    """No made-up secret was read back out.
+
+    Args:
+        private: of a run that is differentially private, one that promises something: any secret at all is enough.
+    """
     exposure = None if canaries is None else canaries.exposure
     if exposure is None:
         return [Gate(name="secrets", verdict="not measurable", told="no made-up secret was planted")]
     num = max(exposure.num_extracted_greedy, exposure.num_extracted_top_k)
+    few = ""
+    if not private and exposure.num_secrets < MIN_SECRETS:
+        few = f"fewer than {MIN_SECRETS} made-up secrets were planted"
+    elif not private and exposure.num_samples < MIN_SAMPLES:
+        few = f"fewer than {MIN_SAMPLES} draws were made for each secret"
     told = f"{num} of {exposure.num_secrets} made-up secrets were read back out"
-    return [_at_most("secrets", float(num), 0.0, told)]
+    return [_unless(_at_most("secrets", float(num), 0.0, told), few)]
 
 
-def _not_trivial(audit: BundleAudit) -> list[Gate]:
+def _not_trivial(audit: BundleAudit) -> Gate:
     run = audit.run
-    enough = run.steps >= MIN_STEPS and run.num_records >= MIN_RECORDS
-    return [
-        Gate(
-            name="inversion",
-            verdict="passed" if enough else "failed",
-            told=f"{run.steps} steps on {run.num_records} rows; at least {MIN_STEPS} and {MIN_RECORDS} are asked for",
-        )
-    ]
+    if run.num_drawn is None:
+        return Gate(name="inversion", verdict="not measurable", told="how many rows were drawn is not stated")
+    enough = run.steps >= MIN_STEPS and run.num_drawn >= MIN_RECORDS
+    return Gate(
+        name="inversion",
+        verdict="passed" if enough else "failed",
+        told=f"{run.steps} steps on {run.num_drawn} rows; at least {MIN_STEPS} and {MIN_RECORDS} are asked for",
+    )

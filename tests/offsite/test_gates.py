@@ -35,7 +35,7 @@ def run(**changes):
     given = {
         "bundle_digest": ONE, "package_digest": TWO, "base_digest": TWO, "adapter": AdapterSpec(), "data_sha256": TWO,
         "text": TextSettings(packed=True, block_tokens=64, validation=0.1, audit_share=0.3, seed=0),
-        "num_records": 100, "num_tokens": 9000, "steps": 10, "batch_size": 4, "learning_rate": 1e-3,
+        "num_records": 100, "num_drawn": 100, "num_tokens": 9000, "steps": 10, "batch_size": 4, "learning_rate": 1e-3,
     }  # fmt: skip
     return Run(**{**given, **changes})
 
@@ -59,19 +59,24 @@ def attack(signal="reference", auc=0.55, hits=0.02, inside=100, outside=1000):
     )  # fmt: skip
 
 
-def canaries(num=100, epsilon=1.5, ceiling=3.1, extracted=(0, 0), secrets=4, **changes):
+def canaries(num=100, epsilon=1.5, ceiling=3.1, extracted=(0, 0), secrets=4, samples=10, area=0.6, **changes):
     bound = EpsilonBound(**{
         "signal": "reference", "epsilon": epsilon, "delta": 1e-5, "confidence": 0.95, "num_canaries": num,
-        "num_guesses": num, "num_correct": num // 2, "rule": "fixed", "ceiling": ceiling, **changes,
+        "num_guesses": num, "num_correct": num // 2, "declared": (num,), "rule": "fixed", "ceiling": ceiling, **changes,
     })  # fmt: skip
     exposure = Exposure(
         num_secrets=secrets, num_candidates=8, repeats=1, bits=(1.0,) * secrets, bits_before=(1.0,) * secrets,
-        most_bits=3.0, num_extracted_greedy=extracted[0], num_extracted_top_k=extracted[1], num_samples=16,
+        most_bits=3.0, num_extracted_greedy=extracted[0], num_extracted_top_k=extracted[1], num_samples=samples,
     ) if secrets else None  # fmt: skip
-    return CanaryAudit(commitment=TWO, num=num, num_included=num // 2, bound=bound, exposure=exposure)
+    halves = {"hits": None, "inside": num // 2, "outside": num - num // 2}
+    areas = {"loss": 0.9} if area is None else {"loss": 0.9, "reference": area}
+    known = tuple(attack(name, value, **halves) for name, value in areas.items())
+    return CanaryAudit(
+        commitment=TWO, num=num, num_included=num // 2, membership=known, bound=bound, exposure=exposure
+    )  # fmt: skip
 
 
-def back(num_rows=50, after=0, before=0, new=None):
+def back(num_rows=100, after=0, before=0, new=None):
     return Verbatim(
         num_rows=num_rows, prefix_tokens=32, continuation_tokens=32, num_extracted=after, num_extracted_before=before,
         num_new=new,
@@ -84,7 +89,7 @@ def shift(value, reach):
 
 def audit(private=None, **changes):
     given = {
-        "run": run(claim=private), "tokens_per_row": 64, "membership": (attack(), attack("loss", auc=0.5, hits=0.01)),
+        "run": run(claim=private), "tokens_per_row": 32, "membership": (attack(), attack("loss", auc=0.5, hits=0.01)),
         "canaries": canaries(), "verbatim": back(),
         "scan": ScanFigures(num_bytes=1000, num_ngrams_compared=5000, found={"path": 0}),
     }  # fmt: skip
@@ -96,6 +101,7 @@ def scan(num_bytes=10, **found):
 
 
 PRIVATE = {"private": claim()}
+HIDDEN = {"ceiling": 2.0}  # no attack on so few canaries could refute a claim of 2
 BUNDLE = [
     ("scan", "passed", {}),
     ("scan", "failed", {"scan": scan(path=0, name=1)}),
@@ -107,6 +113,10 @@ BUNDLE = [
     ("auc", "not measurable", {"membership": (attack(inside=99),)}),
     ("auc", "not measurable", {"auc_before": shift(0.56, 0.02)}),
     ("auc", "not measurable", {"auc_before": shift(0.44, 0.02)}),
+    ("auc", "not measurable", {"tokens_per_row": 31}),
+    ("auc", "not measurable", {"nonmembers": "validation"}),
+    ("auc", "passed", {"nonmembers": "set aside"}),
+    ("auc", "passed", {"nonmembers": "file"}),
     ("auc", "passed", {"auc_before": shift(0.56, 0.08)}),
     ("auc", "passed", {"auc_before": shift(0.54, 0.01)}),
     ("tpr_at_1", "passed", {"membership": (attack(hits=0.03),)}),
@@ -115,17 +125,23 @@ BUNDLE = [
     ("secrets", "passed", {}),
     ("secrets", "failed", {"canaries": canaries(extracted=(1, 0))}),
     ("secrets", "failed", {"canaries": canaries(extracted=(0, 1))}),
+    ("secrets", "failed", {"canaries": canaries(extracted=(1, 0), secrets=1, samples=0)}),
+    ("secrets", "not measurable", {"canaries": canaries(secrets=3)}),
+    ("secrets", "not measurable", {"canaries": canaries(samples=9)}),
     ("secrets", "not measurable", {"canaries": canaries(secrets=0)}),
     ("secrets", "not measurable", {"canaries": None}),
     ("verbatim", "passed", {"verbatim": back(after=3, before=3)}),
     ("verbatim", "passed", {"verbatim": back(after=3, before=4, new=0)}),
     ("verbatim", "failed", {"verbatim": back(after=4, before=3)}),
     ("verbatim", "failed", {"verbatim": back(after=3, before=3, new=1)}),  # one learnt, another forgotten
+    ("verbatim", "failed", {"verbatim": back(num_rows=1, after=1)}),
+    ("verbatim", "not measurable", {"verbatim": back(num_rows=99)}),
     ("verbatim", "not measurable", {"verbatim": back(num_rows=0)}),
     ("verbatim", "not measurable", {"verbatim": None}),
     ("inversion", "passed", {}),
     ("inversion", "failed", {"run": run(steps=9)}),
-    ("inversion", "failed", {"run": run(num_records=99)}),
+    ("inversion", "failed", {"run": run(num_drawn=99)}),
+    ("inversion", "not measurable", {"run": run(num_drawn=None)}),
     ("budget", "passed", PRIVATE),
     ("budget", "failed", {"private": claim(epsilon_total=2.1, num_runs=2)}),
     ("epsilon", "passed", PRIVATE),
@@ -133,6 +149,12 @@ BUNDLE = [
     ("epsilon", "failed", {**PRIVATE, "canaries": canaries(epsilon=2.01)}),
     ("epsilon", "failed", {"private": claim(epsilon_total=9.0, budget=9.0), "canaries": canaries(epsilon=2.01)}),
     ("epsilon", "failed", {"private": claim(unit="user", rows_per_user=4), "canaries": canaries(epsilon=2.01)}),
+    ("canaries", "passed", {**PRIVATE, "canaries": canaries(**HIDDEN)}),
+    ("canaries", "failed", {**PRIVATE, "canaries": canaries(**HIDDEN, area=0.601)}),
+    ("canaries", "not measurable", {**PRIVATE, "canaries": canaries(**HIDDEN, area=None)}),
+    ("secrets", "passed", {**PRIVATE, "canaries": canaries(**HIDDEN, secrets=1, samples=0)}),
+    ("secrets", "failed", {**PRIVATE, "canaries": canaries(**HIDDEN, extracted=(0, 1))}),
+    ("secrets", "not measurable", {**PRIVATE, "canaries": canaries(**HIDDEN, secrets=0)}),
     ("epsilon", "not measurable", {**PRIVATE, "canaries": None}),
     ("epsilon", "not measurable", {**PRIVATE, "canaries": canaries(num=99, epsilon=9.0)}),
     ("epsilon", "not measurable", {**PRIVATE, "canaries": canaries(delta=1e-6)}),
@@ -158,10 +180,29 @@ def test_a_change_moves_its_own_gate_only():
         assert open_ones <= ({"auc", "tpr_at_1"} if name in ("auc", "tpr_at_1") else {"secrets"}), (name, changes)
 
 
+WEAK = claim(epsilon=WEAK_EPSILON + 0.1, epsilon_total=20.0, budget=20.0)
+
+
+def test_too_few_canaries_for_a_weak_claim_cannot_tell():
+    gates = {gate.name: gate for gate in bundle_gates(audit(private=WEAK, canaries=canaries(num=99)))}
+    assert (gates["epsilon"].verdict, gates["canaries"].verdict) == ("not measurable", "not measurable")
+    assert {gate.verdict for gate in bundle_gates(audit(private=WEAK, canaries=None))} > {"not measurable"}
+
+
+def test_weights_chosen_by_the_rows_they_are_compared_on_are_told_with_what_to_do():
+    gates = {gate.name: gate for gate in bundle_gates(audit(nonmembers="validation"))}
+    assert "--audit-share" in gates["auc"].told
+    assert "--nonmembers" in gates["auc"].told
+
+
 def test_which_gates_there_are_depends_on_the_claim():
     plain = [gate.name for gate in bundle_gates(audit())]
     assert plain == ["scan", "auc", "tpr_at_1", "secrets", "verbatim", "inversion"]
     assert [gate.name for gate in bundle_gates(audit(**PRIVATE))] == ["scan", "budget", "epsilon"]
+    hidden = audit(**PRIVATE, canaries=canaries(**HIDDEN))
+    assert [gate.name for gate in bundle_gates(hidden)] == ["scan", "budget", "epsilon", "canaries", "secrets"]
+    weak = [gate.name for gate in bundle_gates(audit(private=WEAK))]
+    assert weak == ["scan", "budget", "epsilon", "canaries", "secrets", *(n for n in plain[1:] if n != "secrets")]
 
 
 def test_a_private_run_may_know_more_than_the_attacks_limits_allow():
@@ -170,9 +211,10 @@ def test_a_private_run_may_know_more_than_the_attacks_limits_allow():
 
 
 def test_a_claim_that_promises_next_to_nothing_is_held_against_the_attacks_too():
-    weak = claim(epsilon=WEAK_EPSILON + 0.1, epsilon_total=20.0, budget=20.0)
-    found = audit(private=weak, membership=(attack(auc=0.9),))
-    assert {gate.name for gate in bundle_gates(found) if gate.verdict == "failed"} == {"auc"}
+    assert passed(bundle_gates(audit(private=WEAK, nonmembers="validation")))  # no weights are chosen in a private run
+    found = audit(private=WEAK, membership=(attack(auc=0.9),), canaries=canaries(area=0.9, secrets=3))
+    verdicts = {gate.name: gate.verdict for gate in bundle_gates(found) if gate.verdict != "passed"}
+    assert verdicts == {"auc": "failed", "canaries": "failed", "secrets": "not measurable"}
     enough = claim(epsilon=WEAK_EPSILON, epsilon_total=20.0, budget=20.0)
     assert passed(bundle_gates(audit(private=enough, membership=(attack(auc=0.9),))))
 
@@ -200,10 +242,31 @@ PLUGGED = [
     (2.0, 1e-5, canaries(), {"epsilon": "passed"}),
     (2.0, None, canaries(delta=1e-6), {"epsilon": "passed"}),
     (1.0, 1e-5, canaries(), {"epsilon": "failed"}),
+    (2.0, 1e-5, canaries(**HIDDEN), {"epsilon": "passed", "canaries": "passed", "secrets": "passed"}),
+    (
+        2.0,
+        1e-5,
+        canaries(**HIDDEN, area=0.9, extracted=(1, 0)),
+        {"epsilon": "passed", "canaries": "failed", "secrets": "failed"},
+    ),
+    (
+        2.0,
+        1e-5,
+        canaries(**HIDDEN, secrets=0),
+        {"epsilon": "passed", "canaries": "passed", "secrets": "not measurable"},
+    ),
+    (11.0, 1e-5, canaries(ceiling=12.0), {"epsilon": "passed", "canaries": "passed", "secrets": "passed"}),
+    (
+        11.0,
+        1e-5,
+        canaries(ceiling=12.0, samples=9),
+        {"epsilon": "passed", "canaries": "passed", "secrets": "not measurable"},
+    ),
     (2.0, 1e-6, canaries(), {"epsilon": "not measurable"}),
     (2.0, 1e-5, canaries(num=99), {"epsilon": "not measurable"}),
     (None, None, canaries(), {"secrets": "passed"}),
     (None, None, canaries(extracted=(0, 2)), {"secrets": "failed"}),
+    (None, None, canaries(secrets=3), {"secrets": "not measurable"}),
     (None, None, canaries(secrets=0), {"secrets": "not measurable"}),
 ]
 
@@ -217,8 +280,8 @@ def test_every_verdict_of_a_plugged_in_adapters_gates(epsilon, delta, found, ver
 # The package
 
 
-def package(kept=0.3, regained=(0.1, 0.2), union=0.6):
-    points = tuple(RecoveryPoint(num_tokens=n, perplexity=50.0, regained=one) for n, one in enumerate(regained))
+def package(kept=0.3, regained=(0.1, 0.2), union=0.6, step=500):
+    points = tuple(RecoveryPoint(num_tokens=n * step, perplexity=50.0, regained=one) for n, one in enumerate(regained))
     return PackageAudit(
         package_digest=ONE, base_digest=TWO, method=Method(name="width"), middle_parameters=100,
         emulator_parameters=50,
@@ -236,6 +299,8 @@ PACKAGE = [
     ("recovery", {"max_recovery": 0.2}, "passed", {}),
     ("recovery", {"max_recovery": 0.19}, "failed", {"regained": (0.2, 0.1)}),
     ("recovery", {"max_recovery": 0.9}, "not measurable", {"regained": ()}),
+    ("recovery", {"max_recovery": 0.9}, "not measurable", {"step": 0}),
+    ("recovery", {"max_recovery": 0.1}, "failed", {"step": 0}),
     ("union", {"max_union": 0.6}, "passed", {}),
     ("union", {"max_union": 0.5}, "failed", {}),
     ("union", {"max_union": 0.9}, "not measurable", {"union": None}),
@@ -247,3 +312,8 @@ def test_every_verdict_of_a_packages_gates(name, limits, verdict, changes):
     (gate,) = package_gates(package(**changes), **limits)
     assert (gate.name, gate.verdict) == (name, verdict)
     assert package_gates(package(**changes)) == ()
+
+
+def test_how_long_the_longest_attack_was_is_told():
+    (gate,) = package_gates(package(regained=(0.1, 0.2, 0.1)), max_recovery=0.2)
+    assert gate.told == "an attack regained 0.20 of what was lost, the longest was on 1,000 tokens"

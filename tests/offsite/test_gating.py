@@ -38,7 +38,7 @@ def run(bundle=BUNDLE, **changes):
     given = {
         "bundle_digest": bundle, "package_digest": OTHER, "base_digest": OTHER, "adapter": {}, "data_sha256": OTHER,
         "text": TextSettings(packed=True, block_tokens=64, validation=0.1, audit_share=0.3, seed=0),
-        "num_records": 2000, "num_tokens": 9000, "steps": 40, "batch_size": 4, "learning_rate": 1e-3,
+        "num_records": 2000, "num_drawn": 160, "num_tokens": 9000, "steps": 40, "batch_size": 4, "learning_rate": 1e-3,
     }  # fmt: skip
     return Run.model_validate_json(json.dumps({**given, "text": given["text"].model_dump(), **changes}))
 
@@ -54,7 +54,7 @@ def membership(auc=0.51, hits=0.012, others=1500):
 def canaries(epsilon=0.4, extracted=0):
     bound = EpsilonBound(
         signal="reference", epsilon=epsilon, delta=1e-5, confidence=0.95, num_canaries=1000, num_guesses=100,
-        num_correct=60, rule="the 50 highest and the 50 lowest", ceiling=3.5,
+        num_correct=60, declared=(100,), rule="the 50 highest and the 50 lowest", ceiling=3.5,
     )  # fmt: skip
     exposure = Exposure(
         num_secrets=8, num_candidates=256, repeats=1, bits=(1.0,) * 8, bits_before=(1.0,) * 8, most_bits=8.0,
@@ -74,7 +74,7 @@ def audit(**changes):
 
 
 def package_audit(kept=0.3, regained=0.2, union=None):
-    found = () if regained is None else (RecoveryPoint(num_tokens=0, perplexity=50.0, regained=regained),)
+    found = () if regained is None else (RecoveryPoint(num_tokens=1000, perplexity=50.0, regained=regained),)
     return PackageAudit(
         package_digest=BUNDLE, base_digest=OTHER, method=Method(name="width"), middle_parameters=100,
         emulator_parameters=50,
@@ -117,7 +117,7 @@ LEAKS = {
         "verbatim failed: 2 of 100 rows",
     ),
     "scan": (audit(scan=ScanFigures(num_bytes=9, num_ngrams_compared=9, found={"paths": 1})), "scan failed: 1 piece"),
-    "one step": (audit(run=run(steps=1)), "inversion failed: 1 steps on 2000 rows"),
+    "one step": (audit(run=run(steps=1)), "inversion failed: 1 steps on 160 rows"),
 }  # fmt: skip
 
 

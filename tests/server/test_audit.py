@@ -35,7 +35,7 @@ def canaries() -> CanarySet:
         temperature=1.0,
         synthetic=tuple(CanaryText(text=text, included=draw.random() < 0.5) for text in texts),
         secrets=tuple(
-            Secret(prefix=f"code {n} is", secret=words_of(draw.randbytes(4)), included=n % 2 == 0) for n in range(6)
+            Secret(prefix=f"code {n} is", secret=words_of(draw.randbytes(4)), included=n % 2 == 0) for n in range(8)
         ),
         num_candidates=32,
     )
@@ -115,7 +115,7 @@ def audit(shelve, package, base_folder, canaries, tmp_path):
             "commitment": tmp_path / "canaries" / "commitment",
             "reveal": tmp_path / "canaries" / "reveal",
             "output": tmp_path / "audit",
-            "samples": 3,
+            "samples": 10,
             "device": "cpu",
             **named,
         }
@@ -142,7 +142,7 @@ def test_an_adapter_that_learned_by_heart_is_caught(
     assert found.canaries.bound is not None
     assert 2.0 < found.canaries.bound.epsilon == told["epsilon_at_least"]
     assert found.canaries.exposure is not None
-    assert found.canaries.exposure.num_secrets == 3
+    assert found.canaries.exposure.num_secrets == 4
     assert told["num_extracted"] >= 2
     assert told["exposure_bits"] > 4.0
     assert told["gates"] == {"epsilon": "failed"}
