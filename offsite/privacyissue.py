@@ -76,7 +76,7 @@ def show(report: PrivacyReport) -> None:
     """The first line, the gates and the grounds of the release are on stderr."""
     say(report.headline)
     if report.release is not None:
-        say(released(report.release))
+        say(released(report.release, report.digests.audits.get("bundle")))
     kinds = {"bundle": report.gates.bundle, "plugged in": report.gates.plugged_in, "package": report.gates.package}
     for kind, gates in kinds.items():
         for gate in gates:

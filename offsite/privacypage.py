@@ -65,10 +65,14 @@ def _header(report: PrivacyReport) -> Markup:
     return join(
         el("h1", report.headline, class_=None if claimed else "bad"),
         el("div", f"offsite · privacy report of {_date(report.created)}", class_="kicker"),
-        el("p", el("b", released(report.release)), class_="accepted") if accepted else None,
+        el("p", el("b", released(report.release, report.digests.audits.get("bundle"))), class_="accepted")
+        if accepted
+        else None,
         el("p", lead, class_="lead"),
         tiles(report),
-        el("p", released(report.release)) if not accepted and report.digests.bundle is not None else None,
+        el("p", released(report.release, report.digests.audits.get("bundle")))
+        if not accepted and report.digests.bundle is not None
+        else None,
     )
 
 
@@ -126,8 +130,9 @@ def _privacy(report: PrivacyReport) -> Markup | None:
         if report.audits.bundle is None:
             return None
         run = report.audits.bundle.run
+        rows = "rows" if run.num_records is None else f"{run.num_records:,} rows"
         told = (
-            f"None. The adapter was tuned in {run.steps:,} steps on {run.num_records:,} rows without clipping and "
+            f"None. The adapter was tuned in {run.steps:,} steps on {rows} without clipping and "
             "noise that would bound what one row may change. What follows is what attacks found."
         )
         return join(title, el("p", told))
@@ -211,8 +216,6 @@ def _digests(report: PrivacyReport) -> Markup:
     lines += [("sealed bundle", _mono(release.sealed_digest))] if release is not None else []
     lines += [("package", _mono(digests.package)), ("full model", _mono(digests.base))]
     lines += [(f"audit: {_SCOPES[kind]}", _mono(digest)) for kind, digest in digests.audits.items()]
-    if report.audits.bundle is not None:
-        lines.append(("training text", _mono(report.audits.bundle.run.data_sha256)))
     for kind, audit in report.audits.given.items():
         found = ", ".join(f"{name} {version}" for name, version in audit.versions.items())
         lines.append((f"software, audit: {_SCOPES[kind]}", _said(found or "not stated")))

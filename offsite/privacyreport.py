@@ -174,9 +174,11 @@ def conclude(
     Raises:
         WrongBinding: when audits, release record and job are not about the same, or the issuer has another part.
         ArtefactError: when an audit contradicts itself.
+        ConfigError: when the extra ``privacy``, by which bounds are worked out, is not installed.
     """
     for kind, audit in audits.given.items():
         require_sound(kind, audit)
+    _require_one_set(audits)
     digests = _digests(audits, release)
     gates = _gates(audits, release, limits)
     role: Literal["client", "owner"] = "owner" if audits.plugged_in or audits.package else "client"
@@ -284,6 +286,20 @@ def _digests(audits: Audits, release: Release | None) -> Digests:
         base=bases[0],
         audits={kind: audit_digest(audit) for kind, audit in audits.given.items()},
     )
+
+
+def _require_one_set(audits: Audits) -> None:
+    """All canaries are those of one commitment, the run's own where it has any."""
+    bundle, plugged = audits.bundle, audits.plugged_in
+    stated = [bundle.run.canaries if bundle else None]
+    stated += [
+        one.commitment for one in (bundle.canaries if bundle else None, plugged.canaries if plugged else None) if one
+    ]
+    if len({one for one in stated if one is not None}) > 1:
+        raise WrongBinding(
+            "the audits are of different canaries than each other or the run",
+            hint="reveal the canaries that were committed to for this run, and audit by them",
+        )
 
 
 def _gates(audits: Audits, release: Release | None, limits: Limits) -> Gates:

@@ -13,6 +13,7 @@ from offsite.audit import BundleAudit, CanaryAudit, Claim, PackageAudit, Plugged
 from offsite.gates import WEAK_EPSILON, Gate, Release
 
 NOT_PRIVATE = "NOT DIFFERENTIALLY PRIVATE"
+_ELSEWHERE = "on an audit that is not in this report"
 
 
 def headline(
@@ -74,16 +75,22 @@ def not_accounted(claim: Claim) -> str:
     )
 
 
-def released(release: Release | None) -> str:
-    """Return on what grounds the bundle was let go."""
+def released(release: Release | None, quoted: str | None) -> str:
+    """Return on what grounds the bundle was let go.
+
+    Args:
+        quoted: digest of the bundle's audit in the report, None where there is none: no gate can be worked out then.
+    """
     if release is None:
         return "No release record is in this report: whether the bundle was let go, and on what, it does not say."
+    elsewhere = release.audit is not None and release.audit != quoted
     verdicts = {gate.verdict for gate in release.gates}
     if not release.accepted_leakage:
-        return "Released after every gate had passed."
+        return f"Released {_ELSEWHERE}." if elsewhere else "Released after every gate had passed."
     words = {"failed": "gates failed", "not measurable": "gates could not be measured"}
     told = " and others ".join(words[verdict] for verdict in ("failed", "not measurable") if verdict in verdicts)
-    return f"Released although {told.replace('others gates', 'others')}: --accept-leakage was given."
+    where = f", {_ELSEWHERE}" if elsewhere else ""
+    return f"Released although {told.replace('others gates', 'others')}{where}: --accept-leakage was given."
 
 
 def non_claims(
@@ -102,9 +109,11 @@ def non_claims(
             "In the full model only canaries were tried: its owner does not have the rows that were trained on."
         )
     if any(canaries is not None for canaries in _canaries(bundle, plugged)):
-        found.append(
-            "Canaries stand for canaries: rows made up for the purpose. Rows of the data may stand out more, or less."
-        )
+        found += [
+            "Canaries stand for canaries: rows made up for the purpose. Rows of the data may stand out more, or less.",
+            "Nobody but the client can see whether the canaries it committed to were trained on. Which came first, the "
+            "commitment or the bundle, is in the sealed manifests, and this report does not check it.",
+        ]
     if package is not None:
         found += [
             "Recovery figures hold for the attacks, the text and the numbers of tokens stated. Another attack, or more "

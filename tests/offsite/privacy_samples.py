@@ -15,7 +15,6 @@ from offsite.audit import (
     EpsilonBound,
     Estimate,
     Exposure,
-    Membership,
     PackageAudit,
     PluggedAudit,
     Recovery,
@@ -28,6 +27,8 @@ from offsite.audit import (
     Verbatim,
 )
 from offsite.bundle import AdapterSpec
+from offsite.lowerbound import guessed_epsilon, one_run_ceiling
+from offsite.membership import membership_of
 from offsite.package import Method
 from offsite.privacyreport import Audits, Limits, conclude
 from offsite.recompute import Recomputed, SpentPoint
@@ -102,48 +103,41 @@ def recomputed_of(claim):
     )
 
 
+@cache
 def membership(signal, power, members=1200, others=1100):
-    """An attack whose hits are its false alarms to that power; 1 is chance."""
-    rates = [0.0, *(10 ** (-3.2 + 3.2 * n / 60) for n in range(61))]
-    points = tuple((min(rate, 1.0), min(rate, 1.0) ** power) for rate in rates)
-    area = 1 / (1 + power)
+    """An attack whose hits are its false alarms to that power; 1 is chance. Its figures are those of such scores."""
+    inside = [1 - ((place + 0.5) / members) ** (1 / power) for place in range(members)]
+    return membership_of(signal, inside, [1 - (place + 0.5) / others for place in range(others)])
 
-    def hits(rate):
-        value = rate**power
-        return Estimate(value=value, low=value * 0.8, high=min(1.0, value * 1.3))
 
-    return Membership(
-        signal=signal,
-        num_members=members,
-        num_nonmembers=others,
-        auc=Estimate(value=area, low=area - 0.02, high=area + 0.02),
-        balanced_accuracy=(area + 0.5) / 2 + 0.01,
-        tpr_at_1=hits(0.01) if others >= 1000 else None,
-        tpr_at_01=hits(0.001) if others >= 10_000 else None,
-        roc=points,
+@cache
+def bound(num=500, correct=75, delta=5.01e-4, guesses=100):
+    """The bound that so many correct ones of so many guesses prove."""
+    given = {"delta": delta, "confidence": 0.95}
+    declared = tuple(round(num * share) for share in (0.5, 0.2, 0.1))
+    return EpsilonBound(
+        signal="reference",
+        epsilon=guessed_epsilon(num, guesses, correct, **given, declared=declared),
+        num_canaries=num,
+        num_guesses=guesses,
+        num_correct=correct,
+        declared=declared,
+        rule=f"bonferroni: {', '.join(map(str, declared))} guesses, in and out",
+        ceiling=one_run_ceiling(num, **given, num_guesses=declared),
+        **given,
     )
 
 
-def canaries(power=0.9, epsilon=0.41, num=500, secrets=10, exposed=2.0, extracted=0, delta=5.01e-4):
-    """Canaries of which an attack knows that much."""
+def canaries(power=0.9, correct=75, secrets=10, exposed=2.0, extracted=0, delta=5.01e-4):
+    """500 canaries of which an attack knows that much."""
     bits = tuple(round(exposed + 3 * abs(math.sin(7.3 * n)), 2) for n in range(secrets))
     before = tuple(round(1.5 * abs(math.sin(3.1 * n)), 2) for n in range(secrets))
     return CanaryAudit(
         commitment="sha256:" + "c" * 64,
-        num=num,
-        num_included=num // 2 - 3,
-        membership=(membership("loss", power * 1.03, num // 2, num // 2), membership("min-k++", power, 247, 253)),
-        bound=EpsilonBound(
-            signal="min-k++",
-            epsilon=epsilon,
-            delta=delta,
-            confidence=0.95,
-            num_canaries=num,
-            num_guesses=100,
-            num_correct=61,
-            rule="bonferroni over 0.5, 0.2, 0.1",
-            ceiling=3.42,
-        ),
+        num=500,
+        num_included=247,
+        membership=(membership("loss", power * 1.03, 247, 253), membership("reference", power, 247, 253)),
+        bound=bound(correct=correct, delta=delta),
         exposure=Exposure(
             num_secrets=secrets,
             num_candidates=1000,
@@ -166,9 +160,10 @@ def run_record(claim=None, **changes):
         "base_digest": BASE,
         "job_id": JOB,
         "adapter": AdapterSpec(kind="lora", placement="all"),
-        "data_sha256": "sha256:" + "d" * 64,
+        "data_sha256": None,
         "text": TextSettings(packed=False, block_tokens=256, validation=0.1, audit_share=0.3, seed=0),
         "num_records": 1200,
+        "num_drawn": 1200,
         "num_tokens": 181_034,
         "steps": claim.steps if claim else 200,
         "batch_size": 64,
@@ -192,7 +187,7 @@ def bundle_audit(claim=None, power=0.8, **changes):
             membership("min-k", power * 1.05),
             membership("min-k++", power * 1.02),
         ),
-        "canaries": canaries(epsilon=min(0.41, claim.epsilon / 2), delta=claim.delta) if claim else canaries(),
+        "canaries": canaries(delta=claim.delta) if claim else canaries(),
         "verbatim": Verbatim(
             num_rows=200, prefix_tokens=32, continuation_tokens=32, num_extracted=1, num_extracted_before=1, num_new=0
         ),
@@ -212,7 +207,7 @@ def plugged_audit(delta=5.01e-4, **changes):
         "bundle_digest": BUNDLE,
         "package_digest": PACKAGE,
         "base_digest": BASE,
-        "canaries": canaries(power=0.94, epsilon=0.2, delta=delta),
+        "canaries": canaries(power=0.94, correct=55, delta=delta),
         "versions": {"offsite": "0.1.0"},
     }
     return PluggedAudit(**{**given, **changes})
@@ -240,7 +235,7 @@ def package_audit(**changes):
                 plugged_in=math.log(11.02),
                 kept=math.log(1240 / 61.79) / math.log(1240 / 12.97),
             ),
-            Capability(name="arc_easy", metric="acc", num_rows=500, chance=0.25, full=0.58, emulator=0.31, kept=0.18),
+            Capability(name="arc_easy", metric="acc", num_rows=500, chance=0.25, full=0.58, emulator=0.31, kept=2 / 11),
         ),
         "similarity": Similarity(
             num_parameters=88_200_000,

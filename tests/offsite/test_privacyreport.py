@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
+import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from offsite.errors import ArtefactError, BadSchema, BadSignature, ConfigError, 
 from offsite.gates import Release, bundle_gates, unmeasured
 from offsite.job import write_job
 from offsite.keys import Signatures
+from offsite.membership import membership_of
 from offsite.privacypage import page
 from offsite.privacyreport import (
     Audits,
@@ -26,7 +30,8 @@ from offsite.privacyreport import (
     report_raw,
     schema,
 )
-from offsite.privacywords import NOT_PRIVATE, upper, upper_delta
+from offsite.privacysound import require_sound
+from offsite.privacywords import NOT_PRIVATE, released, upper, upper_delta
 from offsite.sealed import write_signatures
 from offsite.strictjson import write_compact
 
@@ -109,7 +114,11 @@ def test_a_claim_is_told_with_delta_unit_and_all_runs_never_smaller_than_it_is()
 @pytest.mark.parametrize(
     ("changes", "canary", "start"),
     [
-        ({}, {"epsilon": 5.5}, "CLAIM OF DIFFERENTIAL PRIVACY REFUTED: an attack shows epsilon of at least 5.50"),
+        (
+            {"epsilon": 1.0},
+            {"correct": 100},
+            "CLAIM OF DIFFERENTIAL PRIVACY REFUTED: an attack shows epsilon of at least 1.25",
+        ),
         ({"budget": 4.0}, {}, "PRIVACY BUDGET EXCEEDED: epsilon 4.512 spent of 4.000"),
         ({"epsilon": 12.0}, {}, "HARDLY DIFFERENTIALLY PRIVATE"),
     ],
@@ -120,8 +129,8 @@ def test_a_claim_that_does_not_stand_is_not_told_as_one(changes, canary, start):
 
 
 def test_an_attack_on_the_full_model_refutes_a_claim_too():
-    plugged = s.plugged_audit(canaries=s.canaries(epsilon=5.5))
-    report = s.report(bundle=s.bundle_audit(s.made_up_claim()), plugged=plugged)
+    plugged = s.plugged_audit(canaries=s.canaries(correct=100))
+    report = s.report(bundle=s.bundle_audit(s.made_up_claim(epsilon=1.0)), plugged=plugged)
     assert report.headline.startswith("CLAIM OF DIFFERENTIAL PRIVACY REFUTED")
     assert report.role == "owner"
     elsewhere = s.plugged_audit(delta=1e-9)
@@ -165,9 +174,162 @@ def test_a_release_is_told_with_its_grounds():
 AUDIT = s.bundle_audit()
 
 
+def within(part, **changes):
+    """The audit `AUDIT` with figures of one part of it changed, named by the way to it."""
+    stated = AUDIT.model_dump(mode="json")
+    found = stated
+    for key in part:
+        found = found[key]
+    found.update(changes)
+    return {"bundle": type(AUDIT).model_validate_json(json.dumps(stated))}
+
+
+ATTACK, CANARIES = ("membership", 0), ("canaries",)
+BOUND, EXPOSURE = ("canaries", "bound"), ("canaries", "exposure")
+FIRST = AUDIT.membership[0]
+
+
 def curve(*points):
-    """An audit whose one attack has that curve."""
-    return {"bundle": s.bundle_audit(membership=(s.membership("loss", 0.9).model_copy(update={"roc": points}),))}
+    return within(ATTACK, roc=points)
+
+
+def capability(**changes):
+    first, *others = s.package_audit().capabilities
+    return {"package": s.package_audit(capabilities=(first.model_copy(update=changes), *others))}
+
+
+def similar(**changes):
+    return {"package": s.package_audit(similarity=s.package_audit().similarity.model_copy(update=changes))}
+
+
+def estimate(found, by=0.0, **changes):
+    given = {"value": found.value + by, "low": found.low + by, "high": found.high + by, "confidence": 0.95}
+    return {**given, **changes}
+
+
+UNSOUND = {
+    "two points": (curve((0, 0), (1, 1)), "the area of 'loss'"),
+    "a point between rows": (curve((0, 0), (0.5, 0.87654321), (1, 1)), "no share of 1200 rows"),
+    "an area above the curve": (within(ATTACK, auc=estimate(FIRST.auc, 0.01)), "the area of 'loss'"),
+    "an area below the curve": (within(ATTACK, auc=estimate(FIRST.auc, -0.01)), "the area of 'loss'"),
+    "accuracy above": (within(ATTACK, balanced_accuracy=FIRST.balanced_accuracy + 0.01), "the balanced accuracy"),
+    "accuracy below": (within(ATTACK, balanced_accuracy=0.5), "the balanced accuracy"),
+    "fewer hits": (within(ATTACK, tpr_at_1=estimate(FIRST.tpr_at_1, -1 / 120)), "the hit rate of 'loss' at 1.0%"),
+    "more hits": (within(ATTACK, tpr_at_1=estimate(FIRST.tpr_at_1, 1 / 120)), "the hit rate of 'loss' at 1.0%"),
+    "no hits told": (within(ATTACK, tpr_at_1=None), "at 1.0% is missing"),
+    "hits told of too few": (within(ATTACK, tpr_at_01=estimate(FIRST.tpr_at_1)), "at 0.1% is told of 1100 others"),
+    "a narrow interval": (within(ATTACK, tpr_at_1=estimate(FIRST.tpr_at_1, high=FIRST.tpr_at_1.value)), "upper end"),
+    "another confidence": (within(ATTACK, tpr_at_1=estimate(FIRST.tpr_at_1, confidence=0.9)), "lower end"),
+    "no confidence": (within(ATTACK, tpr_at_1=estimate(FIRST.tpr_at_1, confidence=0.1)), "confidence 0.1"),
+    "a smaller bound": (within(BOUND, num_correct=100), "the bound on epsilon is stated as 0"),
+    "a larger bound": (within(BOUND, epsilon=1e-3), "the bound on epsilon is stated as 0.001"),
+    "a larger ceiling": (within(BOUND, ceiling=9.0), "the ceiling of the bound on epsilon is stated as 9"),
+    "other guesses": (within(BOUND, num_guesses=99), "75 of 99 guesses"),
+    "more correct than guesses": (within(BOUND, num_correct=101), "101 of 100 guesses"),
+    "guesses declared for show": (within(BOUND, declared=[250, 200, 150, 100, 50]), "the bound on epsilon"),
+    "guesses declared twice": (within(BOUND, declared=[250, 100, 100, 50]), "each once, falling"),
+    "more guesses than canaries": (within(BOUND, declared=[501, 250, 100, 50]), "501 guesses about 500"),
+    "a bound by another signal": (within(BOUND, signal="min-k++"), "goes by 'min-k\\+\\+'"),
+    "a bound without confidence": (within(BOUND, confidence=0.01), "confidence 0.01"),
+    "a bound on more canaries": (within(BOUND, num_canaries=501), "number of canaries guessed about is 501"),
+    "more canaries in than there are": (within(CANARIES, num_included=501), "canaries trained on is 501"),
+    "other canaries attacked": (within(CANARIES, num_included=246), "on other canaries"),
+    "one signal twice": (within(("canaries", "membership", 0), signal="reference"), "have one signal"),
+    "a canary's area": (
+        within(("canaries", "membership", 1), auc={"value": 0.7, "low": 0.6, "high": 0.8}),
+        "the area of 'reference'",
+    ),
+    "more read out than planted": (within(EXPOSURE, num_extracted_greedy=11), "read out greedily is 11"),
+    "more drawn out than planted": (within(EXPOSURE, num_extracted_top_k=11), "read out by draws is 11"),
+    "drawn out without draws": (within(EXPOSURE, num_extracted_top_k=1, num_samples=0), "none were made"),
+    "most bits": (within(EXPOSURE, most_bits=20.0), "the most bits of exposure is stated as 20"),
+    "no bits": (within(EXPOSURE, bits=[]), "exposures after tuning are 0, of 10"),
+    "no bits before": (within(EXPOSURE, bits_before=[]), "exposures before tuning are 0, of 10"),
+    "more bits than secrets": (within(EXPOSURE, bits=[1.0] * 11), "exposures after tuning are 11, of 10"),
+    "more bits than there are": (within(EXPOSURE, bits=[10.0]), "not among the 9.96578428 bits"),
+    "more rows back than asked": (within(("verbatim",), num_extracted=201), "came back after tuning is 201"),
+    "more rows back before": (within(("verbatim",), num_extracted_before=201), "came back before tuning is 201"),
+    "new rows that did not come back": (within(("verbatim",), num_new=2), "2 rows are new of those that came back, 1"),
+    "fewer new rows than must be": (within(("verbatim",), num_extracted_before=0), "0 rows are new"),
+    "a share kept": (capability(kept=0.1), "the share kept of 'perplexity' is stated as 0.1"),
+    "a score under chance": (capability(full=99.0), "the share kept of 'perplexity'"),
+    "more verbatim than there is": (similar(num_verbatim=10**10), "by tensors, is 1e"),
+    "more rows verbatim": (similar(num_verbatim_by_row=10**10), "by rows, is 1e"),
+    "a union below its part": (
+        {"package": s.package_audit(union=s.package_audit().union.model_copy(update={"share_union": 0.2}))},
+        "the share that one package holds",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNSOUND)
+def test_a_figure_that_does_not_follow_from_the_others_is_named(case):
+    changes, match = UNSOUND[case]
+    with pytest.raises(ArtefactError, match=match) as caught:
+        s.report(**changes)
+    assert type(caught.value) is ArtefactError
+    assert "\n" not in str(caught.value)
+
+
+def test_attacks_of_every_size_and_shape_are_sound():
+    """What `offsite.membership` makes of scores is never refused: ties, few rows, many, thinned curves or whole."""
+    draw = random.Random(3)
+    for members, others, digits, shift in itertools.product((1, 30, 3000), (1, 40, 1000, 12_000), (0, 1, 9), (0, 2.5)):
+        inside = [round(draw.gauss(shift, 1), digits) for _ in range(members)]
+        outside = [round(draw.gauss(0, 1), digits) for _ in range(others)]
+        require_sound("bundle", s.bundle_audit(membership=(membership_of("loss", inside, outside),)))
+
+
+def test_what_canaries_show_is_sound_whatever_they_show():
+    for correct in (0, 50, 61, 99, 100):
+        require_sound("plugged_in", s.plugged_audit(canaries=s.canaries(correct=correct)))
+    require_sound("plugged_in", s.plugged_audit(canaries=s.canaries(secrets=1)))
+
+
+def test_without_scipy_a_bound_is_neither_sound_nor_not(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    with pytest.raises(ConfigError, match="scipy"):
+        require_sound("bundle", AUDIT)
+    require_sound("package", s.package_audit())
+
+
+def test_canaries_are_of_one_commitment():
+    other = "sha256:" + "7" * 64
+    changed = s.canaries().model_copy(update={"commitment": other})
+    claimless = s.run_record(canaries=None)
+    for given in (
+        {"bundle": s.bundle_audit(canaries=changed)},
+        {"bundle": s.bundle_audit(run=s.run_record(canaries=other))},
+        {"bundle": AUDIT, "plugged": s.plugged_audit(canaries=changed)},
+        {"bundle": s.bundle_audit(canaries=None), "plugged": s.plugged_audit(canaries=changed)},
+        {"bundle": s.bundle_audit(run=claimless), "plugged": s.plugged_audit(canaries=changed)},
+    ):
+        with pytest.raises(WrongBinding, match="different canaries"):
+            s.report(**given)
+    s.report(bundle=AUDIT, plugged=s.plugged_audit())
+    s.report(bundle=s.bundle_audit(run=claimless, canaries=None), plugged=s.plugged_audit(canaries=changed))
+
+
+def test_a_release_on_an_audit_elsewhere_says_no_more():
+    sound = s.bundle_audit(power=1.0)
+    assert released(release(sound), audit_digest(sound)) == "Released after every gate had passed."
+    assert released(release(sound), None) == "Released on an audit that is not in this report."
+    assert released(release(), None).startswith("Released although gates could not be measured: ")
+    leaky = release(s.bundle_audit(power=0.4))
+    told = "Released although gates failed, on an audit that is not in this report: --accept-leakage was given."
+    assert released(leaky, None) == told
+    report = s.report(plugged=s.plugged_audit(), release=release(sound))
+    assert "Released on an audit that is not in this report." in page(report)
+    assert "after every gate" not in page(report)
+
+
+def test_what_only_the_client_can_see_of_canaries_is_said():
+    seen = "Nobody but the client can see whether the canaries it committed to were trained on."
+    for given, said in (({"bundle": AUDIT}, True), ({"plugged": s.plugged_audit()}, True),
+                        ({"package": s.package_audit()}, False)):  # fmt: skip
+        found = [one for one in s.report(**given).non_claims if one.startswith(seen)]
+        assert bool(found) == said
+        assert all("this report does not check it" in one for one in found)
 
 
 CONTRADICTIONS = {
@@ -248,14 +410,20 @@ def test_a_true_claim_follows_from_its_constants():
         ({"epsilon_total": 1.9}, "of the only run is stated"),
         ({"delta_total": 1e-2}, "is above this run's"),
         ({"steps": 60}, "epsilon is stated"),
+        ({"steps": 10**6 + 1}, "more than the 1,000,000 that are accounted for"),
         ({"noise_multiplier": 0.05}, "no meaningful guarantee"),
-        ({"steps": 10**15, "noise_multiplier": 1.0}, "more than an accountant can hold"),
     ],
 )
 def test_a_claim_that_does_not_follow_is_named(changes, match):
     claim = s.claim().model_copy(update=changes)
     with pytest.raises(ArtefactError, match=match):
         recompute.require_claim(claim, recompute.recompute(claim))
+
+
+def test_a_claim_of_more_steps_than_are_accounted_for_is_no_claim():
+    assert s.made_up_claim(steps=10**6).steps == 10**6
+    with pytest.raises(ValueError, match="less than or equal to 1000000"):
+        s.made_up_claim(steps=10**6 + 1)
 
 
 def test_another_version_of_the_accountant_may_differ_by_a_percent_and_no_more():

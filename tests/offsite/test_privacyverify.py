@@ -427,8 +427,8 @@ FIELDS = {
             "auc",
             value={"value": 0.5, "low": 0.5, "high": 0.5, "confidence": 0.95},
         ),
-        WrongBinding,
-        "another audit than the one quoted",
+        ArtefactError,
+        "the area of 'loss' is stated as 0.5",
     ),
     "an interval out of order": (
         at("audits", "bundle", "membership", 0, "auc", "low", value=0.9),
@@ -440,6 +440,9 @@ FIELDS = {
         ArtefactError,
         "does not go from",
     ),
+    "the bound": (at("audits", "bundle", "canaries", "bound", "epsilon", value=0.3), ArtefactError, "bound on epsilon"),
+    "the ceiling": (at("audits", "bundle", "canaries", "bound", "ceiling", value=9.0), ArtefactError, "the ceiling"),
+    "other canaries": (at("audits", "bundle", "run", "canaries", value=s.OTHER), WrongBinding, "different canaries"),
     "secrets read out": (
         at("audits", "bundle", "canaries", "exposure", "num_extracted_greedy", value=5),
         WrongBinding,
@@ -467,6 +470,7 @@ FIELDS = {
     "noise": (consistently(noise_multiplier=1.6), ArtefactError, "epsilon is stated"),
     "hardly any noise": (consistently(noise_multiplier=0.01), ArtefactError, "no meaningful guarantee"),
     "rate": (consistently(sample_rate=0.05), ArtefactError, "epsilon is stated"),
+    "more steps than are accounted for": (claims(steps=10**6 + 1), BadSchema, "steps"),
     "steps": (consistently(steps=5), ArtefactError, "epsilon is stated"),
     "the total": (consistently(epsilon_total=0.2), ArtefactError, "is below .* of this one"),
     "the total of several": (consistently(epsilon_total=0.2, num_runs=2), ArtefactError, "is below .* of this one"),
