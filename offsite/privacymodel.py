@@ -146,6 +146,9 @@ def _similarity(found: Similarity) -> Markup:
         f"Of the package's {count(found.num_parameters)} parameters, {count(found.num_verbatim)} ({whole:.1%}) are the "
         f"full model's own bit for bit, as whole tensors; {count(found.num_verbatim_by_row)} ({rows:.1%}) row by row."
     )
+    if found.num_within_rounding is not None:
+        near = found.num_within_rounding / found.num_parameters
+        told += f" To within one step of bfloat16, as a mark moves them, {near:.1%} are."
     parts = [el("h3", "What of it is the model's own"), el("p", told)]
     if found.blocks:
         head = el("tr", el("th", "block of the package"), *(el("th", t, class_="number") for t in _ALIKE))

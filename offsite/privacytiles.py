@@ -62,6 +62,9 @@ def _of_package(audit: PackageAudit) -> list[tuple[str, str]]:
             (f"{best.best:.2f}", f"of what was lost regained by the best attack, {best.attack.replace('_', ' ')}")
         )
     similarity = audit.similarity
-    share = max(similarity.num_verbatim, similarity.num_verbatim_by_row) / similarity.num_parameters
-    found.append((f"{share:.0%}", "of the package's parameters are the full model's, bit for bit"))
+    exact = max(similarity.num_verbatim, similarity.num_verbatim_by_row)
+    near = similarity.num_within_rounding or 0
+    how = "bit for bit" if exact >= near else "to within one step of bfloat16"
+    share = max(exact, near) / similarity.num_parameters
+    found.append((f"{share:.0%}", f"of the package's parameters are the full model's, {how}"))
     return found
