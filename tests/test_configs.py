@@ -19,12 +19,12 @@ WORDS: dict[str, tuple[type[VerbConfig], dict[str, object]]] = {
 
 
 def test_there_is_one_per_verb_that_people_edit():
-    assert {path.stem for path in FILES} == {"distill-drop", "distill-width", "tune-blocks", "tune-lora"}
+    assert {path.stem for path in FILES} == {"distill-drop", "distill-width", "tune-blocks", "tune-lora", "tune-lora-private"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_it_loads_and_says_how_to_use_it(path):
-    verb, _, variant = path.stem.partition("-")
+    verb, variant, *_ = path.stem.split("-")
     settings, words = WORDS[verb]
     config = build(settings, file=path, flags=words)
     assert variant in (getattr(config, "method", None), getattr(config, "adapter", None))
