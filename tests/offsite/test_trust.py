@@ -123,14 +123,15 @@ def renewed(identity, later):
 
 def test_a_later_card_of_the_same_keys_takes_the_former_ones_place(store):
     clinic = generate("Clinic", days=30)
-    store.add(clinic.public.card, clinic.public.fingerprint, now=NOW)
+    now = clinic.public.created
+    store.add(clinic.public.card, clinic.public.fingerprint, now=now)
     card = renewed(clinic, 100)
     for _ in range(2):
-        store.add(card, clinic.public.fingerprint, now=NOW + 100)
+        store.add(card, clinic.public.fingerprint, now=now + 100)
     (peer,) = store.peers()
-    assert (peer.keys.expires, peer.added) == (clinic.public.expires + 100, NOW)
+    assert (peer.keys.expires, peer.added) == (clinic.public.expires + 100, now)
     with pytest.raises(Replayed, match=r"a later card of .* is pinned here"):
-        store.add(clinic.public.card, clinic.public.fingerprint, now=NOW + 100)
+        store.add(clinic.public.card, clinic.public.fingerprint, now=now + 100)
     assert store.peers() == [peer]
 
 
