@@ -158,6 +158,12 @@ VERBS: dict[str, Verb] = {
 }
 
 
+GROUPS: dict[str, str] = {
+    "audit": "both sides: measure what a bundle or package gives away",
+    "report": "anyone: a page, or a signed privacy report and its check",
+}
+"""What ``--help`` says of words that several roles' verbs begin with; of others, it is their first verb's line."""
+
 _INTERRUPTED = 130
 
 
@@ -242,7 +248,7 @@ def _app(chosen: str | None, arguments: list[str]) -> Any:
         target = app
         if group:
             if group[0] not in groups:
-                groups[group[0]] = typer.Typer(rich_markup_mode=None, help=verb.summary)
+                groups[group[0]] = typer.Typer(rich_markup_mode=None, help=GROUPS.get(group[0], verb.summary))
                 app.add_typer(groups[group[0]], name=group[0])
             target = groups[group[0]]
         function = _command(name, verb, arguments) if name == chosen else _placeholder
