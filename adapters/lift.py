@@ -38,11 +38,16 @@ def lift(
             lifted[name] = tensor
             continue
         axis, full = (1, full_dims[module][0]) if part == "lora_A" else (0, full_dims[module][1])
-        lifted[name] = tensor if tensor.shape[axis] == full else _spread(name, tensor, axis, full, channels[block])
+        lifted[name] = tensor if tensor.shape[axis] == full else spread(name, tensor, axis, full, channels[block])
     return lifted
 
 
-def _spread(name: str, tensor: torch.Tensor, axis: int, full: int, kept: Sequence[int]) -> torch.Tensor:
+def spread(name: str, tensor: torch.Tensor, axis: int, full: int, kept: Sequence[int]) -> torch.Tensor:
+    """Return the tensor with `full` entries on `axis`: its own at the kept channels, zeros at the others.
+
+    Raises:
+        WrongShape: when it does not have one entry per kept channel, or two where gate and up are one module.
+    """
     index = torch.tensor(list(kept), dtype=torch.long)
     if tensor.shape[axis] == 2 * len(index):  # gate and up in one module: the same channels in both halves
         index = torch.cat([index, index + full // 2])

@@ -152,23 +152,23 @@ def check_norms(
 
 def _low_rank(spec: AdapterSpec, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, UpdateNorms]:
     found = {}
-    for module in _modules(tensors):
-        weight, a, b = base[f"{module}.weight"], *_factors(module, tensors)
+    for module in modules_of(tensors):
+        weight, a, b = base[f"{module}.weight"], *factors_of(module, tensors)
         _oriented(module, weight, a, b, conv1d=False)
         core = torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T
-        found[module] = _norms(core * _scale(spec), weight)
+        found[module] = _norms(core * scale_of(spec), weight)
     return found
 
 
 def _dora(spec: AdapterSpec, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, UpdateNorms]:
     found = {}
-    modules = _modules(tensors)
-    conv1d = any(_is_conv1d(base[f"{module}.weight"], *_factors(module, tensors)) for module in modules)
+    modules = modules_of(tensors)
+    conv1d = any(is_turned(base[f"{module}.weight"], *factors_of(module, tensors)) for module in modules)
     for module in modules:
-        a, b = _factors(module, tensors)
+        a, b = factors_of(module, tensors)
         stored = base[f"{module}.weight"]
         weight = _oriented(module, stored, a, b, conv1d=conv1d).double()
-        direction = weight + _scale(spec) * (b @ a)
+        direction = weight + scale_of(spec) * (b @ a)
         magnitude = tensors[f"{module}.magnitude"].double()
         if magnitude.shape != direction.shape[:1]:
             raise WrongShape(
@@ -247,31 +247,38 @@ def _require_kind(spec: AdapterSpec) -> None:
         raise ConfigError(f"adapter kind {spec.kind!r}: what it changes in the model is not known")
 
 
-def _factors(module: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def factors_of(module: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the module's A (rank, in) and B (out, rank) in float64.
+
+    Raises:
+        WrongShape: when it has no two that can be multiplied.
+    """
     a, b = tensors.get(f"{module}.lora_A"), tensors.get(f"{module}.lora_B")
     if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         raise WrongShape(f"{module!r} has no lora_A and lora_B that can be multiplied")
     return a.double(), b.double()
 
 
-def _is_conv1d(weight: Tensor, a: Tensor, b: Tensor) -> bool:
+def is_turned(weight: Tensor, a: Tensor, b: Tensor) -> bool:
     """Say whether the weight is stored (in, out) as GPT-2 does; a square one does not tell."""
     return tuple(weight.shape) == (a.shape[1], b.shape[0]) != (b.shape[0], a.shape[1])
 
 
 def _oriented(module: str, weight: Tensor, a: Tensor, b: Tensor, *, conv1d: bool) -> Tensor:
     """Return the weight as (out, in). A model has linears of one orientation: what any of them tells holds for all."""
-    turned = weight.T if weight.dim() == 2 and (conv1d or _is_conv1d(weight, a, b)) else weight
+    turned = weight.T if weight.dim() == 2 and (conv1d or is_turned(weight, a, b)) else weight
     if turned.shape != (b.shape[0], a.shape[1]):
         raise WrongShape(f"{module!r}: B @ A is {b.shape[0]} x {a.shape[1]}, its weight {tuple(weight.shape)}")
     return turned
 
 
-def _scale(spec: AdapterSpec) -> float:
+def scale_of(spec: AdapterSpec) -> float:
+    """Return what B @ A is multiplied by in the forward pass."""
     return spec.alpha / (math.sqrt(spec.rank) if spec.kind == "rslora" else spec.rank)
 
 
-def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
+def modules_of(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the canonical modules that the tensors of a low-rank adapter belong to, each once, in order."""
     return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
 
 

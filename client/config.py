@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from offsite.bundle import DISCLOSABLE, AdapterSpec
 from offsite.config import VerbConfig, flag_name
 from offsite.errors import ConfigError
+from offsite.round import RoundManifest
 
 LEARNING_RATES = {"blocks": 5e-4, "bitfit": 3e-3, "lora": 2e-3, "rslora": 1e-3, "dora": 2e-3}
 """Peak rate used when none is given, by kind of adapter."""
@@ -64,6 +65,9 @@ class TuneConfig(VerbConfig):
     package: Path = Field(description="package folder from the owner", json_schema_extra={"positional": True})
     job: Path | None = Field(
         None, description="opened job folder: its adapter is the one that is tuned, for the package it names"
+    )
+    round: Path | None = Field(
+        None, description="opened round folder of a federation: tuning goes on from its weights, as it says"
     )
     data: Path = Field(description="private text: .txt, .jsonl, .json or .csv, each optionally .gz")
     output: Path = Field(description="bundle folder to write", json_schema_extra={"short": "-o"})
@@ -135,6 +139,10 @@ class TuneConfig(VerbConfig):
             problems.append(
                 f"--accumulate {self.accumulate}{shared}: a batch of {self.batch_size} cannot be cut into {parts}"
             )
+        if self.round is not None and self.launch > 1:
+            problems.append("--launch: a federation's round is tuned in one process")
+        if self.round is not None and self.adapter == "dora":
+            problems.append("--adapter dora: no federation adds up its updates")
         if self.sealed_off and self.launch > 1:
             problems.append("--launch: --sealed-off runs in one process, several must connect to each other")
         problems += self._private_problems()
@@ -197,6 +205,24 @@ class TuneConfig(VerbConfig):
                 hint="leave the adapter's settings to the job, or ask the owner for another job",
             )
         return self.model_copy(update=wanted)
+
+    def within(self, manifest: RoundManifest) -> TuneConfig:
+        """Return these settings with what a federation's round asks for: adapter, steps, rate.
+
+        Raises:
+            ConfigError: when a setting was given and the round says otherwise.
+        """
+        config = self.under(manifest.adapter)
+        asked: dict[str, object] = {"steps": manifest.steps}
+        if manifest.learning_rate is not None:
+            asked["learning_rate"] = manifest.learning_rate
+        for name, value in asked.items():
+            if name in self.model_fields_set and getattr(self, name) not in (None, value):
+                raise ConfigError(
+                    f"{flag_name(name)} {getattr(self, name)}: the round says {value}",
+                    hint="leave it to the round, or ask the owner for another",
+                )
+        return config.model_copy(update=asked)
 
     def rate(self) -> float:
         """Return the peak learning rate: the one given, or the kind's."""

@@ -99,6 +99,11 @@ class Courier:
     ) -> None:
         self._client.close()
 
+    @property
+    def owner(self) -> str:
+        """Fingerprint of the exchange's owner."""
+        return self._owner
+
     def ask(self, method: str, path: str, cls: type[Answer], body: bytes = b"") -> Answer:
         """Return the exchange's answer.
 

@@ -52,32 +52,66 @@ def pull_run(config: PullConfig) -> dict[str, object]:
     began = time.monotonic()
     refuse_existing(config.output)
     trust, identity = TrustStore(config.keys), open_identity(config)
-    owner = _owner(config.owner, trust)
-    with _courier(config, identity, owner) as courier:
+    owner = owner_of(config.owner, trust)
+    with courier_of(config, identity, owner) as courier:
         offer = _chosen(courier.ask("GET", "/v1/sealed", Offers).offers, config)
         say(f"{offer.kind} {offer.digest[:16]} of job {offer.job_id[:12]}: {offer.bytes:,} bytes")
         if offer.bytes > config.limit_bytes:
             raise TooLarge(f"this {offer.kind} has {offer.bytes} bytes, --limit-bytes {config.limit_bytes}")
-        raw = RawSealed(
-            manifest_raw=courier.fetch(f"/v1/sealed/{offer.digest}/{MANIFEST_FILE}", SEALED_MANIFEST_LIMIT_BYTES),
-            signatures_raw=courier.fetch(f"/v1/sealed/{offer.digest}/{SIGNATURES_FILE}", SIGNATURES_LIMIT_BYTES),
-            keys_raw=courier.fetch(f"/v1/sealed/{offer.digest}/{KEYS_FILE}", KEYS_LIMIT_BYTES),
+        manifest, num_resumed = fetch_offer(
+            courier, offer, config.output, trust=trust, own=identity.public.fingerprint, limit_bytes=config.limit_bytes
         )
-        now = int(time.time())
-        manifest = verify_sealed(
-            raw.manifest_raw, raw.signatures_raw, lambda issuer: trust.require(issuer, now=now), now=now
-        )
-        _check_offer(manifest, raw, offer, owner, identity.public.fingerprint, config.limit_bytes)
-        num_resumed = _download(courier, offer.digest, raw, manifest, config.output)
     return {
         "bytes": sum(file.sealed_bytes for file in manifest.files),
-        "digest": raw.digest,
+        "digest": f"sha256:{offer.digest}",
         "job_id": manifest.job_id,
         "kind": manifest.kind,
         "output": str(config.output),
         "resumed_bytes": num_resumed,
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def fetch_offer(
+    courier: Courier, offer: OfferSummary, out: Path, *, trust: TrustStore, own: str, limit_bytes: int
+) -> tuple[SealedManifest, int]:
+    """Write the sealed folder `out`, whole or not at all; return what its owner signed, and the bytes resumed.
+
+    Args:
+        own: fingerprint of this client, which it must be sealed for.
+
+    Raises:
+        ArtefactError: what arrives is not what the owner signed for this key, or is too large.
+        RunFailed: the exchange cannot be reached, or the disk is full; `out`.work keeps what arrived.
+    """
+    raw = RawSealed(
+        manifest_raw=courier.fetch(f"/v1/sealed/{offer.digest}/{MANIFEST_FILE}", SEALED_MANIFEST_LIMIT_BYTES),
+        signatures_raw=courier.fetch(f"/v1/sealed/{offer.digest}/{SIGNATURES_FILE}", SIGNATURES_LIMIT_BYTES),
+        keys_raw=courier.fetch(f"/v1/sealed/{offer.digest}/{KEYS_FILE}", KEYS_LIMIT_BYTES),
+    )
+    now = int(time.time())
+    manifest = verify_sealed(
+        raw.manifest_raw, raw.signatures_raw, lambda issuer: trust.require(issuer, now=now), now=now
+    )
+    _check_offer(manifest, raw, offer, courier.owner, own, limit_bytes)
+    return manifest, _download(courier, offer.digest, raw, manifest, out)
+
+
+def hand_in(courier: Courier, sealed: Path, *, verdict_seconds: float) -> Status:
+    """The sealed bundle is with the owner, who has said what became of it; from where an earlier try broke off.
+
+    Raises:
+        ArtefactError: the class that the owner's check names, when the bundle is refused.
+        RunFailed: the exchange cannot be reached; trying again goes on.
+    """
+    raw = read_sealed(sealed)
+    manifest = parse_strict(raw.manifest_raw, SealedManifest, MANIFEST_FILE, {})
+    check_payload(sealed, manifest)
+    status, _ = _upload(courier, sealed, raw, manifest)
+    status = _awaited(courier, status, verdict_seconds)
+    if status.state == "refused":
+        raise _refusal(status)
+    return status
 
 
 def push_run(config: PushConfig) -> dict[str, object]:
@@ -96,10 +130,10 @@ def push_run(config: PushConfig) -> dict[str, object]:
     trust, identity = TrustStore(config.keys), open_identity(config)
     if manifest.issuer != identity.public.fingerprint:
         raise WrongBinding(f"{config.sealed.name!r} was sealed by another key", hint="give the right --keys")
-    owner = _owner(manifest.recipients[0], trust)
+    owner = owner_of(manifest.recipients[0], trust)
     if config.owner not in (None, owner):
         raise WrongRecipient(f"{config.sealed.name!r} is sealed for {owner}, not for --owner")
-    with _courier(config, identity, owner) as courier:
+    with courier_of(config, identity, owner) as courier:
         status, num_sent = _upload(courier, config.sealed, raw, manifest)
         status = _awaited(courier, status, config.verdict_seconds)
     if status.state == "refused":
@@ -120,8 +154,8 @@ def status_run(config: StatusConfig) -> dict[str, object]:
     """
     trust = TrustStore(config.keys)
     digest, recipient = (None, None) if config.sealed is None else _named(config.sealed)
-    owner = _owner(config.owner or recipient, trust)
-    with _courier(config, open_identity(config), owner) as courier:
+    owner = owner_of(config.owner or recipient, trust)
+    with courier_of(config, open_identity(config), owner) as courier:
         if digest is None:
             return _listed(courier.ask("GET", "/v1/sealed", Offers).offers)
         status = courier.ask("GET", f"/v1/bundles/{digest}", Status)
@@ -130,7 +164,8 @@ def status_run(config: StatusConfig) -> dict[str, object]:
     return _told(status)
 
 
-def _courier(config: ExchangeConfig, identity: Identity, owner: str) -> Courier:
+def courier_of(config: ExchangeConfig, identity: Identity, owner: str) -> Courier:
+    """Return a connection to the exchange of that owner, which is not opened yet."""
     return Courier(
         config.url,
         identity,
@@ -141,7 +176,7 @@ def _courier(config: ExchangeConfig, identity: Identity, owner: str) -> Courier:
     )
 
 
-def _owner(fingerprint: str | None, trust: TrustStore) -> str:
+def owner_of(fingerprint: str | None, trust: TrustStore) -> str:
     """Return the fingerprint of the party whose exchange it is: the one named, or the only one trusted."""
     now = int(time.time())
     if fingerprint is not None:

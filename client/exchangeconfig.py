@@ -42,7 +42,7 @@ class PullConfig(ExchangeConfig):
     output: Path = Field(
         description="sealed folder to write; OUTPUT.work keeps a broken download", json_schema_extra={"short": "-o"}
     )
-    kind: Literal["job", "package", "report"] | None = Field(None, description="take what is of this kind")
+    kind: Literal["job", "package", "round", "report"] | None = Field(None, description="take what is of this kind")
     job: str | None = Field(None, pattern=r"^[0-9a-f]{4,32}$", description="take what is of the job of this id")
     digest: str | None = Field(
         None, pattern=r"^(sha256:)?[0-9a-f]{4,64}$", description="take what has this sealed digest, or begins with it"

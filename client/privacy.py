@@ -15,7 +15,6 @@ Source: DP-SGD, arXiv:1607.00133; noise in float64 before rounding against arXiv
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +28,11 @@ from client.config import DPSettings
 from offsite.accounting import Mechanism, Spent, account, accountant, calibrate
 from offsite.errors import ConfigError, DataError
 from offsite.loopconfig import LoopConfig
+from offsite.noise import gaussian, uniform, unknown_seed
 from offsite.processes import Processes
 from offsite.step import Batch, StepLoss, Stepped, Stepper, rate, require_finite
 from offsite.text import Example
 
-_MANTISSA = 53
-_NOISE_AT_ONCE = 1 << 20
 _PER_ROW_COPIES = 3  # of the trained parameters: the per-row gradient, its computation, its norm
 _FEWEST_ROWS = 4
 _MOST_ROWS = 8
@@ -202,7 +200,7 @@ class PrivateStepper(Stepper):
         """
         drawn = [self._units[place] for place in batch["units"].tolist()]
         # Masks of dropout are part of the mechanism's chance: they must not be known, as a seed would make them.
-        torch.manual_seed(int.from_bytes(_entropy(8), "big") >> 1)
+        torch.manual_seed(unknown_seed())
         sums = zeros(self._trainable)
         losses = self.clipper.add(drawn, sums)
         norm = self._set_gradients(sums)
@@ -244,31 +242,6 @@ def free_bytes(device: torch.device) -> int:
     except OSError:
         pass
     return 4 << 30
-
-
-def uniform(num: int) -> Tensor:
-    """Return numbers of [0, 1) from the operating system, (num,) float64, each a multiple of 2^-53."""
-    if num == 0:
-        return torch.zeros(0, dtype=torch.float64)
-    raw = torch.frombuffer(bytearray(_entropy(8 * num)), dtype=torch.int64)
-    return ((raw >> (64 - _MANTISSA)) & ((1 << _MANTISSA) - 1)).double() * 2.0**-_MANTISSA
-
-
-def gaussian(num: int) -> Tensor:
-    """Return standard normal numbers from the operating system, (num,) float64 on the CPU, by Box and Muller."""
-    parts = [_gaussian(min(_NOISE_AT_ONCE, num - first)) for first in range(0, num, _NOISE_AT_ONCE)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
-
-
-def _gaussian(num: int) -> Tensor:
-    half = (num + 1) // 2
-    radius = (-2 * (1 - uniform(half)).log()).sqrt()  # 1 - [0, 1) is never zero
-    angle = 2 * math.pi * uniform(half)
-    return torch.cat((radius * angle.cos(), radius * angle.sin()))[:num]
-
-
-def _entropy(num_bytes: int) -> bytes:
-    return os.urandom(num_bytes)
 
 
 def require_enough(num_held_out: int) -> None:

@@ -21,6 +21,7 @@ from adapters.kinds import Attached, attach, declared
 from client.config import TuneConfig
 from client.data import TrainingText, prepare, require_fit, say_text
 from client.privaterun import PrivateRun, private_binding, private_run
+from client.rounds import Begun, begin, grow, round_for, with_proximal
 from client.runrecord import Planted, planted_for, read_as, record_of, text_settings
 from client.scan import Scan, losses_in, require_clean, scan_bundle, texts_of
 from client.sealedoff import require_quiet, sealing
@@ -38,8 +39,9 @@ from offsite.loopconfig import LoopConfig
 from offsite.measure import perplexity
 from offsite.package import Package, open_package
 from offsite.processes import is_launched, world
+from offsite.round import Round
 from offsite.staging import refuse_existing
-from offsite.step import Stepper, uses_bf16
+from offsite.step import StepLoss, Stepper, uses_bf16
 from offsite.tensors import TensorSpec, torch_dtype
 from offsite.text import IGNORED
 
@@ -47,8 +49,13 @@ if TYPE_CHECKING:
     from offsite.bundle import AdapterSpec
 
 
-def attach_to_package(package: Package, spec: AdapterSpec, *, device: torch.device, seed: int = 0) -> Attached:
+def attach_to_package(
+    package: Package, spec: AdapterSpec, *, device: torch.device, seed: int = 0, round_: Round | None = None
+) -> Attached:
     """Return the package's model with a fresh adapter on it; the same seed gives the same start.
+
+    Args:
+        round_: of a federation, whose earlier rounds' update is in the model's weights.
 
     Raises:
         ConfigError: when the package cannot carry that adapter in that place.
@@ -56,6 +63,7 @@ def attach_to_package(package: Package, spec: AdapterSpec, *, device: torch.devi
     """
     names = declared(spec, package.layout, package.block_tensors())
     model = package.load_model(dtype="float32")
+    grow(model, package, spec, round_)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         attached = attach(model, spec, package.layout.blocks, names)
@@ -94,6 +102,7 @@ def tune(
     label: str = "tune",
     sent_as: str = "float32",
     private: PrivateRun | None = None,
+    loss: StepLoss = next_token_loss,
 ) -> Outcome:
     """The adapter holds the weights of the lowest validation loss; of a private run, those after the last step.
 
@@ -101,6 +110,7 @@ def tune(
         attached: model and adapter, on the device they train on; trained in place.
         work: folder for checkpoints and the log; the caller removes it.
         sent_as: dtype of the bundle, in which something must have changed.
+        loss: what is minimised.
         private: draws the batches and takes the steps; private text then has no say in which weights are kept, and is
             validated on once, at the end.
 
@@ -123,7 +133,7 @@ def tune(
         model,
         attached.trainable,
         text.batches if private is None else private.batches(),
-        next_token_loss,
+        loss,
         settings,
         work=work,
         resume=resume,
@@ -139,8 +149,8 @@ def tune(
         _require_moved(before, outcome.tensors, sent_as)
     if private is not None:
         private.require_moved(before, outcome.tensors)
-        loss = evaluate()
-        best = (loss, [(outcome.steps, loss)]) if math.isfinite(loss) else (None, [])
+        found = evaluate()
+        best = (found, [(outcome.steps, found)]) if math.isfinite(found) else (None, [])
         outcome = replace(outcome, best_loss=best[0], evaluations=best[1])
     return outcome
 
@@ -173,6 +183,9 @@ def run(config: TuneConfig) -> dict[str, object]:
     job = job_for(config.job, package) if config.job is not None else None
     if job is not None:
         config = config.under(job.adapter)
+    round_ = round_for(config, package, job)
+    if round_ is not None:
+        config = config.within(round_.manifest)
     planted = planted_for(config, package, job)
     spec = config.spec()
     names = declared(spec, package.layout, package.block_tensors())
@@ -192,12 +205,13 @@ def run(config: TuneConfig) -> dict[str, object]:
     )
     if world().is_main:
         say_text(text)
-    attached = attach_to_package(package, spec, device=device, seed=config.seed)
+    attached = attach_to_package(package, spec, device=device, seed=config.seed, round_=round_)
+    begun = begin(attached, spec, round_)
     require_fit(text, attached.model)  # type: ignore[arg-type]
     if config.gradient_checkpointing:
         _checkpoint_activations(attached.model)
     _make_room(work)
-    binding = _binding(config, package, planted)
+    binding = _binding(config, package, planted, begun)
     spending = private_run(config, text, work=work, binding=binding) if config.dp else nullcontext()
     with spending as private:
         if private is not None:
@@ -215,6 +229,7 @@ def run(config: TuneConfig) -> dict[str, object]:
             binding=binding,
             sent_as=config.adapter_dtype,
             private=private,
+            loss=with_proximal(next_token_loss, attached, begun, spec),
         )
         if not world().is_main:
             return {}
@@ -245,8 +260,9 @@ def run(config: TuneConfig) -> dict[str, object]:
             config.output,
             package=package,
             spec=spec,
-            tensors=outcome.tensors,
+            tensors={**outcome.tensors, **begun.frozen},
             expected=names,
+            round_digest=begun.digest,
             figures=figures,
             disclose=config.disclose,
             before=before,
@@ -356,11 +372,12 @@ def _make_room(work: Path) -> None:
         raise RunFailed(f"cannot write {work.name!r}: {(error.strerror or 'i/o error').lower()}") from None
 
 
-def _binding(config: TuneConfig, package: Package, planted: Planted) -> dict[str, str]:
+def _binding(config: TuneConfig, package: Package, planted: Planted, begun: Begun) -> dict[str, str]:
     """Return what a resumed run must share beside the loop's settings, one entry per setting."""
     text = ("fields", "document_field", "separator", "on_long", "pack", "block_tokens", "validation", "audit_share")
     shared = config.model_dump(mode="json", include={*text, "batch_size"}) | {"canaries": planted.commitment}
     shared |= {f"adapter.{name}": value for name, value in config.spec().model_dump(mode="json").items()}
+    shared |= {} if begun.round is None else {"round": begun.round.digest}
     bound = {"package": package.digest, "data": sha256_file(config.data), **{k: str(v) for k, v in shared.items()}}
     return bound if config.dp is None else bound | private_binding(config.dp)
 

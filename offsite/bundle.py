@@ -2,7 +2,8 @@
 
 A bundle is a folder of two files: ``offsite.json``, the manifest, and ``adapter.safetensors``, the adapter's tensors
 under canonical names (``top.1.mlp.up_proj.weight``, ``bottom.0.self_attn.q_proj.lora_A``). It binds the package it was
-tuned on. Beyond shapes it discloses only the figures the client named; by default none.
+tuned on, and in a federation the round that it answers. Beyond shapes it discloses only the figures the client named;
+by default none.
 
 On arrival, in this order: manifest size, format, schema; exact set of files; sizes and digests; the package and base
 model it is bound to; the exact set of tensors that its adapter has, with shapes and dtypes; finite values.
@@ -78,6 +79,7 @@ class BundleManifest(Strict):
     format: str
     package_digest: str = Field(pattern=DIGEST_PATTERN)
     base_digest: str = Field(pattern=DIGEST_PATTERN)
+    round_digest: str | None = Field(None, pattern=DIGEST_PATTERN)
     adapter: AdapterSpec
     tensors: dict[str, TensorSpec]
     disclosed: dict[Literal["num_records", "num_tokens", "steps", "validation_loss"], float] = {}
@@ -142,6 +144,7 @@ def write_bundle(
     spec: AdapterSpec,
     tensors: Mapping[str, torch.Tensor],
     expected: Mapping[str, TensorSpec],
+    round_digest: str | None = None,
     figures: Mapping[str, float] | None = None,
     disclose: tuple[str, ...] = (),
     before: Callable[[Path, str], None] | None = None,
@@ -149,6 +152,7 @@ def write_bundle(
     """Write the bundle folder `out`, whole or not at all: the expected tensors and the figures named in `disclose`.
 
     Args:
+        round_digest: of the federation's round that it answers, from whose weights the adapter was tuned.
         before: called with the finished folder under another name, and the bundle's digest, before it stands at `out`;
             what it raises keeps the bundle from standing there.
 
@@ -174,6 +178,7 @@ def write_bundle(
             format=BUNDLE_FORMAT,
             package_digest=package.digest,
             base_digest=package.manifest.base_digest,
+            round_digest=round_digest,
             adapter=spec,
             tensors=dict(expected),
             disclosed=disclosed,  # type: ignore[arg-type]

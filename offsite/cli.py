@@ -137,6 +137,19 @@ VERBS: dict[str, Verb] = {
     "exchange status": Verb(
         "client: what became of a bundle", "client.exchangeconfig:StatusConfig", "client.exchange:status_run"
     ),
+    "federate serve": Verb(
+        "owner: run a federation of clients over the exchange",
+        "server.federationconfig:FederateServeConfig",
+        "server.federate:serve_run",
+    ),
+    "federate join": Verb(
+        "client: take part in an owner's federation", "client.memberconfig:JoinConfig", "client.federate:join_run"
+    ),
+    "federate simulate": Verb(
+        "owner: try a whole federation in one process",
+        "server.simulationconfig:SimulateConfig",
+        "server.simulation:run",
+    ),
     "evaluate": Verb(
         "owner: zero-shot, emulator-tuned, plugged in", "server.config:EvaluateConfig", "server.evaluate:run"
     ),
@@ -160,6 +173,7 @@ VERBS: dict[str, Verb] = {
 
 GROUPS: dict[str, str] = {
     "audit": "both sides: measure what a bundle or package gives away",
+    "federate": "both sides: one adapter of many clients, over rounds",
     "report": "anyone: a page, or a signed privacy report and its check",
 }
 """What ``--help`` says of words that several roles' verbs begin with; of others, it is their first verb's line."""
@@ -375,5 +389,6 @@ def _quiet_libraries() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
     }.items():
         os.environ.setdefault(name, value)

@@ -6,13 +6,28 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 _LINE_EVERY_SECONDS = 10.0
 
 
+_muted: ContextVar[bool] = ContextVar("muted", default=False)
+
+
 def say(text: str) -> None:
-    """One line is on stderr, at once."""
-    print(text, file=sys.stderr, flush=True)
+    """One line is on stderr, at once, unless it is `muted`."""
+    if not _muted.get():
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Nothing is said: for steps that are verbs of their own, inside one that speaks for itself."""
+    token = _muted.set(True)
+    try:
+        yield
+    finally:
+        _muted.reset(token)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

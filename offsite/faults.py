@@ -21,6 +21,14 @@ POINTS = (
     "plug-published",  # it is published, the registry does not know it
 )
 
+ROUND_POINTS = (
+    "round-asked",  # the registry knows of whom a round is asked, it is not sealed for all of them
+    "round-summed",  # what the rounds added is written, the round is not finished
+    "round-finished",  # it is finished, nothing was told
+    "round-sealed",  # a client's answer is sealed, the owner does not have it
+)
+"""Those of a federation's rounds."""
+
 _hook: Callable[[str], None] | None = None
 
 

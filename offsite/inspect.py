@@ -13,12 +13,13 @@ from offsite.console import say, table
 from offsite.errors import BadSchema
 from offsite.manifest import MANIFEST_LIMIT_BYTES, MANIFEST_NAME
 from offsite.package import PACKAGE_FORMAT, Package, open_package
+from offsite.round import ROUND_FORMAT, Round, open_round
 from offsite.settings import InspectConfig
 from offsite.tensors import TensorSpec
 
 
-def inspect_artefact(path: Path) -> Package | Bundle:
-    """Return the package or bundle at `path`, with every file checked against its manifest.
+def inspect_artefact(path: Path) -> Package | Round | Bundle:
+    """Return the package, round or bundle at `path`, with every file checked against its manifest.
 
     Raises:
         ArtefactError: with the subclass of the check that failed.
@@ -31,19 +32,24 @@ def inspect_artefact(path: Path) -> Package | Bundle:
             raise BadSchema(f"{MANIFEST_NAME} of {path.name!r} is not JSON") from None
         if isinstance(stated, dict) and stated.get("format") == BUNDLE_FORMAT:
             return open_bundle(path)
+        if isinstance(stated, dict) and stated.get("format") == ROUND_FORMAT:
+            return open_round(path)
     return open_package(path)
 
 
 def run(config: InspectConfig) -> dict[str, object]:
     """Print what the artefact holds, on stderr, and return its digest and sizes."""
     artefact = inspect_artefact(config.artefact)
-    shown = _show_package(artefact) if isinstance(artefact, Package) else _show_bundle(artefact)
+    if isinstance(artefact, Bundle):
+        shown = _show_bundle(artefact)
+    else:
+        shown = _show_package(artefact) if isinstance(artefact, Package) else _show_round(artefact)
     table("files", ["name", "bytes", "sha256"], [
         [name, f"{entry.bytes:,}", entry.sha256.removeprefix("sha256:")[:16]]
         for name, entry in artefact.manifest.files.items()
     ])  # fmt: skip
     if config.tensors:
-        rows = [[name, spec.dtype, "x".join(map(str, spec.shape))] for name, spec in artefact.manifest.tensors.items()]
+        rows = [[name, spec.dtype, "x".join(map(str, spec.shape))] for name, spec in tensors_of(artefact).items()]
         table("tensors", ["name", "dtype", "shape"], rows)
     return {**shown, "digest": artefact.digest, "bytes": artefact.num_bytes, "verified": True}
 
@@ -90,6 +96,28 @@ def _show_bundle(bundle: Bundle) -> dict[str, object]:
     parts = _by_role(manifest.tensors)
     table("parameters", ["part", "number"], [[role, f"{count:,}"] for role, count in parts.items()])
     return {"kind": BUNDLE_FORMAT.split("/")[1], "parameters": _num_parameters(manifest.tensors)}
+
+
+def _show_round(found: Round) -> dict[str, object]:
+    manifest = found.manifest
+    say(f"round {found.path.name}: every file agrees with the manifest")
+    say(f"  format       {manifest.format}")
+    say(f"  digest       {found.digest}")
+    say(f"  federation   {manifest.federation_id}")
+    say(f"  round        {manifest.round} of {manifest.num_rounds}: {manifest.task}")
+    say(f"  package      {manifest.package_digest}")
+    say(f"  base model   {manifest.base_digest}")
+    say(f"  asks for     {manifest.adapter.kind} on {manifest.adapter.placement}, {manifest.steps} steps")
+    parts = _by_role(manifest.update)
+    table("numbers that earlier rounds added", ["part", "number"], [[role, f"{n:,}"] for role, n in parts.items()])
+    return {"kind": ROUND_FORMAT.split("/")[1], "parameters": _num_parameters(manifest.update)}
+
+
+def tensors_of(artefact: Package | Round | Bundle) -> dict[str, TensorSpec]:
+    """Return the tensors that the artefact declares."""
+    if isinstance(artefact, Round):
+        return {**artefact.manifest.update, **artefact.manifest.start}
+    return artefact.manifest.tensors
 
 
 def _by_role(tensors: Mapping[str, TensorSpec]) -> dict[str, int]:

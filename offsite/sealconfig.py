@@ -20,7 +20,7 @@ class SealConfig(IdentityConfig):
     verb: ClassVar[str] = "seal"
 
     input: Path = Field(
-        description="a job, package or bundle folder, or one with results.json or report.json",
+        description="a job, package, round or bundle folder, or one with results.json or report.json",
         json_schema_extra=POSITIONAL,
     )
     output: Path = Field(description="sealed folder to write", json_schema_extra=OUTPUT)

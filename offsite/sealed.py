@@ -21,6 +21,7 @@ from offsite.job import JOB_ID_PATTERN, JOB_LIMIT_BYTES, JOB_NAME, LATEST_SECOND
 from offsite.keys import FINGERPRINT_PATTERN, PublicKeys, Signatures
 from offsite.manifest import MANIFEST_LIMIT_BYTES, MANIFEST_NAME, Strict
 from offsite.package import FILE_NAMES as PACKAGE_FILES
+from offsite.round import FILE_NAMES as ROUND_FILES
 from offsite.strictjson import parse_object, parse_strict, write_compact
 from offsite.tensors import TensorSpec
 from offsite.trust import MAX_SKEW_SECONDS
@@ -41,10 +42,11 @@ CHUNK_BYTES = 16 * 2**10
 TAG_BYTES = 16
 HEAD_BYTES = 56
 
-Kind = Literal["job", "package", "bundle", "report"]
+Kind = Literal["job", "package", "round", "bundle", "report"]
 KINDS: dict[Kind, re.Pattern[str]] = {
     "job": re.compile(re.escape(JOB_NAME)),
     "package": re.compile(f"{re.escape(MANIFEST_NAME)}|{PACKAGE_FILES.pattern}"),
+    "round": re.compile(f"{re.escape(MANIFEST_NAME)}|{ROUND_FILES.pattern}"),
     "bundle": re.compile(f"{re.escape(MANIFEST_NAME)}|{BUNDLE_FILES.pattern}"),
     "report": re.compile(r"report\.json|report\.signatures\.json|results\.json"),
 }
@@ -113,8 +115,8 @@ class SealedManifest(Strict):
             raise ValueError("a recipient is named twice")
         if self.expires <= self.created:
             raise ValueError("expires is not after created")
-        if (self.kind == "bundle") != (self.round > 0) and self.kind != "report":
-            raise ValueError("a bundle belongs to a round from 1 on; a job and a package to round 0")
+        if (self.kind in ("round", "bundle")) != (self.round > 0) and self.kind != "report":
+            raise ValueError("a round and a bundle have a number from 1 on; a job and a package have round 0")
         if (self.sequence == 1) != (self.previous is None):
             raise ValueError("the first of a sequence has no previous one, every other has")
         return self
@@ -231,10 +233,7 @@ def bind(manifest: SealedManifest, job: Job) -> None:
     what = f"this {manifest.kind}"
     if manifest.job_id != job.job_id:
         raise WrongBinding(f"{what} belongs to job {manifest.job_id[:12]}, not {job.job_id[:12]}")
-    issuers = {"job": {job.owner}, "package": {job.owner}, "bundle": {job.client}}.get(
-        manifest.kind, {job.owner, job.client}
-    )
-    if manifest.issuer not in issuers:
+    if manifest.issuer not in senders(manifest.kind, job):
         raise WrongBinding(f"{what} was sealed by a key that the job gives no such part")
     if manifest.recipients != (job.other_party(manifest.issuer),):
         raise WrongRecipient(f"{what} is not addressed to the job's other party alone")
@@ -245,6 +244,11 @@ def bind(manifest: SealedManifest, job: Job) -> None:
         raise WrongBinding(f"{what} is for round {manifest.round}, the job has {job.rounds}")
     if manifest.expires > job.expires:
         raise WrongBinding(f"{what} is dated beyond the end of its job")
+
+
+def senders(kind: Kind, job: Job) -> set[str]:
+    """Return the fingerprints that may seal an artefact of that kind in the job."""
+    return {"bundle": {job.client}, "report": {job.owner, job.client}}.get(kind, {job.owner})
 
 
 def sealed_digest(manifest_raw: bytes) -> str:

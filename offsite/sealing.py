@@ -27,9 +27,10 @@ from offsite.package import Package
 from offsite.privacyreport import PAGE_NAME, read_form
 from offsite.privacyreport import SIGNATURES_NAME as REPORT_SIGNATURES
 from offsite.results import RESULTS_NAME, read_results
+from offsite.round import Round
 from offsite.seal import check_payload, decrypt_files, encrypt_files, read_sealed, write_sealed
 from offsite.sealconfig import OpenConfig, RewrapConfig, SealConfig
-from offsite.sealed import REPORT_LIMIT_BYTES, Kind, SealedManifest, bind, verify_sealed
+from offsite.sealed import REPORT_LIMIT_BYTES, Kind, SealedManifest, bind, senders, verify_sealed
 from offsite.sealedfolder import KEYS_FILE, MANIFEST_FILE, PAYLOAD, SIGNATURES_FILE
 from offsite.staging import refuse_existing, staged_folder
 from offsite.strictjson import parse_object
@@ -46,7 +47,7 @@ class Content:
     kind: Kind
     files: Mapping[str, Path]
     digest: str | None
-    artefact: OpenedJob | Package | Bundle | None
+    artefact: OpenedJob | Package | Round | Bundle | None
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,11 @@ class Opened:
     admission: Admission
 
 
-def seal_run(config: SealConfig) -> dict[str, object]:
+def seal_run(config: SealConfig, *, identity: Identity | None = None) -> dict[str, object]:
     """Run ``offsite seal``.
+
+    Args:
+        identity: these keys, when they are open already.
 
     A bundle goes only if its gates (`offsite.gates`) passed or leakage is accepted, and what it went on is written
     beside the output, as ``OUTPUT.release.json``. A package goes only within the limits that were given.
@@ -75,9 +79,9 @@ def seal_run(config: SealConfig) -> dict[str, object]:
     content = read_content(config.input)
     opened = _job_of(config, content)
     job, now, round_ = opened.job, int(time.time()), _round(config.round, content.kind, opened.job)
-    identity = open_identity(config)
+    identity = identity or open_identity(config)
     own = identity.public.fingerprint
-    if own not in _senders(content.kind, job):
+    if own not in senders(content.kind, job):
         raise WrongBinding(
             f"the key {own[:9]} may not seal a {content.kind} of job {job.job_id[:12]}", hint="give the right --keys"
         )
@@ -92,7 +96,7 @@ def seal_run(config: SealConfig) -> dict[str, object]:
         elif ledger.job(job.job_id).digest != opened.digest:
             raise WrongBinding(f"{opened.job.job_id[:12]} is known here with other terms than those of --job")
         encrypted = encrypt_files(content.files, stage, kind=content.kind, job_id=job.job_id)
-        if isinstance(content.artefact, Package | Bundle):
+        if isinstance(content.artefact, Package | Round | Bundle):
             for file in encrypted.files:
                 bound = content.artefact.manifest.files.get(file.name)
                 if file.sha256 != (content.digest if file.name == MANIFEST_NAME else bound and bound.sha256):
@@ -212,7 +216,9 @@ def read_content(folder: Path) -> Content:
     if (folder / MANIFEST_NAME).exists():
         artefact = inspect_artefact(folder)
         names = [MANIFEST_NAME, *artefact.manifest.files]
-        kind: Kind = "package" if isinstance(artefact, Package) else "bundle"
+        kind: Kind = "bundle"
+        if not isinstance(artefact, Bundle):
+            kind = "package" if isinstance(artefact, Package) else "round"
         return Content(kind, {name: folder / name for name in names}, artefact.digest, artefact)
     if (folder / JOB_NAME).exists():
         opened = read_job(folder)
@@ -223,7 +229,7 @@ def read_content(folder: Path) -> Content:
         found.pop(PAGE_NAME, None)  # no HTML crosses: the receiver makes the page anew, from what was signed
     if not found or not found.keys() <= ({REPORT_NAME, RESULTS_NAME} | ({REPORT_SIGNATURES} if is_privacy else set())):
         raise ArtefactError(
-            f"folder {folder.name!r} is no job, package, bundle or report",
+            f"folder {folder.name!r} is no job, package, round, bundle or report",
             hint=f"a report is a folder with {RESULTS_NAME} or {REPORT_NAME} and nothing else",
         )
     for path in found.values():
@@ -240,7 +246,7 @@ def read_content(folder: Path) -> Content:
 
 
 def check_content(content: Content, job: Job) -> None:
-    """Return only if the package or bundle is the one the job is about.
+    """Return only if the package, round or bundle is one that the job is about.
 
     Raises:
         WrongBinding: naming what differs.
@@ -251,6 +257,8 @@ def check_content(content: Content, job: Job) -> None:
             raise WrongBinding(f"this is package {artefact.digest[:19]}, the job is about {job.package_digest[:19]}")
         if artefact.manifest.base_digest != job.base_digest:
             raise WrongBinding("this package belongs to another base model than the job")
+    elif isinstance(artefact, Round):
+        artefact.bind(job)
     elif isinstance(artefact, Bundle):
         artefact.bind(package_digest=job.package_digest, base_digest=job.base_digest)
         if artefact.manifest.adapter != job.adapter:
@@ -269,15 +277,11 @@ def _job_of(config: SealConfig, content: Content) -> OpenedJob:
 
 
 def _round(given: int | None, kind: Kind, job: Job) -> int:
-    found = given if given is not None else int(kind == "bundle")
-    first, last = {"bundle": (1, job.rounds), "report": (0, job.rounds)}.get(kind, (0, 0))
+    found = given if given is not None else int(kind in ("round", "bundle"))
+    first, last = {"report": (0, job.rounds), **dict.fromkeys(("round", "bundle"), (1, job.rounds))}.get(kind, (0, 0))
     if not first <= found <= last:
         raise ConfigError(f"--round: a {kind} of this job has rounds {first} to {last}, found {found}")
     return found
-
-
-def _senders(kind: Kind, job: Job) -> set[str]:
-    return {"bundle": {job.client}, "report": {job.owner, job.client}}.get(kind, {job.owner})
 
 
 def _told(manifest: SealedManifest, sealed_digest: str, digest: str | None, out: Path) -> dict[str, object]:

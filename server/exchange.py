@@ -48,7 +48,7 @@ def serve_run(config: ServeExchangeConfig) -> dict[str, object]:
         Replayed: the registry was turned back.
     """
     began = time.monotonic()
-    tls = _tls(config)
+    tls = tls_of(config)
     with contextlib.ExitStack() as open_things:
         sock = open_things.enter_context(listen(config.host, config.port))
         exchange = open_things.enter_context(opened_exchange(config, open_identity(config)))
@@ -139,7 +139,12 @@ def server_process(exchange: Exchange, config: ServeExchangeConfig, tls: ssl.SSL
     )
 
 
-def _tls(config: ServeExchangeConfig) -> ssl.SSLContext | None:
+def tls_of(config: ServeExchangeConfig) -> ssl.SSLContext | None:
+    """Return what encrypts the exchange's connections; None for loopback without a certificate.
+
+    Raises:
+        ConfigError: when other machines would reach it without TLS.
+    """
     if config.certificate is not None and config.certificate_key is not None:
         return server_context(config.certificate, config.certificate_key)
     if not is_loopback(config.host):

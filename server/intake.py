@@ -16,7 +16,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 from adapters.norms import UpdateNorms, adapted_names, base_tensors
+from adapters.updates import dense, from_tensors
 from offsite.bundle import TENSOR_FILE, BundleManifest, open_bundle
 from offsite.console import say
 from offsite.digests import sha256_bytes
@@ -27,11 +30,12 @@ from offsite.keys import Identity, open_identity
 from offsite.manifest import MANIFEST_NAME
 from offsite.owner import OwnerRecord, owner_record_path, read_owner_record
 from offsite.package import Package, open_package
+from offsite.round import Round, open_round
 from offsite.seal import decrypt_files
 from offsite.sealed import SealedManifest
 from offsite.sealedfolder import RawSealed, read_sealed
 from offsite.staging import fsync
-from offsite.tensors import ADAPTER_HEADER_LIMIT_BYTES, read_tensors
+from offsite.tensors import ADAPTER_HEADER_LIMIT_BYTES, read_tensors, spec_of
 from offsite.trust import TrustStore
 from server.registry import Registry
 from server.registryconfig import IntakeConfig
@@ -152,6 +156,7 @@ def read_registered(registry: Registry, entry: Entry, record: OwnerRecord) -> Ve
         record=record,
         round_number=entry.round,
         bundle_digest=sha256_bytes(raw),
+        round_digest=registry.asked(entry.job_id, entry.round),
     )
 
 
@@ -178,7 +183,9 @@ def _examine(
         return _refused(registry, digest, error, now)
     reach("intake-decrypted")
     try:
-        verified, tensors_sha256 = _verify(stage, manifest, job, package, record, short_id(digest))
+        asked = registry.asked(job.job_id, manifest.round)
+        added = None if asked is None else open_round(registry.round_folder(asked))
+        verified, tensors_sha256 = _verify(stage, manifest, job, package, record, short_id(digest), added)
     except ArtefactError as error:
         return _refused(registry, digest, error, now, is_final=True)
     reach("intake-verified")
@@ -198,15 +205,24 @@ def _examine(
 
 
 def _verify(
-    stage: Path, manifest: SealedManifest, job: Job, package: Package, record: OwnerRecord, name: str
+    stage: Path,
+    manifest: SealedManifest,
+    job: Job,
+    package: Package,
+    record: OwnerRecord,
+    name: str,
+    asked: Round | None,
 ) -> tuple[Verified, str]:
     """Return the adapter in the decrypted folder, and the digest of its tensor file."""
     bundle, what = open_bundle(stage), f"bundle {name}"
-    expected = expected_tensors(what, bundle.manifest, record, job)
+    round_digest = None if asked is None else asked.digest
+    expected = expected_tensors(what, bundle.manifest, record, job, round_digest)
     tensors = read_tensors(
         stage / TENSOR_FILE, expected, limit_bytes=ADAPTER_HEADER_LIMIT_BYTES, max_tensors=len(expected)
     )
     base = base_tensors(package, adapted_names(job.adapter, record.layout, record.block_tensors))
+    if asked is not None:
+        base = grown(base, asked)
     verified = verify_adapter(
         what,
         bundle.manifest,
@@ -216,8 +232,19 @@ def _verify(
         job=job,
         record=record,
         bundle_digest=bundle.digest,
+        round_digest=round_digest,
     )
     return verified, bundle.manifest.files[TENSOR_FILE].sha256
+
+
+def grown(base: Mapping[str, Tensor], asked: Round) -> dict[str, Tensor]:
+    """Return the package's tensors with what earlier rounds added: the weights that a round's clients start from."""
+    shapes = {name: spec_of(tensor) for name, tensor in base.items()}
+    update = from_tensors("the round's update", asked.load_update(), shapes)
+    return {
+        name: tensor if name not in update else (tensor.double() + dense(update[name]).double()).to(tensor.dtype)
+        for name, tensor in base.items()
+    }
 
 
 def _refused(registry: Registry, digest: str, error: ArtefactError, now: int, *, is_final: bool = False) -> Verdict:

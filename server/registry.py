@@ -5,8 +5,9 @@ with its line in the log (``offsite/store.py``), and taking a step again changes
 refused may stand for a job, client and round, and a digest stands for one bundle for ever: that is the replay ledger.
 
 The folder holds ``registry.db`` and ``registry.log``; ``registry.id``, after which the head in the keys folder is
-named; ``bundles/ID/``, the plain files of what was verified; and ``incoming/``, what is being verified. Nothing in
-``incoming/`` and no bundle without its row outlives the next opening.
+named; ``bundles/ID/``, the plain files of what was verified; ``incoming/``, what is being verified; ``rounds/DIGEST/``
+and ``federations/ID/``, what federations ask and what came of it. Nothing in ``incoming/`` and no bundle without its row
+outlives the next opening.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Registry:
         if not create and not (folder / "registry.id").is_file():
             raise ConfigError(f"{folder.name!r} is no registry", hint="offsite job create makes one: --registry DIR")
         try:
-            for part in (folder, folder / "bundles", folder / "incoming"):
+            for part in (folder, folder / "bundles", folder / "incoming", folder / "rounds"):
                 part.mkdir(mode=0o700, parents=True, exist_ok=True)
             name = _registry_id(folder)
         except OSError as error:
@@ -150,6 +151,23 @@ class Registry:
         """Return the jobs of that client, the one that ends last first."""
         rows = self._store.rows("SELECT content FROM jobs WHERE client = ? ORDER BY expires DESC, job_id", (client,))
         return [Job.model_validate_json(row["content"]) for row in rows]
+
+    def asked(self, job_id: str, number: int) -> str | None:
+        """Return the digest of the federation's round that was asked of the job, which its bundle must bind, or None.
+
+        Without one, a bundle of that round must bind none.
+        """
+        rows = self._store.rows("SELECT round_digest FROM asked WHERE job_id = ? AND round = ?", (job_id, number))
+        return rows[0]["round_digest"] if rows else None
+
+    def round_folder(self, round_digest: str) -> Path:
+        """Return where the plain files of a federation's round are, for as long as it may be answered."""
+        return self.folder / "rounds" / round_digest.removeprefix("sha256:")
+
+    @property
+    def store(self) -> Store:
+        """The database and its log, for tables that other modules keep (``server/federationstore.py``)."""
+        return self._store
 
     def package_path(self, package_digest: str) -> Path:
         """Return where the package stood when its last job was made.

@@ -43,6 +43,19 @@ CREATE TABLE refusals (
     times INTEGER NOT NULL
 ) STRICT
 """,
+    """
+CREATE TABLE asked (
+    job_id TEXT NOT NULL REFERENCES jobs, round INTEGER NOT NULL, round_digest TEXT NOT NULL,
+    PRIMARY KEY (job_id, round)
+) STRICT;
+CREATE TABLE federations (
+    federation_id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, content TEXT NOT NULL, begun INTEGER NOT NULL
+) STRICT;
+CREATE TABLE finished (
+    federation_id TEXT NOT NULL REFERENCES federations, round INTEGER NOT NULL, finished INTEGER NOT NULL,
+    content TEXT NOT NULL, PRIMARY KEY (federation_id, round)
+) STRICT
+""",
 )
 
 

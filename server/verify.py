@@ -124,16 +124,17 @@ def adapter_tensors(spec: AdapterSpec, record: OwnerRecord) -> dict[str, TensorS
 
 
 def expected_tensors(
-    what: str, manifest: BundleManifest, record: OwnerRecord, job: Job | None
+    what: str, manifest: BundleManifest, record: OwnerRecord, job: Job | None, round_digest: str | None = None
 ) -> dict[str, TensorSpec]:
     """Return the exact tensors that the bundle must hold, once its manifest declares just those.
 
     Args:
         job: None for a bundle of the owner's own making.
+        round_digest: of the federation's round that it must answer; None when it must answer none.
 
     Raises:
         WrongBinding: when it was tuned on another package than the record's or the job's, or for another base model,
-            or holds another adapter than the job asks for.
+            or from other weights than the round's, or holds another adapter than the job asks for.
         BadSchema: when its adapter is none that the package can carry.
         WrongNames, WrongShape: when it declares other tensors than that adapter's.
     """
@@ -144,6 +145,9 @@ def expected_tensors(
             raise WrongBinding(f"{what} {shown} {found[:19]}, not {stated[:19]}")
         if job is not None and getattr(job, name) != stated:
             raise WrongBinding(f"{what}: the job and the owner's record are of different packages")
+    if manifest.round_digest != round_digest:
+        found, wanted = (f"round {one[:19]}" if one else "no round" for one in (manifest.round_digest, round_digest))
+        raise WrongBinding(f"{what} answers {found}, it was asked for {wanted}")
     if job is not None and manifest.adapter != job.adapter:
         changed = [key for key, value in manifest.adapter if value != getattr(job.adapter, key)]
         raise WrongBinding(f"{what} holds another adapter than its job asks for: {', '.join(changed)} differ")
@@ -165,21 +169,24 @@ def verify_adapter(
     job: Job,
     record: OwnerRecord,
     bundle_digest: str,
+    round_digest: str | None = None,
 ) -> Verified:
     """Return the adapter that a client handed in, once nothing is left to check.
 
     Args:
         tensors: as read from the decrypted file.
-        base: the package's own tensors of the modules that the adapter changes, by canonical name.
+        base: the package's own tensors of the modules that the adapter changes, by canonical name; of whole blocks in a
+            federation's round, with what earlier rounds added.
         envelope: what `verify_envelope` returned for it, with its job.
         bundle_digest: of the decrypted manifest's bytes.
+        round_digest: as for `expected_tensors`.
 
     Raises:
         WrongBinding, BadSchema, WrongNames, WrongShape: as `expected_tensors`.
         NotFinite: when a value, or the update made of them, is not finite.
         NormTooLarge: when a module's effective update is over the job's caps.
     """
-    expected = expected_tensors(what, manifest, record, job)
+    expected = expected_tensors(what, manifest, record, job, round_digest)
     _check_tensors(what, tensors, expected)
     norms = update_norms(manifest.adapter, tensors, base)
     check_norms(
@@ -199,6 +206,7 @@ def restored(
     record: OwnerRecord,
     round_number: int,
     bundle_digest: str,
+    round_digest: str | None = None,
 ) -> Verified:
     """Return the adapter of files whose digests are those that the registry wrote down when it verified them.
 
@@ -208,7 +216,7 @@ def restored(
     Raises:
         WrongBinding, BadSchema, WrongNames, WrongShape, NotFinite: when it does not fit the record any longer.
     """
-    _check_tensors(what, tensors, expected_tensors(what, manifest, record, job))
+    _check_tensors(what, tensors, expected_tensors(what, manifest, record, job, round_digest))
     return _made(what, manifest, tensors, bundle_digest, {}, (job.job_id, job.client, round_number))
 
 

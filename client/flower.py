@@ -1,0 +1,103 @@
+"""The client's Flower app: a sealed round in, a sealed bundle out. On the client's side only this file imports flwr.
+
+The app runs in one process (``offsite federate simulate``) and under a SuperNode of Flower's; over an owner's exchange
+``offsite federate join`` takes the same steps. It takes its settings from a file on its own machine, which the node's
+configuration names; nothing that a message says chooses a path, a class or code. A message is as trustworthy as any
+mail: what counts is the seal of what it carries.
+
+A client that cannot or will not answer says so by the class of its reason and nothing more, because a reason could hold
+what is private.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.member import Member
+from client.memberconfig import MemberConfig
+from offsite.config import build
+from offsite.console import say
+from offsite.errors import ConfigError, OffsiteError
+from offsite.parcel import pack, unpack
+
+SETTINGS = "client"
+"""Key of the node's configuration under which the client's own settings file is named."""
+
+app = ClientApp()
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Tell whose node this is and which package it has; a claim, which the seals bear out or not."""
+    try:
+        member = member_of(context)
+    except OffsiteError as error:
+        return declined(message, error)
+    said = ConfigRecord({"client": member.job.client, "package": member.package.digest})
+    return Message(RecordDict({"hello": said}), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Answer a round with a sealed bundle."""
+    try:
+        member = member_of(context)
+        arrived = member.config.work / ".arrived.partial"
+        shutil.rmtree(arrived, ignore_errors=True)
+        try:
+            unpack(bytes_of(message), arrived, limit_bytes=member.config.limit_bytes)
+            sealed = member.answer(member.take(arrived))
+        finally:
+            shutil.rmtree(arrived, ignore_errors=True)
+        return Message(RecordDict({"sealed": arrays_of(pack(sealed))}), reply_to=message)
+    except OffsiteError as error:
+        return declined(message, error)
+
+
+def declined(message: Message, error: OffsiteError) -> Message:
+    """Return the answer of a client that does not take part in this round; its machine alone hears why."""
+    say(f"offsite: error: {error}")
+    if error.hint:
+        say(f"offsite: hint: {error.hint}")
+    return Message(RecordDict({"declined": ConfigRecord({"reason": type(error).__name__})}), reply_to=message)
+
+
+def arrays_of(parts: dict[str, bytes]) -> ArrayRecord:
+    """Return named bytes as Flower carries them: exact, whatever dtype the tensors inside have."""
+    return ArrayRecord(array_dict={name: Array(np.frombuffer(data, dtype=np.uint8)) for name, data in parts.items()})
+
+
+def bytes_of(message: Message) -> dict[str, bytes]:
+    """Return the named bytes of a message.
+
+    Raises:
+        ConfigError: when it carries none.
+    """
+    found = message.content.get("sealed") if message.has_content() else None
+    if not isinstance(found, ArrayRecord):
+        raise ConfigError("a message of the federation carries nothing that is sealed")
+    return {name: array.numpy().tobytes() for name, array in found.items()}
+
+
+def member_of(context: Context) -> Member:
+    """Return this node's client, with its keys open.
+
+    Raises:
+        ConfigError: when the node's configuration names no settings file, or the file is not one.
+        ArtefactError: as `Member`.
+    """
+    path = context.node_config.get(SETTINGS)
+    if not isinstance(path, str):
+        raise ConfigError(f"the node's configuration names no settings file: {SETTINGS}=FILE")
+    return _member(Path(path), Path(path).stat().st_mtime_ns if Path(path).is_file() else 0)
+
+
+@lru_cache(maxsize=128)
+def _member(path: Path, stamp: int) -> Member:
+    return Member(build(MemberConfig, file=path))

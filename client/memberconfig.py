@@ -1,0 +1,83 @@
+"""Settings of a data owner's part in a federation: the same over an exchange, in one process, and under Flower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from client.config import TuneConfig
+from client.exchangeconfig import ExchangeConfig
+from offsite.config import VerbConfig, build
+from offsite.errors import ConfigError
+from offsite.keyconfig import IdentityConfig
+
+_GIVEN = ("package", "job", "round", "data", "output", "resume")
+_ROUNDS_OWN = ("steps", "epochs", "learning_rate", "adapter", "placement", "targets", "rank", "alpha", "dropout")
+_NOT_HERE = ("canaries", "audit_share", "launch", "disclose")
+
+
+class _Part(VerbConfig):
+    """What a client brings to every round."""
+
+    package: Path = Field(description="opened package folder")
+    job: Path = Field(description="opened job folder")
+    data: Path = Field(description="private text: .txt, .jsonl, .json or .csv, each optionally .gz")
+    work: Path = Field(description="folder for rounds, checkpoints and bundles; made if there is none")
+    tune: dict[str, Any] = Field({}, description="settings of offsite tune, as tune.batch_size=8 or a block in YAML")
+    accept_leakage: bool = Field(
+        False, description="let each round's bundle go although nothing was measured on it; needed, and recorded"
+    )
+    limit_steps: int = Field(10_000, ge=1, description="most steps that a round may ask for")
+    limit_bytes: int = Field(2**36, ge=1, description="largest sealed round to take, in bytes")
+
+
+class MemberConfig(_Part, IdentityConfig):
+    """A client's own settings, read from a file on its machine by ``client/flower.py``."""
+
+    verb: ClassVar[str] = "federate join"
+
+    def tuning(self, round_: Path, output: Path, *, resume: bool) -> TuneConfig:
+        """Return the settings of one round's tuning.
+
+        Raises:
+            ConfigError: when ``tune`` holds what the round, the job or these settings decide, or what is unknown.
+        """
+        given = {"package": self.package, "job": self.job, "round": round_, "data": self.data, "output": output}
+        return build(TuneConfig, flags={**self.tune, **{k: str(v) for k, v in given.items()}, "resume": resume})
+
+    def check(self) -> None:
+        """Return only if every round could be tuned with these settings, and its bundle let go.
+
+        Raises:
+            ConfigError: naming what stands in the way.
+        """
+        for names, why in (
+            (_GIVEN, "it is given beside tune"),
+            (_ROUNDS_OWN, "the owner's round and job say it"),
+            (_NOT_HERE, "a federation's rounds do not go with it"),
+        ):
+            if found := sorted(set(names) & self.tune.keys()):
+                raise ConfigError(f"tune.{found[0]}: {why}")
+        if unknown := sorted(self.tune.keys() - TuneConfig.model_fields.keys()):
+            raise ConfigError(f"tune.{unknown[0]}: offsite tune has no such setting", hint="offsite tune --help")
+        self.tuning(Path("round"), Path("bundle"), resume=False)
+        if not self.accept_leakage:
+            raise ConfigError(
+                "each round sends a bundle, and no audit of single rounds is made on the way",
+                hint="--accept-leakage lets them go; what the rounds gave away together, offsite audit bundle measures",
+            )
+
+
+class JoinConfig(_Part, ExchangeConfig):
+    """Settings of ``offsite federate join URL``."""
+
+    verb: ClassVar[str] = "federate join"
+
+    poll_seconds: float = Field(2.0, gt=0, description="seconds between two looks at what the owner asks")
+    idle_seconds: float = Field(86_400.0, gt=0, description="seconds without a round after which to give up")
+
+    def member(self) -> MemberConfig:
+        """Return the part of the settings that does not depend on the way."""
+        return MemberConfig(**{name: getattr(self, name) for name in MemberConfig.model_fields})

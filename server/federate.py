@@ -1,0 +1,149 @@
+"""``offsite federate serve``: a federation over this owner's exchange, until its last round or Ctrl-C.
+
+The exchange runs in a thread; Flower's loop in this one. Both use the registry, which is made for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import uvicorn
+
+from offsite.console import say, table
+from offsite.errors import ConfigError, RunFailed
+from offsite.keys import open_identity
+from offsite.staging import staged_file
+from server.exchange import opened_exchange, server_process, tls_of
+from server.federation import Federation, opened_federation
+from server.federationconfig import FederateServeConfig, FederationConfig
+from server.federationeval import Watch, better, write_adapted
+from server.listening import listen, url_of
+
+RESULTS, ADAPTED = "results.json", "adapted"
+
+
+def serve_run(config: FederateServeConfig) -> dict[str, object]:
+    """Carry out ``offsite federate serve``.
+
+    Raises:
+        ConfigError: when settings, jobs and package do not fit, or the output holds something else.
+        RunFailed: when a round has too few answers, the port cannot be had or the disk fails; running again goes on.
+    """
+    require_output(config)
+    identity = open_identity(config)
+    with contextlib.ExitStack() as open_things:
+        federation = open_things.enter_context(opened_federation(config, identity, outbox=config.outbox))
+        from server.flower import ExchangeGrid, run
+
+        watch = watch_of(federation)
+        sock = open_things.enter_context(listen(config.host, config.port))
+        tls = tls_of(config)
+        exchange = open_things.enter_context(opened_exchange(config, identity))
+        process = server_process(exchange, config, tls)
+        sock.listen(min(config.limit_connections, 1024))
+        say(f"serving the exchange at {url_of(sock, 'https' if tls else 'http')}; Ctrl-C ends it")
+        open_things.enter_context(running(process, [sock]))
+        run(federation, ExchangeGrid(federation), watch=watch)
+        result = finish(federation, watch)
+        say(f"finished; clients may hear of it for {config.linger_seconds:g} s more")
+        time.sleep(config.linger_seconds)
+    return result
+
+
+@contextlib.contextmanager
+def running(process: uvicorn.Server, sockets: list[Any]) -> Iterator[None]:
+    """The server answers in a thread of its own; it has ended on leaving.
+
+    Raises:
+        RunFailed: when it does not start.
+    """
+    thread = threading.Thread(target=process.run, kwargs={"sockets": sockets}, name="exchange", daemon=True)
+    thread.start()
+    until = time.monotonic() + 30
+    while not process.started and thread.is_alive() and time.monotonic() < until:
+        time.sleep(0.02)
+    if not process.started:
+        raise RunFailed("the exchange does not start")
+    try:
+        yield
+    finally:
+        process.should_exit = True
+        thread.join(timeout=30)
+
+
+def watch_of(federation: Federation) -> Watch | None:
+    """Return what measures the model after each round, when the owner has held-out text."""
+    return Watch(federation) if federation.config.heldout else None
+
+
+def require_output(config: FederationConfig) -> None:
+    """Return only if the output is new or a federation's own.
+
+    Raises:
+        ConfigError: when something else stands there.
+    """
+    out = config.output
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"output {out.name!r} is not a folder")
+    if out.is_dir() and {path.name for path in out.iterdir()} - {RESULTS, ADAPTED}:
+        raise ConfigError(f"output {out.name!r} holds something else", hint="choose another folder with -o")
+
+
+def finish(federation: Federation, watch: Watch | None = None) -> dict[str, object]:
+    """Write ``results.json`` and, of a shared adapter, the adapted model; return what the command prints.
+
+    Raises:
+        RunFailed: when the disk is full.
+    """
+    config = federation.config
+    config.output.mkdir(parents=True, exist_ok=True)
+    last = watch(federation.num_finished) if watch is not None else {}
+    zero_shot = dict(watch.zero_shot) if watch is not None else {}
+    names = {key: one.name for key, one in federation.participants.items()}
+    result = results_of(federation, zero_shot, last)
+    with staged_file(config.output / RESULTS, replace=True) as stage:
+        stage.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    adapted = config.output / ADAPTED
+    if config.mode == "shared" and config.merge and not adapted.exists():
+        write_adapted(federation, adapted)
+        say(f"adapted model: {adapted.name} in {config.output.name!r}; offsite serve opens it")
+    if last:
+        rows = [[text, f"{zero_shot[text.split(' by ')[0]]:.3f}", f"{score:.3f}"] for text, score in last.items()]
+        table("perplexity on the owner's held-out texts", ["text", "zero-shot", "plugged in"], rows)
+        for name in better(zero_shot, last):
+            say(f"not better than zero-shot: {name}")
+    told = {key: result[key] for key in ("name", "mode", "rounds", "zero_shot", "plugged_in", "not_better")}
+    return {**told, "clients": sorted(names.values()), "output": config.output.name}
+
+
+def results_of(federation: Federation, zero_shot: Mapping[str, float], last: Mapping[str, float]) -> dict[str, Any]:
+    """Return what ``results.json`` holds."""
+    names = {key: one.name for key, one in federation.participants.items()}
+    rounds = []
+    for one in federation.finished:
+        content = one.content
+        rounds.append(
+            {
+                "round": one.round,
+                "used": [names.get(key, key) for key in content["used"]],
+                "left_out": {names.get(key, key): reason for key, reason in content["left_out"].items()},
+                "norms": {names.get(key, key): value for key, value in content["norms"].items()},
+                "figures": content["figures"],
+            }
+        )
+    return {
+        "name": federation.config.name,
+        "mode": federation.config.mode,
+        "settings": federation.config.fixed(),
+        "package_digest": federation.package.digest,
+        "base_digest": federation.record.base_digest,
+        "rounds": rounds,
+        "zero_shot": dict(zero_shot),
+        "plugged_in": dict(last),
+        "not_better": better(zero_shot, last),
+    }

@@ -1,0 +1,399 @@
+"""A federation on the owner's side, whatever carries its messages: what a round asks, and what becomes of the answers.
+
+Nothing here knows Flower (``server/flower.py``) or a network. A round is asked (`Federation.ask`), the registry takes
+its answers in as it does every bundle, and it is closed (`Federation.close_round`): the verified adapters' effective
+updates are put together and added to what earlier rounds added. Until a round is closed nothing of it counts. Killed
+anywhere, `Federation` goes on after the last round that was closed, with the same bytes asked of the same clients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adapters.kinds import declared
+from adapters.norms import adapted_names, base_tensors
+from adapters.updates import Update, combined, from_tensors, norm, to_tensors, truncated, turned, update_of
+from offsite.bundle import AdapterSpec
+from offsite.console import muted, say
+from offsite.digests import sha256_file
+from offsite.errors import ArtefactError, BadDigest, ConfigError, RunFailed, WrongBinding
+from offsite.faults import reach
+from offsite.job import JOB_NAME, Job
+from offsite.keys import Identity
+from offsite.ledger import Ledger
+from offsite.owner import OwnerRecord
+from offsite.parcel import unpack
+from offsite.round import ROUND_FORMAT, Round, RoundManifest, open_round, write_round
+from offsite.sealconfig import SealConfig
+from offsite.sealing import seal_run
+from offsite.staging import staged_folder
+from offsite.tensors import TensorSpec, read_header, read_tensors, torch_dtype, write_tensors
+from offsite.trust import TrustStore
+from server.aggregate import Aggregated, Contribution, Rule, aggregate
+from server.federationconfig import FederationConfig
+from server.federationstore import FederationStore, Finished
+from server.intake import grown, job_package, read_registered
+from server.registry import Registry
+from server.registryrows import Entry, Verdict
+
+SHARED = "shared"
+_MEMORY_LIMIT_BYTES = 2**36
+
+
+@dataclass(frozen=True)
+class Participant:
+    """One client of the federation: its name on its card, and its job."""
+
+    name: str
+    job: Job
+
+    @property
+    def key(self) -> str:
+        """The client's fingerprint."""
+        return self.job.client
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is told of a closed round: whose updates were used, who was left out and why, norms by client, figures."""
+
+    used: list[str]
+    left_out: dict[str, str]
+    norms: dict[str, float]
+    figures: dict[str, float]
+
+
+class Federation:
+    """One run over the open registry; begun now, or gone on with.
+
+    Raises:
+        ConfigError: when the jobs do not fit each other or the settings, or the run was begun with other settings.
+        ArtefactError: when package, registry or what earlier rounds left is unsound.
+    """
+
+    def __init__(self, config: FederationConfig, registry: Registry, identity: Identity, *, outbox: Path) -> None:
+        self.config, self.registry, self._identity, self._outbox = config, registry, identity, outbox
+        self._trust = TrustStore(config.keys)
+        self.participants = _participants(config, registry, self._trust)
+        jobs = {key: one.job for key, one in self.participants.items()}
+        self.spec = _one_adapter(jobs.values(), config)
+        self.package, self.record = job_package(registry, next(iter(jobs.values())))
+        layout, tensors = self.record.layout, self.record.block_tensors
+        self.shapes: dict[str, TensorSpec] = {name: tensors[name] for name in adapted_names(self.spec, layout, tensors)}
+        self._is_conv1d = turned(layout, tensors)
+        self._job_ids = {key: job.job_id for key, job in jobs.items()}
+        fixed = {**config.fixed(), "package": self.package.digest, "jobs": sorted(self._job_ids.values())}
+        self.rule = _rule(config)
+        self.rule.require(max(config.min_clients, 1))
+        self.store = FederationStore(registry, config.name, fixed)
+        self._folder = registry.folder / "federations" / self.store.id
+        self.states: dict[str, Update] = self._load_states()
+
+    @property
+    def finished(self) -> list[Finished]:
+        """The rounds that are closed."""
+        return self.store.finished()
+
+    @property
+    def num_finished(self) -> int:
+        """How many rounds are closed."""
+        return len(self.finished)
+
+    # --- asking
+
+    def ask(self, number: int) -> dict[str, Path]:
+        """Return the sealed round for each client that it is asked of; asked before, it is the same.
+
+        Raises:
+            RunFailed: when the disk fails, or fewer clients than a round needs were drawn.
+        """
+        asked = self.store.asked(self._job_ids, number)
+        if not asked:
+            drawn = self._draw()
+            rounds = {client: self._write_round(number, self._state_of(client), "train") for client in drawn}
+            asked = {client: found.digest for client, found in rounds.items()}
+            self.store.ask(self._job_ids, asked, number)
+        reach("round-asked")
+        return {client: self._sealed(client, number, digest, "round") for client, digest in sorted(asked.items())}
+
+    def say_finished(self) -> None:
+        """Every client is told, by a sealed round that asks for nothing, that there is no further one."""
+        for client in self.participants:
+            found = self._write_round(self.config.rounds, {}, "finish")
+            self._sealed(client, self.config.rounds, found.digest, "finish")
+
+    def _draw(self) -> list[str]:
+        """Return the clients of a round, drawn by the operating system's randomness."""
+        keys, source = sorted(self.participants), random.SystemRandom()
+        if self.config.fraction == 1:
+            return keys
+        if self.config.noise_multiplier is not None:  # each on its own, as the accountant assumes
+            return [key for key in keys if source.random() < self.config.fraction]
+        return sorted(source.sample(keys, max(self.config.min_clients, round(self.config.fraction * len(keys)))))
+
+    def _state_of(self, client: str) -> Update:
+        return self.states.get(SHARED if self.config.mode == "shared" else client, {})
+
+    def _write_round(self, number: int, state: Update, task: str) -> Round:
+        config = self.config
+        manifest = RoundManifest(
+            format=ROUND_FORMAT,
+            federation_id=self.store.id,
+            task="train" if task == "train" else "finish",
+            round=number,
+            num_rounds=config.rounds,
+            package_digest=self.package.digest,
+            base_digest=self.package.manifest.base_digest,
+            adapter=self.spec,
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+            proximal=config.proximal,
+        )
+        start = _shared_a(self.spec, self.record, f"{self.store.id}/{number}") if config.share_a else {}
+        stage = self.registry.folder / "rounds" / ".writing"
+        shutil.rmtree(stage, ignore_errors=True)
+        found = write_round(stage, manifest, update=to_tensors(state), start=start if task == "train" else {})
+        place = self.registry.round_folder(found.digest)
+        if place.is_dir():
+            shutil.rmtree(stage)
+        else:
+            stage.rename(place)
+        return open_round(place)
+
+    def _sealed(self, client: str, number: int, digest: str, what: str) -> Path:
+        """Return the round sealed for the client in the outbox, sealed now unless it was."""
+        job = self.participants[client].job
+        out = self._outbox / f"{what}-{job.job_id[:12]}-{number:04d}"
+        if out.is_dir():
+            return out
+        job_folder = self._folder / "jobs" / job.job_id
+        if not job_folder.is_dir():
+            with Ledger(self.config.keys) as ledger, staged_folder(job_folder) as stage:
+                (stage / JOB_NAME).write_bytes(ledger.job(job.job_id).raw)
+        sealing = SealConfig(
+            input=self.registry.round_folder(digest),
+            output=out,
+            job=job_folder,
+            round=number,
+            keys=self.config.keys,
+            passphrase_file=self.config.passphrase_file,
+        )
+        with muted():
+            seal_run(sealing, identity=self._identity)
+        return out
+
+    # --- answers
+
+    def take_in(self, parts: Mapping[str, bytes]) -> Verdict:
+        """Return what the registry makes of a sealed bundle that came as named bytes.
+
+        Raises:
+            ArtefactError: when it is no sealed folder at all.
+            RunFailed: when the disk fails.
+        """
+        place = self._folder / "parcel"
+        shutil.rmtree(place, ignore_errors=True)
+        unpack(parts, place, limit_bytes=_MEMORY_LIMIT_BYTES)
+        try:
+            return self.registry.intake(place, self._identity, self._trust)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def answers(self, number: int) -> dict[str, Entry]:
+        """Return the bundles of the round that stand verified in the registry, by client."""
+        found = {}
+        for entry in self.registry.entries():
+            is_ours = entry.round == number and self._job_ids.get(entry.client) == entry.job_id
+            if is_ours and entry.state not in ("received", "refused"):
+                found[entry.client] = entry
+        return found
+
+    def contribution(self, entry: Entry) -> Contribution:
+        """Return the verified bundle's effective update, on the weights that its round gave.
+
+        Raises:
+            ArtefactError: when its files are not those that were verified, or it trained a factor A that is shared.
+        """
+        asked = self.registry.asked(entry.job_id, entry.round)
+        if asked is None:
+            raise WrongBinding(f"bundle {entry.id} answers no round of this federation")
+        round_ = open_round(self.registry.round_folder(asked))
+        verified = read_registered(self.registry, entry, self.record)
+        for name, tensor in round_.load_start().items():
+            if not torch.equal(verified.tensors[name], tensor):
+                raise BadDigest(f"bundle {entry.id}: {name!r} is shared by all and was changed")
+        base = grown(base_tensors(self.package, list(self.shapes)), round_)
+        update = update_of(self.spec, verified.tensors, base, is_conv1d=self._is_conv1d)
+        return Contribution(client=entry.client, update=update)
+
+    def close_round(self, number: int, left_out: Mapping[str, str]) -> Finished:
+        """The round's answers count: updates are put together, added, written, and the round is finished.
+
+        Args:
+            left_out: clients that did not answer, or not well, and why.
+
+        Raises:
+            RunFailed: with fewer answers than a round needs; nothing has changed then.
+        """
+        entries, reasons = self.answers(number), dict(left_out)
+        contributions: list[Contribution] = []
+        for client, entry in sorted(entries.items()):
+            try:
+                contributions.append(self.contribution(entry))
+            except ArtefactError as error:
+                reasons[client] = f"{type(error).__name__}: {error}"
+        if len(contributions) < self.config.min_clients:
+            for client, reason in sorted(reasons.items()):
+                say(f"  {self.participants[client].name}: left out: {reason}")
+            raise RunFailed(
+                f"round {number}: {len(contributions)} sound answer(s), {self.config.min_clients} are needed; "
+                "the model is as it was",
+                hint="run the same command again to ask the others once more, or lower --min-clients",
+            )
+        states, told = self._put_together(contributions, reasons)
+        files = self._write_states(number, states)
+        reach("round-summed")
+        for client in told.used:
+            self.registry.advance(entries[client].id, "accepted")
+        self.store.finish(number, {**asdict(told), "files": files})
+        self.states = states
+        reach("round-finished")
+        return self.finished[-1]
+
+    def _put_together(
+        self, contributions: list[Contribution], reasons: dict[str, str]
+    ) -> tuple[dict[str, Update], Told]:
+        norms = {one.client: norm(one.update) for one in contributions}
+        if self.config.mode == "personal":
+            states = dict(self.states)
+            for one in contributions:
+                states[one.client] = _added(states.get(one.client, {}), one.update)
+            return states, Told(sorted(norms), reasons, norms, {})
+        found = self._aggregated(contributions)
+        state, figures = _added(self.states.get(SHARED, {}), found.update), dict(found.figures)
+        if self.config.rank is not None:
+            state, figures["truncation_error"] = truncated(state, self.config.rank)
+        return {SHARED: state}, Told(list(found.used), {**reasons, **found.left_out}, norms, figures)
+
+    def _aggregated(self, contributions: list[Contribution]) -> Aggregated:
+        return aggregate(contributions, self.rule, min_survivors=self.config.min_clients)
+
+    # --- what rounds leave
+
+    def _write_states(self, number: int, states: Mapping[str, Update]) -> dict[str, str]:
+        """Write what all rounds added so far, and return the digest of each file."""
+        folder = self._folder / f"after-{number:04d}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a round that was not finished
+        with staged_folder(folder) as stage:
+            for name, state in states.items():
+                write_tensors(stage / f"{name}.safetensors", to_tensors(state))
+        return {name: sha256_file(folder / f"{name}.safetensors") for name in sorted(states)}
+
+    def _load_states(self) -> dict[str, Update]:
+        if not (done := self.finished):
+            return {}
+        folder = self._folder / f"after-{done[-1].round:04d}"
+        found: dict[str, Update] = {}
+        for name, digest in done[-1].content["files"].items():
+            path = folder / f"{name}.safetensors"
+            if not path.is_file() or sha256_file(path) != digest:
+                raise BadDigest(f"what round {done[-1].round} left is not what the registry says it left")
+            found[name] = from_tensors("the federation's state", read_tensors(path, read_header(path)), self.shapes)
+        return found
+
+
+def _participants(config: FederationConfig, registry: Registry, trust: TrustStore) -> dict[str, Participant]:
+    now, found = int(time.time()), {}
+    names = {peer.keys.fingerprint: peer.keys.name for peer in trust.peers() if peer.state(now=now) == "trusted"}
+    for key, name in sorted(names.items()):
+        fitting = [job for job in registry.jobs_of(key) if _fits(config, registry, job, now)]
+        if len(fitting) > 1:
+            raise ConfigError(f"client {name!r} has {len(fitting)} jobs of this package", hint="name one with --jobs")
+        if fitting:
+            found[key] = Participant(name, fitting[0])
+    if unknown := [given for given in config.jobs if not any(p.job.job_id.startswith(given) for p in found.values())]:
+        raise ConfigError(f"--jobs: {unknown[0]!r} is no valid job of this package and of a pinned client")
+    if len(found) < config.min_clients:
+        raise ConfigError(
+            f"{len(found)} client(s) have a valid job of this package, --min-clients {config.min_clients}",
+            hint="offsite trust add pins a client, offsite job create makes its job",
+        )
+    return found
+
+
+def _fits(config: FederationConfig, registry: Registry, job: Job, now: int) -> bool:
+    if config.jobs and not any(job.job_id.startswith(given) for given in config.jobs):
+        return False
+    try:
+        path = registry.package_path(job.package_digest)
+    except WrongBinding:
+        return False
+    return now <= job.expires and path.resolve() == config.package.resolve()
+
+
+def _one_adapter(jobs: Iterable[Job], config: FederationConfig) -> AdapterSpec:
+    """Return the adapter that all jobs ask for.
+
+    Raises:
+        ConfigError: when they differ, allow fewer rounds, or it is not one whose updates can be put together.
+    """
+    found = list(jobs)
+    spec = found[0].adapter
+    if any(job.adapter != spec for job in found):
+        raise ConfigError("the clients' jobs ask for different adapters", hint="make jobs with the same adapter")
+    if few := [job for job in found if job.rounds < config.rounds]:
+        raise ConfigError(f"job {few[0].job_id[:12]} allows {few[0].rounds} round(s), --rounds {config.rounds}")
+    if spec.kind == "dora":
+        raise ConfigError("the jobs ask for dora, whose updates cannot be put together", hint="use lora or blocks")
+    if config.share_a and spec.kind not in ("lora", "rslora"):
+        raise ConfigError(f"--share-a: an adapter of kind {spec.kind} has no factor A")
+    return spec
+
+
+def _rule(config: FederationConfig) -> Rule:
+    return Rule(
+        name=config.rule,
+        num_byzantine=config.num_byzantine,
+        trim=config.trim,
+        keep=config.keep,
+        max_norm=config.max_norm,
+    )
+
+
+def _shared_a(spec: AdapterSpec, record: OwnerRecord, label: str) -> dict[str, Tensor]:
+    """Return factors A as LoRA starts them, in the bundle's dtype; drawn from a public label, they are no secret."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(label.encode()).digest()[:7], "big"))
+    found = {}
+    for name, one in declared(spec, record.layout, record.block_tensors).items():
+        if name.endswith(".lora_A"):
+            bound = 1 / math.sqrt(one.shape[1])  # kaiming_uniform_(a=sqrt(5)), as in peft
+            drawn = torch.rand(one.shape, generator=generator) * 2 * bound - bound
+            found[name] = drawn.to(torch_dtype(spec.dtype))
+    return found
+
+
+def _added(state: Update, update: Update) -> Update:
+    return combined([state, update], [1.0, 1.0]) if state else dict(update)
+
+
+@contextmanager
+def opened_federation(config: FederationConfig, identity: Identity, *, outbox: Path) -> Iterator[Federation]:
+    """Yield the federation over the registry that the settings name; closed on leaving."""
+    with Registry.open(config.registry, config.keys) as registry:
+        found = Federation(config, registry, identity, outbox=outbox)
+        say(
+            f"federation {config.name!r}: {len(found.participants)} clients, "
+            f"{found.num_finished} of {config.rounds} rounds are finished"
+        )
+        yield found

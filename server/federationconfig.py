@@ -1,0 +1,95 @@
+"""Settings of ``offsite federate serve`` and of what a federation asks of its clients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from offsite.keyconfig import NAME_PATTERN, IdentityConfig
+from offsite.round import MAX_STEPS
+from server.exchangeconfig import ServeExchangeConfig
+
+Rule = Literal["mean", "trimmed-mean", "median", "krum", "multi-krum"]
+
+_FIXED = (
+    "mode", "rounds", "steps", "learning_rate", "proximal", "fraction", "min_clients", "rule", "num_byzantine", "trim",
+    "keep", "max_norm", "rank", "share_a", "noise_multiplier", "clip", "delta",
+)  # fmt: skip
+"""What may not change between the first round and the last."""
+
+
+class FederationConfig(IdentityConfig):
+    """What an owner asks of clients over rounds, and what becomes of their answers."""
+
+    verb: ClassVar[str] = "federate serve"
+
+    name: str = Field("federation", pattern=NAME_PATTERN, description="name of the run; the same goes on where it was")
+    registry: Path = Field(description="registry folder with a job for each client")
+    package: Path = Field(description="package folder that the jobs are about")
+    model: str = Field(description="the full model: a folder, a hub id or a name that fetch knows")
+    output: Path = Field(description="folder for results.json and the adapted model", json_schema_extra={"short": "-o"})
+    jobs: tuple[str, ...] = Field(
+        (), description="jobs by the beginning of their id; default: every job of the package that has not expired"
+    )
+
+    mode: Literal["shared", "personal"] = Field(
+        "shared", description="one adapter of all, or one for each client, which no other client's data reaches"
+    )
+    rounds: int = Field(3, ge=1, le=10_000, description="rounds; the jobs must allow as many")
+    steps: int = Field(40, ge=1, le=MAX_STEPS, description="optimiser steps of a client in a round")
+    learning_rate: float | None = Field(None, gt=0, le=10, description="peak rate; default: the client's own")
+    proximal: float = Field(0.0, ge=0, le=1e6, description="FedProx's mu, on the effective update; 0 for none")
+    share_a: bool = Field(False, description="LoRA: all clients share one frozen A in a round, drawn by the owner")
+
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the clients that a round is asked of, drawn anew")
+    min_clients: int = Field(2, ge=1, description="answers without which a round stops and changes nothing")
+    deadline_seconds: float = Field(3600.0, gt=0, description="seconds after which a round goes on with what came")
+
+    rule: Rule = Field("mean", description="how effective updates are put together")
+    num_byzantine: int = Field(0, ge=0, description="clients that may be bad: krum, multi-krum, median")
+    trim: float = Field(0.2, gt=0, lt=0.5, description="trimmed-mean: share cut off at each end of every coordinate")
+    keep: int = Field(1, ge=1, description="multi-krum: how many updates are averaged")
+    max_norm: float | None = Field(
+        None, gt=0, description="largest Frobenius norm of a client's update; larger: scaled"
+    )
+    rank: int | None = Field(None, ge=1, description="cut the sum of all rounds back to this rank; its error is told")
+
+    noise_multiplier: float | None = Field(
+        None, ge=0.2, le=128, description="central differential privacy: noise over --clip, of each client's part"
+    )
+    clip: float = Field(1.0, gt=0, description="central privacy: largest Frobenius norm of one client's update")
+    delta: float = Field(1e-5, gt=0, lt=1, description="central privacy: delta of the guarantee")
+
+    heldout: dict[str, str] = Field(
+        {}, description="held-out text that the owner has, as NAME=FILE, measured each round"
+    )
+    heldout_tokens: int = Field(8192, ge=1, description="most tokens of each held-out text that count")
+    block_tokens: int = Field(256, ge=2, description="tokens per block of held-out text")
+    merge: bool = Field(True, description="write the shared result as a merged model, which offsite serve opens")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        problems = []
+        if self.mode == "personal" and (self.rule != "mean" or self.rank or self.noise_multiplier or self.max_norm):
+            problems.append("--mode personal: nothing is put together, so no rule, rank, norm or noise goes with it")
+        if self.noise_multiplier is not None and (self.rule != "mean" or self.max_norm or self.rank):
+            problems.append(
+                "--noise-multiplier: central privacy clips and averages by itself; leave --rule mean, no norm"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def fixed(self) -> dict[str, object]:
+        """Return what may not change between the first round and the last."""
+        return self.model_dump(mode="json", include=set(_FIXED))
+
+
+class FederateServeConfig(FederationConfig, ServeExchangeConfig):
+    """Settings of ``offsite federate serve``: a federation over this owner's exchange."""
+
+    verb: ClassVar[str] = "federate serve"
+
+    linger_seconds: float = Field(30.0, ge=0, description="seconds to stay after the end, for clients to hear of it")

@@ -1,0 +1,149 @@
+"""The full model with what a federation's rounds added: measured after each round, and written at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from adapters.updates import Update, dense, fold, lift_update, placed
+from offsite.digests import model_digest, sha256_bytes
+from offsite.errors import ConfigError, WrongNames
+from offsite.manifest import entries, write_manifest
+from offsite.measure import perplexity
+from offsite.models import load_model, load_tokenizer
+from offsite.owner import OwnerRecord
+from offsite.records import read_records
+from offsite.staging import staged_folder
+from offsite.text import Example, encode, pack, pad_id
+from server.adapted import AdaptedManifest
+from server.federation import SHARED, Federation
+from server.federationconfig import FederationConfig
+from server.fit import cast_model, require_base
+from server.plug import base_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def lifted(model: PreTrainedModel, update: Update, record: OwnerRecord) -> Update:
+    """Return the update in the full model's shapes.
+
+    Raises:
+        WrongNames, WrongShape: when it does not fit the full model.
+    """
+    own = dict(model.named_parameters())
+    shapes = {}
+    for name in update:
+        path = placed(name, record.sites)
+        if path not in own:
+            raise WrongNames(f"the full model has no parameter {path!r}, which the update changes")
+        shapes[name] = tuple(own[path].shape)
+    return lift_update(update, record.channels, shapes)
+
+
+@contextmanager
+def grown_model(model: PreTrainedModel, update: Update, record: OwnerRecord) -> Iterator[PreTrainedModel]:
+    """Yield the full model with the update in its weights; afterwards it is as it was."""
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
+    fold(model, lifted(model, update, record), record.sites)
+    try:
+        yield model
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+
+
+class Watch:
+    """Measures the full model with each state plugged in, on the owner's held-out texts.
+
+    Raises:
+        ConfigError: when the model is not the package's, or a file is missing.
+    """
+
+    def __init__(self, federation: Federation) -> None:
+        config = federation.config
+        self._federation = federation
+        self.model = load_model(config.model)
+        require_base(self.model, model_digest(self.model), federation.record.base_digest, "the federation")
+        self._tokenizer = load_tokenizer(config.model)
+        self._texts = {name: self._examples(config, path) for name, path in config.heldout.items()}
+        cast_model(self.model, torch.float32)
+        self.zero_shot = self._measure()
+
+    def __call__(self, number: int) -> dict[str, float]:
+        """Return perplexities after a round, by text; of personal adapters by text and client."""
+        federation, found = self._federation, {}
+        names = {key: one.name for key, one in federation.participants.items()}
+        for key, state in federation.states.items():
+            with grown_model(self.model, state, federation.record):
+                scores = self._measure()
+            suffix = "" if key == SHARED else f" by {names.get(key, key[:9])}"
+            found.update({f"{text}{suffix}": score for text, score in scores.items()})
+        return found
+
+    def _measure(self) -> dict[str, float]:
+        pad = pad_id(self._tokenizer)
+        return {
+            name: perplexity(self.model, examples, batch_size=8, pad_id=pad).perplexity
+            for name, examples in self._texts.items()
+        }
+
+    def _examples(self, config: FederationConfig, path: str) -> list[Example]:
+        if not Path(path).is_file():
+            raise ConfigError(f"--heldout: no file named {Path(path).name!r}")
+        encoded = encode(read_records(Path(path)), self._tokenizer, context=config.block_tokens, whole_text=True)
+        blocks = pack(encoded.examples, block_tokens=config.block_tokens)
+        return blocks[: max(1, config.heldout_tokens // config.block_tokens)]
+
+
+def write_adapted(federation: Federation, out: Path) -> str:
+    """Write the full model with the shared result merged in, as ``offsite serve`` opens it; return its digest.
+
+    Raises:
+        ConfigError: when `out` exists.
+        RunFailed: when the disk is full.
+    """
+    config, record = federation.config, federation.record
+    model = load_model(config.model)
+    require_base(model, model_digest(model), record.base_digest, "the federation")
+    state = federation.states[SHARED]
+    fold(model, lifted(model, state, record), record.sites)
+    with staged_folder(out) as stage:
+        model.save_pretrained(stage)
+        load_tokenizer(config.model).save_pretrained(stage)
+        digest = model_digest(model)
+        write_manifest(
+            stage,
+            AdaptedManifest(
+                form="merged",
+                base=base_name(config.model),
+                base_digest=record.base_digest,
+                package_digest=record.package_digest,
+                bundle_digest=state_digest(state),
+                merged_digest=digest,
+                adapter=federation.spec,
+                sites={},
+                tensors={},
+                files=entries(stage, [path.name for path in stage.iterdir()]),
+            ),
+        )
+    return digest
+
+
+def state_digest(state: Update) -> str:
+    """Return a digest of everything that the rounds added, by name."""
+    from hashlib import sha256
+
+    whole = sha256(b"offsite/v1/federation-state\0")
+    for name in sorted(state):
+        whole.update(name.encode() + b"\0" + sha256(dense(state[name]).numpy().tobytes()).digest())
+    return sha256_bytes(whole.digest())
+
+
+def better(zero_shot: Mapping[str, float], found: Mapping[str, float]) -> list[str]:
+    """Return the texts on which a result is no better than the full model as it was."""
+    return sorted(name for name, score in found.items() if not score < zero_shot[name.split(" by ")[0]])

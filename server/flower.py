@@ -1,0 +1,329 @@
+"""The owner's Flower app: strategy and two Grids. On the owner's side only this file imports flwr.
+
+Flower drives the rounds: `Strategy.start` asks, waits and hands over the replies. What it carries is sealed, and what
+comes back goes through the registry, as a bundle that came by hand does; the strategy sees nothing before that. Numbers
+that a client states about itself are not part of any message, so none weighs anything.
+
+- `InProcessGrid` calls a ClientApp in this process.
+- `ExchangeGrid` puts messages into the exchange's outbox, and finds the answers in the registry.
+- Flower's own Grid, of its deployment engine, carries the same app (``app``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from logging import WARNING, getLogger
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore.task_identity import TaskIdentity
+
+from offsite.config import build
+from offsite.console import say
+from offsite.errors import ConfigError, OffsiteError, RunFailed
+from offsite.keys import open_identity
+from offsite.parcel import pack
+from server.federation import Federation, opened_federation
+from server.federationconfig import FederationConfig
+
+SETTINGS = "federation"
+"""Key of the run's configuration under which the owner's settings file is named."""
+
+_POLL_SECONDS = 0.5
+_HELLO_SECONDS = 120.0
+
+Watcher = Callable[[int], Mapping[str, float]]
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation that the run's configuration names, under Flower's deployment engine.
+
+    Raises:
+        ConfigError: when it names none.
+    """
+    path = context.run_config.get(SETTINGS)
+    if not isinstance(path, str):
+        raise ConfigError(f"the run's configuration names no settings file: {SETTINGS}=FILE")
+    config = build(FederationConfig, file=Path(path))
+    from server.federate import finish
+
+    with opened_federation(config, open_identity(config), outbox=config.registry / "outbox") as federation:
+        run(federation, grid)
+        finish(federation)
+
+
+def run(federation: Federation, grid: Grid, *, watch: Watcher | None = None) -> None:
+    """Every round that is not finished is asked and closed, in order, by Flower's own loop.
+
+    Args:
+        watch: measures the model after a round; what it returns is shown.
+
+    Raises:
+        RunFailed: when a round has too few sound answers; those before it stay.
+    """
+    getLogger("flwr").setLevel(WARNING)  # its account of every round; ours is below
+    strategy = OffsiteStrategy(federation, watch)
+    left = federation.config.rounds - federation.num_finished
+    if left > 0:
+        strategy.start(grid, ArrayRecord(), num_rounds=left, timeout=federation.config.deadline_seconds)
+    federation.say_finished()
+
+
+class OffsiteStrategy(Strategy):
+    """Flower's loop over a `Federation`: it asks sealed rounds, and closes them with what the registry verified."""
+
+    def __init__(self, federation: Federation, watch: Watcher | None = None) -> None:
+        self._federation, self._watch, self._before = federation, watch, federation.num_finished
+        self._nodes: dict[int, str] = {}
+        self._asked: set[str] = set()
+        self._began = 0.0
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the round's messages, one for each client that is asked and has a node."""
+        number = self._before + server_round
+        sealed = self._federation.ask(number)
+        self._began, self._asked = time.monotonic(), set(sealed)
+        names = {key: one.name for key, one in self._federation.participants.items()}
+        say(f"round {number} of {self._federation.config.rounds}: asked {', '.join(names[key] for key in sealed)}")
+        nodes = self._known_nodes(grid)
+        messages = []
+        for client, folder in sealed.items():
+            if client not in nodes:
+                say(f"  {names[client]}: no node of it is there")
+                continue
+            content = RecordDict({"sealed": _arrays(pack(folder))})
+            messages.append(Message(content, dst_node_id=nodes[client], message_type="train", group_id=str(number)))
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The round is closed with what of the replies was verified.
+
+        Raises:
+            RunFailed: with fewer sound answers than a round needs.
+        """
+        number, left_out = self._before + server_round, {}
+        for reply in replies:
+            client, reason = self._take(reply)
+            if client and reason:
+                left_out[client] = reason
+        answered = self._federation.answers(number)
+        for client in self._asked - answered.keys() - left_out.keys():
+            left_out[client] = "no answer in time"
+        finished = self._federation.close_round(number, left_out)
+        seconds = time.monotonic() - self._began
+        self._tell(finished.content, seconds)
+        shown = dict(self._watch(number)) if self._watch is not None else {}
+        for name, value in shown.items():
+            say(f"  plugged in, {name}: perplexity {value:.3f}")
+        return None, MetricRecord({"seconds": seconds, **{f"perplexity {name}": v for name, v in shown.items()}})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return nothing: clients are never asked for figures about their text."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return nothing."""
+        return None
+
+    def summary(self) -> None:
+        """Nothing to add: every round is told as it happens."""
+
+    def _known_nodes(self, grid: Grid) -> dict[str, int]:
+        """Return the node of each client, asked once: it says whose it is and which package it has."""
+        fresh = [node for node in grid.get_node_ids() if node not in self._nodes]
+        if fresh:
+            hello = [Message(RecordDict(), dst_node_id=node, message_type="query.hello") for node in fresh]
+            for reply in grid.send_and_receive(hello, timeout=_HELLO_SECONDS):
+                said = reply.content.get("hello") if reply.has_content() else None
+                if isinstance(said, ConfigRecord) and said.get("client") in self._federation.participants:
+                    if said.get("package") == self._federation.package.digest:
+                        self._nodes[reply.metadata.src_node_id] = str(said["client"])
+                    else:
+                        say(f"a node of {str(said['client'])[:9]} has another package; it is not asked")
+        return {client: node for node, client in self._nodes.items()}
+
+    def _take(self, reply: Message) -> tuple[str | None, str | None]:
+        """Return whose reply it is, and why it does not count, if so; a sealed bundle in it is in the registry then."""
+        client = self._nodes.get(reply.metadata.src_node_id)
+        if reply.has_error():
+            return client, "its node failed"
+        content = reply.content
+        if isinstance(said := content.get("declined"), ConfigRecord):
+            return client, f"declined: {str(said.get('reason', ''))[:40]}"
+        if isinstance(content.get("taken"), ConfigRecord):
+            return client, None
+        sealed = content.get("sealed")
+        if not isinstance(sealed, ArrayRecord):
+            return client, "answered with nothing that is sealed"
+        try:
+            verdict = self._federation.take_in({name: array.numpy().tobytes() for name, array in sealed.items()})
+        except RunFailed:
+            raise
+        except OffsiteError as error:
+            return client, f"{type(error).__name__}: {error}"
+        return client, f"{verdict.reason_class}: {verdict.message}" if verdict.state == "refused" else None
+
+    def _tell(self, content: Mapping[str, Any], seconds: float) -> None:
+        names = {key: one.name for key, one in self._federation.participants.items()}
+        for client in content["used"]:
+            say(f"  {names[client]}: verified, update of norm {content['norms'][client]:.4g}")
+        for client, reason in sorted(content["left_out"].items()):
+            say(f"  {names.get(client, client[:9])}: left out: {reason}")
+        figures = "".join(f", {name} {value:.4g}" for name, value in sorted(content["figures"].items()))
+        say(f"  {len(content['used'])} of {len(self._asked)} used, {seconds:.1f} s{figures}")
+
+
+class _OwnGrid(Grid):
+    """What the two Grids share: replies are kept until they are asked for."""
+
+    def __init__(self) -> None:
+        self._replies: dict[str, Message] = {}
+        self._number, self._run = 0, None
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # messages outside Flower's runtime
+
+    def set_run(self, run: Any) -> None:
+        """The run is known."""
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Return a message to that node."""
+        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
+
+    def _keep(self, reply: Message) -> str:
+        self._number += 1
+        self._replies[str(self._number)] = reply
+        return str(self._number)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies that are there, each once."""
+        return [self._replies.pop(number) for number in message_ids if number in self._replies]
+
+
+class InProcessGrid(_OwnGrid):
+    """Calls a ClientApp in this process, one message after another: for tests, trials and benchmarks.
+
+    Args:
+        contexts: by node, as Flower would give them to the app.
+    """
+
+    def __init__(self, client_app: ClientApp, contexts: Mapping[int, Context]) -> None:
+        super().__init__()
+        self._app, self._contexts = client_app, dict(contexts)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Every message is answered; an error of a client's is its answer, as with Flower."""
+        return [self._keep(self._answer(message)) for message in messages]
+
+    def _answer(self, message: Message) -> Message:
+        try:
+            return self._app(message, self._contexts[message.metadata.dst_node_id])
+        except Exception as error:  # noqa: BLE001 - stands for a node that failed, whatever the failure
+            say(f"a node failed: {type(error).__name__}: {error}")
+            return Message(Error(code=0, reason=type(error).__name__), reply_to=message)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Return the answers; those that come after the deadline would be left out, and nothing here is late."""
+        began, found = time.monotonic(), []
+        for message in messages:
+            if timeout is None or time.monotonic() - began < timeout:
+                found += self.pull_messages([self._keep(self._answer(message))])
+        return found
+
+
+class ExchangeGrid(_OwnGrid):
+    """Carries messages over this owner's exchange: rounds lie in its outbox, bundles come through its intake.
+
+    Clients pull. A message of type train is the sealed round that lies in the outbox already, and its reply the verdict
+    of the registry; the hello is answered from the job, whose package a client's machine holds its own against.
+    """
+
+    def __init__(self, federation: Federation) -> None:
+        super().__init__()
+        self._federation = federation
+        self._clients = dict(enumerate(sorted(federation.participants), start=2))
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return a number for each client."""
+        return list(self._clients)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Hellos are answered; of rounds nothing is to be done."""
+        return [self._keep(self._hello(message)) for message in messages if message.metadata.message_type != "train"]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Return an answer for each client whose bundle stands in the registry before the deadline."""
+        waiting = {self._clients[message.metadata.dst_node_id]: message for message in messages}
+        found, until = [], time.monotonic() + (float("inf") if timeout is None else timeout)
+        for client in [key for key, message in waiting.items() if message.metadata.message_type != "train"]:
+            found.append(self._hello(waiting.pop(client)))
+        while waiting:
+            number = int(next(iter(waiting.values())).metadata.group_id)
+            for client in waiting.keys() & self._federation.answers(number).keys():
+                found.append(self._taken(waiting.pop(client)))
+                say(f"  {self._federation.participants[client].name}: its bundle is here and verified")
+            if not waiting or time.monotonic() > until:
+                break
+            time.sleep(_POLL_SECONDS)
+        return found
+
+    def _hello(self, message: Message) -> Message:
+        client = self._clients[message.metadata.dst_node_id]
+        package = self._federation.participants[client].job.package_digest
+        said = ConfigRecord({"client": client, "package": package})
+        return self._reply(message, RecordDict({"hello": said}))
+
+    def _taken(self, message: Message) -> Message:
+        return self._reply(message, RecordDict({"taken": ConfigRecord({"by": "registry"})}))
+
+    def _reply(self, message: Message, content: RecordDict) -> Message:
+        TaskIdentity.node_id = message.metadata.dst_node_id
+        try:
+            return Message(content, reply_to=message)
+        finally:
+            TaskIdentity.node_id = 1
+
+
+def in_process(contexts: Mapping[int, Mapping[str, str]], client_app: str) -> InProcessGrid:
+    """Return a Grid over the ClientApp of that entry string (``client.flower:app``), a node for each configuration.
+
+    The string is this program's own and comes from no message.
+    """
+    import importlib
+
+    module, _, name = client_app.partition(":")
+    loaded = getattr(importlib.import_module(module), name)
+    made = {
+        node: Context(run_id=1, node_id=node, node_config=dict(config), state=RecordDict(), run_config={})
+        for node, config in contexts.items()
+    }
+    return InProcessGrid(loaded, made)
+
+
+def _arrays(parts: Mapping[str, bytes]) -> ArrayRecord:
+    return ArrayRecord(array_dict={name: Array(np.frombuffer(data, dtype=np.uint8)) for name, data in parts.items()})

@@ -1,0 +1,148 @@
+"""``offsite federate simulate``: a whole federation in one process, for trials and benchmarks.
+
+Everything is as between strangers: keys, jobs, seals, the registry's checks, Flower's loop and the client's own app.
+Only the way between them is a call. The folder that it leaves holds every party's secrets, which no real owner has.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from offsite.console import muted, say
+from offsite.errors import ConfigError, RunFailed
+from offsite.keyconfig import KeygenConfig, TrustAddConfig
+from offsite.keyfiles import write_private
+from offsite.keys import CARD_NAME, open_identity, read_card
+from offsite.keys import run as keygen
+from offsite.sealconfig import OpenConfig, SealConfig
+from offsite.sealing import open_run, seal_run
+from offsite.trust import add as trust
+from server.federate import finish, require_output, watch_of
+from server.federation import opened_federation
+from server.federationconfig import FederationConfig
+from server.job import run as create_job
+from server.registryconfig import JobCreateConfig
+from server.simulationconfig import SimulateConfig
+
+CLIENT_APP = "client.flower:app"
+_DAYS = 365
+
+
+@dataclass(frozen=True)
+class Home:
+    """A party's own folder."""
+
+    folder: Path
+
+    @property
+    def keys(self) -> Path:
+        """Its keys."""
+        return self.folder / "keys"
+
+    @property
+    def passphrase(self) -> Path:
+        """The file that opens them."""
+        return self.folder / "passphrase"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its card."""
+        return read_card((self.keys / CARD_NAME).read_bytes()).fingerprint
+
+
+def run(config: SimulateConfig) -> dict[str, object]:
+    """Carry out ``offsite federate simulate``.
+
+    Raises:
+        ConfigError: when a file is missing or settings do not fit.
+        RunFailed: when a round has too few answers; the same command goes on.
+    """
+    require_output(config)
+    if missing := sorted(name for name, path in config.clients.items() if not Path(path).is_file()):
+        raise ConfigError(f"--clients: no file of client {missing[0]!r}: {Path(config.clients[missing[0]]).name!r}")
+    with muted():
+        owner = _home(config.work / "owner", "owner")
+        homes = {name: _home(config.work / "clients" / name, name) for name in sorted(config.clients)}
+        settings = {number: _client(config, owner, homes[name], name) for number, name in enumerate(homes, start=2)}
+    registry = config.work / "registry"
+    say(f"keys, jobs and settings of {len(homes)} clients are in {config.work.name!r}")
+    own = {name: getattr(config, name) for name in FederationConfig.model_fields}
+    federation_config = FederationConfig(
+        **{**own, "registry": registry, "keys": owner.keys, "passphrase_file": owner.passphrase}
+    )
+    outbox = config.work / "outbox"
+    outbox.mkdir(exist_ok=True)
+    with opened_federation(federation_config, open_identity(federation_config), outbox=outbox) as federation:
+        from server.flower import in_process
+        from server.flower import run as run_rounds
+
+        watch = watch_of(federation)
+        grid = in_process({number: {"client": str(path)} for number, path in settings.items()}, CLIENT_APP)
+        run_rounds(federation, grid, watch=watch)
+        return finish(federation, watch)
+
+
+def _home(folder: Path, name: str) -> Home:
+    """Return the party's folder, with keys in it; made unless it was."""
+    home = Home(folder)
+    if not (home.keys / CARD_NAME).is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not home.passphrase.is_file():
+                write_private(home.passphrase, secrets.token_urlsafe(24).encode())
+        except OSError as error:
+            raise RunFailed(f"cannot use {folder.name!r}: {(error.strerror or 'i/o error').lower()}") from None
+        keygen(KeygenConfig(output=home.keys, name=name, days=_DAYS, passphrase_file=home.passphrase))
+    return home
+
+
+def _client(config: SimulateConfig, owner: Home, client: Home, name: str) -> Path:
+    """Return the client's settings file, once both know each other and the client has its job."""
+    settings = client.folder / "member.json"
+    if not settings.is_file():
+        trust(TrustAddConfig(keys=owner.keys, card=client.keys / CARD_NAME, fingerprint=client.fingerprint))
+        trust(TrustAddConfig(keys=client.keys, card=owner.keys / CARD_NAME, fingerprint=owner.fingerprint))
+        job = _job(config, owner, client, name)
+        content = {
+            "package": str(config.package.resolve()),
+            "job": str(job.resolve()),
+            "data": str(Path(config.clients[name]).resolve()),
+            "work": str((client.folder / "work").resolve()),
+            "keys": str(client.keys.resolve()),
+            "passphrase_file": str(client.passphrase.resolve()),
+            "accept_leakage": True,
+            "limit_steps": config.steps,
+            "tune": config.tune,
+        }
+        settings.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return settings
+
+
+def _job(config: SimulateConfig, owner: Home, client: Home, name: str) -> Path:
+    """Return the client's opened job: made, sealed and opened."""
+    made, sealed, opened = owner.folder / f"job-{name}", owner.folder / f"job-{name}.sealed", client.folder / "job"
+    create_job(
+        JobCreateConfig(
+            keys=owner.keys,
+            package=config.package,
+            client=client.fingerprint,
+            registry=config.work / "registry",
+            output=made,
+            adapter=config.adapter,
+            placement=config.placement,
+            targets=config.targets,
+            rank=config.lora_rank,
+            alpha=config.alpha,
+            adapter_dtype=config.adapter_dtype,
+            rounds=config.rounds,
+            days=_DAYS,
+            max_relative_frobenius=config.max_relative_frobenius,
+            max_relative_spectral=config.max_relative_spectral,
+        )
+    )
+    seal_run(SealConfig(input=made, output=sealed, keys=owner.keys, passphrase_file=owner.passphrase))
+    open_run(OpenConfig(sealed=sealed, output=opened, keys=client.keys, passphrase_file=client.passphrase))
+    return opened

@@ -1,0 +1,40 @@
+"""Settings of ``offsite federate simulate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from server.federationconfig import FederationConfig
+
+
+class SimulateConfig(FederationConfig):
+    """Settings of ``offsite federate simulate --work DIR --clients NAME=FILE,NAME=FILE``.
+
+    Keys, registry and jobs are made in the work folder; the settings that name them are not given.
+    """
+
+    verb: ClassVar[str] = "federate simulate"
+
+    registry: Path = Field(Path("registry"), description="not given: it lies in the work folder", exclude=True)
+    work: Path = Field(description="folder for everybody's keys, rounds and bundles; the same folder goes on")
+    clients: dict[str, str] = Field(description="private text of each client, as NAME=FILE")
+    tune: dict[str, Any] = Field({}, description="settings of offsite tune, the same for all clients")
+    adapter: str = Field("lora", description="adapter that the jobs ask for: blocks, lora, rslora or bitfit")
+    placement: str = Field("2+2", description="blocks that carry it: BOTTOM+TOP counted from the outside, or all")
+    targets: Literal["all-linear", "attention", "mlp"] = Field("all-linear", description="linears of low-rank adapters")
+    lora_rank: int = Field(8, ge=1, description="rank of a low-rank adapter")
+    alpha: float = Field(16.0, gt=0, description="scale of low-rank adapters, as in peft")
+    adapter_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the bundles' tensors")
+    max_relative_frobenius: float = Field(1.0, gt=0, le=1e6, description="the jobs' cap on a module's update")
+    max_relative_spectral: float = Field(2.0, gt=0, le=1e6, description="the jobs' cap on its largest singular value")
+
+    @model_validator(mode="after")
+    def _enough_clients(self) -> Self:
+        if len(self.clients) < self.min_clients:
+            raise ValueError(f"--clients: {len(self.clients)} client(s), --min-clients {self.min_clients}")
+        if "registry" in self.model_fields_set or "keys" in self.model_fields_set:
+            raise ValueError("--registry, --keys: a simulation makes its own, in --work")
+        return self
