@@ -222,6 +222,8 @@ class TuneConfig(VerbConfig):
                     f"{flag_name(name)} {getattr(self, name)}: the round says {value}",
                     hint="leave it to the round, or ask the owner for another",
                 )
+        if "epochs" in self.model_fields_set:
+            raise ConfigError(f"--epochs: the round says {manifest.steps} steps", hint="leave it to the round")
         return config.model_copy(update=asked)
 
     def rate(self) -> float:

@@ -1,7 +1,7 @@
 """``offsite federate join``: take part in an owner's federation over its exchange, round after round, until it ends.
 
 The client pulls; nothing reaches into its machine, and what runs is this program. A sealed round is fetched, opened,
-tuned on and answered (``client/member.py``), exactly as under Flower's own transport (``client/flower.py``). Killed, the
+tuned on and answered (``client/member.py``), as it is under Flower's own transport (``client/flower.py``). Killed, the
 same command goes on: with the download, the tuning's checkpoint, the sealed bundle or the upload that it had come to.
 """
 

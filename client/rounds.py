@@ -87,6 +87,8 @@ def grow(model: nn.Module, package: Package, spec: AdapterSpec, round_: Round | 
     names = adapted_names(spec, package.layout, block_tensors)
     update = from_tensors("the round's update", round_.load_update(), {name: block_tensors[name] for name in names})
     fold(model, update, package.layout.blocks)
+    middle = {name: one for name, one in block_tensors.items() if name.startswith("middle.")}
+    fold(model, from_tensors("the round's emulator", round_.load_emulator(), middle), package.layout.blocks)
 
 
 def begin(attached: Attached, spec: AdapterSpec, round_: Round | None) -> Begun:

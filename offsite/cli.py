@@ -142,8 +142,18 @@ VERBS: dict[str, Verb] = {
         "server.federationconfig:FederateServeConfig",
         "server.federate:serve_run",
     ),
+    "realign": Verb(
+        "owner: let an emulator follow the model that a federation's rounds made",
+        "emulator.realignconfig:RealignConfig",
+        "emulator.realign:run",
+    ),
     "federate join": Verb(
         "client: take part in an owner's federation", "client.memberconfig:JoinConfig", "client.federate:join_run"
+    ),
+    "federate node": Verb(
+        "client: take part through Flower's SuperNode, and run nothing it sends",
+        "client.nodeconfig:NodeConfig",
+        "client.node:node_run",
     ),
     "federate simulate": Verb(
         "owner: try a whole federation in one process",

@@ -116,7 +116,7 @@ def _show_round(found: Round) -> dict[str, object]:
 def tensors_of(artefact: Package | Round | Bundle) -> dict[str, TensorSpec]:
     """Return the tensors that the artefact declares."""
     if isinstance(artefact, Round):
-        return {**artefact.manifest.update, **artefact.manifest.start}
+        return {name: spec for tensors in artefact.manifest.stated().values() for name, spec in tensors.items()}
     return artefact.manifest.tensors
 
 

@@ -11,6 +11,9 @@ from offsite.sealed import MAX_FILES
 from offsite.sealedfolder import KEYS_FILE, MANIFEST_FILE, PAYLOAD, SIGNATURES_FILE
 from offsite.staging import staged_folder
 
+RAW = "offsite/raw"
+"""How Flower's arrays say that their data are a file's bytes as they are: nobody's array format is read on arrival."""
+
 _SMALL = (MANIFEST_FILE, SIGNATURES_FILE, KEYS_FILE)
 _PAYLOAD_NAME = re.compile(rf"{PAYLOAD}/([0-9a-f]{{64}}\.enc)")
 

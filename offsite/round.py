@@ -1,9 +1,10 @@
 """The round: what an owner asks of one client of a federation, once, and the weights that it goes on from.
 
-A round is a folder of ``offsite.json``, the manifest, and up to two tensor files. ``update.safetensors`` holds all that
-earlier rounds added to the package's weights, so that a client needs no round but the newest. ``start.safetensors``
-holds the factors A of a LoRA that all clients share and none trains. What a client may do with a round is in
-``client/rounds.py``; what the update means, in ``adapters/updates.py``.
+A round is a folder of ``offsite.json``, the manifest, and up to three tensor files. ``update.safetensors`` holds all
+that earlier rounds added to the package's weights, so that a client needs no round but the newest.
+``emulator.safetensors`` holds how the emulator's middle was realigned with the model that the rounds made
+(``emulator/realign.py``). ``start.safetensors`` holds the factors A of a LoRA that all clients share and none trains.
+What a client may do with a round is in ``client/rounds.py``; what the update means, in ``adapters/updates.py``.
 
 On arrival, after the seal: size, format and schema of the manifest; exact set of files; sizes and digests; the package
 and base model it is bound to; names, shapes and dtypes of the tensors; finite values.
@@ -21,7 +22,7 @@ from pydantic import Field, model_validator
 
 from offsite.bundle import AdapterSpec
 from offsite.digests import DIGEST_PATTERN
-from offsite.errors import WrongBinding, WrongNames
+from offsite.errors import WrongBinding
 from offsite.job import MAX_ROUNDS
 from offsite.manifest import FileEntry, Strict, check_files, entries, read_manifest, write_manifest
 from offsite.staging import staged_folder
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
     from offsite.job import Job
 
 ROUND_FORMAT: Final = "offsite/round/1"
-UPDATE_FILE, START_FILE = "update.safetensors", "start.safetensors"
+UPDATE_FILE, EMULATOR_FILE, START_FILE = "update.safetensors", "emulator.safetensors", "start.safetensors"
 FEDERATION_PATTERN = r"^[0-9a-f]{32}$"
 MAX_STEPS = 1_000_000
 
-FILE_NAMES = re.compile("|".join(map(re.escape, (UPDATE_FILE, START_FILE))))
+FILE_NAMES = re.compile("|".join(map(re.escape, (UPDATE_FILE, EMULATOR_FILE, START_FILE))))
 
 
 class RoundManifest(Strict):
@@ -47,7 +48,7 @@ class RoundManifest(Strict):
         task: ``train`` asks for a bundle; ``finish`` says that there is no further round.
         learning_rate: peak rate; None leaves it to the client.
         proximal: FedProx's mu, on the effective update (`adapters/updates.py`); 0 for none.
-        tensors: of the update's and the start's file together; no name is in both.
+        update, emulator, start: the tensors of the files of these names.
     """
 
     format: str
@@ -62,6 +63,7 @@ class RoundManifest(Strict):
     learning_rate: float | None = Field(None, gt=0, le=10)
     proximal: float = Field(0.0, ge=0, le=1e6)
     update: dict[str, TensorSpec] = {}
+    emulator: dict[str, TensorSpec] = {}
     start: dict[str, TensorSpec] = {}
     files: dict[str, FileEntry] = {}
 
@@ -69,10 +71,16 @@ class RoundManifest(Strict):
     def _coherent(self) -> RoundManifest:
         if self.round > self.num_rounds:
             raise ValueError("the round is beyond the last")
-        for tensors, name in ((self.update, UPDATE_FILE), (self.start, START_FILE)):
+        if self.update.keys() & self.start.keys():
+            raise ValueError("a tensor is in the update and in the start")
+        for name, tensors in self.stated().items():
             if bool(tensors) != (name in self.files):
                 raise ValueError(f"tensors of {name} and the file belong together")
         return self
+
+    def stated(self) -> dict[str, dict[str, TensorSpec]]:
+        """Return the tensors that each file must hold, by the file's name; a file without any must not be there."""
+        return {UPDATE_FILE: self.update, EMULATOR_FILE: self.emulator, START_FILE: self.start}
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,10 @@ class Round:
         """Return the update's tensors, as `adapters.updates.to_tensors` gave them; empty before anything was added."""
         return self._load(UPDATE_FILE, self.manifest.update)
 
+    def load_emulator(self) -> dict[str, torch.Tensor]:
+        """Return how the emulator's middle was realigned, in the form of an update; empty where it never was."""
+        return self._load(EMULATOR_FILE, self.manifest.emulator)
+
     def load_start(self) -> dict[str, torch.Tensor]:
         """Return the shared factors A by canonical name; empty when every client starts its own."""
         return self._load(START_FILE, self.manifest.start)
@@ -123,7 +135,7 @@ def open_round(path: Path) -> Round:
     """
     manifest, digest = read_manifest(path, RoundManifest, ROUND_FORMAT)
     check_files(path, manifest.files, FILE_NAMES)
-    for name, stated in ((UPDATE_FILE, manifest.update), (START_FILE, manifest.start)):
+    for name, stated in manifest.stated().items():
         if stated:
             check_exact(f"round {path.name!r}", read_header(path / name), stated)
     return Round(path, manifest, digest)
@@ -134,6 +146,7 @@ def write_round(
     manifest: RoundManifest,
     *,
     update: Mapping[str, torch.Tensor] | None = None,
+    emulator: Mapping[str, torch.Tensor] | None = None,
     start: Mapping[str, torch.Tensor] | None = None,
 ) -> Round:
     """Write the round's folder `out`, whole or not at all.
@@ -146,17 +159,17 @@ def write_round(
         NotFinite: when a tensor holds NaN or infinity.
         RunFailed: when the disk is full.
     """
-    parts = {UPDATE_FILE: dict(update or {}), START_FILE: dict(start or {})}
-    if parts[UPDATE_FILE].keys() & parts[START_FILE].keys():
-        raise WrongNames("a tensor is in the round's update and in its start")
+    parts = {UPDATE_FILE: dict(update or {}), EMULATOR_FILE: dict(emulator or {}), START_FILE: dict(start or {})}
     with staged_folder(out) as stage:
         for name, tensors in parts.items():
             check_finite("the round", tensors)
             if tensors:
                 write_tensors(stage / name, tensors)
         stated = {
-            "update": {name: spec_of(tensor) for name, tensor in parts[UPDATE_FILE].items()},
-            "start": {name: spec_of(tensor) for name, tensor in parts[START_FILE].items()},
+            **{
+                file.removesuffix(".safetensors"): {name: spec_of(tensor) for name, tensor in tensors.items()}
+                for file, tensors in parts.items()
+            },
             "files": entries(stage, [name for name, tensors in parts.items() if tensors]),
         }
         write_manifest(stage, RoundManifest.model_validate({**dict(manifest), **stated}))

@@ -78,7 +78,7 @@ def seal_run(config: SealConfig, *, identity: Identity | None = None) -> dict[st
     refuse_existing(config.output)
     content = read_content(config.input)
     opened = _job_of(config, content)
-    job, now, round_ = opened.job, int(time.time()), _round(config.round, content.kind, opened.job)
+    job, now, round_ = opened.job, int(time.time()), _round(config.round, content, opened.job)
     identity = identity or open_identity(config)
     own = identity.public.fingerprint
     if own not in senders(content.kind, job):
@@ -172,6 +172,10 @@ def open_sealed(sealed: Path, out: Path, *, identity: Identity, trust: TrustStor
             raise WrongBinding(f"job {manifest.job_id[:12]} is not known here")
         bind(manifest, job.job)
         check_content(content, job.job)
+        if isinstance(content.artefact, Round) and content.artefact.manifest.round != manifest.round:
+            raise WrongBinding(
+                f"sealed as round {manifest.round}, what came out is round {content.artefact.manifest.round}"
+            )
         admission = ledger.admit(manifest, raw.digest, fresh)
     return Opened(manifest, raw.digest, content, admission)
 
@@ -276,8 +280,12 @@ def _job_of(config: SealConfig, content: Content) -> OpenedJob:
     return given
 
 
-def _round(given: int | None, kind: Kind, job: Job) -> int:
-    found = given if given is not None else int(kind in ("round", "bundle"))
+def _round(given: int | None, content: Content, job: Job) -> int:
+    kind = content.kind
+    own = content.artefact.manifest.round if isinstance(content.artefact, Round) else None
+    if own is not None and given not in (None, own):
+        raise ConfigError(f"--round {given}: this is round {own}")
+    found = given if given is not None else own or int(kind == "bundle")
     first, last = {"report": (0, job.rounds), **dict.fromkeys(("round", "bundle"), (1, job.rounds))}.get(kind, (0, 0))
     if not first <= found <= last:
         raise ConfigError(f"--round: a {kind} of this job has rounds {first} to {last}, found {found}")

@@ -15,40 +15,45 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from adapters.kinds import declared
 from adapters.norms import adapted_names, base_tensors
-from adapters.updates import Update, combined, from_tensors, norm, to_tensors, truncated, turned, update_of
+from adapters.updates import LowRank, Update, combined, from_tensors, norm, to_tensors, truncated, turned, update_of
 from offsite.bundle import AdapterSpec
 from offsite.console import muted, say
 from offsite.digests import sha256_file
-from offsite.errors import ArtefactError, BadDigest, ConfigError, RunFailed, WrongBinding
+from offsite.errors import ArtefactError, BadDigest, ConfigError, Expired, RunFailed, Untrusted, WrongBinding
 from offsite.faults import reach
 from offsite.job import JOB_NAME, Job
 from offsite.keys import Identity
 from offsite.ledger import Ledger
+from offsite.manifest import read_manifest
 from offsite.owner import OwnerRecord
 from offsite.parcel import unpack
 from offsite.round import ROUND_FORMAT, Round, RoundManifest, open_round, write_round
 from offsite.sealconfig import SealConfig
+from offsite.sealed import sealed_size
 from offsite.sealing import seal_run
-from offsite.staging import staged_folder
+from offsite.staging import fsync, staged_folder
 from offsite.tensors import TensorSpec, read_header, read_tensors, torch_dtype, write_tensors
 from offsite.trust import TrustStore
 from server.aggregate import Aggregated, Contribution, Rule, aggregate
+from server.centralprivacy import CentralPrivacy, aggregate_privately, drawn, privatise, require_delta, spent
 from server.federationconfig import FederationConfig
-from server.federationstore import FederationStore, Finished
-from server.intake import grown, job_package, read_registered
+from server.federationstore import FederationStore, Finished, first_asked, known_id
+from server.intake import asked_round, grown, job_package, read_registered
+from server.realigning import Realigner
 from server.registry import Registry
 from server.registryrows import Entry, Verdict
 
 SHARED = "shared"
-_MEMORY_LIMIT_BYTES = 2**36
+_SLACK_BYTES = 2**26  # of a sealed bundle beside its tensors
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,17 @@ class Federation:
         layout, tensors = self.record.layout, self.record.block_tensors
         self.shapes: dict[str, TensorSpec] = {name: tensors[name] for name in adapted_names(self.spec, layout, tensors)}
         self._is_conv1d = turned(layout, tensors)
+        num_bytes = sum(one.num_bytes for one in declared(self.spec, layout, tensors).values())
+        self._limit_bytes = sealed_size(num_bytes) + _SLACK_BYTES
         self._job_ids = {key: job.job_id for key, job in jobs.items()}
         fixed = {**config.fixed(), "package": self.package.digest, "jobs": sorted(self._job_ids.values())}
         self.rule = _rule(config)
-        self.rule.require(max(config.min_clients, 1))
+        self.rule.require(config.min_clients)
+        self.privacy = _privacy(config, len(self.participants))
+        _require_unused(registry, config.name, self._job_ids.values())
         self.store = FederationStore(registry, config.name, fixed)
         self._folder = registry.folder / "federations" / self.store.id
+        self._realigner = Realigner(config, self.package, self._folder)
         self.states: dict[str, Update] = self._load_states()
 
     @property
@@ -120,37 +130,48 @@ class Federation:
         """
         asked = self.store.asked(self._job_ids, number)
         if not asked:
-            drawn = self._draw()
-            rounds = {client: self._write_round(number, self._state_of(client), "train") for client in drawn}
+            clients = self._draw()
+            emulator = self._realigner.before(number, lambda earlier: self._write_round(number, "train", "", earlier))
+            rounds = {client: self._write_round(number, "train", client, emulator) for client in clients}
             asked = {client: found.digest for client, found in rounds.items()}
             self.store.ask(self._job_ids, asked, number)
         reach("round-asked")
-        return {client: self._sealed(client, number, digest, "round") for client, digest in sorted(asked.items())}
+        return self._sealed_for(asked, number, "round")
 
     def say_finished(self) -> None:
         """Every client is told, by a sealed round that asks for nothing, that there is no further one."""
-        for client in self.participants:
-            found = self._write_round(self.config.rounds, {}, "finish")
-            self._sealed(client, self.config.rounds, found.digest, "finish")
+        found = {client: self._write_round(self.config.rounds, "finish", client, {}) for client in self.participants}
+        self._sealed_for({client: one.digest for client, one in found.items()}, self.config.rounds, "finish")
+
+    def _sealed_for(self, digests: Mapping[str, str], number: int, what: str) -> dict[str, Path]:
+        """Return the sealed rounds by client; a client that is trusted no longer, or its job over, gets none."""
+        found = {}
+        for client, digest in sorted(digests.items()):
+            try:
+                found[client] = self._sealed(client, number, digest, what)
+            except (Untrusted, Expired) as error:
+                say(f"  {self.participants[client].name}: gets no round: {error}")
+        return found
 
     def _draw(self) -> list[str]:
         """Return the clients of a round, drawn by the operating system's randomness."""
         keys, source = sorted(self.participants), random.SystemRandom()
         if self.config.fraction == 1:
             return keys
-        if self.config.noise_multiplier is not None:  # each on its own, as the accountant assumes
-            return [key for key in keys if source.random() < self.config.fraction]
+        if self.privacy is not None:  # each by a coin of its own, as the accountant assumes
+            return list(drawn(keys, self.privacy.rate))
         return sorted(source.sample(keys, max(self.config.min_clients, round(self.config.fraction * len(keys)))))
 
     def _state_of(self, client: str) -> Update:
         return self.states.get(SHARED if self.config.mode == "shared" else client, {})
 
-    def _write_round(self, number: int, state: Update, task: str) -> Round:
-        config = self.config
+    def _write_round(self, number: int, task: Literal["train", "finish"], client: str, emulator: Update) -> Round:
+        """Return the round's plain folder, the one there is or a new one: what it asks, from which weights."""
+        config, state = self.config, self._state_of(client) if task == "train" else {}
         manifest = RoundManifest(
             format=ROUND_FORMAT,
             federation_id=self.store.id,
-            task="train" if task == "train" else "finish",
+            task=task,
             round=number,
             num_rounds=config.rounds,
             package_digest=self.package.digest,
@@ -160,15 +181,16 @@ class Federation:
             learning_rate=config.learning_rate,
             proximal=config.proximal,
         )
-        start = _shared_a(self.spec, self.record, f"{self.store.id}/{number}") if config.share_a else {}
-        stage = self.registry.folder / "rounds" / ".writing"
+        start = self._start(number) if task == "train" else {}
+        stage = self._folder / "writing"
         shutil.rmtree(stage, ignore_errors=True)
-        found = write_round(stage, manifest, update=to_tensors(state), start=start if task == "train" else {})
+        found = write_round(stage, manifest, update=to_tensors(state), emulator=to_tensors(emulator), start=start)
         place = self.registry.round_folder(found.digest)
         if place.is_dir():
             shutil.rmtree(stage)
         else:
             stage.rename(place)
+            fsync(place.parent)  # it is on disk before the registry says that it was asked
         return open_round(place)
 
     def _sealed(self, client: str, number: int, digest: str, what: str) -> Path:
@@ -204,7 +226,7 @@ class Federation:
         """
         place = self._folder / "parcel"
         shutil.rmtree(place, ignore_errors=True)
-        unpack(parts, place, limit_bytes=_MEMORY_LIMIT_BYTES)
+        unpack(parts, place, limit_bytes=self._limit_bytes)
         try:
             return self.registry.intake(place, self._identity, self._trust)
         finally:
@@ -225,10 +247,9 @@ class Federation:
         Raises:
             ArtefactError: when its files are not those that were verified, or it trained a factor A that is shared.
         """
-        asked = self.registry.asked(entry.job_id, entry.round)
-        if asked is None:
+        round_ = asked_round(self.registry, entry.job_id, entry.round)
+        if round_ is None:
             raise WrongBinding(f"bundle {entry.id} answers no round of this federation")
-        round_ = open_round(self.registry.round_folder(asked))
         verified = read_registered(self.registry, entry, self.record)
         for name, tensor in round_.load_start().items():
             if not torch.equal(verified.tensors[name], tensor):
@@ -246,22 +267,23 @@ class Federation:
         Raises:
             RunFailed: with fewer answers than a round needs; nothing has changed then.
         """
-        entries, reasons = self.answers(number), dict(left_out)
+        entries = self.answers(number)
+        reasons = {client: reason for client, reason in left_out.items() if client not in entries}
         contributions: list[Contribution] = []
         for client, entry in sorted(entries.items()):
             try:
                 contributions.append(self.contribution(entry))
             except ArtefactError as error:
                 reasons[client] = f"{type(error).__name__}: {error}"
-        if len(contributions) < self.config.min_clients:
+        if len(contributions) < self.config.min_clients and self.privacy is None:
             for client, reason in sorted(reasons.items()):
                 say(f"  {self.participants[client].name}: left out: {reason}")
             raise RunFailed(
                 f"round {number}: {len(contributions)} sound answer(s), {self.config.min_clients} are needed; "
                 "the model is as it was",
-                hint="run the same command again to ask the others once more, or lower --min-clients",
+                hint="run the same command again to ask the others once more",
             )
-        states, told = self._put_together(contributions, reasons)
+        states, told = self._put_together(number, contributions, reasons)
         files = self._write_states(number, states)
         reach("round-summed")
         for client in told.used:
@@ -272,7 +294,7 @@ class Federation:
         return self.finished[-1]
 
     def _put_together(
-        self, contributions: list[Contribution], reasons: dict[str, str]
+        self, number: int, contributions: list[Contribution], reasons: dict[str, str]
     ) -> tuple[dict[str, Update], Told]:
         norms = {one.client: norm(one.update) for one in contributions}
         if self.config.mode == "personal":
@@ -280,14 +302,27 @@ class Federation:
             for one in contributions:
                 states[one.client] = _added(states.get(one.client, {}), one.update)
             return states, Told(sorted(norms), reasons, norms, {})
-        found = self._aggregated(contributions)
+        found = self._aggregated(contributions, number)
         state, figures = _added(self.states.get(SHARED, {}), found.update), dict(found.figures)
         if self.config.rank is not None:
             state, figures["truncation_error"] = truncated(state, self.config.rank)
         return {SHARED: state}, Told(list(found.used), {**reasons, **found.left_out}, norms, figures)
 
-    def _aggregated(self, contributions: list[Contribution]) -> Aggregated:
-        return aggregate(contributions, self.rule, min_survivors=self.config.min_clients)
+    def _aggregated(self, contributions: list[Contribution], number: int) -> Aggregated:
+        if self.privacy is None:
+            return aggregate(contributions, self.rule, min_survivors=self.config.min_clients)
+        start = self._start(number)
+        if start and not self._is_conv1d:
+            found = _privately_in_b(contributions, self.privacy, start, self.shapes)
+        else:
+            shapes = {name: one.shape for name, one in self.shapes.items()}
+            found = aggregate_privately(contributions, self.privacy, shapes)
+        epsilon = spent(number, self.privacy.sigma, self.privacy.rate, self.config.delta).epsilon
+        return replace(found, figures={**found.figures, "epsilon": epsilon, "delta": self.config.delta})
+
+    def _start(self, number: int) -> dict[str, Tensor]:
+        """Return the factors A that all clients of a round share; empty when each starts its own."""
+        return _shared_a(self.spec, self.record, f"{self.store.id}/{number}") if self.config.share_a else {}
 
     # --- what rounds leave
 
@@ -332,6 +367,25 @@ def _participants(config: FederationConfig, registry: Registry, trust: TrustStor
     return found
 
 
+def _require_unused(registry: Registry, name: str, job_ids: Iterable[str]) -> None:
+    """Return only if no other federation asked anything of these jobs: a job's round has one content, for ever.
+
+    Raises:
+        ConfigError: naming the job.
+    """
+    own = known_id(registry, name)
+    for job_id in job_ids:
+        digest = first_asked(registry, job_id)
+        if digest is None:
+            continue
+        manifest, _ = read_manifest(registry.round_folder(digest), RoundManifest, ROUND_FORMAT)
+        if manifest.federation_id != own:
+            raise ConfigError(
+                f"job {job_id[:12]} has rounds of another federation than {name!r}",
+                hint="offsite job create makes new jobs; --jobs names those to use",
+            )
+
+
 def _fits(config: FederationConfig, registry: Registry, job: Job, now: int) -> bool:
     if config.jobs and not any(job.job_id.startswith(given) for given in config.jobs):
         return False
@@ -371,6 +425,47 @@ def _rule(config: FederationConfig) -> Rule:
     )
 
 
+def _privacy(config: FederationConfig, num_clients: int) -> CentralPrivacy | None:
+    """Return the settings of central privacy, None without it.
+
+    Raises:
+        ConfigError: when delta is too large for so few clients, or the noise gives no guarantee.
+    """
+    if config.noise_multiplier is None:
+        return None
+    require_delta(config.delta, num_clients)
+    found = CentralPrivacy(
+        clip=config.clip, sigma=config.noise_multiplier, rate=config.fraction, num_clients=num_clients
+    )
+    whole = spent(config.rounds, found.sigma, found.rate, config.delta)
+    say(f"central privacy: epsilon {whole.epsilon:.3g} at delta {config.delta:g} for a client's part in all rounds")
+    return found
+
+
+def _privately_in_b(
+    contributions: Iterable[Contribution],
+    privacy: CentralPrivacy,
+    start: Mapping[str, Tensor],
+    weights: Mapping[str, TensorSpec],
+) -> Aggregated:
+    """Return the update whose B is the noisy mean of the clients' B, on the A that they share.
+
+    The mean of B A is the mean of B times A, so B alone needs noise: as many numbers fewer as B is smaller.
+    """
+    ordered = sorted(contributions, key=lambda one: one.client)
+    factors = {f"{name.removesuffix('.lora_A')}.weight": tensor.float() for name, tensor in start.items()}
+    shapes = {name: (weights[name].shape[0], a.shape[0]) for name, a in factors.items()}
+    parts = [
+        {name: part.b if isinstance(part, LowRank) else part for name, part in one.update.items()} for one in ordered
+    ]
+    found, zero = privatise(parts, shapes, clip=privacy.clip, sigma=privacy.sigma, divisor=privacy.divisor)
+    update = {name: LowRank(factors[name], b) for name, b in found.items()}
+    left_out = {ordered[place].client: reason for place, reason in zero.items()}
+    used = tuple(one.client for one in ordered if one.client not in left_out)
+    figures = {name: float(value) for name, value in privacy.model_dump().items()}
+    return Aggregated(dict(update), used, left_out, figures)
+
+
 def _shared_a(spec: AdapterSpec, record: OwnerRecord, label: str) -> dict[str, Tensor]:
     """Return factors A as LoRA starts them, in the bundle's dtype; drawn from a public label, they are no secret."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(label.encode()).digest()[:7], "big"))
@@ -389,8 +484,14 @@ def _added(state: Update, update: Update) -> Update:
 
 @contextmanager
 def opened_federation(config: FederationConfig, identity: Identity, *, outbox: Path) -> Iterator[Federation]:
-    """Yield the federation over the registry that the settings name; closed on leaving."""
-    with Registry.open(config.registry, config.keys) as registry:
+    """Yield the federation over the registry that the settings name; closed on leaving.
+
+    Raises:
+        ConfigError: as `Federation`, or while another process runs a federation over the registry.
+    """
+    with Registry.open(config.registry, config.keys) as registry, registry.one_federation() as mine:
+        if not mine:
+            raise ConfigError(f"a federation is running over registry {config.registry.name!r} already")
         found = Federation(config, registry, identity, outbox=outbox)
         say(
             f"federation {config.name!r}: {len(found.participants)} clients, "

@@ -15,7 +15,8 @@ Rule = Literal["mean", "trimmed-mean", "median", "krum", "multi-krum"]
 
 _FIXED = (
     "mode", "rounds", "steps", "learning_rate", "proximal", "fraction", "min_clients", "rule", "num_byzantine", "trim",
-    "keep", "max_norm", "rank", "share_a", "noise_multiplier", "clip", "delta",
+    "keep", "max_norm", "rank", "share_a", "noise_multiplier", "clip", "delta", "realign_every", "realign_steps",
+    "realign_rank",
 )  # fmt: skip
 """What may not change between the first round and the last."""
 
@@ -62,11 +63,17 @@ class FederationConfig(IdentityConfig):
     clip: float = Field(1.0, gt=0, description="central privacy: largest Frobenius norm of one client's update")
     delta: float = Field(1e-5, gt=0, lt=1, description="central privacy: delta of the guarantee")
 
+    realign_every: int = Field(0, ge=0, description="rounds after which the emulator is realigned (FedBiOT); 0: never")
+    realign_steps: int = Field(40, ge=1, description="optimiser steps of one realignment, on --public")
+    realign_rank: int | None = Field(None, ge=1, description="cut a realignment's difference to this rank")
+    public: Path | None = Field(None, description="public text on which the emulator is realigned")
+
     heldout: dict[str, str] = Field(
         {}, description="held-out text that the owner has, as NAME=FILE, measured each round"
     )
     heldout_tokens: int = Field(8192, ge=1, description="most tokens of each held-out text that count")
     block_tokens: int = Field(256, ge=2, description="tokens per block of held-out text")
+    watch_every: int = Field(1, ge=0, description="rounds between two measurements of held-out text; 0: at the end")
     merge: bool = Field(True, description="write the shared result as a merged model, which offsite serve opens")
 
     @model_validator(mode="after")
@@ -78,6 +85,8 @@ class FederationConfig(IdentityConfig):
             problems.append(
                 "--noise-multiplier: central privacy clips and averages by itself; leave --rule mean, no norm"
             )
+        if self.realign_every and (self.public is None or self.mode == "personal"):
+            problems.append("--realign-every: needs --public, and one shared model to realign with")
         if problems:
             raise ValueError("; ".join(problems))
         return self

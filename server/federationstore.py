@@ -18,6 +18,18 @@ from offsite.errors import ConfigError, Replayed
 from server.registry import Registry
 
 
+def known_id(registry: Registry, name: str) -> str | None:
+    """Return the id of the federation of that name, None when it was never begun."""
+    rows = registry.store.rows("SELECT federation_id FROM federations WHERE name = ?", (name,))
+    return rows[0]["federation_id"] if rows else None
+
+
+def first_asked(registry: Registry, job_id: str) -> str | None:
+    """Return the digest of the first round that was ever asked of the job, None when none was."""
+    rows = registry.store.rows("SELECT round_digest FROM asked WHERE job_id = ? ORDER BY round LIMIT 1", (job_id,))
+    return rows[0]["round_digest"] if rows else None
+
+
 @dataclass(frozen=True)
 class Finished:
     """One finished round: its number and what `FederationStore.finish` was given."""
@@ -51,11 +63,14 @@ class FederationStore:
         self.id = row["federation_id"]
         if row["content"] != text:
             before = json.loads(row["content"])
-            changed = sorted(key for key in {**before, **content} if before.get(key) != content.get(key))
-            raise ConfigError(
-                f"federation {name!r} was begun with other settings: {', '.join(changed)} differ",
-                hint="put them back to go on, or give the run another --name",
-            )
+            changed = sorted(key for key in {*before, *content} - {"jobs"} if before.get(key) != content.get(key))
+            if set(content.get("jobs", ())) - set(before.get("jobs", ())):
+                changed.append("jobs")  # one may leave, as a client does whose card was revoked; none may come
+            if changed:
+                raise ConfigError(
+                    f"federation {name!r} was begun with other settings: {', '.join(changed)} differ",
+                    hint="put them back to go on, or give the run another --name and new jobs",
+                )
 
     def asked(self, jobs: Mapping[str, str], number: int) -> dict[str, str]:
         """Return the round's digest by client, for those of `jobs` (client -> job id) of whom it was asked."""

@@ -17,18 +17,18 @@ from logging import WARNING, getLogger
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.task_identity import TaskIdentity
 
+from offsite import errors
 from offsite.config import build
 from offsite.console import say
 from offsite.errors import ConfigError, OffsiteError, RunFailed
 from offsite.keys import open_identity
-from offsite.parcel import pack
+from offsite.parcel import RAW, pack
 from server.federation import Federation, opened_federation
 from server.federationconfig import FederationConfig
 
@@ -37,6 +37,7 @@ SETTINGS = "federation"
 
 _POLL_SECONDS = 0.5
 _HELLO_SECONDS = 120.0
+_NODES_SECONDS = 60.0
 
 Watcher = Callable[[int], Mapping[str, float]]
 
@@ -47,18 +48,37 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run's configuration names, under Flower's deployment engine.
 
+    A path in it counts from the folder in which the SuperLink was started. Every SuperNode hears the run's
+    configuration, so that nothing but the name of the file belongs there.
+
     Raises:
-        ConfigError: when it names none.
+        ConfigError: when it names no settings file, or its settings name no file with the passphrase.
+        RunFailed: as `run`.
     """
     path = context.run_config.get(SETTINGS)
-    if not isinstance(path, str):
+    if not isinstance(path, str) or not Path(path).is_file():
         raise ConfigError(f"the run's configuration names no settings file: {SETTINGS}=FILE")
     config = build(FederationConfig, file=Path(path))
-    from server.federate import finish
+    if config.passphrase_file is None:
+        raise ConfigError("nobody can be asked for a passphrase here: passphrase_file is missing in the settings")
+    from server.federate import finish, require_output, watch_of
 
-    with opened_federation(config, open_identity(config), outbox=config.registry / "outbox") as federation:
-        run(federation, grid)
-        finish(federation)
+    require_output(config)
+    outbox = config.registry / "outbox"
+    if config.registry.is_dir():
+        outbox.mkdir(exist_ok=True)
+    with opened_federation(config, open_identity(config), outbox=outbox) as federation:
+        watch = watch_of(federation)
+        _wait_for_nodes(grid, len(federation.participants))
+        run(federation, grid, watch=watch)
+        finish(federation, watch)
+
+
+def _wait_for_nodes(grid: Grid, num: int) -> None:
+    """As many nodes are there as clients take part, or a minute has passed."""
+    until = time.monotonic() + _NODES_SECONDS
+    while len(list(grid.get_node_ids())) < num and time.monotonic() < until:
+        time.sleep(_POLL_SECONDS)
 
 
 def run(federation: Federation, grid: Grid, *, watch: Watcher | None = None) -> None:
@@ -125,7 +145,9 @@ class OffsiteStrategy(Strategy):
         finished = self._federation.close_round(number, left_out)
         seconds = time.monotonic() - self._began
         self._tell(finished.content, seconds)
-        shown = dict(self._watch(number)) if self._watch is not None else {}
+        every = self._federation.config.watch_every
+        is_due = self._watch is not None and every > 0 and number % every == 0
+        shown = dict(self._watch(number)) if self._watch is not None and is_due else {}
         for name, value in shown.items():
             say(f"  plugged in, {name}: perplexity {value:.3f}")
         return None, MetricRecord({"seconds": seconds, **{f"perplexity {name}": v for name, v in shown.items()}})
@@ -145,33 +167,35 @@ class OffsiteStrategy(Strategy):
 
     def _known_nodes(self, grid: Grid) -> dict[str, int]:
         """Return the node of each client, asked once: it says whose it is and which package it has."""
+        participants = self._federation.participants
         fresh = [node for node in grid.get_node_ids() if node not in self._nodes]
         if fresh:
             hello = [Message(RecordDict(), dst_node_id=node, message_type="query.hello") for node in fresh]
             for reply in grid.send_and_receive(hello, timeout=_HELLO_SECONDS):
                 said = reply.content.get("hello") if reply.has_content() else None
-                if isinstance(said, ConfigRecord) and said.get("client") in self._federation.participants:
+                client = said.get("client") if isinstance(said, ConfigRecord) else None
+                if isinstance(said, ConfigRecord) and isinstance(client, str) and client in participants:
                     if said.get("package") == self._federation.package.digest:
-                        self._nodes[reply.metadata.src_node_id] = str(said["client"])
+                        self._nodes[reply.metadata.src_node_id] = client
                     else:
-                        say(f"a node of {str(said['client'])[:9]} has another package; it is not asked")
+                        say(f"a node of {participants[client].name} has another package; it is not asked")
         return {client: node for node, client in self._nodes.items()}
 
     def _take(self, reply: Message) -> tuple[str | None, str | None]:
         """Return whose reply it is, and why it does not count, if so; a sealed bundle in it is in the registry then."""
         client = self._nodes.get(reply.metadata.src_node_id)
-        if reply.has_error():
+        if reply.has_error() or not reply.has_content():
             return client, "its node failed"
         content = reply.content
         if isinstance(said := content.get("declined"), ConfigRecord):
-            return client, f"declined: {str(said.get('reason', ''))[:40]}"
+            return client, f"declined: {_class_of(said.get('reason'))}"
         if isinstance(content.get("taken"), ConfigRecord):
             return client, None
         sealed = content.get("sealed")
-        if not isinstance(sealed, ArrayRecord):
+        if not isinstance(sealed, ArrayRecord) or any(array.stype != RAW for array in sealed.values()):
             return client, "answered with nothing that is sealed"
         try:
-            verdict = self._federation.take_in({name: array.numpy().tobytes() for name, array in sealed.items()})
+            verdict = self._federation.take_in({name: array.data for name, array in sealed.items()})
         except RunFailed:
             raise
         except OffsiteError as error:
@@ -326,4 +350,10 @@ def in_process(contexts: Mapping[int, Mapping[str, str]], client_app: str) -> In
 
 
 def _arrays(parts: Mapping[str, bytes]) -> ArrayRecord:
-    return ArrayRecord(array_dict={name: Array(np.frombuffer(data, dtype=np.uint8)) for name, data in parts.items()})
+    return ArrayRecord(array_dict={name: Array("uint8", (len(data),), RAW, data) for name, data in parts.items()})
+
+
+def _class_of(reason: object) -> str:
+    """Return the reason if it names a class of our errors: a client's words are not shown on the owner's terminal."""
+    known = getattr(errors, reason, None) if isinstance(reason, str) else None
+    return known.__name__ if isinstance(known, type) and issubclass(known, OffsiteError) else "no reason known here"

@@ -136,6 +136,24 @@ def job_package(registry: Registry, job: Job) -> tuple[Package, OwnerRecord]:
     return package, record
 
 
+def asked_round(registry: Registry, job_id: str, number: int) -> Round | None:
+    """Return the federation's round that was asked of the job, None when none was.
+
+    Raises:
+        ConfigError: when it is not where it was written, or another stands there: no fault of the bundle's.
+    """
+    asked = registry.asked(job_id, number)
+    if asked is None:
+        return None
+    try:
+        found = open_round(registry.round_folder(asked))
+    except ArtefactError as error:
+        raise ConfigError(f"round {number} of job {job_id[:12]} cannot be read in the registry: {error}") from None
+    if found.digest != asked:
+        raise ConfigError(f"another round stands where round {number} of job {job_id[:12]} was in the registry")
+    return found
+
+
 def read_registered(registry: Registry, entry: Entry, record: OwnerRecord) -> Verified:
     """Return the adapter of a verified bundle; each file is read once, and what was hashed is what is used.
 
@@ -182,9 +200,8 @@ def _examine(
     except ArtefactError as error:
         return _refused(registry, digest, error, now)
     reach("intake-decrypted")
+    added = asked_round(registry, job.job_id, manifest.round)
     try:
-        asked = registry.asked(job.job_id, manifest.round)
-        added = None if asked is None else open_round(registry.round_folder(asked))
         verified, tensors_sha256 = _verify(stage, manifest, job, package, record, short_id(digest), added)
     except ArtefactError as error:
         return _refused(registry, digest, error, now, is_final=True)
@@ -240,11 +257,17 @@ def _verify(
 def grown(base: Mapping[str, Tensor], asked: Round) -> dict[str, Tensor]:
     """Return the package's tensors with what earlier rounds added: the weights that a round's clients start from."""
     shapes = {name: spec_of(tensor) for name, tensor in base.items()}
-    update = from_tensors("the round's update", asked.load_update(), shapes)
-    return {
-        name: tensor if name not in update else (tensor.double() + dense(update[name]).double()).to(tensor.dtype)
-        for name, tensor in base.items()
-    }
+    found = dict(base)
+    for what, tensors in (("update", asked.load_update()), ("emulator", asked.load_emulator())):
+        own = {name: tensor for name, tensor in tensors.items() if _weight_of(name) in shapes}
+        for name, part in from_tensors(f"the round's {what}", own, shapes).items():
+            found[name] = (found[name].double() + dense(part).double()).to(found[name].dtype)
+    return found
+
+
+def _weight_of(name: str) -> str:
+    """Return which of the package's tensors a tensor of an update changes."""
+    return name.removesuffix(".lora_A").removesuffix(".lora_B")
 
 
 def _refused(registry: Registry, digest: str, error: ArtefactError, now: int, *, is_final: bool = False) -> Verdict:

@@ -6,8 +6,8 @@ refused may stand for a job, client and round, and a digest stands for one bundl
 
 The folder holds ``registry.db`` and ``registry.log``; ``registry.id``, after which the head in the keys folder is
 named; ``bundles/ID/``, the plain files of what was verified; ``incoming/``, what is being verified; ``rounds/DIGEST/``
-and ``federations/ID/``, what federations ask and what came of it. Nothing in ``incoming/`` and no bundle without its row
-outlives the next opening.
+and ``federations/ID/``, what federations ask and what came of it. Nothing in ``incoming/`` and no bundle without its
+row outlives the next opening.
 """
 
 from __future__ import annotations
@@ -393,6 +393,10 @@ class Registry:
     def one_plug_in(self, *, wait: bool = True) -> AbstractContextManager[bool]:
         """One plugging in at a time, during which nothing is refused; yields as `one_intake`."""
         return self._turn("plug-in.lock", wait)
+
+    def one_federation(self) -> AbstractContextManager[bool]:
+        """One run of a federation at a time; yields as `one_intake`."""
+        return self._turn("federation.lock", wait=False)
 
     @contextmanager
     def _turn(self, name: str, wait: bool) -> Iterator[bool]:

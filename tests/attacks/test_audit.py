@@ -38,7 +38,7 @@ def setting(lab):
 
 @pytest.fixture
 def seeded(monkeypatch):
-    monkeypatch.setattr("client.privacy._entropy", random.Random(1).randbytes)
+    monkeypatch.setattr("offsite.noise._entropy", random.Random(1).randbytes)
 
 
 def judged(lab, setting, way, seed):

@@ -18,12 +18,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from client import privacy
 from client.budget import BudgetLedger
 from client.config import DPSettings, TuneConfig
 from client.privacy import Guarantee, PoissonBatches, PrivateStepper
 from client.tune import run
-from offsite import cli
+from offsite import cli, noise
 from offsite.accounting import Mechanism, Spent
 from offsite.errors import PolicyError
 from offsite.loopconfig import LoopConfig
@@ -153,7 +152,7 @@ def traced(monkeypatch, units, engine):
         asked.append(num_bytes)
         return hashlib.shake_256(str(len(asked)).encode()).digest(num_bytes)
 
-    monkeypatch.setattr(privacy, "_entropy", entropy)
+    monkeypatch.setattr(noise, "_entropy", entropy)
     torch.manual_seed(5)
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, pad_token_id=0, tie_word_embeddings=False, **small))

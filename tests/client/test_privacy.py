@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import os
-import random
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from scipy import stats
 
 from client import privacy
 from client.config import DPSettings
-from client.privacy import Guarantee, PoissonBatches, PrivateStepper, by_memory, gaussian, plan, uniform, units_of
+from client.privacy import Guarantee, PoissonBatches, PrivateStepper, by_memory, plan, units_of
 from client.tune import run
 from offsite import cli
 from offsite.accounting import Mechanism, Spent
@@ -59,15 +56,6 @@ def stepper_of(num_units=10, *, sigma=2.0, clip=0.5, divisor=4, width=50):
 
 
 # Chance
-
-
-def test_the_noise_is_gaussian_by_kolmogorov_and_smirnov():
-    drawn = gaussian(200_001)
-    assert drawn.shape == (200_001,)
-    assert stats.kstest(drawn.numpy(), "norm").pvalue > 1e-6
-    assert float(drawn[:100_000].dot(drawn[100_000:200_000])) / 100_000 == pytest.approx(0, abs=0.02)  # pairs
-    assert stats.kstest(uniform(100_000).numpy(), "uniform").pvalue > 1e-6
-    assert gaussian(0).shape == uniform(0).shape == (0,)
 
 
 def test_a_step_that_drew_nobody_is_noise_of_the_stated_size_and_moves_the_weights():
@@ -260,16 +248,3 @@ def test_flags_files_and_words_meet_in_one_model(tmp_path):
 
 def test_dropout_is_allowed(private, dropped_package):
     assert run(private(dropped_package, adapter="lora", dropout=0.3))["privacy"]["engine"] == "hooks"
-
-
-def test_entropy_is_the_operating_systems():
-    assert len(privacy._entropy(5)) == 5
-    assert privacy._entropy(16) != privacy._entropy(16)
-    torch.manual_seed(0)
-    random.seed(0)
-    first = gaussian(3)
-    torch.manual_seed(0)
-    random.seed(0)
-    assert not torch.equal(first, gaussian(3))
-    assert os.urandom.__module__ == "posix"
-    assert len(set(itertools.chain(first.tolist(), gaussian(3).tolist()))) == 6

@@ -186,3 +186,30 @@ def test_settings_that_do_not_fit(settings, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         run(settings(**changes))
     assert not (tmp_path / "result").exists()
+
+
+def test_central_privacy(settings, tmp_path):
+    told = run(settings(noise_multiplier=0.5, clip=0.5, delta=0.01, share_a=True, rounds=1))
+    found = json.loads((tmp_path / "result" / "results.json").read_text())
+    assert found["rounds"][0]["figures"]["epsilon"] > 1
+    assert told["zero_shot"]["all"] != told["plugged_in"]["all"]
+
+
+def test_central_privacy_without_a_shared_factor_is_dense(settings, tmp_path):
+    told = run(settings(noise_multiplier=0.5, clip=0.5, delta=0.01, rounds=1, fraction=0.5, min_clients=1))
+    found = json.loads((tmp_path / "result" / "results.json").read_text())
+    assert found["rounds"][0]["figures"]["rate"] == 0.5
+
+
+@pytest.mark.slow
+def test_the_emulator_is_realigned_on_the_way(settings, tmp_path, narrow_package, texts):
+    made = settings(
+        package=str(narrow_package.path), realign_every=1, realign_steps=3, public=texts[1], rounds=2, placement="all"
+    )
+    told = run(made)
+    assert told["plugged_in"]["all"] < told["zero_shot"]["all"]
+    rounds = [path for path in (tmp_path / "work" / "registry" / "rounds").iterdir() if path.is_dir()]
+    stated = [json.loads((path / "offsite.json").read_text()) for path in rounds]
+    assert {one["round"]: bool(one["emulator"]) for one in stated if one["task"] == "train" and one["emulator"]} == {
+        2: True
+    }

@@ -1,0 +1,227 @@
+"""What a federation is worth, and what one bad client does to it.
+
+Run as: ``python benchmarks/federation/run.py --config benchmarks/federation/medquad.yaml --data D --work W --out JSON``.
+Arms: one adapter of all clients over rounds (``shared``), one for each over the same rounds (``personal``), one for each
+in a single longer run (``local``), and one tuned on all text in one place (``pooled``, the bound); then two rounds with
+one client that hands in NaN, a scaled update or what it learnt from shuffled answers, under the mean and under a
+robust rule. Every arm is a run of the product; killed, an arm goes on. ``--only shared,pooled`` works on some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import yaml
+
+import client.member
+import server.federation
+import server.simulation
+from benchmarks.record import environment, files
+from emulator.config import DistillConfig
+from emulator.distill import run as distill
+from offsite.config import build
+from server.simulation import run as simulate
+from server.simulationconfig import SimulateConfig
+
+POISONS = ("nan", "scaled", "labels")
+
+
+def main() -> None:
+    """Run the arms that are not done and write the results."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--config", type=Path, required=True)
+    options.add_argument("--data", type=Path, required=True, help="folder that benchmarks/data/prepare.py --full wrote")
+    options.add_argument("--work", type=Path, required=True)
+    options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--model", default=None, help="instead of the configuration's")
+    options.add_argument("--only", default="", help="arms to work on, by comma")
+    given = options.parse_args()
+    plan = yaml.safe_load(given.config.read_text(encoding="utf-8"))
+    plan["model"] = given.model or plan["model"]
+    given.work.mkdir(parents=True, exist_ok=True)
+    bench = Bench(plan, given.data, given.work.resolve())
+    wanted = set(filter(None, given.only.split(",")))
+    for arm in bench.arms():
+        if not wanted or arm in wanted:
+            bench.run(arm)
+    done = {arm: json.loads(bench.path(arm).read_text()) for arm in bench.arms() if bench.path(arm).is_file()}
+    result = {
+        "benchmark": "federation", **environment(), "config": plan, "arms": done,
+        "data": files(public=given.data / plan["public"], train=given.data / "medquad_train.jsonl.gz",
+                      heldout=given.data / "medquad_heldout.jsonl.gz"),
+        "num_rows": bench.num_rows,
+    }  # fmt: skip
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class Bench:
+    """The package, each client's text, and the arms."""
+
+    def __init__(self, plan: dict[str, Any], data: Path, work: Path) -> None:
+        self.plan, self.work = plan, work
+        self.texts = {name: work / f"{name}.jsonl" for name in plan["sources"]}
+        self.heldout = {name: work / f"{name}-heldout.jsonl" for name in plan["sources"]}
+        self.num_rows = self._write_texts(data)
+        self.package = work / "package"
+        if not self.package.is_dir():
+            pairs = zip(plan["distill"][::2], plan["distill"][1::2], strict=True)
+            flags = {word.removeprefix("--").replace("-", "_"): value for word, value in pairs}
+            flags |= {"model": plan["model"], "public": str(data / plan["public"]), "output": str(self.package)}
+            distill(build(DistillConfig, flags=flags))
+
+    def arms(self) -> list[str]:
+        """Return the arms in the order in which they are worth running."""
+        poisoned = [f"{way}-{rule}" for rule in ("mean", "robust") for way in POISONS]
+        return ["shared", "pooled", "personal", "local", "clean-mean", "clean-robust", *poisoned]
+
+    def path(self, arm: str) -> Path:
+        """Return where the arm's figures are."""
+        return self.work / f"{arm}.json"
+
+    def run(self, arm: str) -> None:
+        """The arm has its figures."""
+        if self.path(arm).is_file():
+            return
+        began, timer = time.monotonic(), Timer()
+        with timer.on():
+            told = simulate(self._settings(arm)) if arm in ("shared", "personal") else self._other(arm)
+        seconds = time.monotonic() - began
+        folder = self.work / arm
+        found = json.loads((folder / "result" / "results.json").read_text())
+        figures = {
+            "zero_shot": found["zero_shot"], "plugged_in": found["plugged_in"], "rounds": found["rounds"],
+            "bytes": _bytes(folder), "seconds": round(seconds, 1), "seconds_by_part": timer.parts,
+            "not_better": told["not_better"],
+        }  # fmt: skip
+        self.path(arm).write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
+
+    def _other(self, arm: str) -> dict[str, Any]:
+        plan, rounds = self.plan, self.plan["rounds"]
+        if arm == "pooled":
+            everything = self.work / "pooled.jsonl"
+            everything.write_bytes(b"".join(path.read_bytes() for path in self.texts.values()))
+            steps = plan["steps"] * rounds * len(self.texts)
+            return simulate(self._settings(arm, clients={"all": str(everything)}, rounds=1, steps=steps, min_clients=1))
+        if arm == "local":
+            return simulate(self._settings(arm, mode="personal", rounds=1, steps=plan["steps"] * rounds))
+        way, rule = arm.split("-")
+        changes = dict(plan["poison"]["robust"]) if rule == "robust" else {}
+        changes |= {"rounds": plan["poison"]["rounds"], "min_clients": 3}
+        name = plan["poison"]["client"]
+        if way == "labels":
+            shuffled = self.work / "shuffled.jsonl"
+            rows = [json.loads(line) for line in self.texts[name].read_text().splitlines()]
+            answers = [row["completion"] for row in rows]
+            random.Random(plan["seed"]).shuffle(answers)
+            shuffled.write_text(
+                "".join(json.dumps({**row, "completion": a}) + "\n" for row, a in zip(rows, answers, strict=True))
+            )
+            clients = {one: str(path) for one, path in self.texts.items()} | {name: str(shuffled)}
+            return simulate(self._settings(arm, clients=clients, **changes))
+        if way == "clean":
+            return simulate(self._settings(arm, **changes))
+        os.environ["OFFSITE_POISON_CLIENT"] = name
+        os.environ["OFFSITE_POISON_SCALE"] = "nan" if way == "nan" else str(plan["poison"]["scale"])
+        kept, server.simulation.CLIENT_APP = server.simulation.CLIENT_APP, "benchmarks.federation.poison:app"
+        try:
+            return simulate(self._settings(arm, max_relative_frobenius=1e6, max_relative_spectral=1e6, **changes))
+        finally:
+            server.simulation.CLIENT_APP = kept
+
+    def _settings(self, arm: str, **changes: Any) -> SimulateConfig:
+        plan, folder = self.plan, self.work / arm
+        rate = plan["rates"].get(arm, plan["rates"]["shared"])
+        settings = {
+            "name": arm, "package": str(self.package), "model": plan["model"], "work": str(folder / "parties"),
+            "output": str(folder / "result"), "clients": {name: str(path) for name, path in self.texts.items()},
+            "heldout": {name: str(path) for name, path in self.heldout.items()}, "watch_every": 0, "merge": False,
+            "heldout_tokens": plan["heldout_tokens"], "rounds": plan["rounds"], "steps": plan["steps"],
+            "learning_rate": rate, "mode": "personal" if arm == "personal" else "shared", "tune": plan["tune"],
+            **plan["adapter"],
+        }  # fmt: skip
+        return build(SimulateConfig, flags={**settings, **changes})
+
+    def _write_texts(self, data: Path) -> dict[str, int]:
+        sources = {source: name for name, source in self.plan["sources"].items()}
+        counts = {}
+        for part, paths, most in (("train", self.texts, self.plan["rows"]), ("heldout", self.heldout, None)):
+            with gzip.open(data / f"medquad_{part}.jsonl.gz", "rt", encoding="utf-8") as lines:
+                rows = [json.loads(line) for line in lines]
+            for source, name in sources.items():
+                own = sorted((row for row in rows if row["source"] == source), key=_order)[:most]
+                paths[name].write_text("".join(json.dumps(row) + "\n" for row in own))
+                counts[f"{name} {part}"] = len(own)
+        return counts
+
+
+class Timer:
+    """Seconds of tuning, and of everything else that a round costs: opening, sealing, checking, putting together."""
+
+    def __init__(self) -> None:
+        self.parts = {"tuning": 0.0, "opening and sealing": 0.0, "checking": 0.0}
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """The product's functions are timed until the block ends."""
+        places = [
+            (client.member, "tune", "tuning"),
+            (client.member, "open_sealed", "opening and sealing"),
+            (client.member, "seal_run", "opening and sealing"),
+            (server.federation, "seal_run", "opening and sealing"),
+            (server.federation.Federation, "take_in", "checking"),
+        ]
+        kept = [(place, name, getattr(place, name)) for place, name, _ in places]
+        for place, name, part in places:
+            setattr(place, name, self._timed(getattr(place, name), part))
+        try:
+            yield
+        finally:
+            for place, name, function in kept:
+                setattr(place, name, function)
+            self.parts = {part: round(seconds, 2) for part, seconds in self.parts.items()}
+
+    def _timed(self, function: Any, part: str) -> Any:
+        def timed(*words: Any, **named: Any) -> Any:
+            began = time.monotonic()
+            try:
+                return function(*words, **named)
+            finally:
+                self.parts[part] += time.monotonic() - began
+
+        return timed
+
+
+def _order(row: dict[str, Any]) -> str:
+    return hashlib.sha256(row["document"].encode()).hexdigest()
+
+
+def _bytes(folder: Path) -> dict[str, list[int]]:
+    """Return the bytes of each sealed round (to a client) and sealed bundle (from a client), by round, the mean."""
+    out: dict[str, dict[int, list[int]]] = {"to_client": {}, "from_client": {}}
+    for path in (folder / "parties" / "outbox").glob("round-*"):
+        out["to_client"].setdefault(int(path.name[-4:]), []).append(_size(path))
+    for path in (folder / "parties" / "clients").glob("*/work/round-*/sealed"):
+        out["from_client"].setdefault(int(path.parent.name[-4:]), []).append(_size(path))
+    return {way: [round(sum(sizes) / len(sizes)) for _, sizes in sorted(found.items())] for way, found in out.items()}
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    main()
