@@ -204,10 +204,10 @@ def _norms(update: Tensor, base: Tensor) -> UpdateNorms:
     floors = floor * math.sqrt(base.numel()), floor * (math.sqrt(rows) + math.sqrt(columns))
     if base.dim() < 2:  # a vector's two norms are one
         floors = floors[0], floors[0]
-    return UpdateNorms(float(update.norm()), _spectral(update), float(dense.norm()), _spectral(dense), *floors)
+    return UpdateNorms(float(update.norm()), spectral(update), float(dense.norm()), spectral(dense), *floors)
 
 
-def _spectral(tensor: Tensor) -> float:
+def spectral(tensor: Tensor) -> float:
     """Return the largest singular value of the matrix, or of any in a stack of them; of a vector, its length."""
     if tensor.dim() < 2 or not bool(torch.isfinite(tensor).all()):
         return float(tensor.norm())

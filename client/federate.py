@@ -18,7 +18,7 @@ from client.exchange import courier_of, fetch_offer, hand_in, owner_of
 from client.member import Member
 from client.memberconfig import JoinConfig
 from offsite.console import say
-from offsite.errors import RunFailed, WrongBinding
+from offsite.errors import ArtefactError, RunFailed, WrongBinding
 from offsite.faults import reach
 from offsite.trust import TrustStore
 from offsite.wire import Offers, OfferSummary
@@ -56,39 +56,56 @@ class _Loop:
     def __init__(self, config: JoinConfig, member: Member, courier: Courier, trust: TrustStore) -> None:
         self._config, self._member, self._courier, self._trust = config, member, courier, trust
         self._heard = time.monotonic()
+        self._handled: set[str] = set()
 
     def run(self) -> set[int]:
         """Return the rounds that were answered."""
         answered: set[int] = set()
-        handled: set[str] = set()
         while True:
-            offer = self._newest()
-            if offer is None or offer.digest in handled:
+            offer = self._due()
+            if offer is None:
                 if time.monotonic() - self._heard > self._config.idle_seconds:
                     raise RunFailed("the owner has asked nothing for too long", hint="run the same command again")
                 time.sleep(self._config.poll_seconds)
                 continue
             self._heard = time.monotonic()
-            number = self._answer(offer)
+            pulled = self._pulled(offer)
+            if pulled is None:
+                continue
+            number = self._followed(pulled) if offer.kind == "note" else self._answer(pulled)
             if number is None:
                 return answered
             answered.add(number)
-            handled.add(offer.digest)
+            self._handled.add(offer.digest)
             self._heard = time.monotonic()
 
-    def _newest(self) -> OfferSummary | None:
-        offers = self._patiently(lambda: self._courier.ask("GET", "/v1/sealed", Offers)).offers
-        own = [one for one in offers if one.kind == "round" and one.job_id == self._member.job.job_id]
-        return max(own, key=lambda one: one.sequence, default=None)
+    def _due(self) -> OfferSummary | None:
+        """Return what is to be answered next: a message of the secure round under way, or the newest round."""
+        offers = self._offers()
+        if self._member.secure_round is not None:
+            notes = [one for one in offers if one.kind == "note" and one.digest not in self._handled]
+            if notes:
+                return min(notes, key=lambda one: one.sequence)
+        newest = _newest(offers)
+        return None if newest is None or newest.digest in self._handled else newest
 
-    def _answer(self, offer: OfferSummary) -> int | None:
+    def _offers(self) -> list[OfferSummary]:
+        offers = self._patiently(lambda: self._courier.ask("GET", "/v1/sealed", Offers)).offers
+        return [one for one in offers if one.job_id == self._member.job.job_id]
+
+    def _answer(self, pulled: Path) -> int | None:
         """Return the number of the round that was answered now or before; None when it asks for nothing more."""
-        member, pulled = self._member, self._pulled(offer)
+        member = self._member
         round_ = member.take(pulled)
         number = round_.manifest.round
         if round_.manifest.task == "finish":
             shutil.rmtree(pulled, ignore_errors=True)
             return None
+        if member.has_joined(round_):
+            say(f"round {number} was joined before this start, and its secrets are gone: waiting for the next round")
+            out = member.drop_out(round_)  # so that the others need not wait for this client
+            self._patiently(lambda: hand_in(self._courier, out, verdict_seconds=_VERDICT_SECONDS))
+            return number
         sealed = member.answer(round_)
         reach("round-sealed")
         status = self._patiently(lambda: hand_in(self._courier, sealed, verdict_seconds=_VERDICT_SECONDS))
@@ -96,13 +113,30 @@ class _Loop:
         shutil.rmtree(pulled, ignore_errors=True)
         return number
 
-    def _pulled(self, offer: OfferSummary) -> Path:
+    def _followed(self, pulled: Path) -> int:
+        """Return the number of the secure round whose next message was answered."""
+        number = self._member.secure_round or 0
+        sealed = self._member.follow(pulled)
+        self._patiently(lambda: hand_in(self._courier, sealed, verdict_seconds=_VERDICT_SECONDS))
+        shutil.rmtree(pulled, ignore_errors=True)
+        return number
+
+    def _pulled(self, offer: OfferSummary) -> Path | None:
+        """Return the sealed round; None when the owner took it back meanwhile, as when it was closed."""
         out = self._config.work / _PULLED / offer.digest
         if out.is_dir():
             return out
         out.parent.mkdir(mode=0o700, exist_ok=True)
         own, limit = self._member.job.client, self._config.limit_bytes
-        self._patiently(lambda: fetch_offer(self._courier, offer, out, trust=self._trust, own=own, limit_bytes=limit))
+        try:
+            self._patiently(
+                lambda: fetch_offer(self._courier, offer, out, trust=self._trust, own=own, limit_bytes=limit)
+            )
+        except ArtefactError:
+            if any(one.digest == offer.digest for one in self._offers()):
+                raise
+            shutil.rmtree(out.with_name(f"{out.name}.work"), ignore_errors=True)
+            return None
         return out
 
     def _patiently(self, work: Callable[[], Result]) -> Result:
@@ -118,3 +152,8 @@ class _Loop:
                     say(f"{error}; trying again")
                     told = True
                 time.sleep(self._config.poll_seconds)
+
+
+def _newest(offers: list[OfferSummary]) -> OfferSummary | None:
+    rounds = [one for one in offers if one.kind == "round"]
+    return max(rounds, key=lambda one: one.sequence, default=None)

@@ -13,6 +13,7 @@ what is private.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,14 +46,24 @@ def hello(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Answer a round with a sealed bundle."""
+    """Answer a round: with a sealed bundle, or with the first message of a secure one."""
+    return _answered(message, context, lambda member, sealed: member.answer(member.take(sealed)))
+
+
+@app.query("secagg")
+def secagg(message: Message, context: Context) -> Message:
+    """Answer the owner's next message of a secure round."""
+    return _answered(message, context, Member.follow)
+
+
+def _answered(message: Message, context: Context, act: Callable[[Member, Path], Path]) -> Message:
     try:
         member = member_of(context)
         arrived = member.config.work / ".arrived.partial"
         shutil.rmtree(arrived, ignore_errors=True)
         try:
             unpack(bytes_of(message), arrived, limit_bytes=member.config.limit_bytes)
-            sealed = member.answer(member.take(arrived))
+            sealed = act(member, arrived)
         finally:
             shutil.rmtree(arrived, ignore_errors=True)
         return Message(RecordDict({"sealed": arrays_of(pack(sealed))}), reply_to=message)

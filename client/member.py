@@ -7,27 +7,33 @@ on where it was, and answers a round once.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from client.memberconfig import MemberConfig
 from client.rounds import work_of
+from client.secureround import SecureRound, last_joined
 from client.tune import run as tune
 from client.tune import work_folder
 from offsite.bundle import open_bundle
-from offsite.console import say
-from offsite.errors import BadDigest, ConfigError, PolicyError, Replayed, RunFailed, WrongBinding
+from offsite.console import muted, say
+from offsite.errors import BadDigest, ConfigError, OffsiteError, PolicyError, Replayed, RunFailed, WrongBinding
 from offsite.job import read_job
 from offsite.keys import open_identity
 from offsite.ledger import Ledger
 from offsite.package import open_package
 from offsite.round import Round, open_round
 from offsite.sealconfig import SealConfig
+from offsite.sealed import NOTE_NAME
 from offsite.sealing import open_sealed, seal_run
 from offsite.trust import TrustStore
 
-ROUND, BUNDLE, SEALED = "round", "bundle", "sealed"
+ROUND, BUNDLE, SEALED, NOTES = "round", "bundle", "sealed", "notes"
 
 
 class Member:
@@ -40,6 +46,7 @@ class Member:
 
     def __init__(self, config: MemberConfig) -> None:
         config.check()
+        self._secure: SecureRound | None = None
         self.config, self.identity = config, open_identity(config)
         self.job, self.package = read_job(config.job).job, open_package(config.package)
         own = self.identity.public.fingerprint
@@ -65,16 +72,19 @@ class Member:
         Raises:
             ArtefactError: when it is not from the job's owner, for this key, of this job, new or the same, and sound.
             PolicyError: when it asks for more steps than these settings allow.
+            ConfigError: when the work folder holds another federation's rounds.
+            RunFailed: while another process is at work in that folder.
         """
         fresh = self.config.work / ".round.partial"
-        shutil.rmtree(fresh, ignore_errors=True)
         trust, now = TrustStore(self.config.keys), int(time.time())
-        with Ledger(self.config.keys) as ledger:
-            opened = open_sealed(sealed, fresh, identity=self.identity, trust=trust, ledger=ledger, now=now)
-        try:
-            return self._place(open_round(fresh), opened.manifest.round)
-        finally:
+        with self._alone():
             shutil.rmtree(fresh, ignore_errors=True)
+            try:
+                with Ledger(self.config.keys) as ledger:
+                    opened = open_sealed(sealed, fresh, identity=self.identity, trust=trust, ledger=ledger, now=now)
+                return self._place(open_round(fresh), opened.manifest.round)
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
 
     def answer(self, round_: Round) -> Path:
         """Return the sealed bundle that answers the round; what was done of it before is not done again.
@@ -82,8 +92,81 @@ class Member:
         Raises:
             DataError, ConfigError, PolicyError, RunFailed: as tuning and sealing do; calling again goes on.
         """
+        with self._alone():
+            return self._answered(round_)
+
+    @property
+    def secure_round(self) -> int | None:
+        """Number of the secure round whose secrets are in this process; None when none is under way."""
+        return None if self._secure is None else self._secure.terms.round
+
+    def has_joined(self, round_: Round) -> bool:
+        """Tell whether this secure round was joined from here before, so that it cannot be answered again."""
+        return round_.manifest.secure is not None and last_joined(self.config.work) >= round_.manifest.round
+
+    def drop_out(self, round_: Round) -> Path:
+        """Return a sealed note that is no message of the protocol: the owner then goes on without this client."""
+        with self._alone():
+            return self._note(b"dropped out", round_)
+
+    def follow(self, sealed: Path) -> Path:
+        """Return the sealed answer to the owner's next message of the secure round that is under way.
+
+        Raises:
+            PolicyError: when none is, or the message asks for more than the sum.
+            ArtefactError: when it is not from the job's owner, for this key, new, or not what peers signed.
+        """
+        fresh = self.config.work / ".note.partial"
+        trust, now = TrustStore(self.config.keys), int(time.time())
+        with self._alone():
+            if self._secure is None:
+                raise PolicyError("no secure round is under way here", hint="this client has dropped out of it")
+            shutil.rmtree(fresh, ignore_errors=True)
+            try:
+                with Ledger(self.config.keys) as ledger:
+                    opened = open_sealed(sealed, fresh, identity=self.identity, trust=trust, ledger=ledger, now=now)
+                if opened.manifest.kind != "note" or opened.manifest.round != self._secure.terms.round:
+                    raise WrongBinding(f"this {opened.manifest.kind} is not for the secure round that is under way")
+                answer = self._secure.follow((fresh / NOTE_NAME).read_bytes())
+            except OffsiteError:
+                self._secure = None  # a refusal ends the round for this client
+                raise
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
+            return self._note(answer, self._secure.round)
+
+    def _note(self, content: bytes, round_: Round) -> Path:
+        """Return one sealed message to the owner."""
+        folder = round_.path.parent / NOTES
+        number = len(list(folder.glob("*.sealed"))) if folder.is_dir() else 0
+        plain, sealed = folder / f"{number:02d}", folder / f"{number:02d}.sealed"
+        plain.mkdir(parents=True, exist_ok=True)
+        (plain / NOTE_NAME).write_bytes(content)
+        with muted():
+            seal_run(self._sealing(plain, sealed, round_.manifest.round), identity=self.identity)
+        shutil.rmtree(plain)
+        return sealed
+
+    def _joined(self, round_: Round, bundle: Path) -> Path:
+        """Return the first message of a secure round, whose secrets live in this process from now on."""
+        self._secure = SecureRound(
+            round_,
+            self.package,
+            self.identity,
+            TrustStore(self.config.keys),
+            self.config.work,
+            colluders=self.config.colluders,
+        )
+        return self._note(self._secure.begin(bundle), round_)
+
+    def _answered(self, round_: Round) -> Path:
         folder = round_.path.parent
         bundle, sealed = folder / BUNDLE, folder / SEALED
+        if self.has_joined(round_):
+            raise Replayed(
+                f"round {round_.manifest.round} was joined before from here, and its secrets are gone",
+                hint="this client takes part again in the next round",
+            )
         if not sealed.is_dir():
             if not bundle.is_dir():
                 resume = work_folder(bundle).is_dir()
@@ -92,16 +175,33 @@ class Member:
                 tune(self.config.tuning(round_.path, bundle, resume=resume))
             if open_bundle(bundle).manifest.round_digest != round_.digest:
                 raise BadDigest(f"{BUNDLE!r} of round {round_.manifest.round} answers another round than the one asked")
+            shutil.rmtree(work_folder(bundle), ignore_errors=True)  # of a run that was killed when all was done
+            if round_.manifest.secure is not None:
+                return self._joined(round_, bundle)
             seal_run(self._sealing(bundle, sealed, round_.manifest.round), identity=self.identity)
         return sealed
 
-    def _sealing(self, bundle: Path, sealed: Path, number: int) -> SealConfig:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process takes or answers a round in the work folder meanwhile."""
+        handle = os.open(self.config.work / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise RunFailed(f"another process answers rounds in {self.config.work.name!r}") from None
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    def _sealing(self, plain: Path, sealed: Path, number: int) -> SealConfig:
         return SealConfig(
-            input=bundle,
+            input=plain,
             output=sealed,
             job=self.config.job,
             round=number,
-            accept_leakage=self.config.accept_leakage,
+            accept_leakage=self.config.accept_leakage and plain.name == BUNDLE,
             keys=self.config.keys,
             passphrase_file=self.config.passphrase_file,
         )
@@ -120,6 +220,11 @@ class Member:
         place = work_of(self.config.work, number) / ROUND
         if place.is_dir():
             known = open_round(place)
+            if known.manifest.federation_id != manifest.federation_id:
+                raise ConfigError(
+                    f"{self.config.work.name!r} holds rounds of another federation",
+                    hint="give another folder to --work",
+                )
             if known.digest != found.digest:
                 raise Replayed(f"round {number} came before with another content", hint="tell the owner")
             return known

@@ -29,6 +29,7 @@ class _Part(VerbConfig):
     accept_leakage: bool = Field(
         False, description="let each round's bundle go although nothing was measured on it; needed, and recorded"
     )
+    colluders: int = Field(0, ge=0, description="secure rounds: clients you reckon to be in league with the owner")
     limit_steps: int = Field(10_000, ge=1, description="most steps that a round may ask for")
     limit_bytes: int = Field(2**36, ge=1, description="largest sealed round to take, in bytes")
 

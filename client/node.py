@@ -75,8 +75,8 @@ def node_run(config: NodeConfig) -> dict[str, object]:
         except KeyboardInterrupt:
             return {"answered": desk.num_answered, "refused": desk.num_refused}
     raise RunFailed(
-        f"Flower's SuperNode ended with exit code {code}",
-        hint="above is why; 305 is a key that the owner has not registered, or a SuperLink that is not to be reached",
+        f"Flower's SuperNode ended with exit code {code}; what it says is above",
+        hint="its 305 is a key that the owner has not registered, or a SuperLink that is not to be reached",
     )
 
 

@@ -47,6 +47,9 @@ class RoundManifest(Strict):
     Attributes:
         task: ``train`` asks for a bundle; ``finish`` says that there is no further round.
         learning_rate: peak rate; None leaves it to the client.
+        clip: largest Frobenius norm of the update that a client hands in; it scales a larger one down. None for no limit.
+        secure: terms of secure aggregation, in their one JSON form (``offsite/secaggterms.py``): the answer is then no
+            bundle, but a part of a sum. None for a bundle.
         proximal: FedProx's mu, on the effective update (`adapters/updates.py`); 0 for none.
         update, emulator, start: the tensors of the files of these names.
     """
@@ -62,6 +65,8 @@ class RoundManifest(Strict):
     steps: int = Field(ge=1, le=MAX_STEPS)
     learning_rate: float | None = Field(None, gt=0, le=10)
     proximal: float = Field(0.0, ge=0, le=1e6)
+    clip: float | None = Field(None, gt=0)
+    secure: str | None = Field(None, max_length=8 * 2**20)
     update: dict[str, TensorSpec] = {}
     emulator: dict[str, TensorSpec] = {}
     start: dict[str, TensorSpec] = {}
@@ -71,6 +76,8 @@ class RoundManifest(Strict):
     def _coherent(self) -> RoundManifest:
         if self.round > self.num_rounds:
             raise ValueError("the round is beyond the last")
+        if self.secure is not None and self.clip is None:
+            raise ValueError("secure aggregation needs a clip")
         if self.update.keys() & self.start.keys():
             raise ValueError("a tensor is in the update and in the start")
         for name, tensors in self.stated().items():
@@ -95,6 +102,11 @@ class Round:
     def num_bytes(self) -> int:
         """Bytes of the tensor files."""
         return sum(entry.bytes for entry in self.manifest.files.values())
+
+    @property
+    def is_first(self) -> bool:
+        """Whether its weights are the package's own, with nothing added."""
+        return not self.manifest.update and not self.manifest.emulator
 
     def bind(self, job: Job) -> None:
         """Return only if the round is one of that job's: its package, base model and adapter, within its rounds.

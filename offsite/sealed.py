@@ -38,19 +38,26 @@ MAX_RECIPIENTS = 8
 MAX_FILE_BYTES = 2**42
 REPORT_LIMIT_BYTES = 64 * 2**20
 
+NOTE_NAME = "note.bin"
+"""One message of secure aggregation (``offsite/secagg.py``), from either side."""
+
 CHUNK_BYTES = 16 * 2**10
 TAG_BYTES = 16
 HEAD_BYTES = 56
 
-Kind = Literal["job", "package", "round", "bundle", "report"]
+Kind = Literal["job", "package", "round", "note", "bundle", "report"]
 KINDS: dict[Kind, re.Pattern[str]] = {
     "job": re.compile(re.escape(JOB_NAME)),
     "package": re.compile(f"{re.escape(MANIFEST_NAME)}|{PACKAGE_FILES.pattern}"),
     "round": re.compile(f"{re.escape(MANIFEST_NAME)}|{ROUND_FILES.pattern}"),
+    "note": re.compile(re.escape(NOTE_NAME)),
     "bundle": re.compile(f"{re.escape(MANIFEST_NAME)}|{BUNDLE_FILES.pattern}"),
     "report": re.compile(r"report\.json|report\.signatures\.json|results\.json"),
 }
 """The logical names that a sealed artefact of each kind may hold. None of them names code, a path or an archive."""
+
+NUMBERED: tuple[Kind, ...] = ("round", "note", "bundle")
+"""Kinds that belong to one round of the job."""
 
 _LIMITS = {JOB_NAME: JOB_LIMIT_BYTES, MANIFEST_NAME: MANIFEST_LIMIT_BYTES}
 
@@ -115,8 +122,8 @@ class SealedManifest(Strict):
             raise ValueError("a recipient is named twice")
         if self.expires <= self.created:
             raise ValueError("expires is not after created")
-        if (self.kind in ("round", "bundle")) != (self.round > 0) and self.kind != "report":
-            raise ValueError("a round and a bundle have a number from 1 on; a job and a package have round 0")
+        if (self.kind in NUMBERED) != (self.round > 0) and self.kind != "report":
+            raise ValueError("a round, a note and a bundle have a round from 1 on; a job and a package have round 0")
         if (self.sequence == 1) != (self.previous is None):
             raise ValueError("the first of a sequence has no previous one, every other has")
         return self
@@ -248,7 +255,8 @@ def bind(manifest: SealedManifest, job: Job) -> None:
 
 def senders(kind: Kind, job: Job) -> set[str]:
     """Return the fingerprints that may seal an artefact of that kind in the job."""
-    return {"bundle": {job.client}, "report": {job.owner, job.client}}.get(kind, {job.owner})
+    both = {job.owner, job.client}
+    return {"bundle": {job.client}, "note": both, "report": both}.get(kind, {job.owner})
 
 
 def sealed_digest(manifest_raw: bytes) -> str:

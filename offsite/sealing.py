@@ -30,7 +30,16 @@ from offsite.results import RESULTS_NAME, read_results
 from offsite.round import Round
 from offsite.seal import check_payload, decrypt_files, encrypt_files, read_sealed, write_sealed
 from offsite.sealconfig import OpenConfig, RewrapConfig, SealConfig
-from offsite.sealed import REPORT_LIMIT_BYTES, Kind, SealedManifest, bind, senders, verify_sealed
+from offsite.sealed import (
+    NOTE_NAME,
+    NUMBERED,
+    REPORT_LIMIT_BYTES,
+    Kind,
+    SealedManifest,
+    bind,
+    senders,
+    verify_sealed,
+)
 from offsite.sealedfolder import KEYS_FILE, MANIFEST_FILE, PAYLOAD, SIGNATURES_FILE
 from offsite.staging import refuse_existing, staged_folder
 from offsite.strictjson import parse_object
@@ -228,6 +237,8 @@ def read_content(folder: Path) -> Content:
         opened = read_job(folder)
         return Content("job", {JOB_NAME: folder / JOB_NAME}, opened.digest, opened)
     found = {path.name: path for path in folder.iterdir()}
+    if found.keys() == {NOTE_NAME} and not found[NOTE_NAME].is_symlink() and found[NOTE_NAME].is_file():
+        return Content("note", found, None, None)
     is_privacy = found.keys() >= {REPORT_NAME, REPORT_SIGNATURES}
     if is_privacy:
         found.pop(PAGE_NAME, None)  # no HTML crosses: the receiver makes the page anew, from what was signed
@@ -285,8 +296,8 @@ def _round(given: int | None, content: Content, job: Job) -> int:
     own = content.artefact.manifest.round if isinstance(content.artefact, Round) else None
     if own is not None and given not in (None, own):
         raise ConfigError(f"--round {given}: this is round {own}")
-    found = given if given is not None else own or int(kind == "bundle")
-    first, last = {"report": (0, job.rounds), **dict.fromkeys(("round", "bundle"), (1, job.rounds))}.get(kind, (0, 0))
+    found = given if given is not None else own or int(kind in NUMBERED)
+    first, last = {"report": (0, job.rounds), **dict.fromkeys(NUMBERED, (1, job.rounds))}.get(kind, (0, 0))
     if not first <= found <= last:
         raise ConfigError(f"--round: a {kind} of this job has rounds {first} to {last}, found {found}")
     return found

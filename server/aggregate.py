@@ -149,7 +149,7 @@ def aggregate(
     elif rule.name == "mean":
         update = combined(list(updates.values()), shares([one.weight for one in sound.values()]))
     else:
-        update = dict(_by_value(list(updates.values()), _cut(rule, len(updates))))
+        update = dict(by_value(list(updates.values()), _cut(rule, len(updates))))
     used = tuple(client for client in updates if client not in left_out)
     figures = {
         "num_contributions": float(len(ordered)),
@@ -213,13 +213,18 @@ def _unfit(ordered: Sequence[Contribution], shapes: Mapping[str, tuple[int, ...]
         expected = frozenset((name, tuple(shape)) for name, shape in shapes.items())
     for one in ordered:
         try:
-            _require_form(one.update, expected)
+            require_form(one.update, expected)
             require_finite("the update", one.update)
         except (WrongNames, WrongShape, NotFinite) as error:
             yield one.client, str(error)
 
 
-def _require_form(update: Update, expected: Form) -> None:
+def require_form(update: Update, expected: Form) -> None:
+    """Return only if the update changes exactly these tensors, in these shapes, in float32.
+
+    Raises:
+        WrongNames, WrongShape: naming the first that differs.
+    """
     found, wanted = {name: shape_of(part) for name, part in update.items()}, dict(expected)
     if differing := found.keys() ^ wanted.keys():
         name = min(differing)
@@ -246,7 +251,7 @@ def _cut(rule: Rule, num: int) -> int:
     return (num - 1) // 2 if rule.name == "median" else rule.num_trimmed(num)
 
 
-def _by_value(updates: Sequence[Update], cut: int) -> Iterator[tuple[str, Tensor]]:
+def by_value(updates: Sequence[Update], cut: int) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor's mean, value by value, without the outermost `cut` at each end; one tensor is in memory."""
     for name in updates[0]:
         values_NW = torch.stack([dense(update[name]).flatten() for update in updates])

@@ -15,7 +15,7 @@ Why adding or removing one client changes the sum by at most C, whatever that cl
   alone. Robust rules (`server/aggregate.py`) and screening, which compare clients, must not choose who is summed.
 
 Amplification by sampling holds as long as nobody but the owner knows who was drawn: `used` and `left_out` are not for
-publication. Rounds add up by composition (`spent`). Adaptive choices between rounds are allowed, except of the settings.
+publication. Rounds add up by composition (`spent`). Between rounds anything may be chosen anew but the settings.
 
 Source: DP-FedAvg, arXiv:1710.06963; for the accountants see `offsite/accounting.py`.
 """
@@ -90,7 +90,7 @@ def calibrate(epsilon: float, delta: float, *, rate: float, rounds: int) -> floa
 
 
 def require_delta(delta: float, num_clients: int) -> None:
-    """Return only if delta is small for so many clients: below it, a mechanism may give away some of them whole.
+    """Return only if delta is small for so many clients; a mechanism may give one of them away whole at 1/N.
 
     Raises:
         ConfigError: when it is more than 1/N^1.1, or not positive.

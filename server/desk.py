@@ -9,11 +9,13 @@ from offsite.errors import ArtefactError, ConfigError, WrongBinding
 from offsite.job import Job
 from offsite.keys import Identity, PublicKeys
 from offsite.owner import owner_record_path, read_owner_record
-from offsite.sealed import SealedManifest
-from offsite.sealedfolder import RawSealed
+from offsite.sealed import SealedManifest, verify_sealed
+from offsite.sealedfolder import MANIFEST_FILE, RawSealed, read_sealed
+from offsite.strictjson import parse_object
 from offsite.tensors import TensorSpec
 from offsite.trust import TrustStore
 from offsite.wire import Status
+from server.notes import NoteBox
 from server.registry import Registry
 from server.registryrows import Verdict, check_unseen
 from server.verify import adapter_tensors, verify_envelope, verify_sizes
@@ -34,6 +36,7 @@ class Desk:
         lookup: Callable[[str, int], PublicKeys],
     ) -> None:
         self._registry, self._identity, self._trust, self._lookup = registry, identity, trust, lookup
+        self._notes = NoteBox(registry)
         self._tensors: dict[str, dict[str, TensorSpec]] = {}
 
     def check(self, raw: RawSealed, client: str, now: int) -> SealedManifest:
@@ -46,6 +49,12 @@ class Desk:
         def keys(issuer: str) -> PublicKeys:
             return self._lookup(issuer, now)
 
+        if self._is_note(raw):
+            manifest = verify_sealed(raw.manifest_raw, raw.signatures_raw, keys, now=now)
+            if manifest.issuer != client:
+                raise WrongBinding("this note was sealed by another key than the one that hands it in")
+            self._notes.check(manifest, self._registry.job(manifest.job_id))
+            return manifest
         manifest, job = verify_envelope(raw.manifest_raw, raw.signatures_raw, keys, self._registry.job, now=now)
         if manifest.issuer != client:
             raise WrongBinding("this bundle was sealed by another key than the one that hands it in")
@@ -86,10 +95,24 @@ class Desk:
             RunFailed: when the disk fails; nothing is registered then.
         """
         try:
+            raw = read_sealed(folder)
+            if self._is_note(raw):
+                return self._keep_note(folder, raw, digest, now)
             found = self._registry.intake(folder, self._identity, self._trust, now=now)
         except ArtefactError as error:
             return Status(digest=digest, state="refused", reason=type(error).__name__, message=str(error)[:2000])
         return _status(found)
+
+    def _keep_note(self, folder: Path, raw: RawSealed, digest: str, now: int) -> Status:
+        manifest = verify_sealed(raw.manifest_raw, raw.signatures_raw, lambda key: self._lookup(key, now), now=now)
+        self._notes.check(manifest, self._registry.job(manifest.job_id))
+        self._notes.keep(folder, manifest)
+        return Status(digest=digest, state="accepted")
+
+    @staticmethod
+    def _is_note(raw: RawSealed) -> bool:
+        """Tell whether the manifest says that it is a note's; what that is worth is checked afterwards."""
+        return parse_object(raw.manifest_raw, MANIFEST_FILE).get("kind") == "note"
 
     def log(self, event: str, **fields: object) -> None:
         """One line more is in the owner's log."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,7 @@ def serve_run(config: FederateServeConfig) -> dict[str, object]:
         federation = open_things.enter_context(opened_federation(config, identity, outbox=config.outbox))
         from server.flower import ExchangeGrid, run
 
+        require_own(federation)
         watch = watch_of(federation)
         sock = open_things.enter_context(listen(config.host, config.port))
         tls = tls_of(config)
@@ -90,8 +92,31 @@ def require_output(config: FederationConfig) -> None:
     out = config.output
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output {out.name!r} is not a folder")
-    if out.is_dir() and {path.name for path in out.iterdir()} - {RESULTS, ADAPTED}:
-        raise ConfigError(f"output {out.name!r} holds something else", hint="choose another folder with -o")
+    if out.is_dir():
+        for name in (RESULTS, ADAPTED):  # what a run left that was killed while it wrote them
+            for path in out.glob(f".{name}.*.partial"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if {path.name for path in out.iterdir()} - {RESULTS, ADAPTED}:
+            raise ConfigError(f"output {out.name!r} holds something else", hint="choose another folder with -o")
+
+
+def require_own(federation: Federation) -> None:
+    """Return only if no other federation's result stands in the output.
+
+    Raises:
+        ConfigError: when one does.
+    """
+    out = federation.config.output
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    try:
+        found = json.loads((out / RESULTS).read_text(encoding="utf-8")).get("federation_id")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    if found != federation.store.id:
+        raise ConfigError(
+            f"output {out.name!r} holds another federation's result", hint="choose another folder with -o"
+        )
 
 
 def finish(federation: Federation, watch: Watch | None = None) -> dict[str, object]:
@@ -134,10 +159,12 @@ def results_of(federation: Federation, zero_shot: Mapping[str, float], last: Map
                 "left_out": {names.get(key, key): reason for key, reason in content["left_out"].items()},
                 "norms": {names.get(key, key): value for key, value in content["norms"].items()},
                 "figures": content["figures"],
+                "flags": {names.get(key, key): reason for key, reason in content["flags"].items()},
             }
         )
     return {
         "name": federation.config.name,
+        "federation_id": federation.store.id,
         "mode": federation.config.mode,
         "settings": federation.config.fixed(),
         "package_digest": federation.package.digest,

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from adapters.kinds import declared
 from adapters.norms import adapted_names, base_tensors
-from adapters.updates import LowRank, Update, combined, from_tensors, norm, to_tensors, truncated, turned, update_of
+from adapters.rounds import grown
+from adapters.updates import LowRank, Update, from_tensors, norm, to_tensors, truncated, turned, update_of
+from adapters.vector import require_summable
 from offsite.bundle import AdapterSpec
 from offsite.console import muted, say
 from offsite.digests import sha256_file
@@ -47,12 +49,14 @@ from server.aggregate import Aggregated, Contribution, Rule, aggregate
 from server.centralprivacy import CentralPrivacy, aggregate_privately, drawn, privatise, require_delta, spent
 from server.federationconfig import FederationConfig
 from server.federationstore import FederationStore, Finished, first_asked, known_id
-from server.intake import asked_round, grown, job_package, read_registered
+from server.intake import asked_round, job_package, read_registered
 from server.realigning import Realigner
 from server.registry import Registry
 from server.registryrows import Entry, Verdict
+from server.roundstate import SHARED, Told, added
+from server.screening import FEWEST, screen
+from server.securerounds import secure_terms
 
-SHARED = "shared"
 _SLACK_BYTES = 2**26  # of a sealed bundle beside its tensors
 
 
@@ -69,16 +73,6 @@ class Participant:
         return self.job.client
 
 
-@dataclass(frozen=True)
-class Told:
-    """What is told of a closed round: whose updates were used, who was left out and why, norms by client, figures."""
-
-    used: list[str]
-    left_out: dict[str, str]
-    norms: dict[str, float]
-    figures: dict[str, float]
-
-
 class Federation:
     """One run over the open registry; begun now, or gone on with.
 
@@ -88,26 +82,28 @@ class Federation:
     """
 
     def __init__(self, config: FederationConfig, registry: Registry, identity: Identity, *, outbox: Path) -> None:
-        self.config, self.registry, self._identity, self._outbox = config, registry, identity, outbox
-        self._trust = TrustStore(config.keys)
-        self.participants = _participants(config, registry, self._trust)
+        self.config, self.registry, self.identity, self.outbox = config, registry, identity, outbox
+        self.trust = TrustStore(config.keys)
+        self.participants = _participants(config, registry, self.trust)
         jobs = {key: one.job for key, one in self.participants.items()}
         self.spec = _one_adapter(jobs.values(), config)
         self.package, self.record = job_package(registry, next(iter(jobs.values())))
         layout, tensors = self.record.layout, self.record.block_tensors
         self.shapes: dict[str, TensorSpec] = {name: tensors[name] for name in adapted_names(self.spec, layout, tensors)}
-        self._is_conv1d = turned(layout, tensors)
+        self.is_conv1d = turned(layout, tensors)
         num_bytes = sum(one.num_bytes for one in declared(self.spec, layout, tensors).values())
         self._limit_bytes = sealed_size(num_bytes) + _SLACK_BYTES
-        self._job_ids = {key: job.job_id for key, job in jobs.items()}
-        fixed = {**config.fixed(), "package": self.package.digest, "jobs": sorted(self._job_ids.values())}
+        self.job_ids = {key: job.job_id for key, job in jobs.items()}
+        fixed = {**config.fixed(), "package": self.package.digest, "jobs": sorted(self.job_ids.values())}
         self.rule = _rule(config)
         self.rule.require(config.min_clients)
+        if config.secure:
+            require_summable(self.spec, share_a=config.share_a)
         self.privacy = _privacy(config, len(self.participants))
-        _require_unused(registry, config.name, self._job_ids.values())
+        _require_unused(registry, config.name, self.job_ids.values())
         self.store = FederationStore(registry, config.name, fixed)
-        self._folder = registry.folder / "federations" / self.store.id
-        self._realigner = Realigner(config, self.package, self._folder)
+        self.folder = registry.folder / "federations" / self.store.id
+        self._realigner = Realigner(config, self.package, self.folder)
         self.states: dict[str, Update] = self._load_states()
 
     @property
@@ -128,20 +124,30 @@ class Federation:
         Raises:
             RunFailed: when the disk fails, or fewer clients than a round needs were drawn.
         """
-        asked = self.store.asked(self._job_ids, number)
+        asked = self.store.asked(self.job_ids, number)
         if not asked:
             clients = self._draw()
+            secure = secure_terms(self, number, clients)
             emulator = self._realigner.before(number, lambda earlier: self._write_round(number, "train", "", earlier))
-            rounds = {client: self._write_round(number, "train", client, emulator) for client in clients}
+            rounds = {client: self._write_round(number, "train", client, emulator, secure) for client in clients}
             asked = {client: found.digest for client, found in rounds.items()}
-            self.store.ask(self._job_ids, asked, number)
+            self.store.ask(self.job_ids, asked, number)
         reach("round-asked")
-        return self._sealed_for(asked, number, "round")
+        found = self._sealed_for(asked, number, "round")
+        self._take_back(number)
+        return found
 
     def say_finished(self) -> None:
         """Every client is told, by a sealed round that asks for nothing, that there is no further one."""
         found = {client: self._write_round(self.config.rounds, "finish", client, {}) for client in self.participants}
         self._sealed_for({client: one.digest for client, one in found.items()}, self.config.rounds, "finish")
+
+    def _take_back(self, number: int) -> None:
+        """Earlier rounds are in the outbox no more: they are closed, and each is as large as this one."""
+        for one in self.participants.values():
+            for path in self.outbox.glob(f"round-{one.job.job_id[:12]}-*"):
+                if path.name != _offered("round", one.job, number):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _sealed_for(self, digests: Mapping[str, str], number: int, what: str) -> dict[str, Path]:
         """Return the sealed rounds by client; a client that is trusted no longer, or its job over, gets none."""
@@ -165,7 +171,9 @@ class Federation:
     def _state_of(self, client: str) -> Update:
         return self.states.get(SHARED if self.config.mode == "shared" else client, {})
 
-    def _write_round(self, number: int, task: Literal["train", "finish"], client: str, emulator: Update) -> Round:
+    def _write_round(
+        self, number: int, task: Literal["train", "finish"], client: str, emulator: Update, secure: str | None = None
+    ) -> Round:
         """Return the round's plain folder, the one there is or a new one: what it asks, from which weights."""
         config, state = self.config, self._state_of(client) if task == "train" else {}
         manifest = RoundManifest(
@@ -180,9 +188,11 @@ class Federation:
             steps=config.steps,
             learning_rate=config.learning_rate,
             proximal=config.proximal,
+            secure=secure,
+            clip=config.clip if secure is not None else None,
         )
-        start = self._start(number) if task == "train" else {}
-        stage = self._folder / "writing"
+        start = self.start_of(number) if task == "train" else {}
+        stage = self.folder / "writing"
         shutil.rmtree(stage, ignore_errors=True)
         found = write_round(stage, manifest, update=to_tensors(state), emulator=to_tensors(emulator), start=start)
         place = self.registry.round_folder(found.digest)
@@ -196,10 +206,10 @@ class Federation:
     def _sealed(self, client: str, number: int, digest: str, what: str) -> Path:
         """Return the round sealed for the client in the outbox, sealed now unless it was."""
         job = self.participants[client].job
-        out = self._outbox / f"{what}-{job.job_id[:12]}-{number:04d}"
+        out = self.outbox / _offered(what, job, number)
         if out.is_dir():
             return out
-        job_folder = self._folder / "jobs" / job.job_id
+        job_folder = self.folder / "jobs" / job.job_id
         if not job_folder.is_dir():
             with Ledger(self.config.keys) as ledger, staged_folder(job_folder) as stage:
                 (stage / JOB_NAME).write_bytes(ledger.job(job.job_id).raw)
@@ -212,7 +222,7 @@ class Federation:
             passphrase_file=self.config.passphrase_file,
         )
         with muted():
-            seal_run(sealing, identity=self._identity)
+            seal_run(sealing, identity=self.identity)
         return out
 
     # --- answers
@@ -224,11 +234,11 @@ class Federation:
             ArtefactError: when it is no sealed folder at all.
             RunFailed: when the disk fails.
         """
-        place = self._folder / "parcel"
+        place = self.folder / "parcel"
         shutil.rmtree(place, ignore_errors=True)
         unpack(parts, place, limit_bytes=self._limit_bytes)
         try:
-            return self.registry.intake(place, self._identity, self._trust)
+            return self.registry.intake(place, self.identity, self.trust)
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
@@ -236,7 +246,7 @@ class Federation:
         """Return the bundles of the round that stand verified in the registry, by client."""
         found = {}
         for entry in self.registry.entries():
-            is_ours = entry.round == number and self._job_ids.get(entry.client) == entry.job_id
+            is_ours = entry.round == number and self.job_ids.get(entry.client) == entry.job_id
             if is_ours and entry.state not in ("received", "refused"):
                 found[entry.client] = entry
         return found
@@ -255,7 +265,7 @@ class Federation:
             if not torch.equal(verified.tensors[name], tensor):
                 raise BadDigest(f"bundle {entry.id}: {name!r} is shared by all and was changed")
         base = grown(base_tensors(self.package, list(self.shapes)), round_)
-        update = update_of(self.spec, verified.tensors, base, is_conv1d=self._is_conv1d)
+        update = update_of(self.spec, verified.tensors, base, is_conv1d=self.is_conv1d)
         return Contribution(client=entry.client, update=update)
 
     def close_round(self, number: int, left_out: Mapping[str, str]) -> Finished:
@@ -284,12 +294,16 @@ class Federation:
                 hint="run the same command again to ask the others once more",
             )
         states, told = self._put_together(number, contributions, reasons)
-        files = self._write_states(number, states)
-        reach("round-summed")
         for client in told.used:
             self.registry.advance(entries[client].id, "accepted")
+        return self.finish_round(number, states, told)
+
+    def finish_round(self, number: int, states: Mapping[str, Update], told: Told) -> Finished:
+        """What all rounds added so far is on disk, and the round is finished with what is told of it."""
+        files = self._write_states(number, states)
+        reach("round-summed")
         self.store.finish(number, {**asdict(told), "files": files})
-        self.states = states
+        self.states = dict(states)
         reach("round-finished")
         return self.finished[-1]
 
@@ -300,19 +314,22 @@ class Federation:
         if self.config.mode == "personal":
             states = dict(self.states)
             for one in contributions:
-                states[one.client] = _added(states.get(one.client, {}), one.update)
+                states[one.client] = added(states.get(one.client, {}), one.update)
             return states, Told(sorted(norms), reasons, norms, {})
         found = self._aggregated(contributions, number)
-        state, figures = _added(self.states.get(SHARED, {}), found.update), dict(found.figures)
+        state, figures = added(self.states.get(SHARED, {}), found.update), dict(found.figures)
         if self.config.rank is not None:
             state, figures["truncation_error"] = truncated(state, self.config.rank)
-        return {SHARED: state}, Told(list(found.used), {**reasons, **found.left_out}, norms, figures)
+        sound = [one for one in contributions if one.client not in found.left_out]
+        flags = screen(sound).flags if len(sound) >= FEWEST and self.privacy is None else {}
+        return {SHARED: state}, Told(list(found.used), {**reasons, **found.left_out}, norms, figures, flags)
 
     def _aggregated(self, contributions: list[Contribution], number: int) -> Aggregated:
         if self.privacy is None:
-            return aggregate(contributions, self.rule, min_survivors=self.config.min_clients)
-        start = self._start(number)
-        if start and not self._is_conv1d:
+            shapes = {name: one.shape for name, one in self.shapes.items()}
+            return aggregate(contributions, self.rule, min_survivors=self.config.min_clients, shapes=shapes)
+        start = self.start_of(number)
+        if start and not self.is_conv1d:
             found = _privately_in_b(contributions, self.privacy, start, self.shapes)
         else:
             shapes = {name: one.shape for name, one in self.shapes.items()}
@@ -320,7 +337,7 @@ class Federation:
         epsilon = spent(number, self.privacy.sigma, self.privacy.rate, self.config.delta).epsilon
         return replace(found, figures={**found.figures, "epsilon": epsilon, "delta": self.config.delta})
 
-    def _start(self, number: int) -> dict[str, Tensor]:
+    def start_of(self, number: int) -> dict[str, Tensor]:
         """Return the factors A that all clients of a round share; empty when each starts its own."""
         return _shared_a(self.spec, self.record, f"{self.store.id}/{number}") if self.config.share_a else {}
 
@@ -328,7 +345,7 @@ class Federation:
 
     def _write_states(self, number: int, states: Mapping[str, Update]) -> dict[str, str]:
         """Write what all rounds added so far, and return the digest of each file."""
-        folder = self._folder / f"after-{number:04d}"
+        folder = self.folder / f"after-{number:04d}"
         shutil.rmtree(folder, ignore_errors=True)  # of a round that was not finished
         with staged_folder(folder) as stage:
             for name, state in states.items():
@@ -338,7 +355,7 @@ class Federation:
     def _load_states(self) -> dict[str, Update]:
         if not (done := self.finished):
             return {}
-        folder = self._folder / f"after-{done[-1].round:04d}"
+        folder = self.folder / f"after-{done[-1].round:04d}"
         found: dict[str, Update] = {}
         for name, digest in done[-1].content["files"].items():
             path = folder / f"{name}.safetensors"
@@ -349,6 +366,8 @@ class Federation:
 
 
 def _participants(config: FederationConfig, registry: Registry, trust: TrustStore) -> dict[str, Participant]:
+    if not config.package.is_dir():
+        raise ConfigError(f"no package folder named {config.package.name!r}", hint="check --package")
     now, found = int(time.time()), {}
     names = {peer.keys.fingerprint: peer.keys.name for peer in trust.peers() if peer.state(now=now) == "trusted"}
     for key, name in sorted(names.items()):
@@ -365,6 +384,11 @@ def _participants(config: FederationConfig, registry: Registry, trust: TrustStor
             hint="offsite trust add pins a client, offsite job create makes its job",
         )
     return found
+
+
+def _offered(what: str, job: Job, number: int) -> str:
+    """Return the name of a sealed round in the outbox."""
+    return f"{what}-{job.job_id[:12]}-{number:04d}"
 
 
 def _require_unused(registry: Registry, name: str, job_ids: Iterable[str]) -> None:
@@ -476,10 +500,6 @@ def _shared_a(spec: AdapterSpec, record: OwnerRecord, label: str) -> dict[str, T
             drawn = torch.rand(one.shape, generator=generator) * 2 * bound - bound
             found[name] = drawn.to(torch_dtype(spec.dtype))
     return found
-
-
-def _added(state: Update, update: Update) -> Update:
-    return combined([state, update], [1.0, 1.0]) if state else dict(update)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ Rule = Literal["mean", "trimmed-mean", "median", "krum", "multi-krum"]
 _FIXED = (
     "mode", "rounds", "steps", "learning_rate", "proximal", "fraction", "min_clients", "rule", "num_byzantine", "trim",
     "keep", "max_norm", "rank", "share_a", "noise_multiplier", "clip", "delta", "realign_every", "realign_steps",
-    "realign_rank",
+    "realign_rank", "secure", "threshold",
 )  # fmt: skip
 """What may not change between the first round and the last."""
 
@@ -48,6 +48,8 @@ class FederationConfig(IdentityConfig):
     min_clients: int = Field(2, ge=1, description="answers without which a round stops and changes nothing")
     deadline_seconds: float = Field(3600.0, gt=0, description="seconds after which a round goes on with what came")
 
+    stage_seconds: float = Field(300.0, gt=0, description="secure: seconds to wait for each of a round's messages")
+
     rule: Rule = Field("mean", description="how effective updates are put together")
     num_byzantine: int = Field(0, ge=0, description="clients that may be bad: krum, multi-krum, median")
     trim: float = Field(0.2, gt=0, lt=0.5, description="trimmed-mean: share cut off at each end of every coordinate")
@@ -57,10 +59,17 @@ class FederationConfig(IdentityConfig):
     )
     rank: int | None = Field(None, ge=1, description="cut the sum of all rounds back to this rank; its error is told")
 
+    secure: bool = Field(False, description="secure aggregation: the owner learns the sum of a round's updates alone")
+    threshold: int | None = Field(
+        None, ge=2, description="secure: clients without whom a round ends; default: two thirds of those asked, and one"
+    )
+
     noise_multiplier: float | None = Field(
         None, ge=0.2, le=128, description="central differential privacy: noise over --clip, of each client's part"
     )
-    clip: float = Field(1.0, gt=0, description="central privacy: largest Frobenius norm of one client's update")
+    clip: float = Field(
+        1.0, gt=0, description="largest Frobenius norm of a client's part: central privacy, secure sums"
+    )
     delta: float = Field(1e-5, gt=0, lt=1, description="central privacy: delta of the guarantee")
 
     realign_every: int = Field(0, ge=0, description="rounds after which the emulator is realigned (FedBiOT); 0: never")
@@ -85,6 +94,8 @@ class FederationConfig(IdentityConfig):
             problems.append(
                 "--noise-multiplier: central privacy clips and averages by itself; leave --rule mean, no norm"
             )
+        if self.secure and (self.mode == "personal" or self.rule != "mean" or self.max_norm or self.noise_multiplier):
+            problems.append("--secure: the owner sees no single update, so no rule, norm or central noise goes with it")
         if self.realign_every and (self.public is None or self.mode == "personal"):
             problems.append("--realign-every: needs --public, and one shared model to realign with")
         if problems:

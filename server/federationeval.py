@@ -49,8 +49,8 @@ def lifted(model: PreTrainedModel, update: Update, record: OwnerRecord) -> Updat
 def grown_model(model: PreTrainedModel, update: Update, record: OwnerRecord) -> Iterator[PreTrainedModel]:
     """Yield the full model with the update in its weights; afterwards it is as it was."""
     before = [(parameter, parameter.data) for parameter in model.parameters()]
-    fold(model, lifted(model, update, record), record.sites)
     try:
+        fold(model, lifted(model, update, record), record.sites)
         yield model
     finally:
         for parameter, data in before:

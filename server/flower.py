@@ -26,14 +26,19 @@ from flwr.supercore.task_identity import TaskIdentity
 from offsite import errors
 from offsite.config import build
 from offsite.console import say
-from offsite.errors import ConfigError, OffsiteError, RunFailed
+from offsite.errors import ArtefactError, ConfigError, OffsiteError, RunFailed
 from offsite.keys import open_identity
 from offsite.parcel import RAW, pack
 from server.federation import Federation, opened_federation
 from server.federationconfig import FederationConfig
+from server.federationstore import Finished
+from server.notes import NoteBox
+from server.securerounds import SecureRounds
 
 SETTINGS = "federation"
 """Key of the run's configuration under which the owner's settings file is named."""
+
+HELLO, SECAGG = "query.hello", "query.secagg"
 
 _POLL_SECONDS = 0.5
 _HELLO_SECONDS = 120.0
@@ -61,13 +66,14 @@ def main(grid: Grid, context: Context) -> None:
     config = build(FederationConfig, file=Path(path))
     if config.passphrase_file is None:
         raise ConfigError("nobody can be asked for a passphrase here: passphrase_file is missing in the settings")
-    from server.federate import finish, require_output, watch_of
+    from server.federate import finish, require_output, require_own, watch_of
 
     require_output(config)
     outbox = config.registry / "outbox"
     if config.registry.is_dir():
         outbox.mkdir(exist_ok=True)
     with opened_federation(config, open_identity(config), outbox=outbox) as federation:
+        require_own(federation)
         watch = watch_of(federation)
         _wait_for_nodes(grid, len(federation.participants))
         run(federation, grid, watch=watch)
@@ -91,6 +97,8 @@ def run(federation: Federation, grid: Grid, *, watch: Watcher | None = None) -> 
         RunFailed: when a round has too few sound answers; those before it stay.
     """
     getLogger("flwr").setLevel(WARNING)  # its account of every round; ours is below
+    if federation.config.secure:
+        SecureRounds(federation).void_unfinished()
     strategy = OffsiteStrategy(federation, watch)
     left = federation.config.rounds - federation.num_finished
     if left > 0:
@@ -105,13 +113,15 @@ class OffsiteStrategy(Strategy):
         self._federation, self._watch, self._before = federation, watch, federation.num_finished
         self._nodes: dict[int, str] = {}
         self._asked: set[str] = set()
+        self._secure = SecureRounds(federation) if federation.config.secure else None
+        self._grid: Grid | None = None
         self._began = 0.0
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the round's messages, one for each client that is asked and has a node."""
-        number = self._before + server_round
+        number, self._grid = self._before + server_round, grid
         sealed = self._federation.ask(number)
         self._began, self._asked = time.monotonic(), set(sealed)
         names = {key: one.name for key, one in self._federation.participants.items()}
@@ -134,15 +144,8 @@ class OffsiteStrategy(Strategy):
         Raises:
             RunFailed: with fewer sound answers than a round needs.
         """
-        number, left_out = self._before + server_round, {}
-        for reply in replies:
-            client, reason = self._take(reply)
-            if client and reason:
-                left_out[client] = reason
-        answered = self._federation.answers(number)
-        for client in self._asked - answered.keys() - left_out.keys():
-            left_out[client] = "no answer in time"
-        finished = self._federation.close_round(number, left_out)
+        number = self._before + server_round
+        finished = self._summed(number, replies) if self._secure is not None else self._closed(number, replies)
         seconds = time.monotonic() - self._began
         self._tell(finished.content, seconds)
         every = self._federation.config.watch_every
@@ -151,6 +154,57 @@ class OffsiteStrategy(Strategy):
         for name, value in shown.items():
             say(f"  plugged in, {name}: perplexity {value:.3f}")
         return None, MetricRecord({"seconds": seconds, **{f"perplexity {name}": v for name, v in shown.items()}})
+
+    def _closed(self, number: int, replies: Iterable[Message]) -> Finished:
+        """Close a round whose answers are bundles."""
+        left_out = {}
+        for reply in replies:
+            client, reason = self._take(reply)
+            if client and reason:
+                left_out[client] = reason
+        answered = self._federation.answers(number)
+        for client in self._asked - answered.keys() - left_out.keys():
+            left_out[client] = "no answer in time"
+        return self._federation.close_round(number, left_out)
+
+    def _summed(self, number: int, replies: Iterable[Message]) -> Finished:
+        """Carry the messages of a secure round to their end, and close it with the sum."""
+        if self._secure is None or self._grid is None:
+            raise RunFailed("no secure round is under way")
+        part, left_out, step = self._secure.owner_part(number), dict[str, str](), 1
+        outgoing = part.advance(self._notes(number, replies, left_out))
+        nodes, seconds = {client: node for node, client in self._nodes.items()}, self._federation.config.stage_seconds
+        while outgoing:
+            say(f"  secure sum, message {step} of 4: to {len(outgoing)} client(s)")
+            messages = []
+            for client, raw in sorted(outgoing.items()):
+                sealed = _arrays(pack(self._secure.note_for(client, number, step, raw)))
+                content = RecordDict({"sealed": sealed, "awaits": ConfigRecord({"note": step})})
+                found = Message(content, dst_node_id=nodes[client], message_type=SECAGG, group_id=str(number))
+                messages.append(found)
+            answers = self._grid.send_and_receive(messages, timeout=seconds)
+            outgoing, step = part.advance(self._notes(number, answers, left_out)), step + 1
+        total = part.total()
+        self._secure.clear(number)
+        for client in self._asked - set(total.contributors) - left_out.keys():
+            left_out[client] = "dropped out"
+        return self._secure.close_sum(number, total, left_out)
+
+    def _notes(self, number: int, replies: Iterable[Message], left_out: dict[str, str]) -> list[bytes]:
+        """Return the opened messages of clients; why another does not count is noted."""
+        found = []
+        for reply in replies:
+            client, sealed, reason = self._unwrapped(reply)
+            if client is None or self._secure is None:
+                continue
+            try:
+                if sealed is not None:
+                    found.append(self._secure.read_note(client, number, sealed))
+            except ArtefactError as error:
+                reason = f"{type(error).__name__}: {error}"
+            if reason:
+                left_out[client] = reason
+        return found
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -170,7 +224,7 @@ class OffsiteStrategy(Strategy):
         participants = self._federation.participants
         fresh = [node for node in grid.get_node_ids() if node not in self._nodes]
         if fresh:
-            hello = [Message(RecordDict(), dst_node_id=node, message_type="query.hello") for node in fresh]
+            hello = [Message(RecordDict(), dst_node_id=node, message_type=HELLO) for node in fresh]
             for reply in grid.send_and_receive(hello, timeout=_HELLO_SECONDS):
                 said = reply.content.get("hello") if reply.has_content() else None
                 client = said.get("client") if isinstance(said, ConfigRecord) else None
@@ -181,21 +235,28 @@ class OffsiteStrategy(Strategy):
                         say(f"a node of {participants[client].name} has another package; it is not asked")
         return {client: node for node, client in self._nodes.items()}
 
-    def _take(self, reply: Message) -> tuple[str | None, str | None]:
-        """Return whose reply it is, and why it does not count, if so; a sealed bundle in it is in the registry then."""
+    def _unwrapped(self, reply: Message) -> tuple[str | None, dict[str, bytes] | None, str | None]:
+        """Return whose reply it is, the sealed folder in it, if there is one, and otherwise why it does not count."""
         client = self._nodes.get(reply.metadata.src_node_id)
         if reply.has_error() or not reply.has_content():
-            return client, "its node failed"
+            return client, None, "its node failed"
         content = reply.content
         if isinstance(said := content.get("declined"), ConfigRecord):
-            return client, f"declined: {_class_of(said.get('reason'))}"
+            return client, None, f"declined: {_class_of(said.get('reason'))}"
         if isinstance(content.get("taken"), ConfigRecord):
-            return client, None
+            return client, None, None
         sealed = content.get("sealed")
         if not isinstance(sealed, ArrayRecord) or any(array.stype != RAW for array in sealed.values()):
-            return client, "answered with nothing that is sealed"
+            return client, None, "answered with nothing that is sealed"
+        return client, {name: array.data for name, array in sealed.items()}, None
+
+    def _take(self, reply: Message) -> tuple[str | None, str | None]:
+        """Return whose reply it is, and why it does not count, if so; a sealed bundle in it is in the registry then."""
+        client, sealed, reason = self._unwrapped(reply)
+        if sealed is None:
+            return client, reason
         try:
-            verdict = self._federation.take_in({name: array.data for name, array in sealed.items()})
+            verdict = self._federation.take_in(sealed)
         except RunFailed:
             raise
         except OffsiteError as error:
@@ -205,9 +266,12 @@ class OffsiteStrategy(Strategy):
     def _tell(self, content: Mapping[str, Any], seconds: float) -> None:
         names = {key: one.name for key, one in self._federation.participants.items()}
         for client in content["used"]:
-            say(f"  {names[client]}: verified, update of norm {content['norms'][client]:.4g}")
+            shown = f"verified, update of norm {content['norms'][client]:.4g}" if content["norms"] else "in the sum"
+            say(f"  {names[client]}: {shown}")
         for client, reason in sorted(content["left_out"].items()):
             say(f"  {names.get(client, client[:9])}: left out: {reason}")
+        for client, reason in sorted(content["flags"].items()):
+            say(f"  {names[client]}: unlike the others: {reason} (a signal; nothing follows from it by itself)")
         figures = "".join(f", {name} {value:.4g}" for name, value in sorted(content["figures"].items()))
         say(f"  {len(content['used'])} of {len(self._asked)} used, {seconds:.1f} s{figures}")
 
@@ -297,20 +361,18 @@ class ExchangeGrid(_OwnGrid):
         return list(self._clients)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Hellos are answered; of rounds nothing is to be done."""
-        return [self._keep(self._hello(message)) for message in messages if message.metadata.message_type != "train"]
+        """Hellos are answered; of rounds and notes nothing is to be done: their outbox is where clients look."""
+        return [self._keep(self._hello(message)) for message in messages if message.metadata.message_type == HELLO]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Return an answer for each client whose bundle stands in the registry before the deadline."""
         waiting = {self._clients[message.metadata.dst_node_id]: message for message in messages}
         found, until = [], time.monotonic() + (float("inf") if timeout is None else timeout)
-        for client in [key for key, message in waiting.items() if message.metadata.message_type != "train"]:
-            found.append(self._hello(waiting.pop(client)))
         while waiting:
-            number = int(next(iter(waiting.values())).metadata.group_id)
-            for client in waiting.keys() & self._federation.answers(number).keys():
-                found.append(self._taken(waiting.pop(client)))
-                say(f"  {self._federation.participants[client].name}: its bundle is here and verified")
+            for client, reply in [(client, self._arrived(client, message)) for client, message in waiting.items()]:
+                if reply is not None:
+                    found.append(reply)
+                    del waiting[client]
             if not waiting or time.monotonic() > until:
                 break
             time.sleep(_POLL_SECONDS)
@@ -322,8 +384,22 @@ class ExchangeGrid(_OwnGrid):
         said = ConfigRecord({"client": client, "package": package})
         return self._reply(message, RecordDict({"hello": said}))
 
-    def _taken(self, message: Message) -> Message:
-        return self._reply(message, RecordDict({"taken": ConfigRecord({"by": "registry"})}))
+    def _arrived(self, client: str, message: Message) -> Message | None:
+        """Return the client's answer if it is here."""
+        if message.metadata.message_type == HELLO:
+            return self._hello(message)
+        number, participant = int(message.metadata.group_id), self._federation.participants[client]
+        if not self._federation.config.secure:
+            if client not in self._federation.answers(number):
+                return None
+            say(f"  {participant.name}: its bundle is here and verified")
+            return self._reply(message, RecordDict({"taken": ConfigRecord({"by": "registry"})}))
+        awaits = message.content.get("awaits")
+        step = awaits.get("note") if isinstance(awaits, ConfigRecord) else 0
+        notes = NoteBox(self._federation.registry).of(participant.job.job_id, number)
+        if not isinstance(step, int) or len(notes) <= step:
+            return None
+        return self._reply(message, RecordDict({"sealed": _arrays(pack(notes[step]))}))
 
     def _reply(self, message: Message, content: RecordDict) -> Message:
         TaskIdentity.node_id = message.metadata.dst_node_id

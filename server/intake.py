@@ -16,10 +16,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor
-
 from adapters.norms import UpdateNorms, adapted_names, base_tensors
-from adapters.updates import dense, from_tensors
+from adapters.rounds import grown
 from offsite.bundle import TENSOR_FILE, BundleManifest, open_bundle
 from offsite.console import say
 from offsite.digests import sha256_bytes
@@ -35,7 +33,7 @@ from offsite.seal import decrypt_files
 from offsite.sealed import SealedManifest
 from offsite.sealedfolder import RawSealed, read_sealed
 from offsite.staging import fsync
-from offsite.tensors import ADAPTER_HEADER_LIMIT_BYTES, read_tensors, spec_of
+from offsite.tensors import ADAPTER_HEADER_LIMIT_BYTES, read_tensors
 from offsite.trust import TrustStore
 from server.registry import Registry
 from server.registryconfig import IntakeConfig
@@ -252,22 +250,6 @@ def _verify(
         round_digest=round_digest,
     )
     return verified, bundle.manifest.files[TENSOR_FILE].sha256
-
-
-def grown(base: Mapping[str, Tensor], asked: Round) -> dict[str, Tensor]:
-    """Return the package's tensors with what earlier rounds added: the weights that a round's clients start from."""
-    shapes = {name: spec_of(tensor) for name, tensor in base.items()}
-    found = dict(base)
-    for what, tensors in (("update", asked.load_update()), ("emulator", asked.load_emulator())):
-        own = {name: tensor for name, tensor in tensors.items() if _weight_of(name) in shapes}
-        for name, part in from_tensors(f"the round's {what}", own, shapes).items():
-            found[name] = (found[name].double() + dense(part).double()).to(found[name].dtype)
-    return found
-
-
-def _weight_of(name: str) -> str:
-    """Return which of the package's tensors a tensor of an update changes."""
-    return name.removesuffix(".lora_A").removesuffix(".lora_B")
 
 
 def _refused(registry: Registry, digest: str, error: ArtefactError, now: int, *, is_final: bool = False) -> Verdict:

@@ -31,7 +31,7 @@ from offsite.tensors import read_tensors, spec_of, write_tensors
 from server.adapted import AdaptedManifest, Form, load_adapted, open_adapted, stored_names
 from server.config import PlugConfig
 from server.fit import Fitted, fit, plain_model, plug, plugged, unplug
-from server.intake import read_registered
+from server.intake import asked_round, read_registered
 from server.peftfolder import open_with_peft, write_peft_folder
 from server.probe import READ_BACK_TOLERANCE, TOLERANCES, deviation, probe_logits
 from server.registry import Registry
@@ -74,10 +74,10 @@ def run(config: PlugConfig) -> dict[str, object]:
 
 
 def accepted(registry: Registry, bundle_id: str) -> Entry:
-    """Return the bundle of that id, which the owner has accepted.
+    """Return the bundle of that id, which the owner has accepted, and which stands on the package's own weights.
 
     Raises:
-        ConfigError: when there is none.
+        ConfigError: when there is none, or it answers a federation's later round.
         PolicyError: when it was not accepted yet.
         ArtefactError: with its class, when it was refused.
     """
@@ -87,6 +87,12 @@ def accepted(registry: Registry, bundle_id: str) -> Entry:
     if entry.state in ("received", "verified"):
         hint = f"offsite registry accept {entry.id} --registry {registry.folder}"
         raise PolicyError(f"bundle {entry.id} is {entry.state}, not accepted", hint=hint)
+    asked = asked_round(registry, entry.job_id, entry.round)
+    if asked is not None and not asked.is_first:
+        raise ConfigError(
+            f"bundle {entry.id} answers round {entry.round} of a federation: it stands on what earlier rounds added",
+            hint="offsite federate serve writes the model with all of them in it",
+        )
     return entry
 
 

@@ -9,18 +9,23 @@ from __future__ import annotations
 import json
 import secrets
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 
+from offsite.bundle import AdapterSpec
 from offsite.console import muted, say
 from offsite.errors import ConfigError, RunFailed
+from offsite.job import read_job
 from offsite.keyconfig import KeygenConfig, TrustAddConfig
 from offsite.keyfiles import write_private
 from offsite.keys import CARD_NAME, open_identity, read_card
 from offsite.keys import run as keygen
+from offsite.round import MAX_STEPS
 from offsite.sealconfig import OpenConfig, SealConfig
 from offsite.sealing import open_run, seal_run
+from offsite.staging import staged_file
 from offsite.trust import add as trust
-from server.federate import finish, require_output, watch_of
+from server.federate import finish, require_output, require_own, watch_of
 from server.federation import opened_federation
 from server.federationconfig import FederationConfig
 from server.job import run as create_job
@@ -28,6 +33,7 @@ from server.registryconfig import JobCreateConfig
 from server.simulationconfig import SimulateConfig
 
 CLIENT_APP = "client.flower:app"
+JOB = "job"
 _DAYS = 365
 
 
@@ -61,28 +67,42 @@ def run(config: SimulateConfig) -> dict[str, object]:
         RunFailed: when a round has too few answers; the same command goes on.
     """
     require_output(config)
-    if missing := sorted(name for name, path in config.clients.items() if not Path(path).is_file()):
-        raise ConfigError(f"--clients: no file of client {missing[0]!r}: {Path(config.clients[missing[0]]).name!r}")
-    with muted():
-        owner = _home(config.work / "owner", "owner")
-        homes = {name: _home(config.work / "clients" / name, name) for name in sorted(config.clients)}
-        settings = {number: _client(config, owner, homes[name], name) for number, name in enumerate(homes, start=2)}
-    registry = config.work / "registry"
-    say(f"keys, jobs and settings of {len(homes)} clients are in {config.work.name!r}")
-    own = {name: getattr(config, name) for name in FederationConfig.model_fields}
-    federation_config = FederationConfig(
-        **{**own, "registry": registry, "keys": owner.keys, "passphrase_file": owner.passphrase}
-    )
+    federation_config, settings = prepared(config)
+    say(f"keys, jobs and settings of {len(settings)} clients are in {config.work.name!r}")
     outbox = config.work / "outbox"
     outbox.mkdir(exist_ok=True)
     with opened_federation(federation_config, open_identity(federation_config), outbox=outbox) as federation:
         from server.flower import in_process
         from server.flower import run as run_rounds
 
+        require_own(federation)
         watch = watch_of(federation)
-        grid = in_process({number: {"client": str(path)} for number, path in settings.items()}, CLIENT_APP)
+        grid = in_process({node: {"client": str(path)} for node, path in enumerate(settings.values(), 2)}, CLIENT_APP)
         run_rounds(federation, grid, watch=watch)
         return finish(federation, watch)
+
+
+def prepared(config: SimulateConfig) -> tuple[FederationConfig, dict[str, Path]]:
+    """Everybody's keys, jobs and settings are in the work folder; return the owner's settings and the clients' files.
+
+    Raises:
+        ConfigError: when a client's text is missing, or the folder was begun with other settings.
+    """
+    if missing := sorted(name for name, path in config.clients.items() if not Path(path).is_file()):
+        raise ConfigError(f"--clients: no file of client {missing[0]!r}: {Path(config.clients[missing[0]]).name!r}")
+    with muted():
+        owner = _home(config.work / "owner", "owner")
+        homes = {name: _home(config.work / "clients" / name, name) for name in sorted(config.clients)}
+        settings = {name: _client(config, owner, homes[name], name) for name in homes}
+        if config.secure:  # peers believe each other by their pinned cards, never by the owner's word
+            _introduce(list(homes.values()))
+        jobs = tuple(read_job(home.folder / JOB).job.job_id for home in homes.values())
+    registry = config.work / "registry"
+    own = {name: getattr(config, name) for name in FederationConfig.model_fields}
+    made = FederationConfig(
+        **{**own, "registry": registry, "keys": owner.keys, "passphrase_file": owner.passphrase, "jobs": jobs}
+    )
+    return made, settings
 
 
 def _home(folder: Path, name: str) -> Home:
@@ -102,47 +122,73 @@ def _home(folder: Path, name: str) -> Home:
 def _client(config: SimulateConfig, owner: Home, client: Home, name: str) -> Path:
     """Return the client's settings file, once both know each other and the client has its job."""
     settings = client.folder / "member.json"
-    if not settings.is_file():
-        trust(TrustAddConfig(keys=owner.keys, card=client.keys / CARD_NAME, fingerprint=client.fingerprint))
-        trust(TrustAddConfig(keys=client.keys, card=owner.keys / CARD_NAME, fingerprint=owner.fingerprint))
-        job = _job(config, owner, client, name)
-        content = {
-            "package": str(config.package.resolve()),
-            "job": str(job.resolve()),
-            "data": str(Path(config.clients[name]).resolve()),
-            "work": str((client.folder / "work").resolve()),
-            "keys": str(client.keys.resolve()),
-            "passphrase_file": str(client.passphrase.resolve()),
-            "accept_leakage": True,
-            "limit_steps": config.steps,
-            "tune": config.tune,
-        }
-        settings.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    content = {
+        "package": str(config.package.resolve()),
+        "job": str((client.folder / JOB).resolve()),
+        "data": str(Path(config.clients[name]).resolve()),
+        "work": str((client.folder / "work").resolve()),
+        "keys": str(client.keys.resolve()),
+        "passphrase_file": str(client.passphrase.resolve()),
+        "accept_leakage": True,
+        "limit_steps": MAX_STEPS,
+        "tune": config.tune,
+    }
+    if settings.is_file():
+        known = {**json.loads(settings.read_text(encoding="utf-8")), "limit_steps": MAX_STEPS}
+        if known != json.loads(json.dumps(content)) or read_job(client.folder / JOB).job.adapter != _spec(config):
+            raise ConfigError(
+                f"client {name!r} was set up with other settings in {config.work.name!r}",
+                hint="put them back to go on, or give another --work",
+            )
+        return settings
+    trust(TrustAddConfig(keys=owner.keys, card=client.keys / CARD_NAME, fingerprint=client.fingerprint))
+    trust(TrustAddConfig(keys=client.keys, card=owner.keys / CARD_NAME, fingerprint=owner.fingerprint))
+    _job(config, owner, client, name)
+    with staged_file(settings) as stage:
+        stage.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return settings
 
 
-def _job(config: SimulateConfig, owner: Home, client: Home, name: str) -> Path:
-    """Return the client's opened job: made, sealed and opened."""
-    made, sealed, opened = owner.folder / f"job-{name}", owner.folder / f"job-{name}.sealed", client.folder / "job"
-    create_job(
-        JobCreateConfig(
-            keys=owner.keys,
-            package=config.package,
-            client=client.fingerprint,
-            registry=config.work / "registry",
-            output=made,
-            adapter=config.adapter,
-            placement=config.placement,
-            targets=config.targets,
-            rank=config.lora_rank,
-            alpha=config.alpha,
-            adapter_dtype=config.adapter_dtype,
-            rounds=config.rounds,
-            days=_DAYS,
-            max_relative_frobenius=config.max_relative_frobenius,
-            max_relative_spectral=config.max_relative_spectral,
-        )
+def _introduce(homes: list[Home]) -> None:
+    for one, other in permutations(homes, 2):
+        trust(TrustAddConfig(keys=one.keys, card=other.keys / CARD_NAME, fingerprint=other.fingerprint))
+
+
+def _spec(config: SimulateConfig) -> AdapterSpec:
+    return AdapterSpec(
+        kind=config.adapter,
+        placement=config.placement,
+        targets=config.targets,
+        rank=config.lora_rank,
+        alpha=config.alpha,
+        dtype=config.adapter_dtype,
     )
-    seal_run(SealConfig(input=made, output=sealed, keys=owner.keys, passphrase_file=owner.passphrase))
-    open_run(OpenConfig(sealed=sealed, output=opened, keys=client.keys, passphrase_file=client.passphrase))
-    return opened
+
+
+def _job(config: SimulateConfig, owner: Home, client: Home, name: str) -> None:
+    """The client's job is made, sealed and opened; what of it was done before is not done again."""
+    made, sealed, opened = owner.folder / f"job-{name}", owner.folder / f"job-{name}.sealed", client.folder / JOB
+    if not made.is_dir():
+        create_job(
+            JobCreateConfig(
+                keys=owner.keys,
+                package=config.package,
+                client=client.fingerprint,
+                registry=config.work / "registry",
+                output=made,
+                adapter=config.adapter,
+                placement=config.placement,
+                targets=config.targets,
+                rank=config.lora_rank,
+                alpha=config.alpha,
+                adapter_dtype=config.adapter_dtype,
+                rounds=config.rounds,
+                days=_DAYS,
+                max_relative_frobenius=config.max_relative_frobenius,
+                max_relative_spectral=config.max_relative_spectral,
+            )
+        )
+    if not sealed.is_dir():
+        seal_run(SealConfig(input=made, output=sealed, keys=owner.keys, passphrase_file=owner.passphrase))
+    if not opened.is_dir():
+        open_run(OpenConfig(sealed=sealed, output=opened, keys=client.keys, passphrase_file=client.passphrase))

@@ -575,3 +575,122 @@ def shelve():
         return {"id": short_id(digest), "registry": folder / "registry", "keys": keys}
 
     return put
+
+
+# --- a federation, taken apart
+
+
+class Federated:
+    """A federation of three parties' clients on one disk whose rounds a test asks, answers and closes by hand.
+
+    Answers are sealed by the client's own code; what they hold is drawn, not trained, unless a test trains it.
+    """
+
+    NAMES = ("anna", "bert", "cora")
+
+    def __init__(self, folder: Path, package: Package, model: Path, **changes: Any) -> None:
+        from offsite.config import build
+        from server.simulation import prepared
+        from server.simulationconfig import SimulateConfig
+
+        self.folder, self.package = folder, package
+        folder.mkdir(exist_ok=True)
+        texts = {}
+        for name in self.NAMES:
+            texts[name] = str(folder / f"{name}.jsonl")
+            rows = [{"text": f"{name} {number % 7} {name}"} for number in range(40)]
+            Path(texts[name]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        stated = {
+            "package": str(package.path), "model": str(model), "output": str(folder / "result"), "clients": texts,
+            "work": str(folder / "work"), "rounds": 3, "steps": 2, "learning_rate": 5e-3, "placement": "1+1",
+            "targets": "attention", "lora_rank": 2, "adapter_dtype": "float32", "max_relative_frobenius": 10.0,
+            "max_relative_spectral": 10.0, "tune": {"batch_size": 8, "block_tokens": 32, "precision": "fp32"},
+        }  # fmt: skip
+        self.config, self.settings = prepared(build(SimulateConfig, flags={**stated, **changes}))
+        self.outbox = folder / "work" / "outbox"
+        self.outbox.mkdir()
+        self._members: dict[str, Any] = {}
+
+    def opened(self, **changes: Any) -> Any:
+        """The federation, opened as its owner does, with changed settings."""
+        from offsite.keys import open_identity
+        from server.federation import opened_federation
+
+        config = type(self.config)(
+            **{**{n: getattr(self.config, n) for n in type(self.config).model_fields}, **changes}
+        )
+        return opened_federation(config, open_identity(config), outbox=self.outbox)
+
+    def member(self, name: str, **changes: Any) -> Any:
+        """A client, with keys open; the same one again unless settings change."""
+        from client.member import Member
+        from client.memberconfig import MemberConfig
+        from offsite.config import build
+
+        if changes or name not in self._members:
+            stated = {**json.loads(self.settings[name].read_text()), **changes}
+            made = Member(build(MemberConfig, flags={k: v for k, v in stated.items()}))
+            if changes:
+                return made
+            self._members[name] = made
+        return self._members[name]
+
+    def key(self, name: str) -> str:
+        return str(self.member(name).job.client)
+
+    def bundle(self, out: Path, round_: Any, *, seed: int = 0, size: float = 0.02, **changes: Any) -> Bundle:
+        """Write a bundle that answers the round with drawn tensors, on the A that it shares; or one changed."""
+        spec = round_.manifest.adapter
+        expected = declared(spec, self.package.layout, self.package.block_tensors())
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {name: size * torch.randn(one.shape, generator=generator) for name, one in expected.items()}
+        if spec.kind in ("blocks", "bitfit"):
+            from adapters.norms import base_tensors
+            from server.intake import grown
+
+            base = grown(base_tensors(self.package, list(expected)), round_)
+            tensors = {name: base[name] + tensor for name, tensor in tensors.items()}
+        change = changes.pop("change", None)
+        tensors |= round_.load_start()
+        if change is not None:
+            change(tensors)
+        stated = {"round_digest": round_.digest, **changes}
+        return write_bundle(out, package=self.package, spec=spec, tensors=tensors, expected=expected, **stated)
+
+    def answer(self, name: str, sealed_round: Path, *, seed: int | None = None, **changes: Any) -> Path:
+        """Answer the sealed round as that client: taken and sealed by its own code. Returns the sealed bundle."""
+        member = self.member(name)
+        round_ = member.take(sealed_round)
+        out = round_.path.parent / "bundle"
+        if not out.exists():
+            self.bundle(out, round_, seed=self.NAMES.index(name) if seed is None else seed, **changes)
+        return member.answer(round_)
+
+    def round(self, federation: Any, number: int, *, names: tuple[str, ...] = NAMES, **changes: Any) -> Any:
+        """Ask, answer and close one round."""
+        from offsite.parcel import pack
+
+        asked = federation.ask(number)
+        for name in names:
+            verdict = federation.take_in(pack(self.answer(name, asked[self.key(name)], **changes)))
+            assert verdict.state == "verified", verdict
+        return federation.close_round(number, {})
+
+
+@pytest.fixture
+def make_federated(
+    tmp_path: Path, whole_package: Package, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Federated]:
+    """Prepare a federation of three clients on the whole tiny model."""
+    monkeypatch.setattr("offsite.keyfiles.SCRYPT_COST", 2**4)
+
+    def make(name: str = "federated", *, package: Package = whole_package, **changes: Any) -> Federated:
+        return Federated(tmp_path / name, package, llama_folder, **changes)
+
+    return make
+
+
+@pytest.fixture
+def federated(make_federated: Callable[..., Federated]) -> Federated:
+    """A federation of three clients, with nothing asked yet."""
+    return make_federated()

@@ -101,7 +101,7 @@ def _round(parties: list[Identity], num_numbers: int, given: argparse.Namespace)
                 continue
             words: tuple[Any, ...] = (raw,) if step != "advertise" else ()
             if step == "mask":
-                update = (torch.rand(num_numbers, generator=generator) * 2 - 1) * LIMIT
+                update = torch.randn(num_numbers, generator=generator).clamp(-4, 4) * LIMIT / 4
                 expected += update
                 words = (raw, {"update": update})
             reply = _timed(seconds, getattr(clients[name], step), *words)

@@ -353,7 +353,7 @@ def test_what_is_refused(name):
     update = random_update()
     tensors = {key: tensor.clone() for key, tensor in to_tensors(update).items()}
     change(tensors)
-    with pytest.raises(error, match="^update of 'a': ") as caught:
+    with pytest.raises(error, match=r"^update of 'a': ") as caught:
         from_tensors("update of 'a'", tensors, specs(update))
     assert len(str(caught.value)) < 400
     require_finite("untouched", update)

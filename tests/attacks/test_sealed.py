@@ -814,3 +814,56 @@ def test_the_owners_part_is_not_the_clients(arena):
     files = {JOB_NAME: arena.folder / JOB_NAME}
     sealed = arena.seal(files=files, kind="job", round=0)
     arena.refused(sealed, WrongBinding, match="no such part")
+
+
+# The round of a federation: only the owner asks one
+
+
+@pytest.fixture
+def plain_round(tmp_path, arena):
+    """The files of a round of the arena's job."""
+    from offsite.round import ROUND_FORMAT, RoundManifest, write_round
+
+    stated = {"package_digest": arena.job.package_digest, "base_digest": arena.job.base_digest}
+    manifest = RoundManifest(
+        format=ROUND_FORMAT, federation_id="5" * 32, round=1, num_rounds=2, adapter=arena.job.adapter, steps=4, **stated
+    )
+    folder = write_round(tmp_path / "plain-round", manifest).path
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_a_round_that_is_not_attacked_opens(arena, plain_round):
+    sealed = arena.seal(kind="round", sender=arena.owner, files=plain_round)
+    assert arena.attempt(sealed, receiver=arena.client).admission == "new"
+
+
+def test_a_client_cannot_ask_a_round(arena, plain_round):
+    arena.refused(arena.seal(kind="round", files=plain_round), WrongBinding, match="no such part")
+
+
+def test_a_round_has_a_number_of_the_job_s(arena, plain_round):
+    beyond = arena.seal("beyond", kind="round", sender=arena.owner, files=plain_round, round=3)
+    arena.refused(beyond, WrongBinding, receiver=arena.client, match="is for round 3, the job has 2")
+    other = arena.seal("other", kind="round", sender=arena.owner, files=plain_round, round=2)
+    arena.refused(other, WrongBinding, receiver=arena.client, match="sealed as round 2, what came out is round 1")
+    zero = arena.seal("zero", kind="round", sender=arena.owner, files=plain_round)
+    arena.resign(zero, lambda stated: stated.update(round=0), signer=arena.owner, receiver=arena.client)
+    arena.refused(zero, BadSchema, receiver=arena.client, match="from 1 on")
+
+
+def test_a_bundle_sealed_as_a_round(arena):
+    files = {"offsite.json": arena.bundle.path / "offsite.json"}
+    sealed = arena.seal(kind="round", sender=arena.owner, files=files)
+    arena.refused(sealed, WrongNames, receiver=arena.client)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "round.py", "../offsite.json", "offsite.json/x", ""])
+def test_a_round_holds_no_file_of_another_name(arena, plain_round, name):
+    sealed = arena.seal(kind="round", sender=arena.owner, files=plain_round)
+
+    def edit(stated):
+        stated["files"][0]["name"] = name
+        stated["files"][0]["tensors_sha256"] = "sha256:" + "0" * 64 if name.endswith(".safetensors") else None
+
+    arena.resign(sealed, edit, signer=arena.owner, receiver=arena.client)
+    arena.refused(sealed, WrongNames, receiver=arena.client, match="may not hold")

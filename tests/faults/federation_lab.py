@@ -33,14 +33,14 @@ class Processes:
     def start(self, name: str, *words: object) -> subprocess.Popen[bytes]:
         return self.start_program(name, sys.executable, "-m", "offsite", *words)
 
-    def start_program(self, name: str, *words: object, cwd: Path | None = None) -> subprocess.Popen[bytes]:
+    def start_program(self, name: str, *words: object, merged: bool = False) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.log").open("ab") as log:
             found = subprocess.Popen(
                 [*map(str, words)],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                stdout=log if merged else subprocess.PIPE,
                 stderr=log,
-                cwd=cwd or self.folder,
+                cwd=self.folder,
                 env=self.env,
             )
         self.running[name] = found
@@ -71,13 +71,11 @@ class Processes:
             time.sleep(0.05)
 
     def close(self) -> None:
-        for process in self.running.values():
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
         for number in self.left():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
+        for process in self.running.values():
+            process.communicate()
 
     def left(self) -> list[int]:
         """Return the processes that these started, and whose those started, that still run: detached ones too."""

@@ -7,6 +7,9 @@ import re
 
 import pytest
 
+from offsite.keys import read_card
+from offsite.trust import TrustStore
+
 WAIT_SECONDS = 240.0
 
 
@@ -56,3 +59,36 @@ def test_three_clients_three_rounds_and_two_kills(processes, lab, federation_lab
     assert [sorted(one["used"]) for one in found["rounds"]] == [list(names)] * 3
     everything = "".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert not any(word in everything for word in federation_lab.WORDS.values())
+
+
+@pytest.mark.slow
+def test_secure_rounds_over_the_exchange_lose_a_client_that_is_killed_and_have_it_back(
+    processes, lab, federation_lab, tmp_path
+):
+    names = federation_lab.NAMES
+    cards = {name: (tmp_path / f"{name}-home" / "keys" / "card.json").read_bytes() for name in names}
+    for one in names:
+        for other in set(names) - {one}:
+            card = read_card(cards[other])
+            TrustStore(tmp_path / f"{one}-home" / "keys").add(card.card, card.fingerprint)
+    secure = {"secure": True, "share_a": True, "clip": 3.0, "threshold": 2, "min_clients": 2, "stage_seconds": 8.0}
+    processes.start("owner", "federate", "serve", "--config", lab.edit(lab.owner, learning_rate=5e-3, **secure))
+    processes.until(lambda: "Ctrl-C ends it" in processes.log("owner"), "owner")
+
+    def join(name):
+        processes.start(name, "federate", "join", url_of(processes), "--config", lab.clients[name])
+
+    for name in names:
+        join(name)
+    joined = tmp_path / "cora-home" / "work" / "last-secure-round"
+    processes.until(joined.is_file, "owner", *names)
+    processes.kill("cora")
+    join("cora")
+    told = processes.end("owner")
+    assert [processes.end(name)["num_rounds"] >= 1 for name in names] == [True] * 3
+    for name in names:
+        assert told["plugged_in"][name] < told["zero_shot"][name]
+    found = json.loads((tmp_path / "result" / "results.json").read_text())
+    assert [set(one["used"]) >= {"anna", "bert"} for one in found["rounds"]] == [True] * 3
+    assert sorted(found["rounds"][-1]["used"]) == list(names)
+    assert not list((tmp_path / "registry" / "bundles").iterdir())  # no single update ever came

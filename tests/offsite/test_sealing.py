@@ -236,3 +236,90 @@ def test_a_break_between_ledger_and_publishing_is_mended_by_opening_again(
     told = desk(owner, "seal", dropped_package.path, "--job", opened / "job", "-o", opened / "fourth")
     assert told["sequence"] == 4  # the third was signed and never published; nothing else bears its number
     assert desk(client, "open", opened / "fourth", "-o", opened / "out-fourth")["admission"] == "new"
+
+
+# --- the round of a federation
+
+
+@pytest.fixture
+def make_round(opened, job):
+    """Write a plain round of the job."""
+    from offsite.round import ROUND_FORMAT, RoundManifest, write_round
+
+    def make(name="round-1", number=1, **changes):
+        stated = {
+            "format": ROUND_FORMAT,
+            "federation_id": "5" * 32,
+            "round": number,
+            "num_rounds": 2,
+            "package_digest": job.package_digest,
+            "base_digest": job.base_digest,
+            "adapter": job.adapter,
+            "steps": 4 + number,
+        }
+        return write_round(opened / name, RoundManifest(**{**stated, **changes}))
+
+    return make
+
+
+def test_a_round_goes_from_owner_to_client(opened, desk, parties, make_round):
+    owner, client = parties
+    rounds = [make_round(f"round-{number}", number) for number in (1, 2)]
+    for number, plain in enumerate(rounds, start=1):
+        sealed = opened / f"round-{number}.sealed"
+        told = desk(owner, "seal", plain.path, "--job", opened / "job", "-o", sealed)
+        assert (told["kind"], told["round"], told["sequence"], told["digest"]) == (
+            "round",
+            number,
+            number,
+            plain.digest,
+        )
+        found = desk(client, "open", sealed, "-o", opened / f"found-{number}")
+        assert (found["kind"], found["round"], found["admission"]) == ("round", number, "new")
+        assert content(opened / f"found-{number}") == content(plain.path)
+        shown = cli.run(["inspect", str(opened / f"found-{number}")])
+        captured = desk.capsys.readouterr()
+        assert shown == 0
+        assert json.loads(captured.out)["digest"] == plain.digest
+        assert f"{number} of 2: train" in captured.err
+
+
+ROUND_REFUSALS = [
+    ("client", {}, [], 3, "may not seal a round"),
+    ("owner", {}, ["--round", "0"], 2, "--round"),
+    ("owner", {}, ["--round", "2"], 2, "--round 2: this is round 1"),
+    ("owner", {"number": 3, "num_rounds": 3}, [], 2, "has rounds 1 to 2, found 3"),
+    ("owner", {"package_digest": "sha256:" + "0" * 64}, [], 3, "package_digest"),
+    ("owner", {"base_digest": "sha256:" + "0" * 64}, [], 3, "base_digest"),
+    ("owner", {}, ["--accept-leakage"], 2, "not for a round"),
+]
+
+
+@pytest.mark.parametrize(("who", "changes", "words", "code", "message"), ROUND_REFUSALS)
+def test_a_round_that_is_not_to_be_sealed(opened, desk, parties, make_round, who, changes, words, code, message):
+    plain, party = make_round(**changes), dict(zip(("owner", "client"), parties, strict=True))[who]
+    place = opened / ("job" if who == "owner" else "client-job")
+    error = desk(party, "seal", plain.path, "--job", place, "-o", opened / "out", *words, code=code)
+    assert message in error
+    assert not (opened / "out").exists()
+
+
+def test_an_older_round_is_refused_after_a_newer_one(opened, desk, parties, make_round):
+    owner, client = parties
+    for number in (1, 2):
+        desk(owner, "seal", make_round(f"r{number}", number).path, "--job", opened / "job", "-o", opened / f"s{number}")
+    desk(client, "open", opened / "s2", "-o", opened / "out-2")
+    error = desk(client, "open", opened / "s1", "-o", opened / "out-1", code=3)
+    assert "number 1 of its issuer's, number 2 came before it" in error
+    assert not (opened / "out-1").exists()
+
+
+def test_the_seal_s_round_is_the_round_s_own(opened, desk, parties, make_round, monkeypatch):
+    """An owner whose program seals round 2 as round 1 gets nothing opened."""
+    owner, client = parties
+    with monkeypatch.context() as patch:
+        patch.setattr("offsite.sealing._round", lambda *_: 1)
+        desk(owner, "seal", make_round(number=2).path, "--job", opened / "job", "-o", opened / "sealed")
+    error = desk(client, "open", opened / "sealed", "-o", opened / "out", code=3)
+    assert "sealed as round 1, what came out is round 2" in error
+    assert not (opened / "out").exists()

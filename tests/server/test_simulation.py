@@ -213,3 +213,34 @@ def test_the_emulator_is_realigned_on_the_way(settings, tmp_path, narrow_package
     assert {one["round"]: bool(one["emulator"]) for one in stated if one["task"] == "train" and one["emulator"]} == {
         2: True
     }
+
+
+@pytest.mark.parametrize("kind", ["lora", "blocks"])
+def test_a_secure_round_learns_the_sum_alone(settings, tmp_path, kind):
+    made = settings(secure=True, share_a=kind == "lora", adapter=kind, clip=3.0, learning_rate=5e-3)
+    told = run(made)
+    assert told["plugged_in"]["all"] < told["zero_shot"]["all"]
+    found = json.loads((tmp_path / "result" / "results.json").read_text())
+    assert [len(one["used"]) for one in found["rounds"]] == [3, 3]
+    assert [one["norms"] for one in found["rounds"]] == [{}, {}]
+    assert not list((tmp_path / "work" / "registry" / "bundles").iterdir())
+    assert not list((tmp_path / "work" / "clients").glob("*/work/round-*/sealed"))
+
+
+def test_a_secure_sum_is_the_mean_of_what_clients_tuned(settings, tmp_path):
+    plain = run(settings(share_a=True, rounds=1))
+    secure = run(
+        settings(
+            secure=True, share_a=True, rounds=1, clip=100.0, work=str(tmp_path / "w2"), output=str(tmp_path / "o2")
+        )
+    )
+    assert secure["plugged_in"]["all"] == pytest.approx(plain["plugged_in"]["all"], rel=0.2)  # another A
+
+
+def test_a_client_that_drops_out_of_a_secure_round_is_left_out(settings, tmp_path):
+    made = settings(secure=True, share_a=True, rounds=1, clip=3.0, threshold=2)
+    with broken(made, break_client="bert"):
+        run(made)
+    found = json.loads((tmp_path / "result" / "results.json").read_text())
+    assert sorted(found["rounds"][0]["used"]) == ["anna", "cora"]
+    assert "DataError" in found["rounds"][0]["left_out"]["bert"]
