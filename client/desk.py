@@ -1,6 +1,6 @@
 """Messages that Flower's SuperNode received, answered in this process by the app as it is installed here.
 
-It stands where Flower has ``flower-superexec`` and ``flwr-clientapp``, and does less. It imports flwr and is not part of
+It stands where Flower has ``flower-superexec`` and ``flwr-clientapp``, and does less. It imports flwr, outside
 ``client/flower.py``, because taking a message from a SuperNode has no public interface. What is used of Flower's inside
 (1.41) is in the imports below: a Flower that moved it breaks ``offsite federate node`` alone, and with a clear error.
 """

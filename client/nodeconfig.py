@@ -16,7 +16,7 @@ class NodeConfig(VerbConfig):
     verb: ClassVar[str] = "federate node"
 
     superlink: str = Field(
-        pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$",
+        pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9.-]*):[0-9]{1,5}$",
         description="HOST:PORT of the owner's SuperLink",
         json_schema_extra={"positional": True},
     )

@@ -629,7 +629,7 @@ class Federated:
 
         if changes or name not in self._members:
             stated = {**json.loads(self.settings[name].read_text()), **changes}
-            made = Member(build(MemberConfig, flags={k: v for k, v in stated.items()}))
+            made = Member(build(MemberConfig, flags=stated))
             if changes:
                 return made
             self._members[name] = made

@@ -40,10 +40,10 @@ class SuperNode:
             found.bind(("127.0.0.1", 0))
             self.port = found.getsockname()[1]
         app = create_app(state_factory=self.states, superexec_auth_secret=SECRET)
-        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=self.port, log_level="error"))
+        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=self.port, ws="none"))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
-        while not self.server.started:
+        while self.thread.is_alive() and not self.server.started:
             time.sleep(0.01)
 
     def close(self) -> None:
@@ -55,15 +55,14 @@ class SuperNode:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
         message = Message(RecordDict(), dst_node_id=5, message_type="query.hello")
         run = Run.create_empty(7)
-        run.fab_hash = PIN  # the SuperLink's word, whatever it sent
+        run.fab_hash = self.state.store_fab(Fab("", fab, {}))
         self.state.store_run(run)
-        self.state.store_fab(Fab(PIN, fab, {}))
         self.state.set_run_series_context(
             run.series_id,
             Context(run_id=7, node_id=5, node_config={"client": "/elsewhere"}, state=RecordDict(), run_config={}),
         )
         _insert_message(message, self.state, self.store)
-        assert self.state.create_task(task_type=kind, run_id=7, fab_hash=PIN)
+        assert self.state.create_task(task_type=kind, run_id=7, fab_hash=run.fab_hash)
 
     def reply(self) -> Message:
         (found,) = self.state.get_messages_legacy(is_reply=True)
@@ -111,8 +110,9 @@ def test_the_pinned_app_is_answered_with_the_settings_of_this_machine(supernode,
     supernode.receive()
     assert found.answer_next()
     assert found.seen == [{"client": str(tmp_path / "member.json")}]
-    assert supernode.reply().metadata.message_type == "query.hello"
-    assert not supernode.reply_has_error if hasattr(supernode, "reply_has_error") else True
+    reply = supernode.reply()
+    assert reply.metadata.message_type == "query.hello"
+    assert not reply.has_error()
     assert (found.num_answered, found.num_refused) == (1, 0)
     assert not found.answer_next()
 
@@ -125,7 +125,7 @@ def test_the_pinned_app_is_answered_with_the_settings_of_this_machine(supernode,
         ({"kind": TaskType.AGENT_APP}, "another kind of app"),
     ],
 )
-def test_another_app_is_refused_whatever_digest_it_is_said_to_have(changes, why, supernode, make_desk, capsys):
+def test_another_app_is_refused_and_its_bytes_are_only_hashed(changes, why, supernode, make_desk, capsys):
     found = make_desk()
     supernode.receive(**changes)
     assert found.answer_next()

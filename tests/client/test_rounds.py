@@ -1,4 +1,4 @@
-"""Tuning on a federation's round: the weights it starts from, the factors it shares, how far it pulls, what it refuses."""
+"""Tuning on a federation's round: the weights it starts from, the factors it shares, its pull, and what it refuses."""
 
 from __future__ import annotations
 

@@ -75,6 +75,8 @@ class Processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
         for process in self.running.values():
+            if process.poll() is None:
+                process.kill()
             process.communicate()
 
     def left(self) -> list[int]:

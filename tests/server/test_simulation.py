@@ -11,7 +11,7 @@ import pytest
 from offsite.config import build
 from offsite.errors import ConfigError, RunFailed
 from offsite.faults import ROUND_POINTS, set_hook
-from server.simulation import run
+from server.simulation import prepared, run
 from server.simulationconfig import SimulateConfig
 
 
@@ -244,3 +244,29 @@ def test_a_client_that_drops_out_of_a_secure_round_is_left_out(settings, tmp_pat
     found = json.loads((tmp_path / "result" / "results.json").read_text())
     assert sorted(found["rounds"][0]["used"]) == ["anna", "cora"]
     assert "DataError" in found["rounds"][0]["left_out"]["bert"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tune": {"batch_size": 4}}, {"lora_rank": 3}, {"adapter": "rslora"}, {"clients": "others"}]
+)
+def test_a_work_folder_keeps_to_what_it_was_made_with(settings, texts, tmp_path, changes):
+    prepared(settings())
+    if "clients" in changes:
+        (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
+        changes = {"clients": {**texts[0], "bert": str(tmp_path / "other.jsonl")}}
+    with pytest.raises(ConfigError, match="was set up with other settings"):
+        prepared(settings(**changes))
+
+
+@pytest.mark.parametrize("step", ["create_job", "seal_run", "open_run", "staged_file"])
+def test_making_ready_goes_on_where_it_broke_off(settings, step, monkeypatch):
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"server.simulation.{step}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(settings())
+    config, made = prepared(settings())
+    assert (len(config.jobs), sorted(made)) == (3, ["anna", "bert", "cora"])
+    assert prepared(settings()) == (config, made)
