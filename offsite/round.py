@@ -47,7 +47,7 @@ class RoundManifest(Strict):
     Attributes:
         task: ``train`` asks for a bundle; ``finish`` says that there is no further round.
         learning_rate: peak rate; None leaves it to the client.
-        clip: largest Frobenius norm of the update that a client hands in; it scales a larger one down. None for no limit.
+        clip: largest Frobenius norm of what a client hands in; it scales a longer update down. None for no limit.
         secure: terms of secure aggregation, in their one JSON form (``offsite/secaggterms.py``): the answer is then no
             bundle, but a part of a sum. None for a bundle.
         proximal: FedProx's mu, on the effective update (`adapters/updates.py`); 0 for none.

@@ -99,9 +99,9 @@ class Federation:
         self.rule.require(config.min_clients)
         if config.secure:
             require_summable(self.spec, share_a=config.share_a)
-        self.privacy = _privacy(config, len(self.participants))
         _require_unused(registry, config.name, self.job_ids.values())
         self.store = FederationStore(registry, config.name, fixed)
+        self.privacy = _privacy(config, len(self.store.begun["jobs"]))  # the divisor stays when a client leaves
         self.folder = registry.folder / "federations" / self.store.id
         self._realigner = Realigner(config, self.package, self.folder)
         self.states: dict[str, Update] = self._load_states()

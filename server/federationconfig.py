@@ -14,7 +14,7 @@ from server.exchangeconfig import ServeExchangeConfig
 Rule = Literal["mean", "trimmed-mean", "median", "krum", "multi-krum"]
 
 _FIXED = (
-    "mode", "rounds", "steps", "learning_rate", "proximal", "fraction", "min_clients", "rule", "num_byzantine", "trim",
+    "mode", "rounds", "steps", "learning_rate", "proximal", "fraction", "rule", "num_byzantine", "trim",
     "keep", "max_norm", "rank", "share_a", "noise_multiplier", "clip", "delta", "realign_every", "realign_steps",
     "realign_rank", "secure", "threshold",
 )  # fmt: skip

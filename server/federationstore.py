@@ -44,6 +44,9 @@ class FederationStore:
     Args:
         content: settings that must stay the same from the first round to the last.
 
+    Attributes:
+        begun: the settings it was begun with.
+
     Raises:
         ConfigError: when it was begun with others.
     """
@@ -59,8 +62,9 @@ class FederationStore:
                     "INSERT INTO federations VALUES (?, ?, ?, ?)", (self.id, name, text, int(time.time()))
                 )
                 transaction.log("federation-begun", federation=self.id)
+                self.begun = dict(content)
                 return
-        self.id = row["federation_id"]
+        self.id, self.begun = row["federation_id"], json.loads(row["content"])
         if row["content"] != text:
             before = json.loads(row["content"])
             changed = sorted(key for key in {*before, *content} - {"jobs"} if before.get(key) != content.get(key))

@@ -1,9 +1,10 @@
 """What a federation is worth, and what one bad client does to it.
 
-Run as: ``python benchmarks/federation/run.py --config benchmarks/federation/medquad.yaml --data D --work W --out JSON``.
-Arms: one adapter of all clients over rounds (``shared``), one for each over the same rounds (``personal``), one for each
-in a single longer run (``local``), and one tuned on all text in one place (``pooled``, the bound); then two rounds with
-one client that hands in NaN, a scaled update or what it learnt from shuffled answers, under the mean and under a
+Run as: ``python benchmarks/federation/run.py --config benchmarks/federation/medquad.yaml --data D --work W --out F``.
+
+Arms: one adapter of all clients over rounds (``shared``), one for each over the same rounds (``personal``), one for
+each in a single longer run (``local``), and one tuned on all text in one place (``pooled``, the bound); then two rounds
+with one client that hands in NaN, a scaled update or what it learnt from shuffled answers, under the mean and under a
 robust rule. Every arm is a run of the product; killed, an arm goes on. ``--only shared,pooled`` works on some.
 """
 
