@@ -110,10 +110,16 @@ def _open(config: AuditBundleConfig) -> _Given:
     """Return what belongs together.
 
     Raises:
+        ConfigError: when the bundle answers a federation's round.
         WrongBinding: when the record, the package, the data or the canaries are not those of the bundle.
     """
     package, bundle = open_package(config.package), open_bundle(config.bundle)
     bundle.bind(package_digest=package.digest, base_digest=package.manifest.base_digest)
+    if bundle.manifest.round_digest is not None:
+        raise ConfigError(
+            f"bundle {config.bundle.name!r} was tuned on a federation's round, not on the package alone",
+            hint="audits of rounds are not there yet; an audit of it on the package would measure another model",
+        )
     record = read_run(run_path(config.bundle))
     what = f"{run_path(config.bundle).name!r}"
     for name, stated, found in (

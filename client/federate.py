@@ -18,7 +18,7 @@ from client.exchange import courier_of, fetch_offer, hand_in, owner_of
 from client.member import Member
 from client.memberconfig import JoinConfig
 from offsite.console import say
-from offsite.errors import ArtefactError, RunFailed, WrongBinding
+from offsite.errors import ArtefactError, PolicyError, RunFailed, WrongBinding
 from offsite.faults import reach
 from offsite.trust import TrustStore
 from offsite.wire import Offers, OfferSummary
@@ -103,23 +103,35 @@ class _Loop:
             return None
         if member.has_joined(round_):
             say(f"round {number} was joined before this start, and its secrets are gone: waiting for the next round")
-            out = member.drop_out(round_)  # so that the others need not wait for this client
-            self._patiently(lambda: hand_in(self._courier, out, verdict_seconds=_VERDICT_SECONDS))
+            self._hand_in_note(member.drop_out(round_), number)  # so that the others need not wait for this client
             return number
         sealed = member.answer(round_)
         reach("round-sealed")
+        if round_.manifest.secure is not None:
+            self._hand_in_note(sealed, number)
+            return number
         status = self._patiently(lambda: hand_in(self._courier, sealed, verdict_seconds=_VERDICT_SECONDS))
         say(f"round {number} of {round_.manifest.num_rounds}: {status.state} by the owner")
         shutil.rmtree(pulled, ignore_errors=True)
         return number
 
     def _followed(self, pulled: Path) -> int:
-        """Return the number of the secure round whose next message was answered."""
+        """Return the number of the secure round whose next message was answered, or refused: the next round comes."""
         number = self._member.secure_round or 0
-        sealed = self._member.follow(pulled)
-        self._patiently(lambda: hand_in(self._courier, sealed, verdict_seconds=_VERDICT_SECONDS))
+        try:
+            self._hand_in_note(self._member.follow(pulled), number)
+        except (ArtefactError, PolicyError) as error:  # one bad peer or owner must not end this client's part for good
+            out = "" if self._member.secure_round is not None else "; this client is out of it, and waits for the next"
+            say(f"secure round {number}: {type(error).__name__}: {error}{out}")
         shutil.rmtree(pulled, ignore_errors=True)
         return number
+
+    def _hand_in_note(self, sealed: Path, number: int) -> None:
+        """The message is with the owner, unless it takes none of that round any more."""
+        try:
+            self._patiently(lambda: hand_in(self._courier, sealed, verdict_seconds=_VERDICT_SECONDS))
+        except ArtefactError as error:
+            say(f"secure round {number}: the owner does not take this client's message: {error}")
 
     def _pulled(self, offer: OfferSummary) -> Path | None:
         """Return the sealed round; None when the owner took it back meanwhile, as when it was closed."""

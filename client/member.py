@@ -22,7 +22,16 @@ from client.tune import run as tune
 from client.tune import work_folder
 from offsite.bundle import open_bundle
 from offsite.console import muted, say
-from offsite.errors import BadDigest, ConfigError, OffsiteError, PolicyError, Replayed, RunFailed, WrongBinding
+from offsite.errors import (
+    BadDigest,
+    ConfigError,
+    OffsiteError,
+    PolicyError,
+    Replayed,
+    RunFailed,
+    TooLarge,
+    WrongBinding,
+)
 from offsite.job import read_job
 from offsite.keys import open_identity
 from offsite.ledger import Ledger
@@ -71,7 +80,8 @@ class Member:
 
         Raises:
             ArtefactError: when it is not from the job's owner, for this key, of this job, new or the same, and sound.
-            PolicyError: when it asks for more steps than these settings allow.
+            PolicyError: when it asks for more steps than these settings allow, or for a bundle where only secure sums
+                are taken part in, by these settings or since a secure round of the job was joined.
             ConfigError: when the work folder holds another federation's rounds.
             RunFailed: while another process is at work in that folder.
         """
@@ -101,8 +111,8 @@ class Member:
         return None if self._secure is None else self._secure.terms.round
 
     def has_joined(self, round_: Round) -> bool:
-        """Tell whether this secure round was joined from here before, so that it cannot be answered again."""
-        return round_.manifest.secure is not None and last_joined(self.config.work) >= round_.manifest.round
+        """Tell whether this secure round was joined with these keys before, so that it cannot be answered again."""
+        return round_.manifest.secure is not None and self._last_joined() >= round_.manifest.round
 
     def drop_out(self, round_: Round) -> Path:
         """Return a sealed note that is no message of the protocol: the owner then goes on without this client."""
@@ -113,8 +123,10 @@ class Member:
         """Return the sealed answer to the owner's next message of the secure round that is under way.
 
         Raises:
-            PolicyError: when none is, or the message asks for more than the sum.
-            ArtefactError: when it is not from the job's owner, for this key, new, or not what peers signed.
+            PolicyError: when none is, or the message asks for more than the sum; the round is over then.
+            WrongBinding: when it is for another round; the one under way goes on then.
+            ArtefactError: when it is not from the job's owner, for this key, new, or not what peers signed; the round
+                is over then.
         """
         fresh = self.config.work / ".note.partial"
         trust, now = TrustStore(self.config.keys), int(time.time())
@@ -125,15 +137,19 @@ class Member:
             try:
                 with Ledger(self.config.keys) as ledger:
                     opened = open_sealed(sealed, fresh, identity=self.identity, trust=trust, ledger=ledger, now=now)
-                if opened.manifest.kind != "note" or opened.manifest.round != self._secure.terms.round:
-                    raise WrongBinding(f"this {opened.manifest.kind} is not for the secure round that is under way")
-                answer = self._secure.follow((fresh / NOTE_NAME).read_bytes())
+                secure, manifest = self._secure, opened.manifest
+                is_due = manifest.kind == "note" and manifest.round == secure.terms.round
+                if is_due and manifest.files[0].bytes > secure.terms.limit_bytes:
+                    raise TooLarge(f"a message of {manifest.files[0].bytes} bytes, limit {secure.terms.limit_bytes}")
+                answer = secure.follow((fresh / NOTE_NAME).read_bytes()) if is_due else b""
             except OffsiteError:
                 self._secure = None  # a refusal ends the round for this client
                 raise
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
-            return self._note(answer, self._secure.round)
+            if not is_due:  # as of a round that the owner broke off: nothing of the protocol was asked
+                raise WrongBinding(f"this {manifest.kind} is not for the secure round that is under way")
+            return self._note(answer, secure.round)
 
     def _note(self, content: bytes, round_: Round) -> Path:
         """Return one sealed message to the owner."""
@@ -141,23 +157,37 @@ class Member:
         number = len(list(folder.glob("*.sealed"))) if folder.is_dir() else 0
         plain, sealed = folder / f"{number:02d}", folder / f"{number:02d}.sealed"
         plain.mkdir(parents=True, exist_ok=True)
-        (plain / NOTE_NAME).write_bytes(content)
-        with muted():
-            seal_run(self._sealing(plain, sealed, round_.manifest.round), identity=self.identity)
-        shutil.rmtree(plain)
+        try:
+            (plain / NOTE_NAME).write_bytes(content)
+            with muted():
+                seal_run(self._sealing(plain, sealed, round_.manifest.round), identity=self.identity)
+        except OSError as error:
+            raise RunFailed(f"cannot write a message: {(error.strerror or 'i/o error').lower()}") from None
+        finally:
+            shutil.rmtree(plain, ignore_errors=True)
         return sealed
+
+    def _last_joined(self) -> int:
+        """Return the last secure round that was joined with these keys; in whatever work folder, the ledger knows."""
+        with Ledger(self.config.keys) as ledger:
+            return max(last_joined(self.config.work), ledger.last_round(self.job.job_id, "note"))
 
     def _joined(self, round_: Round, bundle: Path) -> Path:
         """Return the first message of a secure round, whose secrets live in this process from now on."""
-        self._secure = SecureRound(
+        self._secure = None
+        secure = SecureRound(
             round_,
             self.package,
             self.identity,
             TrustStore(self.config.keys),
             self.config.work,
+            owner=self.job.owner,
+            last_round=self._last_joined(),
             colluders=self.config.colluders,
         )
-        return self._note(self._secure.begin(bundle), round_)
+        sealed = self._note(secure.begin(bundle), round_)
+        self._secure = secure
+        return sealed
 
     def _answered(self, round_: Round) -> Path:
         folder = round_.path.parent
@@ -216,6 +246,11 @@ class Member:
         if manifest.steps > self.config.limit_steps:
             raise PolicyError(
                 f"round {number} asks for {manifest.steps} steps, --limit-steps {self.config.limit_steps}"
+            )
+        if manifest.secure is None and (self.config.secure_only or self._last_joined() >= 0):
+            raise PolicyError(
+                f"round {number} asks for the bundle itself, not for a part of a sum",
+                hint="a federation is secure from its first round to its last, or never; ask the owner",
             )
         place = work_of(self.config.work, number) / ROUND
         if place.is_dir():

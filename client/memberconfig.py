@@ -30,6 +30,9 @@ class _Part(VerbConfig):
         False, description="let each round's bundle go although nothing was measured on it; needed, and recorded"
     )
     colluders: int = Field(0, ge=0, description="secure rounds: clients you reckon to be in league with the owner")
+    secure_only: bool = Field(
+        False, description="refuse a round that asks for the bundle itself, not for a part of a sum"
+    )
     limit_steps: int = Field(10_000, ge=1, description="most steps that a round may ask for")
     limit_bytes: int = Field(2**36, ge=1, description="largest sealed round to take, in bytes")
 
@@ -66,8 +69,8 @@ class MemberConfig(_Part, IdentityConfig):
         self.tuning(Path("round"), Path("bundle"), resume=False)
         if not self.accept_leakage:
             raise ConfigError(
-                "each round sends a bundle, and no audit of single rounds is made on the way",
-                hint="--accept-leakage lets them go; what the rounds gave away together, offsite audit bundle measures",
+                "each round sends a bundle on which nothing was measured",
+                hint="--accept-leakage lets them go; tune.dp bounds what they give away; rounds are not audited yet",
             )
 
 

@@ -3,8 +3,9 @@
 The secrets of a round are in memory only. A client that was killed has dropped out of that round, and says so when it
 is asked again; the number of the last round that it joined is on disk before its first message leaves.
 
-What the client decides for itself, whatever the owner's terms say: who its peers are (the cards it pinned), how many of
-them it reckons to be in league with the owner, and that the terms are for this round, its own adapter and its clip.
+What the client decides for itself, whatever the owner's terms say: who its peers are (the cards it pinned, and never
+the owner's), how many of them it reckons to be in league with the owner, and that the terms are for this round as it
+was asked here, weights and all, its own adapter and its clip.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from adapters.vector import WHOLE, clipped, require_summable, vector_of, vector_
 from client.secagg import ClientRound
 from offsite.bundle import open_bundle
 from offsite.console import say
-from offsite.errors import PolicyError, WrongBinding
+from offsite.errors import PolicyError, Untrusted, WrongBinding
 from offsite.keys import Identity, PublicKeys
 from offsite.package import Package
 from offsite.round import Round
@@ -37,31 +38,50 @@ class SecureRound:
     """One round, from the first message to the last; a refusal ends it for this client.
 
     Args:
+        owner: fingerprint of who asks; its card is pinned here as well, and it is nobody's peer.
         work: the client's folder for this federation.
+        last_round: number of the last secure round that was joined with these keys, -1 for none.
         colluders: peers that this client reckons to be in league with the owner.
 
     Raises:
         WrongBinding: when the terms are not for this round, this client, its adapter and the round's clip.
-        PolicyError: when the threshold does not keep an update secret from so many.
+        PolicyError: when the threshold does not keep an update secret from so many, or the sum could be that of this
+            client and of those in league alone.
         Replayed: when this client joined this round before, or a later one.
-        Untrusted: when a member is not among the peers whose cards are pinned here.
+        Untrusted: when a member is not among the peers whose cards are pinned here, or is the owner.
     """
 
     def __init__(
-        self, round_: Round, package: Package, identity: Identity, trust: TrustStore, work: Path, *, colluders: int
+        self,
+        round_: Round,
+        package: Package,
+        identity: Identity,
+        trust: TrustStore,
+        work: Path,
+        *,
+        owner: str,
+        last_round: int,
+        colluders: int,
     ) -> None:
         self.round, self._package, self._work = round_, package, work
         manifest = round_.manifest
         require_summable(manifest.adapter, share_a=bool(manifest.start))
         self._expected = declared(manifest.adapter, package.layout, package.block_tensors())
         self.terms = self._agreed(identity)
+        if owner in self.terms.members:
+            raise Untrusted("the terms of secure aggregation name the owner as a member: the sum would hide nothing")
         self._part = ClientRound(
             self.terms,
             identity,
             {**_pinned(trust), identity.public.fingerprint: identity.public},
-            last_round=last_joined(work),
+            last_round=max(last_round, last_joined(work)),
             colluders=colluders,
         )
+        if self.terms.threshold - colluders < 2:
+            raise PolicyError(
+                f"threshold {self.terms.threshold}: a sum may be of this client and {colluders} in the owner's league",
+                hint="the owner has to set --threshold higher, or to ask more clients",
+            )
         self._steps: list[Callable[[bytes], bytes]] = []
 
     def begin(self, bundle: Path) -> bytes:
@@ -112,6 +132,7 @@ class SecureRound:
             "others than this client": identity.public.fingerprint not in terms.members,
             "another adapter": terms.shapes != vector_shapes(self._expected),
             "another clip": terms.limit != manifest.clip,
+            "other weights or another task than were asked here": terms.asked != manifest.asked,
         }
         for what, holds in problems.items():
             if holds:

@@ -95,6 +95,11 @@ class Ledger:
         with self._store.transaction() as transaction:
             _remember(transaction, opened)
 
+    def last_round(self, job_id: str, kind: Kind) -> int:
+        """Return the highest round of the job for which an artefact of that kind was sealed here, -1 for none."""
+        rows = self._store.rows("SELECT MAX(round) AS last FROM sent WHERE job_id = ? AND kind = ?", [job_id, kind])
+        return -1 if rows[0]["last"] is None else int(rows[0]["last"])
+
     @contextmanager
     def sending(self, job_id: str, kind: Kind) -> Iterator[Slot]:
         """Yield the next slot of the job and kind; it is taken when the block ends well and has set its digest.

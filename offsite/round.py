@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Final, Literal
 from pydantic import Field, model_validator
 
 from offsite.bundle import AdapterSpec
-from offsite.digests import DIGEST_PATTERN
+from offsite.digests import DIGEST_PATTERN, sha256_bytes
 from offsite.errors import WrongBinding
 from offsite.job import MAX_ROUNDS
 from offsite.manifest import FileEntry, Strict, check_files, entries, read_manifest, write_manifest
 from offsite.staging import staged_folder
+from offsite.strictjson import write_compact
 from offsite.tensors import TensorSpec, check_exact, check_finite, read_header, read_tensors, spec_of, write_tensors
 
 if TYPE_CHECKING:
@@ -84,6 +85,11 @@ class RoundManifest(Strict):
             if bool(tensors) != (name in self.files):
                 raise ValueError(f"tensors of {name} and the file belong together")
         return self
+
+    @property
+    def asked(self) -> str:
+        """Digest of all that is asked, weights with it, but for the terms of secure aggregation: they name it."""
+        return sha256_bytes(write_compact(self.model_copy(update={"secure": None, "clip": None})))
 
     def stated(self) -> dict[str, dict[str, TensorSpec]]:
         """Return the tensors that each file must hold, by the file's name; a file without any must not be there."""

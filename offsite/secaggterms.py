@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from offsite.digests import sha256_bytes
+from offsite.digests import DIGEST_PATTERN, sha256_bytes
 from offsite.errors import ConfigError, TooLarge
 from offsite.fixedpoint import BITS, Encoding, TensorShape, count_numbers
 from offsite.manifest import Strict
@@ -44,6 +44,9 @@ class Terms(Strict):
         limit: largest absolute value of an update's numbers.
         bits: the modulus is ``2**bits``.
         shapes: the tensors of an update in the order of the vector.
+        asked: digest of what is asked of every member alike, the weights to start from above all; None where that is
+            no part of the agreement. Without it an owner gives all members but one weights on which they learn nothing:
+            the sum is then the one's update (Pasquini et al. 2022, https://doi.org/10.1145/3548606.3560557).
     """
 
     format: Literal["offsite/secagg/1"] = SECAGG_FORMAT
@@ -54,6 +57,7 @@ class Terms(Strict):
     limit: float
     bits: Literal[32, 48, 64] = BITS[0]
     shapes: tuple[TensorShape, ...] = Field(min_length=1, max_length=MAX_TENSORS)
+    asked: str | None = Field(None, pattern=DIGEST_PATTERN)
 
     @model_validator(mode="after")
     def _coherent(self) -> Terms:

@@ -49,8 +49,8 @@ class Desk:
         def keys(issuer: str) -> PublicKeys:
             return self._lookup(issuer, now)
 
-        if self._is_note(raw):
-            manifest = verify_sealed(raw.manifest_raw, raw.signatures_raw, keys, now=now)
+        manifest = verify_sealed(raw.manifest_raw, raw.signatures_raw, keys, now=now)
+        if manifest.kind == "note":
             if manifest.issuer != client:
                 raise WrongBinding("this note was sealed by another key than the one that hands it in")
             self._notes.check(manifest, self._registry.job(manifest.job_id))

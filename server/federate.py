@@ -134,7 +134,9 @@ def finish(federation: Federation, watch: Watch | None = None) -> dict[str, obje
     with staged_file(config.output / RESULTS, replace=True) as stage:
         stage.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     adapted = config.output / ADAPTED
-    if config.mode == "shared" and config.merge and not adapted.exists():
+    if not federation.states:
+        say("no round counted: there is nothing to adapt the model with")
+    elif config.mode == "shared" and config.merge and not adapted.exists():
         write_adapted(federation, adapted)
         say(f"adapted model: {adapted.name} in {config.output.name!r}; offsite serve opens it")
     if last:

@@ -127,8 +127,8 @@ class Federation:
         asked = self.store.asked(self.job_ids, number)
         if not asked:
             clients = self._draw()
-            secure = secure_terms(self, number, clients)
             emulator = self._realigner.before(number, lambda earlier: self._write_round(number, "train", "", earlier))
+            secure = self._secure_terms(number, clients, emulator) if self.config.secure else None
             rounds = {client: self._write_round(number, "train", client, emulator, secure) for client in clients}
             asked = {client: found.digest for client, found in rounds.items()}
             self.store.ask(self.job_ids, asked, number)
@@ -136,6 +136,14 @@ class Federation:
         found = self._sealed_for(asked, number, "round")
         self._take_back(number)
         return found
+
+    def _secure_terms(self, number: int, clients: list[str], emulator: Update) -> str:
+        """Return the terms of a secure round, which name all else that it asks: of everybody alike."""
+        draft = self._write_round(number, "train", clients[0], emulator)
+        try:
+            return secure_terms(self, number, clients, draft.manifest.asked)
+        finally:
+            shutil.rmtree(draft.path)
 
     def say_finished(self) -> None:
         """Every client is told, by a sealed round that asks for nothing, that there is no further one."""

@@ -96,6 +96,8 @@ class FederationConfig(IdentityConfig):
             )
         if self.secure and (self.mode == "personal" or self.rule != "mean" or self.max_norm or self.noise_multiplier):
             problems.append("--secure: the owner sees no single update, so no rule, norm or central noise goes with it")
+        if self.secure and self.threshold is not None and self.threshold < self.min_clients:
+            problems.append(f"--threshold {self.threshold}: below --min-clients {self.min_clients}")
         if self.realign_every and (self.public is None or self.mode == "personal"):
             problems.append("--realign-every: needs --public, and one shared model to realign with")
         if problems:

@@ -30,6 +30,12 @@ def first_asked(registry: Registry, job_id: str) -> str | None:
     return rows[0]["round_digest"] if rows else None
 
 
+def is_finished(registry: Registry, federation_id: str, number: int) -> bool:
+    """Tell whether that round is closed."""
+    found = (federation_id, number)
+    return bool(registry.store.rows("SELECT 1 FROM finished WHERE federation_id = ? AND round = ?", found))
+
+
 @dataclass(frozen=True)
 class Finished:
     """One finished round: its number and what `FederationStore.finish` was given."""

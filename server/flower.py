@@ -26,13 +26,14 @@ from flwr.supercore.task_identity import TaskIdentity
 from offsite import errors
 from offsite.config import build
 from offsite.console import say
-from offsite.errors import ArtefactError, ConfigError, OffsiteError, RunFailed
+from offsite.errors import ArtefactError, ConfigError, Expired, OffsiteError, RunFailed, Untrusted
 from offsite.keys import open_identity
 from offsite.parcel import RAW, pack
 from server.federation import Federation, opened_federation
 from server.federationconfig import FederationConfig
 from server.federationstore import Finished
 from server.notes import NoteBox
+from server.secagg import ServerRound
 from server.securerounds import SecureRounds
 
 SETTINGS = "federation"
@@ -172,39 +173,53 @@ class OffsiteStrategy(Strategy):
         if self._secure is None or self._grid is None:
             raise RunFailed("no secure round is under way")
         part, left_out, step = self._secure.owner_part(number), dict[str, str](), 1
-        outgoing = part.advance(self._notes(number, replies, left_out))
+        outgoing = self._advanced(part, number, replies, left_out)
         nodes, seconds = {client: node for node, client in self._nodes.items()}, self._federation.config.stage_seconds
         while outgoing:
             say(f"  secure sum, message {step} of 4: to {len(outgoing)} client(s)")
             messages = []
             for client, raw in sorted(outgoing.items()):
-                sealed = _arrays(pack(self._secure.note_for(client, number, step, raw)))
+                try:
+                    sealed = _arrays(pack(self._secure.note_for(client, number, step, raw)))
+                except (Untrusted, Expired) as error:
+                    left_out[client] = f"{type(error).__name__}: {error}"
+                    continue
                 content = RecordDict({"sealed": sealed, "awaits": ConfigRecord({"note": step})})
                 found = Message(content, dst_node_id=nodes[client], message_type=SECAGG, group_id=str(number))
                 messages.append(found)
             answers = self._grid.send_and_receive(messages, timeout=seconds)
-            outgoing, step = part.advance(self._notes(number, answers, left_out)), step + 1
+            outgoing, step = self._advanced(part, number, answers, left_out), step + 1
         total = part.total()
+        reasons = {client: left_out.get(client, "dropped out") for client in self._asked - set(total.contributors)}
+        finished = self._secure.close_sum(number, total, reasons)
         self._secure.clear(number)
-        for client in self._asked - set(total.contributors) - left_out.keys():
-            left_out[client] = "dropped out"
-        return self._secure.close_sum(number, total, left_out)
+        return finished
 
-    def _notes(self, number: int, replies: Iterable[Message], left_out: dict[str, str]) -> list[bytes]:
-        """Return the opened messages of clients; why another does not count is noted."""
-        found = []
+    def _advanced(
+        self, part: ServerRound, number: int, replies: Iterable[Message], left_out: dict[str, str]
+    ) -> dict[str, bytes]:
+        """Take in the clients' messages, and return what each client left gets; why another's does not count is noted.
+
+        Raises:
+            RunFailed: as `ServerRound.close`, once those reasons were shown.
+        """
         for reply in replies:
             client, sealed, reason = self._unwrapped(reply)
             if client is None or self._secure is None:
                 continue
             try:
                 if sealed is not None:
-                    found.append(self._secure.read_note(client, number, sealed))
+                    part.take(self._secure.read_note(client, number, sealed), sender=client)
             except ArtefactError as error:
                 reason = f"{type(error).__name__}: {error}"
             if reason:
                 left_out[client] = reason
-        return found
+        try:
+            return part.close()
+        except RunFailed:
+            for client, reason in sorted(left_out.items()):
+                say(f"  {self._federation.participants[client].name}: left out: {reason}")
+            raise
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -9,11 +9,13 @@ from offsite.errors import Replayed, TooLarge, WrongBinding
 from offsite.job import Job
 from offsite.round import open_round
 from offsite.seal import check_payload
-from offsite.sealed import SealedManifest, bind
-from offsite.secaggterms import read_terms
+from offsite.sealed import SealedManifest, bind, sealed_size
+from offsite.sealedfolder import PAYLOAD
+from offsite.secaggterms import ENVELOPE_BYTES, read_terms
+from server.federationstore import is_finished
 from server.registry import Registry
 
-_MOST = 16  # of one client in one round; the protocol has five
+_MOST = 16  # of one client in one round; the protocol has five, one of which is large
 
 
 class NoteBox:
@@ -26,23 +28,29 @@ class NoteBox:
         """Return only if a note of that size may come for that round now.
 
         Raises:
-            WrongBinding: when it is not the job's, or the round was not asked in secret.
+            WrongBinding: when it is not the job's, or the round was not asked in secret, or is closed.
             TooLarge: when it is larger than any message of the round.
-            Replayed: when too many have come.
+            Replayed: when too many have come, or another one as large as a masked vector.
         """
         bind(manifest, job)
         if manifest.issuer != job.client:
             raise WrongBinding("this note was not sealed by the job's client")
         asked = self._registry.asked(job.job_id, manifest.round)
-        secure = None if asked is None else open_round(self._registry.round_folder(asked)).manifest.secure
-        if secure is None:
+        round_ = None if asked is None else open_round(self._registry.round_folder(asked)).manifest
+        if round_ is None or round_.secure is None:
             raise WrongBinding(f"round {manifest.round} of job {job.job_id[:12]} is no secure round that was asked")
-        terms = read_terms(secure.encode())
-        limit = terms.limit_bytes + terms.num_vector_bytes
-        if len(manifest.files) != 1 or manifest.files[0].bytes > limit:
+        if is_finished(self._registry, round_.federation_id, manifest.round):
+            raise WrongBinding(f"round {manifest.round} of job {job.job_id[:12]} is closed")
+        terms = read_terms(round_.secure.encode())
+        limit = max(terms.limit_bytes, ENVELOPE_BYTES + terms.num_vector_bytes)
+        if manifest.files[0].bytes > limit:
             raise TooLarge(f"a message of this round has at most {limit} bytes")
-        if len(self.of(job.job_id, manifest.round)) >= _MOST:
+        sizes = [_payload_bytes(path) for path in self.of(job.job_id, manifest.round) if path != self._place(manifest)]
+        if len(sizes) >= _MOST:
             raise Replayed(f"{_MOST} notes of round {manifest.round} have come already")
+        most = sealed_size(terms.limit_bytes)
+        if manifest.files[0].sealed_bytes > most and any(size > most for size in sizes):
+            raise Replayed(f"a masked vector of round {manifest.round} has come already")
 
     def keep(self, folder: Path, manifest: SealedManifest) -> None:
         """The sealed note in `folder` is kept; again changes nothing.
@@ -69,9 +77,13 @@ class NoteBox:
 
     def clear(self, number: int) -> None:
         """Notes of rounds up to that one are gone."""
-        for path in self._folder.glob("*/[0-9]*-*"):
-            if int(path.name.partition("-")[0]) <= number:
+        for path in self._folder.glob("*/*-*"):  # and what a kill left half copied
+            if int(path.name.lstrip(".").partition("-")[0]) <= number:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _place(self, manifest: SealedManifest) -> Path:
         return self._folder / manifest.job_id / f"{manifest.round:05d}-{manifest.sequence:016d}"
+
+
+def _payload_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in (folder / PAYLOAD).iterdir())

@@ -144,10 +144,14 @@ class ServerRound:
                 self.refused.append(error)
         return self.close()
 
-    def take(self, raw: bytes) -> str:
+    def take(self, raw: bytes, *, sender: str | None = None) -> str:
         """The message counts, and its sender is returned; when it is rejected, nothing has changed.
 
+        Args:
+            sender: who brought it, where the transport tells: nobody brings another's message.
+
         Raises:
+            WrongBinding: when somebody else signed it than brought it.
             RunFailed: when the round is over.
             Untrusted, BadSignature: when it is not by a member who is still taking part.
             Replayed: when it is of an earlier round, or the sender's second at this stage.
@@ -155,6 +159,7 @@ class ServerRound:
         """
         if self.stage is ServerStage.MASKED:
             signed, vector = split_masked(raw, self.terms)
+            _require_own(signed, sender)
             message = self._open(signed, Masked, self._shares, self._masked)
             self._add(signed.sender, message, vector)
             return signed.sender
@@ -167,6 +172,7 @@ class ServerRound:
         if self.stage not in takers:
             raise RunFailed(f"a message for round {self.terms.round}, which is {self.stage}")
         signed = read_envelope(raw, self.terms)
+        _require_own(signed, sender)
         takers[self.stage](signed)
         return signed.sender
 
@@ -315,3 +321,8 @@ class ServerRound:
     def _to_all(self, receivers: Iterable[str], message: Stated) -> dict[str, bytes]:
         raw = write_compact(message)
         return dict.fromkeys(receivers, raw)
+
+
+def _require_own(signed: Signed, sender: str | None) -> None:
+    if sender not in (None, signed.sender):
+        raise WrongBinding("a message that another client signed than the one that brought it")

@@ -18,12 +18,12 @@ from adapters.norms import base_tensors
 from adapters.updates import truncated
 from adapters.vector import length, update_from, vector_shapes
 from offsite.console import muted, say
-from offsite.errors import RunFailed, WrongBinding
+from offsite.errors import ConfigError, RunFailed, WrongBinding
 from offsite.ledger import Ledger
 from offsite.parcel import unpack
 from offsite.round import open_round
 from offsite.sealconfig import SealConfig
-from offsite.sealed import NOTE_NAME
+from offsite.sealed import NOTE_NAME, sealed_size
 from offsite.sealing import open_sealed, seal_run
 from offsite.secaggterms import Terms, make_terms, read_terms
 from offsite.strictjson import write_compact
@@ -35,7 +35,7 @@ from server.secagg import ServerRound, Total
 if TYPE_CHECKING:
     from server.federation import Federation
 
-LIMIT_BYTES = 2**36
+_SLACK_BYTES = 2**21  # of a sealed folder beside its payload
 
 
 class SecureRounds:
@@ -76,6 +76,7 @@ class SecureRounds:
         if self._federation.config.secure and asked:
             reasons = dict.fromkeys(asked, "the round was broken off and is not asked again")
             self._federation.finish_round(number, dict(self._federation.states), Told([], reasons, {}, {}))
+            self.clear(number)
             say(f"round {number} was broken off: it counts for nothing, and the next one is asked")
 
     def terms(self, number: int) -> Terms:
@@ -96,7 +97,12 @@ class SecureRounds:
         return ServerRound(terms, {key: self._federation.trust.require(key, now=now) for key in terms.members})
 
     def note_for(self, client: str, number: int, step: int, content: bytes) -> Path:
-        """Return a message to a client of a secure round, sealed into the outbox."""
+        """Return a message to a client of a secure round, sealed into the outbox.
+
+        Raises:
+            Untrusted, Expired: when the client is trusted no longer, or its job over.
+            RunFailed: when the disk fails.
+        """
         job = self._federation.participants[client].job
         out = self._federation.outbox / f"note-{job.job_id[:12]}-{number:04d}-{step:02d}"
         shutil.rmtree(out, ignore_errors=True)  # of a round that was broken off
@@ -112,20 +118,25 @@ class SecureRounds:
             keys=self._federation.config.keys,
             passphrase_file=self._federation.config.passphrase_file,
         )
-        with muted():
-            seal_run(sealing, identity=self._federation.identity)
+        try:
+            with muted():
+                seal_run(sealing, identity=self._federation.identity)
+        finally:
+            shutil.rmtree(plain, ignore_errors=True)
         return out
 
     def read_note(self, client: str, number: int, parts: Mapping[str, bytes]) -> bytes:
         """Return a client's message of a secure round, once its seal is in order.
 
         Raises:
-            ArtefactError: when it is not from that client, for this owner, of that round, and new.
+            ArtefactError: when it is not from that client, for this owner, of that job and round, and new; TooLarge
+                before anything is written.
         """
         place, plain = self._federation.folder / "parcel", self._federation.folder / "note"
         for folder in (place, plain):
             shutil.rmtree(folder, ignore_errors=True)
-        unpack(parts, place, limit_bytes=LIMIT_BYTES)
+        terms = self.terms(number)
+        unpack(parts, place, limit_bytes=sealed_size(terms.limit_bytes + terms.num_vector_bytes) + _SLACK_BYTES)
         try:
             with Ledger(self._federation.config.keys) as ledger:
                 now = int(time.time())
@@ -137,8 +148,8 @@ class SecureRounds:
                     ledger=ledger,
                     now=now,
                 )
-            manifest = opened.manifest
-            if (manifest.kind, manifest.issuer, manifest.round) != ("note", client, number):
+            manifest, job_id = opened.manifest, self._federation.participants[client].job.job_id
+            if (manifest.kind, manifest.job_id, manifest.issuer, manifest.round) != ("note", job_id, client, number):
                 raise WrongBinding(f"what came is no message of this client for secure round {number}")
             return (plain / NOTE_NAME).read_bytes()
         finally:
@@ -153,17 +164,26 @@ class SecureRounds:
         NoteBox(self._federation.registry).clear(number)
 
 
-def secure_terms(federation: Federation, number: int, clients: list[str]) -> str | None:
-    """Return the terms of the round's secure aggregation in their one form; None without it."""
-    if not federation.config.secure:
-        return None
+def secure_terms(federation: Federation, number: int, clients: list[str], asked: str) -> str:
+    """Return the terms of the round's secure aggregation in their one form.
+
+    Args:
+        asked: digest of what is asked of all clients alike (`RoundManifest.asked`).
+
+    Raises:
+        ConfigError: when no client would agree to them: too few clients, or a threshold not over half of them.
+    """
+    config, num = federation.config, len(clients)
     expected = declared(federation.spec, federation.record.layout, federation.record.block_tensors)
     terms = make_terms(
         federation=federation.store.id,
         round=number,
         members=clients,
-        threshold=federation.config.threshold or 2 * len(clients) // 3 + 1,
-        limit=federation.config.clip,
+        threshold=config.threshold or max(2 * num // 3 + 1, min(config.min_clients, num)),
+        limit=config.clip,
         shapes=vector_shapes(expected),
+        asked=asked,
     )
+    if 2 * terms.threshold <= num:
+        raise ConfigError(f"--threshold {terms.threshold} is not over half of the {num} clients of round {number}")
     return write_compact(terms).decode("ascii")

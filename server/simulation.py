@@ -132,6 +132,7 @@ def _client(config: SimulateConfig, owner: Home, client: Home, name: str) -> Pat
         "accept_leakage": True,
         "limit_steps": MAX_STEPS,
         "tune": config.tune,
+        **({"secure_only": True} if config.secure else {}),
     }
     if settings.is_file():
         known = {**json.loads(settings.read_text(encoding="utf-8")), "limit_steps": MAX_STEPS}

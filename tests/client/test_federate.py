@@ -1,4 +1,4 @@
-"""Taking part over an exchange: the newest round, once, until the last; here over the owner's outbox, without a network."""
+"""Taking part over an exchange: the newest round, once, until the last; here over the outbox, without a network."""
 
 from __future__ import annotations
 

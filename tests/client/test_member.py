@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 
+from client.audit import run as audit
+from client.auditconfig import AuditBundleConfig
 from client.budget import BudgetLedger
 from client.federate import join_run
 from client.memberconfig import JoinConfig, MemberConfig
@@ -285,7 +287,7 @@ def test_another_package(federated, dropped_package):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"accept_leakage": False}, "no audit of single rounds is made"),
+        ({"accept_leakage": False}, "on which nothing was measured"),
         ({"data": "nowhere.txt"}, "no file named 'nowhere.txt'"),
         ({"tune": {"steps": 5}}, r"tune\.steps: the owner's round and job say it"),
         ({"tune": {"rank": 5}}, r"tune\.rank: the owner's round and job say it"),
@@ -383,3 +385,14 @@ def test_nothing_of_the_text_or_of_paths_is_said(federated, asked, capsys):
     assert "anna 3 anna" not in captured.err + captured.out
     assert str(federated.folder) not in captured.err + captured.out
     shutil.rmtree(sealed)
+
+
+def test_an_audit_refuses_a_round_s_bundle_which_it_would_put_on_other_weights(federated, asked, tmp_path):
+    member = federated.member("anna")
+    round_ = member.take(asked["anna"])
+    member.answer(round_)
+    bundle, package, data = round_.path.parent / "bundle", member.config.package, member.config.data
+    with pytest.raises(ConfigError, match="was tuned on a federation's round"):
+        audit(build(AuditBundleConfig, flags={"package": str(package), "bundle": str(bundle), "data": str(data),
+                                              "output": str(tmp_path / "audit")}))  # fmt: skip
+    assert not (tmp_path / "audit").exists()

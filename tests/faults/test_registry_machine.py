@@ -132,8 +132,10 @@ class Machine(RuleBasedStateMachine):
             self.registry.close()
         self.registry = self.opened()
         found = self.registry.entry(self.id(number)).state
+        order = (*PATH, "refused")
+        moves = order.index(to) > order.index(state)  # a step that was taken already changes nothing
         if crashed:
-            assert found == (state if point == "commit-before" else to)
+            assert found == (to if moves and point != "commit-before" else state)
         assert found in (state, to)
         self.known[number] = (found, round_number)
         self.newest = max((0, *(e.sequence for e in self.registry.entries() if e.state != "refused")))

@@ -54,7 +54,10 @@ def test_what_was_written_is_read(bundle, expected, dropped_package):
 def test_nothing_is_disclosed_unless_named(tmp_path, bundle, expected, dropped_package):
     assert sorted(path.name for path in bundle.path.iterdir()) == ["adapter.safetensors", "offsite.json"]
     stated = json.loads((bundle.path / "offsite.json").read_text())
-    assert set(stated) == {"format", "package_digest", "base_digest", "adapter", "tensors", "disclosed", "files"}
+    assert stated["round_digest"] is None
+    assert set(stated) == {
+        *("format", "package_digest", "base_digest", "round_digest", "adapter", "tensors", "disclosed", "files")
+    }
     assert stated["disclosed"] == {}
     shared = write_bundle(
         tmp_path / "shared",

@@ -196,7 +196,7 @@ def test_central_privacy(settings, tmp_path):
 
 
 def test_central_privacy_without_a_shared_factor_is_dense(settings, tmp_path):
-    told = run(settings(noise_multiplier=0.5, clip=0.5, delta=0.01, rounds=1, fraction=0.5, min_clients=1))
+    run(settings(noise_multiplier=0.5, clip=0.5, delta=0.01, rounds=1, fraction=0.5, min_clients=1))
     found = json.loads((tmp_path / "result" / "results.json").read_text())
     assert found["rounds"][0]["figures"]["rate"] == 0.5
 
