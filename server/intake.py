@@ -21,7 +21,7 @@ from adapters.rounds import grown
 from offsite.bundle import TENSOR_FILE, BundleManifest, open_bundle
 from offsite.console import say
 from offsite.digests import sha256_bytes
-from offsite.errors import ArtefactError, BadDigest, BadSchema, ConfigError, RunFailed
+from offsite.errors import ArtefactError, BadDigest, BadSchema, ConfigError, RunFailed, WrongBinding
 from offsite.faults import reach
 from offsite.job import Job
 from offsite.keys import Identity, open_identity
@@ -188,6 +188,10 @@ def _examine(
         check_unseen(manifest, digest, registry.seen(manifest))
     except ArtefactError as error:
         return _refused(registry, digest, error, now)
+    added = asked_round(registry, job.job_id, manifest.round)
+    if added is not None and added.manifest.secure is not None:  # nothing of it is decrypted: its client erred
+        secret = WrongBinding(f"round {manifest.round} is a secure one, which no bundle answers")
+        return _refused(registry, digest, secret, now)
     package, record = job_package(registry, job)
     stage = registry.folder / "incoming" / short_id(digest)
     try:
@@ -198,7 +202,6 @@ def _examine(
     except ArtefactError as error:
         return _refused(registry, digest, error, now)
     reach("intake-decrypted")
-    added = asked_round(registry, job.job_id, manifest.round)
     try:
         verified, tensors_sha256 = _verify(stage, manifest, job, package, record, short_id(digest), added)
     except ArtefactError as error:

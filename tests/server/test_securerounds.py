@@ -13,6 +13,7 @@ from offsite.digests import sha256_file
 from offsite.errors import ArtefactError, ConfigError, Replayed, RunFailed, TooLarge, Untrusted, WrongBinding
 from offsite.faults import ROUND_POINTS, set_hook
 from offsite.parcel import pack
+from offsite.sealing import seal_run
 from offsite.secaggterms import read_terms
 from server.federate import finish
 from server.roundstate import SHARED
@@ -298,3 +299,12 @@ def test_a_client_trusted_no_longer_gets_no_message(federated, federation, carri
     with pytest.raises(Untrusted):
         carried.owner.note_for(federated.key("cora"), 1, 2, b"{}")
     assert not (federation.folder / "note").exists()
+
+
+def test_a_bundle_that_stayed_at_its_client_is_not_taken_for_a_secure_round(federated, federation, carried, tmp_path):
+    member, bundle = federated.member("anna"), carried.rounds["anna"].path.parent / "bundle"
+    seal_run(member._sealing(bundle, tmp_path / "by-mistake", 1), identity=member.identity)
+    verdict = federation.take_in(pack(tmp_path / "by-mistake"))
+    assert (verdict.state, verdict.reason_class) == ("refused", "WrongBinding")
+    assert "which no bundle answers" in verdict.message
+    assert not list((federation.registry.folder / "bundles").iterdir())
