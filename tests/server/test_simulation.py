@@ -107,7 +107,7 @@ def test_other_settings_are_another_run(settings):
 
 
 @pytest.mark.parametrize("point", [point for point in ROUND_POINTS if point != "round-sealed"])  # that is a client's
-@pytest.mark.parametrize("time", [1, 2])
+@pytest.mark.parametrize("time", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_broken_off_anywhere_it_goes_on_to_the_same_end(settings, tmp_path, point, time, monkeypatch):
     reached = []
 
@@ -215,7 +215,7 @@ def test_the_emulator_is_realigned_on_the_way(settings, tmp_path, narrow_package
     }
 
 
-@pytest.mark.parametrize("kind", ["lora", "blocks"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_a_secure_round_learns_the_sum_alone(settings, tmp_path, kind):
     made = settings(secure=True, share_a=kind == "lora", adapter=kind, clip=3.0, learning_rate=5e-3)
     told = run(made)
