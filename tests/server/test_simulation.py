@@ -270,3 +270,11 @@ def test_making_ready_goes_on_where_it_broke_off(settings, step, monkeypatch):
     config, made = prepared(settings())
     assert (len(config.jobs), sorted(made)) == (3, ["anna", "bert", "cora"])
     assert prepared(settings()) == (config, made)
+
+
+def test_a_private_round_of_nobody_is_noise_alone(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("server.federation.drawn", lambda clients, rate: ())
+    told = run(settings(noise_multiplier=0.5, clip=0.5, delta=0.01, rounds=1, fraction=0.5, min_clients=1))
+    found = json.loads((tmp_path / "result" / "results.json").read_text())
+    assert found["rounds"][0]["used"] == []
+    assert told["plugged_in"]["all"] != told["zero_shot"]["all"]
