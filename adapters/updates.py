@@ -24,6 +24,7 @@ from adapters.lift import spread
 from adapters.norms import factors_of, is_turned, modules_of, scale_of
 from offsite.bundle import AdapterSpec
 from offsite.errors import ConfigError, NotFinite, UnsupportedModel, WrongNames, WrongShape
+from offsite.owner import OwnerRecord
 from offsite.package import Layout
 from offsite.tensors import TensorSpec, check_finite, check_subnormal
 
@@ -302,6 +303,19 @@ def _lifted(name: str, part: Part, full: tuple[int, ...], kept: Sequence[int]) -
     for axis in axes:
         part = spread(name, part, axis, full[axis], kept)
     return part
+
+
+def lifted(model: nn.Module, update: Update, record: OwnerRecord) -> dict[str, Part]:
+    """Return the update in the shapes of the full model, which the owner's record is of.
+
+    Raises:
+        WrongNames, WrongShape: when it does not fit the full model.
+    """
+    own = dict(model.named_parameters())
+    paths = {name: placed(name, record.sites) for name in update}
+    if missing := sorted(path for path in paths.values() if path not in own):
+        raise WrongNames(f"the full model has no parameter {missing[0]!r}, which the update changes")
+    return lift_update(update, record.channels, {name: tuple(own[path].shape) for name, path in paths.items()})
 
 
 def _low_rank_of(

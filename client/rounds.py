@@ -123,7 +123,7 @@ def with_proximal(loss: StepLoss, attached: Attached, begun: Begun, spec: Adapte
     mu = 0.0 if begun.round is None else begun.round.manifest.proximal
     if mu == 0:
         return loss
-    distance = _distance(attached, spec)
+    distance = _Distance(attached, spec)
 
     def total(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         found, count = loss(model, batch)
@@ -132,7 +132,7 @@ def with_proximal(loss: StepLoss, attached: Attached, begun: Begun, spec: Adapte
     return total
 
 
-class _distance:  # noqa: N801 - a function with a memory
+class _Distance:
     """The squared Frobenius norm of what the adapter does to the weights, differentiable; no dense matrix is formed."""
 
     def __init__(self, attached: Attached, spec: AdapterSpec) -> None:

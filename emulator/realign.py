@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from adapters.norms import adapted_names
-from adapters.updates import Update, fold, from_tensors, lift_update, norm, placed, to_tensors, truncated
+from adapters.updates import Update, fold, from_tensors, lifted, norm, placed, to_tensors, truncated
 from emulator.compress import Compressed
 from emulator.imitation import distill
 from emulator.objective import Fidelity, Pair, Weights, measure
@@ -28,10 +28,10 @@ from emulator.realignconfig import RealignConfig
 from offsite.console import say
 from offsite.devices import choose_device
 from offsite.digests import model_digest
-from offsite.errors import ConfigError, WrongBinding, WrongNames
+from offsite.errors import ConfigError, WrongBinding
 from offsite.loopconfig import LoopConfig
 from offsite.models import load_model
-from offsite.owner import OwnerRecord, owner_record_path, read_owner_record
+from offsite.owner import owner_record_path, read_owner_record
 from offsite.package import Package, open_package
 from offsite.processes import Processes, world
 from offsite.records import read_records
@@ -121,7 +121,7 @@ def _opened(config: RealignConfig) -> _Both:
         raise WrongBinding("--model is not the model that the package was made of")
     update = _update(round_, package)
     full.float()
-    fold(full, _lifted(full, update, record), record.sites)
+    fold(full, lifted(full, update, record), record.sites)
     plan = make_plan(full, num_bottom=record.layout.num_bottom, num_top=record.layout.num_top)
     emulator = package.load_model(dtype="float32")
     fold(emulator, update, package.layout.blocks)
@@ -139,14 +139,6 @@ def _update(round_: Round, package: Package) -> Update:
 def _earlier(round_: Round, package: Package) -> Update:
     """Return what earlier realignments did to the emulator: this one starts where they ended."""
     return from_tensors("the round's emulator", round_.load_emulator(), package.block_tensors())
-
-
-def _lifted(full: PreTrainedModel, update: Update, record: OwnerRecord) -> Update:
-    own = dict(full.named_parameters())
-    paths = {name: placed(name, record.sites) for name in update}
-    if missing := sorted(path for path in paths.values() if path not in own):
-        raise WrongNames(f"the full model has no parameter {missing[0]!r}, which the update changes")
-    return lift_update(update, record.channels, {name: tuple(own[path].shape) for name, path in paths.items()})
 
 
 def _text(config: RealignConfig, both: _Both) -> PublicText:

@@ -29,7 +29,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adapters.updates import dense, norm
+from adapters.updates import LowRank, Part, dense, norm
 from offsite.accounting import SMALLEST_SIGMA, Mechanism, Spent, account
 from offsite.accounting import calibrate as least_sigma
 from offsite.errors import ConfigError, RunFailed
@@ -145,15 +145,20 @@ def privatise(
 
 
 def aggregate_privately(
-    contributions: Sequence[Contribution], privacy: CentralPrivacy, shapes: Mapping[str, Sequence[int]]
+    contributions: Sequence[Contribution],
+    privacy: CentralPrivacy,
+    shapes: Mapping[str, Sequence[int]],
+    shared_a: Mapping[str, Tensor] | None = None,
 ) -> Aggregated:
-    """Return one dense update, private in each client's participation; `left_out` counted as zero.
+    """Return one update, private in each client's participation; `left_out` counted as zero.
 
     Figures hold settings only: what is measured of the updates is not covered by the guarantee.
 
     Args:
         contributions: of the clients drawn for the round, possibly none.
         shapes: canonical tensor -> shape as stored, of all that may change.
+        shared_a: canonical tensor -> the factor `LowRank.a` that all clients share, of as many tensors. Clip and noise
+            then go by their B alone, which are fewer numbers, and the result keeps its factors; else it is dense.
 
     Raises:
         ConfigError: when weights are not all 1, a client contributes twice, or more come than there are clients.
@@ -164,12 +169,20 @@ def aggregate_privately(
         raise ConfigError("weights are not all 1: with privacy every client counts once")
     if len({one.client for one in ordered}) != len(ordered) or len(ordered) > privacy.num_clients:
         raise ConfigError(f"{len(ordered)} updates, expected at most one from each of {privacy.num_clients} clients")
-    updates = ({name: dense(part) for name, part in one.update.items()} for one in ordered)
-    update, zero = privatise(updates, shapes, clip=privacy.clip, sigma=privacy.sigma, divisor=privacy.divisor)
+    if shared_a:
+        shapes = {name: (shapes[name][0], a.shape[0]) for name, a in shared_a.items()}
+    updates = ({name: _summand(part, shared_a) for name, part in one.update.items()} for one in ordered)
+    mean, zero = privatise(updates, shapes, clip=privacy.clip, sigma=privacy.sigma, divisor=privacy.divisor)
+    update: dict[str, Part] = {name: LowRank(shared_a[name], b) if shared_a else b for name, b in mean.items()}
     left_out = {ordered[place].client: reason for place, reason in zero.items()}
     used = tuple(one.client for one in ordered if one.client not in left_out)
-    figures = {**privacy.model_dump(), "divisor": privacy.divisor, "norm_update": norm(dict(update))}
-    return Aggregated(dict(update), used, left_out, {name: float(value) for name, value in figures.items()})
+    figures = {**privacy.model_dump(), "divisor": privacy.divisor, "norm_update": norm(update)}
+    return Aggregated(update, used, left_out, {name: float(value) for name, value in figures.items()})
+
+
+def _summand(part: Part, shared_a: Mapping[str, Tensor] | None) -> Tensor:
+    """Return what of a client's part is summed up; a part without factors, where B is, has another shape."""
+    return part.b if shared_a and isinstance(part, LowRank) else dense(part)
 
 
 def _length(given: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> tuple[str, float]:

@@ -21,7 +21,7 @@ from offsite.keys import open_identity
 from offsite.staging import staged_file
 from server.exchange import opened_exchange, server_process, tls_of
 from server.federation import Federation, opened_federation
-from server.federationconfig import FederateServeConfig, FederationConfig
+from server.federationconfig import FederateServeConfig, RoundsConfig
 from server.federationeval import Watch, better, write_adapted
 from server.listening import listen, url_of
 
@@ -83,7 +83,7 @@ def watch_of(federation: Federation) -> Watch | None:
     return Watch(federation) if federation.config.heldout else None
 
 
-def require_output(config: FederationConfig) -> None:
+def require_output(config: RoundsConfig) -> None:
     """Return only if the output is new or a federation's own.
 
     Raises:

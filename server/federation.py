@@ -12,10 +12,9 @@ import hashlib
 import math
 import random
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from adapters.kinds import declared
 from adapters.norms import adapted_names, base_tensors
 from adapters.rounds import grown
-from adapters.updates import LowRank, Update, from_tensors, norm, to_tensors, truncated, turned, update_of
+from adapters.updates import Update, from_tensors, norm, to_tensors, truncated, turned, update_of
 from adapters.vector import require_summable
 from offsite.bundle import AdapterSpec
 from offsite.console import muted, say
@@ -35,7 +34,6 @@ from offsite.faults import reach
 from offsite.job import JOB_NAME, Job
 from offsite.keys import Identity
 from offsite.ledger import Ledger
-from offsite.manifest import read_manifest
 from offsite.owner import OwnerRecord
 from offsite.parcel import unpack
 from offsite.round import ROUND_FORMAT, Round, RoundManifest, open_round, write_round
@@ -46,10 +44,11 @@ from offsite.staging import fsync, staged_folder
 from offsite.tensors import TensorSpec, read_header, read_tensors, torch_dtype, write_tensors
 from offsite.trust import TrustStore
 from server.aggregate import Aggregated, Contribution, Rule, aggregate
-from server.centralprivacy import CentralPrivacy, aggregate_privately, drawn, privatise, require_delta, spent
+from server.centralprivacy import CentralPrivacy, aggregate_privately, drawn, require_delta, spent
 from server.federationconfig import FederationConfig
-from server.federationstore import FederationStore, Finished, first_asked, known_id
+from server.federationstore import FederationStore, Finished
 from server.intake import asked_round, job_package, read_registered
+from server.participants import one_adapter, participants, require_unused
 from server.realigning import Realigner
 from server.registry import Registry
 from server.registryrows import Entry, Verdict
@@ -58,19 +57,6 @@ from server.screening import FEWEST, screen
 from server.securerounds import secure_terms
 
 _SLACK_BYTES = 2**26  # of a sealed bundle beside its tensors
-
-
-@dataclass(frozen=True)
-class Participant:
-    """One client of the federation: its name on its card, and its job."""
-
-    name: str
-    job: Job
-
-    @property
-    def key(self) -> str:
-        """The client's fingerprint."""
-        return self.job.client
 
 
 class Federation:
@@ -84,9 +70,9 @@ class Federation:
     def __init__(self, config: FederationConfig, registry: Registry, identity: Identity, *, outbox: Path) -> None:
         self.config, self.registry, self.identity, self.outbox = config, registry, identity, outbox
         self.trust = TrustStore(config.keys)
-        self.participants = _participants(config, registry, self.trust)
+        self.participants = participants(config, registry, self.trust)
         jobs = {key: one.job for key, one in self.participants.items()}
-        self.spec = _one_adapter(jobs.values(), config)
+        self.spec = one_adapter(jobs.values(), config)
         self.package, self.record = job_package(registry, next(iter(jobs.values())))
         layout, tensors = self.record.layout, self.record.block_tensors
         self.shapes: dict[str, TensorSpec] = {name: tensors[name] for name in adapted_names(self.spec, layout, tensors)}
@@ -99,9 +85,11 @@ class Federation:
         self.rule.require(config.min_clients)
         if config.secure:
             require_summable(self.spec, share_a=config.share_a)
-        _require_unused(registry, config.name, self.job_ids.values())
+        require_unused(registry, config.name, self.job_ids.values())
         self.store = FederationStore(registry, config.name, fixed)
         self.privacy = _privacy(config, len(self.store.begun["jobs"]))  # the divisor stays when a client leaves
+        if self.privacy is not None and config.share_a:
+            _require_low_rank(self.spec, self.shapes)
         self.folder = registry.folder / "federations" / self.store.id
         self._realigner = Realigner(config, self.package, self.folder)
         self.states: dict[str, Update] = self._load_states()
@@ -333,21 +321,21 @@ class Federation:
         return {SHARED: state}, Told(list(found.used), {**reasons, **found.left_out}, norms, figures, flags)
 
     def _aggregated(self, contributions: list[Contribution], number: int) -> Aggregated:
+        shapes = {name: one.shape for name, one in self.shapes.items()}
         if self.privacy is None:
-            shapes = {name: one.shape for name, one in self.shapes.items()}
             return aggregate(contributions, self.rule, min_survivors=self.config.min_clients, shapes=shapes)
-        start = self.start_of(number)
-        if start and not self.is_conv1d:
-            found = _privately_in_b(contributions, self.privacy, start, self.shapes)
-        else:
-            shapes = {name: one.shape for name, one in self.shapes.items()}
-            found = aggregate_privately(contributions, self.privacy, shapes)
+        found = aggregate_privately(contributions, self.privacy, shapes, shared_a=self._noise_beside(number))
         epsilon = spent(number, self.privacy.sigma, self.privacy.rate, self.config.delta).epsilon
         return replace(found, figures={**found.figures, "epsilon": epsilon, "delta": self.config.delta})
 
     def start_of(self, number: int) -> dict[str, Tensor]:
         """Return the factors A that all clients of a round share; empty when each starts its own."""
         return _shared_a(self.spec, self.record, f"{self.store.id}/{number}") if self.config.share_a else {}
+
+    def _noise_beside(self, number: int) -> dict[str, Tensor]:
+        """Return the factors beside which noise goes on the others alone, by weight; of GPT-2's linears it cannot."""
+        start = {} if self.is_conv1d else self.start_of(number)
+        return {f"{name.removesuffix('.lora_A')}.weight": tensor.float() for name, tensor in start.items()}
 
     # --- what rounds leave
 
@@ -373,78 +361,9 @@ class Federation:
         return found
 
 
-def _participants(config: FederationConfig, registry: Registry, trust: TrustStore) -> dict[str, Participant]:
-    if not config.package.is_dir():
-        raise ConfigError(f"no package folder named {config.package.name!r}", hint="check --package")
-    now, found = int(time.time()), {}
-    names = {peer.keys.fingerprint: peer.keys.name for peer in trust.peers() if peer.state(now=now) == "trusted"}
-    for key, name in sorted(names.items()):
-        fitting = [job for job in registry.jobs_of(key) if _fits(config, registry, job, now)]
-        if len(fitting) > 1:
-            raise ConfigError(f"client {name!r} has {len(fitting)} jobs of this package", hint="name one with --jobs")
-        if fitting:
-            found[key] = Participant(name, fitting[0])
-    if unknown := [given for given in config.jobs if not any(p.job.job_id.startswith(given) for p in found.values())]:
-        raise ConfigError(f"--jobs: {unknown[0]!r} is no valid job of this package and of a pinned client")
-    if len(found) < config.min_clients:
-        raise ConfigError(
-            f"{len(found)} client(s) have a valid job of this package, --min-clients {config.min_clients}",
-            hint="offsite trust add pins a client, offsite job create makes its job",
-        )
-    return found
-
-
 def _offered(what: str, job: Job, number: int) -> str:
     """Return the name of a sealed round in the outbox."""
     return f"{what}-{job.job_id[:12]}-{number:04d}"
-
-
-def _require_unused(registry: Registry, name: str, job_ids: Iterable[str]) -> None:
-    """Return only if no other federation asked anything of these jobs: a job's round has one content, for ever.
-
-    Raises:
-        ConfigError: naming the job.
-    """
-    own = known_id(registry, name)
-    for job_id in job_ids:
-        digest = first_asked(registry, job_id)
-        if digest is None:
-            continue
-        manifest, _ = read_manifest(registry.round_folder(digest), RoundManifest, ROUND_FORMAT)
-        if manifest.federation_id != own:
-            raise ConfigError(
-                f"job {job_id[:12]} has rounds of another federation than {name!r}",
-                hint="offsite job create makes new jobs; --jobs names those to use",
-            )
-
-
-def _fits(config: FederationConfig, registry: Registry, job: Job, now: int) -> bool:
-    if config.jobs and not any(job.job_id.startswith(given) for given in config.jobs):
-        return False
-    try:
-        path = registry.package_path(job.package_digest)
-    except WrongBinding:
-        return False
-    return now <= job.expires and path.resolve() == config.package.resolve()
-
-
-def _one_adapter(jobs: Iterable[Job], config: FederationConfig) -> AdapterSpec:
-    """Return the adapter that all jobs ask for.
-
-    Raises:
-        ConfigError: when they differ, allow fewer rounds, or it is not one whose updates can be put together.
-    """
-    found = list(jobs)
-    spec = found[0].adapter
-    if any(job.adapter != spec for job in found):
-        raise ConfigError("the clients' jobs ask for different adapters", hint="make jobs with the same adapter")
-    if few := [job for job in found if job.rounds < config.rounds]:
-        raise ConfigError(f"job {few[0].job_id[:12]} allows {few[0].rounds} round(s), --rounds {config.rounds}")
-    if spec.kind == "dora":
-        raise ConfigError("the jobs ask for dora, whose updates cannot be put together", hint="use lora or blocks")
-    if config.share_a and spec.kind not in ("lora", "rslora"):
-        raise ConfigError(f"--share-a: an adapter of kind {spec.kind} has no factor A")
-    return spec
 
 
 def _rule(config: FederationConfig) -> Rule:
@@ -474,28 +393,18 @@ def _privacy(config: FederationConfig, num_clients: int) -> CentralPrivacy | Non
     return found
 
 
-def _privately_in_b(
-    contributions: Iterable[Contribution],
-    privacy: CentralPrivacy,
-    start: Mapping[str, Tensor],
-    weights: Mapping[str, TensorSpec],
-) -> Aggregated:
-    """Return the update whose B is the noisy mean of the clients' B, on the A that they share.
+def _require_low_rank(spec: AdapterSpec, shapes: Mapping[str, TensorSpec]) -> None:
+    """Return only if the adapter's updates keep their factors, so that noise can go on one of them.
 
-    The mean of B A is the mean of B times A, so B alone needs noise: as many numbers fewer as B is smaller.
+    Raises:
+        ConfigError: when its rank is above what a weight can have.
     """
-    ordered = sorted(contributions, key=lambda one: one.client)
-    factors = {f"{name.removesuffix('.lora_A')}.weight": tensor.float() for name, tensor in start.items()}
-    shapes = {name: (weights[name].shape[0], a.shape[0]) for name, a in factors.items()}
-    parts = [
-        {name: part.b if isinstance(part, LowRank) else part for name, part in one.update.items()} for one in ordered
-    ]
-    found, zero = privatise(parts, shapes, clip=privacy.clip, sigma=privacy.sigma, divisor=privacy.divisor)
-    update = {name: LowRank(factors[name], b) for name, b in found.items()}
-    left_out = {ordered[place].client: reason for place, reason in zero.items()}
-    used = tuple(one.client for one in ordered if one.client not in left_out)
-    figures = {name: float(value) for name, value in privacy.model_dump().items()}
-    return Aggregated(dict(update), used, left_out, figures)
+    name, least = min(((name, min(one.shape)) for name, one in shapes.items()), key=lambda found: found[1])
+    if spec.rank > least:
+        raise ConfigError(
+            f"rank {spec.rank} is above what {name!r} can have, {least}: its updates have no factors B to put noise on",
+            hint="make jobs with a smaller rank, or leave --share-a",
+        )
 
 
 def _shared_a(spec: AdapterSpec, record: OwnerRecord, label: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from offsite.config import VerbConfig
 from offsite.keyconfig import NAME_PATTERN, IdentityConfig
 from offsite.round import MAX_STEPS
 from server.exchangeconfig import ServeExchangeConfig
@@ -21,19 +22,13 @@ _FIXED = (
 """What may not change between the first round and the last."""
 
 
-class FederationConfig(IdentityConfig):
+class RoundsConfig(VerbConfig):
     """What an owner asks of clients over rounds, and what becomes of their answers."""
 
-    verb: ClassVar[str] = "federate serve"
-
     name: str = Field("federation", pattern=NAME_PATTERN, description="name of the run; the same goes on where it was")
-    registry: Path = Field(description="registry folder with a job for each client")
     package: Path = Field(description="package folder that the jobs are about")
     model: str = Field(description="the full model: a folder, a hub id or a name that fetch knows")
     output: Path = Field(description="folder for results.json and the adapted model", json_schema_extra={"short": "-o"})
-    jobs: tuple[str, ...] = Field(
-        (), description="jobs by the beginning of their id; default: every job of the package that has not expired"
-    )
 
     mode: Literal["shared", "personal"] = Field(
         "shared", description="one adapter of all, or one for each client, which no other client's data reaches"
@@ -107,6 +102,17 @@ class FederationConfig(IdentityConfig):
     def fixed(self) -> dict[str, object]:
         """Return what may not change between the first round and the last."""
         return self.model_dump(mode="json", include=set(_FIXED))
+
+
+class FederationConfig(RoundsConfig, IdentityConfig):
+    """The same, and this owner's keys, registry and jobs."""
+
+    verb: ClassVar[str] = "federate serve"
+
+    registry: Path = Field(description="registry folder with a job for each client")
+    jobs: tuple[str, ...] = Field(
+        (), description="jobs by the beginning of their id; default: every job of the package that has not expired"
+    )
 
 
 class FederateServeConfig(FederationConfig, ServeExchangeConfig):

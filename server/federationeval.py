@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adapters.updates import Update, dense, fold, lift_update, placed
+from adapters.updates import Update, dense, fold, lifted
 from offsite.digests import model_digest, sha256_bytes
-from offsite.errors import ConfigError, WrongNames
+from offsite.errors import ConfigError
 from offsite.manifest import entries, write_manifest
 from offsite.measure import perplexity
 from offsite.models import load_model, load_tokenizer
@@ -27,22 +27,6 @@ from server.plug import base_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def lifted(model: PreTrainedModel, update: Update, record: OwnerRecord) -> Update:
-    """Return the update in the full model's shapes.
-
-    Raises:
-        WrongNames, WrongShape: when it does not fit the full model.
-    """
-    own = dict(model.named_parameters())
-    shapes = {}
-    for name in update:
-        path = placed(name, record.sites)
-        if path not in own:
-            raise WrongNames(f"the full model has no parameter {path!r}, which the update changes")
-        shapes[name] = tuple(own[path].shape)
-    return lift_update(update, record.channels, shapes)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
-from offsite.bundle import AdapterSpec
 from offsite.console import muted, say
 from offsite.errors import ConfigError, RunFailed
 from offsite.job import read_job
@@ -27,7 +26,8 @@ from offsite.staging import staged_file
 from offsite.trust import add as trust
 from server.federate import finish, require_output, require_own, watch_of
 from server.federation import opened_federation
-from server.federationconfig import FederationConfig
+from server.federationconfig import FederationConfig, RoundsConfig
+from server.job import adapter_spec
 from server.job import run as create_job
 from server.registryconfig import JobCreateConfig
 from server.simulationconfig import SimulateConfig
@@ -98,10 +98,8 @@ def prepared(config: SimulateConfig) -> tuple[FederationConfig, dict[str, Path]]
             _introduce(list(homes.values()))
         jobs = tuple(read_job(home.folder / JOB).job.job_id for home in homes.values())
     registry = config.work / "registry"
-    own = {name: getattr(config, name) for name in FederationConfig.model_fields}
-    made = FederationConfig(
-        **{**own, "registry": registry, "keys": owner.keys, "passphrase_file": owner.passphrase, "jobs": jobs}
-    )
+    own = {name: getattr(config, name) for name in RoundsConfig.model_fields}
+    made = FederationConfig(**own, registry=registry, keys=owner.keys, passphrase_file=owner.passphrase, jobs=jobs)
     return made, settings
 
 
@@ -136,7 +134,8 @@ def _client(config: SimulateConfig, owner: Home, client: Home, name: str) -> Pat
     }
     if settings.is_file():
         known = {**json.loads(settings.read_text(encoding="utf-8")), "limit_steps": MAX_STEPS}
-        if known != json.loads(json.dumps(content)) or read_job(client.folder / JOB).job.adapter != _spec(config):
+        spec = adapter_spec(_terms(config, owner, client, name))
+        if known != json.loads(json.dumps(content)) or read_job(client.folder / JOB).job.adapter != spec:
             raise ConfigError(
                 f"client {name!r} was set up with other settings in {config.work.name!r}",
                 hint="put them back to go on, or give another --work",
@@ -155,41 +154,37 @@ def _introduce(homes: list[Home]) -> None:
         trust(TrustAddConfig(keys=one.keys, card=other.keys / CARD_NAME, fingerprint=other.fingerprint))
 
 
-def _spec(config: SimulateConfig) -> AdapterSpec:
-    return AdapterSpec(
-        kind=config.adapter,
+def _terms(config: SimulateConfig, owner: Home, client: Home, name: str) -> JobCreateConfig:
+    """Return the settings of the client's job."""
+    return JobCreateConfig(
+        keys=owner.keys,
+        package=config.package,
+        client=client.fingerprint,
+        registry=config.work / "registry",
+        output=owner.folder / f"job-{name}",
+        adapter=config.adapter,
         placement=config.placement,
         targets=config.targets,
         rank=config.lora_rank,
         alpha=config.alpha,
-        dtype=config.adapter_dtype,
+        adapter_dtype=config.adapter_dtype,
+        rounds=config.rounds,
+        days=_DAYS,
+        max_relative_frobenius=config.max_relative_frobenius,
+        max_relative_spectral=config.max_relative_spectral,
     )
 
 
 def _job(config: SimulateConfig, owner: Home, client: Home, name: str) -> None:
     """The client's job is made, sealed and opened; what of it was done before is not done again."""
-    made, sealed, opened = owner.folder / f"job-{name}", owner.folder / f"job-{name}.sealed", client.folder / JOB
-    if not made.is_dir():
-        create_job(
-            JobCreateConfig(
-                keys=owner.keys,
-                package=config.package,
-                client=client.fingerprint,
-                registry=config.work / "registry",
-                output=made,
-                adapter=config.adapter,
-                placement=config.placement,
-                targets=config.targets,
-                rank=config.lora_rank,
-                alpha=config.alpha,
-                adapter_dtype=config.adapter_dtype,
-                rounds=config.rounds,
-                days=_DAYS,
-                max_relative_frobenius=config.max_relative_frobenius,
-                max_relative_spectral=config.max_relative_spectral,
-            )
-        )
+    terms, sealed, opened = (
+        _terms(config, owner, client, name),
+        owner.folder / f"job-{name}.sealed",
+        client.folder / JOB,
+    )
+    if not terms.output.is_dir():
+        create_job(terms)
     if not sealed.is_dir():
-        seal_run(SealConfig(input=made, output=sealed, keys=owner.keys, passphrase_file=owner.passphrase))
+        seal_run(SealConfig(input=terms.output, output=sealed, keys=owner.keys, passphrase_file=owner.passphrase))
     if not opened.is_dir():
         open_run(OpenConfig(sealed=sealed, output=opened, keys=client.keys, passphrase_file=client.passphrase))

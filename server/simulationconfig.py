@@ -7,18 +7,17 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from server.federationconfig import FederationConfig
+from server.federationconfig import RoundsConfig
 
 
-class SimulateConfig(FederationConfig):
+class SimulateConfig(RoundsConfig):
     """Settings of ``offsite federate simulate --work DIR --clients NAME=FILE,NAME=FILE``.
 
-    Keys, registry and jobs are made in the work folder; the settings that name them are not given.
+    Keys, registry and jobs are made in the work folder.
     """
 
     verb: ClassVar[str] = "federate simulate"
 
-    registry: Path = Field(Path("registry"), description="not given: it lies in the work folder", exclude=True)
     work: Path = Field(description="folder for everybody's keys, rounds and bundles; the same folder goes on")
     clients: dict[str, str] = Field(description="private text of each client, as NAME=FILE")
     tune: dict[str, Any] = Field({}, description="settings of offsite tune, the same for all clients")
@@ -35,6 +34,4 @@ class SimulateConfig(FederationConfig):
     def _enough_clients(self) -> Self:
         if len(self.clients) < self.min_clients:
             raise ValueError(f"--clients: {len(self.clients)} client(s), --min-clients {self.min_clients}")
-        if "registry" in self.model_fields_set or "keys" in self.model_fields_set:
-            raise ValueError("--registry, --keys: a simulation makes its own, in --work")
         return self

@@ -1,7 +1,7 @@
 """A client that hands in something else than what it tuned: the benchmark's, and no part of the product.
 
-Its Flower app is the product's, around a `Member` whose bundle is changed before it is sealed. Which client and how
-stand in the environment, as ``OFFSITE_POISON=JOB:WAY``.
+Its Flower app is the product's, around a `Member` whose bundle is changed before it is sealed. Which client, and by
+what its factors B are multiplied, stand in the environment (`CLIENT_VARIABLE`, `SCALE_VARIABLE`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from safetensors.torch import load_file, save_file
 
 import client.flower as honest
-from adapters.kinds import declared
 from client.member import BUNDLE, SEALED, Member
-from offsite.bundle import open_bundle, write_bundle
+from offsite.bundle import TENSOR_FILE, open_bundle
+from offsite.manifest import entries, write_manifest
 from offsite.round import Round
 
 SCALE_VARIABLE, CLIENT_VARIABLE = "OFFSITE_POISON_SCALE", "OFFSITE_POISON_CLIENT"
@@ -24,27 +25,22 @@ app = ClientApp()
 
 
 class Poisoner(Member):
-    """Multiplies every factor B of what it tuned, or fills it with NaN, and seals that."""
+    """Multiplies every factor B of what it tuned, by NaN too, and seals that: the product's own code would refuse."""
 
     def answer(self, round_: Round) -> Path:
         """Return the sealed bundle of a changed adapter."""
         folder = round_.path.parent
         if not (folder / SEALED).is_dir():
-            honest_sealed = super().answer(round_)
+            shutil.rmtree(super().answer(round_))
             bundle = open_bundle(folder / BUNDLE)
-            spec = bundle.manifest.adapter
-            expected = declared(spec, self.package.layout, self.package.block_tensors())
             scale = float(os.environ[SCALE_VARIABLE])
             tensors = {
                 name: tensor * scale if name.endswith("lora_B") else tensor
-                for name, tensor in bundle.load_tensors(expected).items()
+                for name, tensor in load_file(bundle.path / TENSOR_FILE).items()
             }
-            shutil.rmtree(honest_sealed)
-            shutil.rmtree(folder / BUNDLE)
-            write_bundle(
-                folder / BUNDLE, package=self.package, spec=spec, tensors=tensors, expected=expected,
-                round_digest=round_.digest,
-            )  # fmt: skip
+            save_file(tensors, bundle.path / TENSOR_FILE, metadata={"format": "pt"})
+            changed = bundle.manifest.model_copy(update={"files": entries(bundle.path, [TENSOR_FILE])})
+            write_manifest(bundle.path, changed)
         return super().answer(round_)
 
 

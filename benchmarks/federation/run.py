@@ -30,6 +30,7 @@ import yaml
 import client.member
 import server.federation
 import server.simulation
+from benchmarks.federation.poison import CLIENT_VARIABLE, SCALE_VARIABLE
 from benchmarks.record import environment, files
 from emulator.config import DistillConfig
 from emulator.distill import run as distill
@@ -135,8 +136,8 @@ class Bench:
             return simulate(self._settings(arm, clients=clients, **changes))
         if way == "clean":
             return simulate(self._settings(arm, **changes))
-        os.environ["OFFSITE_POISON_CLIENT"] = name
-        os.environ["OFFSITE_POISON_SCALE"] = "nan" if way == "nan" else str(plan["poison"]["scale"])
+        os.environ[CLIENT_VARIABLE] = name
+        os.environ[SCALE_VARIABLE] = "nan" if way == "nan" else str(plan["poison"]["scale"])
         kept, server.simulation.CLIENT_APP = server.simulation.CLIENT_APP, "benchmarks.federation.poison:app"
         try:
             return simulate(self._settings(arm, max_relative_frobenius=1e6, max_relative_spectral=1e6, **changes))
@@ -150,7 +151,8 @@ class Bench:
             "name": arm, "package": str(self.package), "model": plan["model"], "work": str(folder / "parties"),
             "output": str(folder / "result"), "clients": {name: str(path) for name, path in self.texts.items()},
             "heldout": {name: str(path) for name, path in self.heldout.items()}, "watch_every": 0, "merge": False,
-            "heldout_tokens": plan["heldout_tokens"], "rounds": plan["rounds"], "steps": plan["steps"],
+            "heldout_tokens": plan["heldout_tokens"], "block_tokens": plan["tune"]["block_tokens"],
+            "rounds": plan["rounds"], "steps": plan["steps"],
             "learning_rate": rate, "mode": "personal" if arm == "personal" else "shared", "tune": plan["tune"],
             **plan["adapter"],
         }  # fmt: skip
@@ -211,17 +213,20 @@ def _order(row: dict[str, Any]) -> str:
 
 
 def _bytes(folder: Path) -> dict[str, list[int]]:
-    """Return the bytes of each sealed round (to a client) and sealed bundle (from a client), by round, the mean."""
-    out: dict[str, dict[int, list[int]]] = {"to_client": {}, "from_client": {}}
-    for path in (folder / "parties" / "outbox").glob("round-*"):
-        out["to_client"].setdefault(int(path.name[-4:]), []).append(_size(path))
+    """Return the bytes that one client gets, before sealing adds its 1 %, and sealed hands in, by round: means."""
+    out: dict[int, list[int]] = {}
+    back: dict[int, list[int]] = {}
+    for path in (folder / "parties" / "registry" / "rounds").glob("*/offsite.json"):
+        stated = json.loads(path.read_text())
+        if stated["task"] == "train":
+            out.setdefault(stated["round"], []).append(sum(part.stat().st_size for part in path.parent.iterdir()))
     for path in (folder / "parties" / "clients").glob("*/work/round-*/sealed"):
-        out["from_client"].setdefault(int(path.parent.name[-4:]), []).append(_size(path))
-    return {way: [round(sum(sizes) / len(sizes)) for _, sizes in sorted(found.items())] for way, found in out.items()}
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        size = sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
+        back.setdefault(int(path.parent.name[-4:]), []).append(size)
+    return {
+        way: [round(sum(sizes) / len(sizes)) for _, sizes in sorted(found.items())]
+        for way, found in (("to_client", out), ("from_client", back))
+    }
 
 
 if __name__ == "__main__":

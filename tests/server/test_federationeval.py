@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from adapters.norms import adapted_names, base_tensors
-from adapters.updates import combined, dense, update_of
+from adapters.updates import combined, dense, lifted, update_of
 from offsite.digests import model_digest
 from offsite.errors import ArtefactError, ConfigError, NotFinite, WrongNames, WrongShape
 from offsite.owner import owner_record_path, read_owner_record
 from server.adapted import open_adapted
 from server.federation import SHARED
-from server.federationeval import Watch, better, grown_model, lifted, state_digest, write_adapted
+from server.federationeval import Watch, better, grown_model, state_digest, write_adapted
 from server.fit import fit, plugged
 from server.verify import adapter_tensors, verify_own
 
