@@ -45,7 +45,7 @@ from offsite.tensors import TensorSpec, read_header, read_tensors, torch_dtype, 
 from offsite.trust import TrustStore
 from server.aggregate import Aggregated, Contribution, Rule, aggregate
 from server.centralprivacy import CentralPrivacy, aggregate_privately, drawn, require_delta, spent
-from server.federationconfig import FederationConfig
+from server.federationconfig import FederationConfig, RoundsConfig
 from server.federationstore import FederationStore, Finished
 from server.intake import asked_round, job_package, read_registered
 from server.participants import one_adapter, participants, require_unused
@@ -81,8 +81,7 @@ class Federation:
         self._limit_bytes = sealed_size(num_bytes) + _SLACK_BYTES
         self.job_ids = {key: job.job_id for key, job in jobs.items()}
         fixed = {**config.fixed(), "package": self.package.digest, "jobs": sorted(self.job_ids.values())}
-        self.rule = _rule(config)
-        self.rule.require(config.min_clients)
+        self.rule = rule_of(config)
         if config.secure:
             require_summable(self.spec, share_a=config.share_a)
         require_unused(registry, config.name, self.job_ids.values())
@@ -366,14 +365,24 @@ def _offered(what: str, job: Job, number: int) -> str:
     return f"{what}-{job.job_id[:12]}-{number:04d}"
 
 
-def _rule(config: FederationConfig) -> Rule:
-    return Rule(
+def rule_of(config: RoundsConfig) -> Rule:
+    """Return the rule of the settings, which bears the fewest answers that a round may end with.
+
+    Raises:
+        ConfigError: when it does not.
+    """
+    found = Rule(
         name=config.rule,
         num_byzantine=config.num_byzantine,
         trim=config.trim,
         keep=config.keep,
         max_norm=config.max_norm,
     )
+    try:
+        found.require(config.min_clients)
+    except ConfigError as error:
+        raise ConfigError(str(error), hint="--min-clients says with how few answers a round may end") from None
+    return found
 
 
 def _privacy(config: FederationConfig, num_clients: int) -> CentralPrivacy | None:

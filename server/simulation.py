@@ -19,13 +19,14 @@ from offsite.keyconfig import KeygenConfig, TrustAddConfig
 from offsite.keyfiles import write_private
 from offsite.keys import CARD_NAME, open_identity, read_card
 from offsite.keys import run as keygen
+from offsite.package import open_package
 from offsite.round import MAX_STEPS
 from offsite.sealconfig import OpenConfig, SealConfig
 from offsite.sealing import open_run, seal_run
 from offsite.staging import staged_file
 from offsite.trust import add as trust
 from server.federate import finish, require_output, require_own, watch_of
-from server.federation import opened_federation
+from server.federation import opened_federation, rule_of
 from server.federationconfig import FederationConfig, RoundsConfig
 from server.job import adapter_spec
 from server.job import run as create_job
@@ -86,10 +87,14 @@ def prepared(config: SimulateConfig) -> tuple[FederationConfig, dict[str, Path]]
     """Everybody's keys, jobs and settings are in the work folder; return the owner's settings and the clients' files.
 
     Raises:
-        ConfigError: when a client's text is missing, or the folder was begun with other settings.
+        ConfigError: when a client's text is missing, the rule does not bear so few, or the folder was begun with other
+            settings.
+        ArtefactError: when the package is unsound.
     """
     if missing := sorted(name for name, path in config.clients.items() if not Path(path).is_file()):
         raise ConfigError(f"--clients: no file of client {missing[0]!r}: {Path(config.clients[missing[0]]).name!r}")
+    open_package(config.package)
+    rule_of(config)  # both before anything is made
     with muted():
         owner = _home(config.work / "owner", "owner")
         homes = {name: _home(config.work / "clients" / name, name) for name in sorted(config.clients)}

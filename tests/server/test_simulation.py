@@ -186,6 +186,7 @@ def test_settings_that_do_not_fit(settings, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         run(settings(**changes))
     assert not (tmp_path / "result").exists()
+    assert not (tmp_path / "work").exists() or "share_a" in changes  # which the jobs' adapter decides
 
 
 def test_central_privacy(settings, tmp_path):
