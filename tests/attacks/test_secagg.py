@@ -6,12 +6,11 @@ statistical tests draw every secret from a seeded generator and the parties are 
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
+import secagg_round as s
 import torch
 from scipy import stats
 
@@ -48,15 +47,6 @@ from offsite.secagg import (
 )
 from offsite.strictjson import write_compact
 
-
-def _loaded(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-s = _loaded("secagg_round")
 SIGNIFICANCE = 0.001
 
 

@@ -6,12 +6,12 @@ does anybody learn one client's update, and does a round that was attacked chang
 
 from __future__ import annotations
 
-import importlib.util
 import secrets
 from pathlib import Path
 
 import numpy as np
 import pytest
+import secure_round as lab
 import torch
 
 from client.member import Member
@@ -31,16 +31,6 @@ from server.flower import in_process
 from server.flower import run as run_rounds
 from server.roundstate import SHARED
 from server.secagg import ServerRound
-
-
-def _loaded(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lab = _loaded("secure_round")
 
 
 class Carrier:

@@ -1,26 +1,15 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 import pickle
-from pathlib import Path
 
 import pytest
+import secagg_round as s
 import torch
 
 from client.secagg import ClientRound, ClientStage
 from offsite.errors import ConfigError, PolicyError, Replayed, RunFailed, Untrusted, WrongNames, WrongShape
-
-
-def _loaded(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-s = _loaded("secagg_round")
 
 
 def client(num=5, threshold=3, *, last_round=-1, peers=None, number=0, colluders=0, **changes):

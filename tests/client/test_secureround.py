@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import pytest
+import secure_round as lab
 import torch
 
 import client.federate as federate
@@ -29,16 +28,6 @@ from offsite.sealed import NOTE_NAME
 from offsite.secaggterms import make_terms, read_terms
 from offsite.strictjson import write_compact
 from offsite.trust import TrustStore
-
-
-def _loaded(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lab = _loaded("secure_round")
 
 
 @pytest.fixture

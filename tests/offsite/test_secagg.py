@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+import secagg_round as s
 
 from offsite.errors import (
     ArtefactError,
@@ -37,15 +36,6 @@ from offsite.secagg import (
 from offsite.strictjson import write_compact
 from offsite.wraps import SignaturePair
 
-
-def _loaded(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-s = _loaded("secagg_round")
 TERMS = s.terms_of(3, 2)
 MEMBERS = {s.party(number).public.fingerprint: s.party(number).public for number in range(3)}
 ALICE, BOB = s.party(0), s.party(1)

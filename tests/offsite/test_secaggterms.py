@@ -1,26 +1,16 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
+import secagg_round as s
 
 from offsite.errors import ArtefactError, BadSchema, ConfigError, TooLarge, WrongBinding
 from offsite.fixedpoint import TensorShape
 from offsite.secaggterms import MAX_NUMBERS, TERMS_LIMIT_BYTES, read_terms
 from offsite.strictjson import write_compact
 
-
-def _loaded(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-s = _loaded("secagg_round")
 TERMS = s.terms_of(5, 3)
 
 

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import importlib.util
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
+import secagg_round as s
 import torch
 
 from offsite.digests import sha256_bytes
@@ -42,16 +41,6 @@ from offsite.secagg import (
 )
 from offsite.strictjson import write_compact
 from server.secagg import ServerRound, ServerStage
-
-
-def _loaded(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-s = _loaded("secagg_round")
 
 
 def check_total(arena, total, contributors):

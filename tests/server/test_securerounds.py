@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import secure_round as lab
 import torch
 
 from adapters.updates import dense, update_of
@@ -18,16 +16,6 @@ from offsite.secaggterms import read_terms
 from server.federate import finish
 from server.roundstate import SHARED
 from server.securerounds import SecureRounds
-
-
-def _loaded(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lab = _loaded("secure_round")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A round of secure aggregation in one process, for the tests of both sides: the whole flow of messages.
 
 Parties are the same in every run, so that with a fixed source of secrets a round is the same to the last byte but for
-its ML-DSA signatures. Test files load this by its path.
+its ML-DSA signatures.
 """
 
 from __future__ import annotations

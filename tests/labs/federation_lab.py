@@ -1,4 +1,4 @@
-"""An owner and clients who know each other, with a job each, and their processes; loaded by the tests that run them."""
+"""An owner and clients who know each other, with a job each, and their processes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A secure round of a federation of three, carried by hand: a test hands on what each side's own code gives.
 
-What clients hold is drawn, not trained. Test files load this by its path.
+What clients hold is drawn, not trained.
 """
 
 from __future__ import annotations
