@@ -97,8 +97,10 @@ def fetch_offer(
     return manifest, _download(courier, offer.digest, raw, manifest, out)
 
 
-def hand_in(courier: Courier, sealed: Path, *, verdict_seconds: float) -> Status:
-    """The sealed bundle is with the owner, who has said what became of it; from where an earlier try broke off.
+def hand_in(courier: Courier, sealed: Path, *, verdict_seconds: float) -> tuple[Status, int]:
+    """The sealed bundle or note is with the owner; return what became of it, and how many bytes were sent now.
+
+    An earlier try that broke off is gone on with.
 
     Raises:
         ArtefactError: the class that the owner's check names, when the bundle is refused.
@@ -107,11 +109,11 @@ def hand_in(courier: Courier, sealed: Path, *, verdict_seconds: float) -> Status
     raw = read_sealed(sealed)
     manifest = parse_strict(raw.manifest_raw, SealedManifest, MANIFEST_FILE, {})
     check_payload(sealed, manifest)
-    status, _ = _upload(courier, sealed, raw, manifest)
+    status, num_sent = _upload(courier, sealed, raw, manifest)
     status = _awaited(courier, status, verdict_seconds)
     if status.state == "refused":
         raise _refusal(status)
-    return status
+    return status, num_sent
 
 
 def push_run(config: PushConfig) -> dict[str, object]:
@@ -122,11 +124,9 @@ def push_run(config: PushConfig) -> dict[str, object]:
         RunFailed: the exchange cannot be reached; pushing again goes on.
     """
     began = time.monotonic()
-    raw = read_sealed(config.sealed)
-    manifest = parse_strict(raw.manifest_raw, SealedManifest, MANIFEST_FILE, {})
+    manifest = parse_strict(read_sealed(config.sealed).manifest_raw, SealedManifest, MANIFEST_FILE, {})
     if manifest.kind != "bundle":
         raise WrongBinding(f"{config.sealed.name!r} is a sealed {manifest.kind}; an exchange takes bundles")
-    check_payload(config.sealed, manifest)
     trust, identity = TrustStore(config.keys), open_identity(config)
     if manifest.issuer != identity.public.fingerprint:
         raise WrongBinding(f"{config.sealed.name!r} was sealed by another key", hint="give the right --keys")
@@ -134,10 +134,7 @@ def push_run(config: PushConfig) -> dict[str, object]:
     if config.owner not in (None, owner):
         raise WrongRecipient(f"{config.sealed.name!r} is sealed for {owner}, not for --owner")
     with courier_of(config, identity, owner) as courier:
-        status, num_sent = _upload(courier, config.sealed, raw, manifest)
-        status = _awaited(courier, status, config.verdict_seconds)
-    if status.state == "refused":
-        raise _refusal(status)
+        status, num_sent = hand_in(courier, config.sealed, verdict_seconds=config.verdict_seconds)
     if status.state == "verifying":
         say("the owner's checks are not done yet; exchange status will tell")
     else:

@@ -110,7 +110,7 @@ class _Loop:
         if round_.manifest.secure is not None:
             self._hand_in_note(sealed, number)
             return number
-        status = self._patiently(lambda: hand_in(self._courier, sealed, verdict_seconds=_VERDICT_SECONDS))
+        status, _ = self._patiently(lambda: hand_in(self._courier, sealed, verdict_seconds=_VERDICT_SECONDS))
         say(f"round {number} of {round_.manifest.num_rounds}: {status.state} by the owner")
         shutil.rmtree(pulled, ignore_errors=True)
         return number

@@ -22,7 +22,7 @@ from offsite.staging import staged_file
 from server.exchange import opened_exchange, server_process, tls_of
 from server.federation import Federation, opened_federation
 from server.federationconfig import FederateServeConfig, RoundsConfig
-from server.federationeval import Watch, better, write_adapted
+from server.federationeval import Watch, better, text_of, write_adapted
 from server.listening import listen, url_of
 
 RESULTS, ADAPTED = "results.json", "adapted"
@@ -140,7 +140,7 @@ def finish(federation: Federation, watch: Watch | None = None) -> dict[str, obje
         write_adapted(federation, adapted)
         say(f"adapted model: {adapted.name} in {config.output.name!r}; offsite serve opens it")
     if last:
-        rows = [[text, f"{zero_shot[text.split(' by ')[0]]:.3f}", f"{score:.3f}"] for text, score in last.items()]
+        rows = [[one, f"{zero_shot[text_of(one, zero_shot)]:.3f}", f"{score:.3f}"] for one, score in last.items()]
         table("perplexity on the owner's held-out texts", ["text", "zero-shot", "plugged in"], rows)
         for name in better(zero_shot, last):
             say(f"not better than zero-shot: {name}")

@@ -305,7 +305,8 @@ class Federation:
     def _put_together(
         self, number: int, contributions: list[Contribution], reasons: dict[str, str]
     ) -> tuple[dict[str, Update], Told]:
-        norms = {one.client: norm(one.update) for one in contributions}
+        # of a private round nothing is told that was measured of one client
+        norms = {one.client: norm(one.update) for one in contributions} if self.privacy is None else {}
         if self.config.mode == "personal":
             states = dict(self.states)
             for one in contributions:

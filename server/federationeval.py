@@ -136,4 +136,10 @@ def state_digest(state: Update) -> str:
 
 def better(zero_shot: Mapping[str, float], found: Mapping[str, float]) -> list[str]:
     """Return the texts on which a result is no better than the full model as it was."""
-    return sorted(name for name, score in found.items() if not score < zero_shot[name.split(" by ")[0]])
+    return sorted(label for label, score in found.items() if not score < zero_shot[text_of(label, zero_shot)])
+
+
+def text_of(label: str, zero_shot: Mapping[str, float]) -> str:
+    """Return the text that a row is of: ``TEXT``, or ``TEXT by CLIENT`` of a personal adapter."""
+    fitting = [text for text in zero_shot if label == text or label.startswith(f"{text} by ")]
+    return max(fitting, key=len)

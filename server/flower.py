@@ -281,7 +281,8 @@ class OffsiteStrategy(Strategy):
     def _tell(self, content: Mapping[str, Any], seconds: float) -> None:
         names = {key: one.name for key, one in self._federation.participants.items()}
         for client in content["used"]:
-            shown = f"verified, update of norm {content['norms'][client]:.4g}" if content["norms"] else "in the sum"
+            size = content["norms"].get(client)
+            shown = "in the sum" if size is None else f"verified, update of norm {size:.4g}"
             say(f"  {names[client]}: {shown}")
         for client, reason in sorted(content["left_out"].items()):
             say(f"  {names.get(client, client[:9])}: left out: {reason}")

@@ -52,7 +52,7 @@ class Line:
                 self.federation.ask(self.number)
             else:
                 self.federation.say_finished()
-        return SimpleNamespace(state=verdict.state)
+        return SimpleNamespace(state=verdict.state), 0
 
     def loop(self, **changes):
         config = self.config(**changes)

@@ -163,3 +163,9 @@ def test_a_state_s_digest_is_of_what_it_does(narrow):
     assert state_digest(combined([update], [1.001])) != state_digest(update)
     name = next(iter(update))
     assert state_digest({k: v for k, v in update.items() if k != name}) != state_digest(update)
+
+
+def test_a_row_s_text_is_told_from_its_client_whatever_they_are_called():
+    zero_shot = {"a": 9.0, "a by b": 5.0}
+    assert better(zero_shot, {"a": 8.0, "a by b": 6.0}) == ["a by b"]
+    assert better(zero_shot, {"a by c by d": 8.0, "a by b by c": 4.0}) == []

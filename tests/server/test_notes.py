@@ -88,7 +88,7 @@ class Owner:
             patience_seconds=5.0,
             timeout_seconds=5.0,
         ) as courier:
-            return hand_in(courier, sealed, verdict_seconds=20.0)
+            return hand_in(courier, sealed, verdict_seconds=20.0)[0]
 
     def kept(self):
         return [path for path in (self.live.registry_folder / "notes").rglob("*") if path.name == "manifest.json"]
