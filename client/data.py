@@ -81,6 +81,7 @@ def prepare(
     seed: int = 0,
     audit_share: float = 0.0,
     canaries: Sequence[Record] = (),
+    first_step: int = 0,
 ) -> TrainingText:
     """Return the records as training batches and validation examples; a document is on one side as a whole.
 
@@ -90,6 +91,7 @@ def prepare(
         validation: share of documents held out, between 0 and 1.
         audit_share: share of documents that are set aside, neither trained nor validated on, below 1.
         canaries: made-up rows that are trained on as well, after the split.
+        first_step: batches that earlier rounds have taken; these go on after them.
 
     Raises:
         DataError: when a row is too long under "error", or there is too little text for one batch.
@@ -117,7 +119,7 @@ def prepare(
     pad = pad_id(tokenizer)
     parts = [part for part in (train, held_out, added) if part is not None]
     return TrainingText(
-        batches=Batches(examples, batch_size=batch_size, seed=seed, pad_id=pad),
+        batches=Batches(examples, batch_size=batch_size, seed=seed, pad_id=pad, first_step=first_step),
         validation=validated,
         examples=examples,
         pad_id=pad,

@@ -1,14 +1,16 @@
-"""What a round of a federation changes about tuning: where the weights start, how far they should go, for how long.
+"""What a round of a federation changes about tuning: where weights and text start, how far to go, for how long.
 
 The package's weights with the round's update folded in are what is tuned; a LoRA starts anew on them every round, so
 its rank does not grow. FedProx's term pulls on what the adapter does to the weights, not on its factors: those of a
-LoRA can move without the weights moving.
+LoRA can move without the weights moving. A round goes on in the client's text where the one before it ended, or every
+round would train on the same few rows.
 
 Source: FedProx, arXiv:1812.06127, equation 2; the effective update, ``adapters/updates.py``.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +75,22 @@ def round_for(config: TuneConfig, package: Package, job: Job | None) -> Round | 
     if manifest.proximal and config.dp is not None:
         raise ConfigError("--dp: the round asks for a proximal term, which --dp does not train with")
     return found
+
+
+def first_step(round_: Round | None) -> int:
+    """Return how many steps of the client's text the rounds before this one took, had it answered all of them."""
+    return 0 if round_ is None else (round_.manifest.round - 1) * round_.manifest.steps
+
+
+def start_seed(seed: int, round_: Round | None) -> int:
+    """Return the seed of a fresh adapter: another in every round, or a LoRA would start in the same subspace each time.
+
+    Source: restarts with new factors, arXiv:2307.05695.
+    """
+    if round_ is None or round_.manifest.round == 1:
+        return seed
+    digest = hashlib.blake2b(f"offsite/v1/round-start/{seed}/{round_.manifest.round}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def grow(model: nn.Module, package: Package, spec: AdapterSpec, round_: Round | None) -> None:

@@ -21,7 +21,7 @@ from adapters.kinds import Attached, attach, declared
 from client.config import TuneConfig
 from client.data import TrainingText, prepare, require_fit, say_text
 from client.privaterun import PrivateRun, private_binding, private_run
-from client.rounds import Begun, begin, grow, round_for, with_proximal
+from client.rounds import Begun, begin, first_step, grow, round_for, start_seed, with_proximal
 from client.runrecord import Planted, planted_for, read_as, record_of, text_settings
 from client.scan import Scan, losses_in, require_clean, scan_bundle, texts_of
 from client.sealedoff import require_quiet, sealing
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 def attach_to_package(
     package: Package, spec: AdapterSpec, *, device: torch.device, seed: int = 0, round_: Round | None = None
 ) -> Attached:
-    """Return the package's model with a fresh adapter on it; the same seed gives the same start.
+    """Return the package's model with a fresh adapter on it; the same seed, in the same round, gives the same start.
 
     Args:
         round_: of a federation, whose earlier rounds' update is in the model's weights.
@@ -65,7 +65,7 @@ def attach_to_package(
     model = package.load_model(dtype="float32")
     grow(model, package, spec, round_)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(start_seed(seed, round_))
         attached = attach(model, spec, package.layout.blocks, names)
     if not is_launched():  # of several processes, sharding places each block
         attached.model.to(device)
@@ -202,6 +202,7 @@ def run(config: TuneConfig) -> dict[str, object]:
         seed=config.seed,
         audit_share=config.audit_share,
         canaries=planted.records,
+        first_step=first_step(round_),
     )
     if world().is_main:
         say_text(text)

@@ -21,7 +21,7 @@ class PublicText:
     Attributes:
         train: the batch of any step, a function of the step alone.
         held_out: batches of documents that `train` does not hold; empty when none were asked for.
-        calibration: batches out of `train`, the first of its first epoch.
+        calibration: batches out of `train`, its first, of one epoch at most.
         digest: names the text, the tokens and their order.
     """
 
@@ -42,6 +42,7 @@ def prepare(
     holdout: float | None,
     evaluation_tokens: int,
     calibration_tokens: int,
+    first_step: int = 0,
 ) -> PublicText:
     """Return the records as blocks of `block_tokens`, in batches of `batch_size`, split by document.
 
@@ -50,6 +51,7 @@ def prepare(
         holdout: share of the documents to hold out; none holds nothing out.
         evaluation_tokens: of the held-out text, at most so many tokens, at least one block.
         calibration_tokens: of the training text, at most so many tokens, at least one batch.
+        first_step: batches that earlier runs have taken; these go on after them.
 
     Raises:
         DataError: too few documents to hold any out, or nothing to learn from.
@@ -61,7 +63,7 @@ def prepare(
     held_blocks = _blocks(held_out, tokenizer, block_tokens)[: max(1, evaluation_tokens // block_tokens)]
     _check_vocabulary(model, [*blocks, *held_blocks])
     pad = pad_id(tokenizer)
-    batches = Batches(blocks, batch_size=batch_size, seed=seed, pad_id=pad)
+    batches = Batches(blocks, batch_size=batch_size, seed=seed, pad_id=pad, first_step=first_step)
     wanted = max(1, calibration_tokens // (batch_size * block_tokens))
     return PublicText(
         batches,

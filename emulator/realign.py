@@ -152,6 +152,7 @@ def _text(config: RealignConfig, both: _Both) -> PublicText:
         holdout=config.holdout,
         evaluation_tokens=config.evaluation_tokens,
         calibration_tokens=1,
+        first_step=(both.round.manifest.round - 1) * config.steps,  # other text than the realignments before it
     )
 
 

@@ -146,12 +146,18 @@ class Batches:
 
     Examples come in an endless stream of seeded permutations, one per epoch, cut into batches of equal
     size; a batch may span two epochs.
+
+    Args:
+        first_step: step of that stream at which these begin: what earlier runs of the same seed have taken.
     """
 
-    def __init__(self, examples: Sequence[Example], *, batch_size: int, seed: int, pad_id: int) -> None:
+    def __init__(
+        self, examples: Sequence[Example], *, batch_size: int, seed: int, pad_id: int, first_step: int = 0
+    ) -> None:
         if not examples or batch_size < 1:
             raise ConfigError(f"{len(examples)} examples in batches of {batch_size}, expected at least one of each")
         self._examples, self._batch_size, self._seed, self._pad_id = examples, batch_size, seed, pad_id
+        self._first_step = first_step
         self._orders: dict[int, list[int]] = {}
 
     @property
@@ -169,7 +175,7 @@ class Batches:
 
     def chosen(self, step: int) -> list[Example]:
         """The examples of `step`, counted from 0."""
-        first = step * self._batch_size
+        first = (self._first_step + step) * self._batch_size
         places = (divmod(place, len(self._examples)) for place in range(first, first + self._batch_size))
         return [self._examples[self._order(epoch)[index]] for epoch, index in places]
 

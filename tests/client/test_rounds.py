@@ -10,8 +10,8 @@ import torch
 from adapters.kinds import attach, declared
 from adapters.norms import adapted_names, base_tensors, scale_of
 from adapters.updates import LowRank, fold, norm, to_tensors, update_of
-from client.rounds import Begun, begin, with_proximal, work_of
-from client.tune import attach_to_package, run
+from client.rounds import Begun, begin, first_step, with_proximal, work_of
+from client.tune import attach_to_package, run, tune
 from offsite.bundle import AdapterSpec, open_bundle
 from offsite.errors import ConfigError, NotFinite, PolicyError, WrongBinding, WrongNames, WrongShape
 from offsite.job import Job, write_job
@@ -98,8 +98,7 @@ def test_a_round_is_tuning_on_a_package_with_the_update_in_its_weights(
     model = copy.deepcopy(full_llama)
     fold(model, update, whole_package.layout.blocks)
     folded = make_package(tmp_path / "folded", model=model, kept=tuple(range(8)))
-    asked, plain = make_round(whole_package, spec=spec, update=update), make_round(folded, spec=spec, round=1)
-    assert plain.is_first
+    asked, plain = make_round(whole_package, spec=spec, update=update), make_round(folded, spec=spec)
     on_round, on_package = config(whole_package, asked), config(folded, plain)
     run(on_round)
     run(on_package)
@@ -120,6 +119,29 @@ def test_a_first_round_is_tuning_without_one(whole_package, make_round, config):
     assert equal(tensors_of(on_round, whole_package), tensors_of(plain, whole_package))
     assert open_bundle(on_round.output).manifest.round_digest == asked.digest
     assert open_bundle(plain.output).manifest.round_digest is None
+
+
+def test_rounds_go_on_in_the_text_and_start_with_other_factors(whole_package, make_round, config, monkeypatch):
+    """Every round with the first rows of the file would learn those rows alone, however many rounds there are."""
+    read, started = [], []
+
+    def looked_at(attached, text, settings, **kwargs):
+        read.append([tuple(one.input_ids) for step in range(settings.steps) for one in text.batches.chosen(step)])
+        started.append({name: tensor.clone() for name, tensor in attached.tensors().items()})
+        return tune(attached, text, settings, **kwargs)
+
+    monkeypatch.setattr("client.tune.tune", looked_at)
+    for number in (1, 2, 3):
+        run(config(whole_package, make_round(whole_package, round=number, steps=2)))
+    assert first_step(None) == 0
+    run(config(whole_package, make_round(whole_package, round=1, steps=6)))
+    assert [*read[0], *read[1], *read[2]] == read[3]
+    assert len(set(read[0]) | set(read[1]) | set(read[2])) == len(read[3])
+    factors = [name for name in started[0] if name.endswith("lora_A")]
+    assert factors
+    assert all(not torch.equal(started[0][name], started[1][name]) for name in factors)
+    assert all(not torch.equal(started[1][name], started[2][name]) for name in factors)
+    assert all(torch.equal(started[0][name], started[3][name]) for name in factors)
 
 
 BAD_UPDATES = {

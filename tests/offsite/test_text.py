@@ -208,6 +208,8 @@ def test_a_batch_follows_from_seed_and_step_alone() -> None:
     for step in (11, 0, 7, 2, 3, 5):
         assert torch.equal(fresh.batch(step)["input_ids"], in_order[step])
         assert fresh.num_tokens(step) == int((in_order[step] != 99).sum())
+    later = Batches(examples, batch_size=4, seed=1, pad_id=99, first_step=5)
+    assert torch.equal(later.batch(3)["input_ids"], in_order[8])
     other = Batches(examples, batch_size=4, seed=2, pad_id=99)
     assert any(not torch.equal(other.batch(step)["input_ids"], in_order[step]) for step in range(3))
 
