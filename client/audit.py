@@ -2,7 +2,9 @@
 
 Rows that were trained on and rows that were not are scored under the package's model, without the adapter and with
 it: the model that the client has. The owner's full model with the adapter in it may say more or less; canaries let the
-owner measure that. Nothing that is shown or written holds text.
+owner measure that. A bundle that answers a federation's round is scored on the weights which that round gave, and its
+rows are those of that round: what earlier rounds gave away is no part of it. Nothing that is shown or written holds
+text.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from adapters.kinds import declared
 from client.auditconfig import AuditBundleConfig
 from client.audittable import show
 from client.members import Rows, choose_rows
+from client.rounds import answered
 from client.runrecord import read_as, versions
 from client.scan import losses_in, scan_bundle, texts_of
 from client.tune import attach_to_package
@@ -47,6 +50,7 @@ from offsite.extraction import context_of, verbatim
 from offsite.gates import bundle_gates, passed
 from offsite.membership import membership_of
 from offsite.package import Package, open_package
+from offsite.round import Round, open_round
 from offsite.scores import RowScores, score_rows, signals
 from offsite.staging import refuse_existing
 from offsite.text import IGNORED, Example, pad_id
@@ -73,6 +77,7 @@ class _Given:
     records: list[Record] = field(repr=False)
     others: list[Record] | None = field(repr=False)
     canaries: CanarySet | None = field(repr=False)
+    round: Round | None
 
 
 @dataclass(frozen=True)
@@ -110,22 +115,19 @@ def _open(config: AuditBundleConfig) -> _Given:
     """Return what belongs together.
 
     Raises:
-        ConfigError: when the bundle answers a federation's round.
-        WrongBinding: when the record, the package, the data or the canaries are not those of the bundle.
+        ConfigError: when the bundle answers a federation's round and none is given, or the other way round.
+        WrongBinding: when the record, the package, the round, the data or the canaries are not those of the bundle.
     """
     package, bundle = open_package(config.package), open_bundle(config.bundle)
     bundle.bind(package_digest=package.digest, base_digest=package.manifest.base_digest)
-    if bundle.manifest.round_digest is not None:
-        raise ConfigError(
-            f"bundle {config.bundle.name!r} was tuned on a federation's round, not on the package alone",
-            hint="audits of rounds are not there yet; an audit of it on the package would measure another model",
-        )
+    round_ = _round(config, bundle)
     record = read_run(run_path(config.bundle))
     what = f"{run_path(config.bundle).name!r}"
     for name, stated, found in (
         ("bundle", record.bundle_digest, bundle.digest),
         ("package", record.package_digest, package.digest),
         ("adapter", record.adapter, bundle.manifest.adapter),
+        ("round", record.round, answered(round_)),
     ):
         if stated != found:
             raise WrongBinding(f"{what} is the record of another {name}", hint="keep it beside its own bundle")
@@ -136,7 +138,28 @@ def _open(config: AuditBundleConfig) -> _Given:
         )
     records = read_as(config.data, record.text)
     others = None if config.nonmembers is None else read_as(config.nonmembers, record.text)
-    return _Given(package, bundle, record, records, others, canaries)
+    return _Given(package, bundle, record, records, others, canaries, round_)
+
+
+def _round(config: AuditBundleConfig, bundle: Bundle) -> Round | None:
+    """Return the round that the bundle answers, on whose weights it was tuned; None where it answers none."""
+    stated = bundle.manifest.round_digest
+    if config.round is None:
+        if stated is None:
+            return None
+        raise ConfigError(
+            f"bundle {config.bundle.name!r} was tuned on a federation's round, not on the package alone",
+            hint="--round FOLDER names it: WORK/round-NNNN/round",
+        )
+    if stated is None:
+        raise ConfigError(f"--round: bundle {config.bundle.name!r} answers no round", hint="leave --round out")
+    found = open_round(config.round)
+    if found.digest != stated:
+        raise WrongBinding(
+            f"bundle {config.bundle.name!r} answers round {stated[:19]}, {config.round.name!r} is {found.digest[:19]}",
+            hint="give the round that was tuned on",
+        )
+    return found
 
 
 def _canaries(config: AuditBundleConfig, record: Run) -> CanarySet | None:
@@ -153,7 +176,8 @@ def _canaries(config: AuditBundleConfig, record: Run) -> CanarySet | None:
 
 def _measure(config: AuditBundleConfig, given: _Given) -> tuple[BundleAudit, Rows]:
     tokenizer = given.package.load_tokenizer()
-    attached = attach_to_package(given.package, given.run.adapter, device=choose_device(config.device))
+    device = choose_device(config.device)
+    attached = attach_to_package(given.package, given.run.adapter, device=device, round_=given.round)
     model: Any = attached.model
     rows = choose_rows(
         given.records,

@@ -22,6 +22,10 @@ class AuditBundleConfig(VerbConfig):
     data: Path = Field(description="private text that was tuned on, the same file")
     output: Path = Field(description="audit folder to write", json_schema_extra={"short": "-o"})
 
+    round: Path | None = Field(
+        None,
+        description="opened folder of the federation's round that the bundle answers, on whose weights it was tuned",
+    )
     nonmembers: Path | None = Field(
         None,
         description="rows like those trained on that no run has read, in a file of the same form; default: the "

@@ -1,8 +1,8 @@
 """A data owner's answer to one round: open it, tune on it, seal the bundle. The same on every way a round may come.
 
 What belongs to a round lies in ``WORK/round-NNNN``: ``round``, the opened one; ``bundle.work``, checkpoints while it is
-tuned; ``bundle``; ``sealed``, what goes back. Whatever is there already is not done again, so that a killed client goes
-on where it was, and answers a round once.
+tuned; ``bundle``; ``audit``, where one is asked for; ``sealed``, what goes back. Whatever is there already is not done
+again, so that a killed client goes on where it was, and answers a round once.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from client.audit import run as audit_run
 from client.memberconfig import MemberConfig
 from client.rounds import work_of
 from client.secureround import SecureRound, last_joined
 from client.tune import run as tune
 from client.tune import work_folder
+from offsite.audit import BundleAudit, read_audit
+from offsite.auditing import require_extra
 from offsite.bundle import open_bundle
 from offsite.console import muted, say
 from offsite.errors import (
@@ -32,6 +35,7 @@ from offsite.errors import (
     TooLarge,
     WrongBinding,
 )
+from offsite.gates import bundle_gates
 from offsite.job import read_job
 from offsite.keys import open_identity
 from offsite.ledger import Ledger
@@ -42,7 +46,7 @@ from offsite.sealed import NOTE_NAME
 from offsite.sealing import open_sealed, seal_run
 from offsite.trust import TrustStore
 
-ROUND, BUNDLE, SEALED, NOTES = "round", "bundle", "sealed", "notes"
+ROUND, BUNDLE, AUDIT, SEALED, NOTES = "round", "bundle", "audit", "sealed", "notes"
 
 
 class Member:
@@ -55,6 +59,8 @@ class Member:
 
     def __init__(self, config: MemberConfig) -> None:
         config.check()
+        if config.audit:
+            require_extra()
         self._secure: SecureRound | None = None
         self.config, self.identity = config, open_identity(config)
         self.job, self.package = read_job(config.job).job, open_package(config.package)
@@ -206,10 +212,34 @@ class Member:
             if open_bundle(bundle).manifest.round_digest != round_.digest:
                 raise BadDigest(f"{BUNDLE!r} of round {round_.manifest.round} answers another round than the one asked")
             shutil.rmtree(work_folder(bundle), ignore_errors=True)  # of a run that was killed when all was done
+            audit = self._audited(round_, bundle)
             if round_.manifest.secure is not None:
                 return self._joined(round_, bundle)
-            seal_run(self._sealing(bundle, sealed, round_.manifest.round), identity=self.identity)
+            sealing = self._sealing(bundle, sealed, round_.manifest.round).model_copy(update={"audit": audit})
+            seal_run(sealing, identity=self.identity)
         return sealed
+
+    def _audited(self, round_: Round, bundle: Path) -> Path | None:
+        """Return the audit of the round's bundle, made unless it was; None where these settings ask for none.
+
+        Raises:
+            PolicyError: when a gate failed; what could not be measured is a matter of ``accept_leakage``.
+        """
+        if not self.config.audit:
+            return None
+        audit = round_.path.parent / AUDIT
+        if not audit.is_dir():
+            say(f"round {round_.manifest.round} of {round_.manifest.num_rounds}: measuring what the bundle gives away")
+            audit_run(self.config.auditing(round_.path, bundle, audit))
+        found, _ = read_audit(audit)
+        if not isinstance(found, BundleAudit) or found.run.bundle_digest != open_bundle(bundle).digest:
+            raise BadDigest(f"{AUDIT!r} of round {round_.manifest.round} is of another bundle")
+        if failed := [gate for gate in bundle_gates(found) if gate.verdict == "failed"]:
+            raise PolicyError(
+                f"round {round_.manifest.round}: gate {failed[0].name!r} failed: {failed[0].told}",
+                hint="the bundle stays here and was not sent; tune.dp bounds what the next one gives away",
+            )
+        return audit
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

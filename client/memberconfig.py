@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from client.auditconfig import AuditBundleConfig
 from client.config import TuneConfig
 from client.exchangeconfig import ExchangeConfig
 from offsite.config import VerbConfig, build
@@ -15,7 +16,7 @@ from offsite.keyconfig import IdentityConfig
 
 _GIVEN = ("package", "job", "round", "data", "output", "resume")
 _ROUNDS_OWN = ("steps", "epochs", "learning_rate", "adapter", "placement", "targets", "rank", "alpha", "dropout")
-_NOT_HERE = ("canaries", "audit_share", "launch", "disclose")
+_NOT_HERE = ("canaries", "launch", "disclose")
 
 
 class _Part(VerbConfig):
@@ -27,8 +28,13 @@ class _Part(VerbConfig):
     work: Path = Field(description="folder for rounds, checkpoints and bundles; made if there is none")
     tune: dict[str, Any] = Field({}, description="settings of offsite tune, as tune.batch_size=8 or a block in YAML")
     accept_leakage: bool = Field(
-        False, description="let each round's bundle go although nothing was measured on it; needed, and recorded"
+        False, description="let each round's bundle go although not all was measured on it; needed, and recorded"
     )
+    audit: bool = Field(
+        False,
+        description="measure each round's bundle before it goes; the first that fails a gate stays, and ends it",
+    )
+    audit_rows: int = Field(2000, ge=1, description="rows trained on, and rows not, that such an audit scores at most")
     colluders: int = Field(0, ge=0, description="secure rounds: clients you reckon to be in league with the owner")
     secure_only: bool = Field(
         False, description="refuse a round that asks for the bundle itself, not for a part of a sum"
@@ -51,6 +57,18 @@ class MemberConfig(_Part, IdentityConfig):
         given = {"package": self.package, "job": self.job, "round": round_, "data": self.data, "output": output}
         return build(TuneConfig, flags={**self.tune, **{k: str(v) for k, v in given.items()}, "resume": resume})
 
+    def auditing(self, round_: Path, bundle: Path, output: Path) -> AuditBundleConfig:
+        """Return the settings of the audit of one round's bundle."""
+        return AuditBundleConfig(
+            package=self.package,
+            bundle=bundle,
+            data=self.data,
+            output=output,
+            round=round_,
+            rows=self.audit_rows,
+            device=str(self.tune.get("device", "auto")),
+        )
+
     def check(self) -> None:
         """Return only if every round could be tuned with these settings, and its bundle let go.
 
@@ -69,8 +87,8 @@ class MemberConfig(_Part, IdentityConfig):
         self.tuning(Path("round"), Path("bundle"), resume=False)
         if not self.accept_leakage:
             raise ConfigError(
-                "each round sends a bundle on which nothing was measured",
-                hint="--accept-leakage lets them go; tune.dp bounds what they give away; rounds are not audited yet",
+                "each round sends a bundle on which not all was measured: rounds have no canaries",
+                hint="--accept-leakage lets them go; tune.dp bounds what they give away, --audit measures each round",
             )
 
 

@@ -135,6 +135,7 @@ def _drawn(
         seed=text.seed,
         audit_share=text.audit_share,
         canaries=planted,
+        first_step=0 if run.round is None else run.round.first_step,
     )
     if run.steps >= whole.batches.num_steps_per_epoch:
         return None

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from adapters.kinds import Attached
 from adapters.norms import adapted_names, scale_of
 from adapters.updates import fold, from_tensors
+from offsite.audit import AnsweredRound
 from offsite.errors import ConfigError, PolicyError, WrongBinding, WrongNames
 from offsite.round import Round, open_round
 from offsite.step import StepLoss
@@ -80,6 +81,13 @@ def round_for(config: TuneConfig, package: Package, job: Job | None) -> Round | 
 def first_step(round_: Round | None) -> int:
     """Return how many steps of the client's text the rounds before this one took, had it answered all of them."""
     return 0 if round_ is None else (round_.manifest.round - 1) * round_.manifest.steps
+
+
+def answered(round_: Round | None) -> AnsweredRound | None:
+    """Return what the run's record says of the round; None without one."""
+    if round_ is None:
+        return None
+    return AnsweredRound(digest=round_.digest, number=round_.manifest.round, first_step=first_step(round_))
 
 
 def start_seed(seed: int, round_: Round | None) -> int:

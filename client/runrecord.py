@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offsite import __version__
-from offsite.audit import Claim, Run, TextSettings, read_run, run_path
+from offsite.audit import AnsweredRound, Claim, Run, TextSettings, read_run, run_path
 from offsite.canaries import CanarySet, mark_used, read_canaries, records_of, require_unmarked
 from offsite.errors import ArtefactError, PolicyError, WrongBinding
 from offsite.records import Record, read_records
@@ -36,6 +36,7 @@ def record_of(
     guarantee: Mapping[str, object] | None = None,
     job_id: str | None = None,
     canaries: str | None = None,
+    answered: AnsweredRound | None = None,
 ) -> Run:
     """Return the record of a run that ended so, of a bundle whose digest is not known yet: it has all zeros.
 
@@ -44,6 +45,7 @@ def record_of(
         data_sha256: digest of the file, taken when it was read.
         guarantee: what `PrivateRun.release` returned, of a private run.
         canaries: digest of the canary set committed to, if any was trained on.
+        answered: the federation's round that the run answered, if any.
     """
     claim = None if guarantee is None else {name: guarantee[name] for name in Claim.model_fields}
     return Run(
@@ -65,6 +67,7 @@ def record_of(
         num_canaries=text.num_canaries,
         sealed_off=config.sealed_off,
         claim=None if claim is None else Claim.model_validate(claim),
+        round=answered,
         versions=versions(),
     )
 

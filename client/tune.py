@@ -21,7 +21,7 @@ from adapters.kinds import Attached, attach, declared
 from client.config import TuneConfig
 from client.data import TrainingText, prepare, require_fit, say_text
 from client.privaterun import PrivateRun, private_binding, private_run
-from client.rounds import Begun, begin, first_step, grow, round_for, start_seed, with_proximal
+from client.rounds import Begun, answered, begin, first_step, grow, round_for, start_seed, with_proximal
 from client.runrecord import Planted, planted_for, read_as, record_of, text_settings
 from client.scan import Scan, losses_in, require_clean, scan_bundle, texts_of
 from client.sealedoff import require_quiet, sealing
@@ -244,6 +244,7 @@ def run(config: TuneConfig) -> dict[str, object]:
             guarantee=guarantee,
             job_id=None if job is None else job.job_id,
             canaries=planted.commitment,
+            answered=answered(round_),
         )
         figures = {
             "num_records": text.num_records,

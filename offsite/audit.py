@@ -108,13 +108,22 @@ class TextSettings(Strict):
     seed: Count
 
 
+class AnsweredRound(Strict):
+    """The round of a federation that a run answered, and at which step of the client's text the run began."""
+
+    digest: Digest
+    number: int = Field(ge=1)
+    first_step: Count
+
+
 class Run(Strict):
     """The client's own record of a run, ``BUNDLE.run.json``. It stays with the client; audits quote it (`quoted`).
 
     ``num_records`` are those trained on, canaries apart, and ``num_drawn`` at most so many of them came in a batch by
     the step whose weights are released. That is ``steps``; ``steps_run`` were taken in all, the same number in a
-    private run. ``canaries`` is the digest committed to, where any were used. What may be None for the sake of a
-    quotation is never None in the record itself.
+    private run. ``canaries`` is the digest committed to, where any were used. ``round`` is None for a run on the
+    package alone; one that answers a round began with the weights that the round gave, and so does its audit. What may
+    be None for the sake of a quotation is never None in the record itself.
     """
 
     format: Literal["offsite/run/1"] = RUN_FORMAT
@@ -136,6 +145,7 @@ class Run(Strict):
     num_canaries: Count = 0
     sealed_off: bool = False
     claim: Claim | None = None
+    round: AnsweredRound | None = None
     versions: dict[Key, Line] = {}
 
 

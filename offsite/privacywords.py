@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from decimal import Decimal
 
-from offsite.audit import BundleAudit, CanaryAudit, Claim, PackageAudit, PluggedAudit
+from offsite.audit import AnsweredRound, BundleAudit, CanaryAudit, Claim, PackageAudit, PluggedAudit
 from offsite.gates import WEAK_EPSILON, Gate, Release
 
 NOT_PRIVATE = "NOT DIFFERENTIALLY PRIVATE"
@@ -125,7 +125,7 @@ def non_claims(
 
 
 def _of_the_data(bundle: BundleAudit) -> list[str]:
-    claim = bundle.run.claim
+    claim, answered = bundle.run.claim, bundle.run.round
     private = (
         "Without differential privacy no figure here is a bound: each says what one attack found."
         if claim is None
@@ -134,10 +134,18 @@ def _of_the_data(bundle: BundleAudit) -> list[str]:
     )
     return [
         private,
+        *([] if answered is None else [_of_a_round(answered)]),
         "Figures of the bundle are of the emulator, with and without the adapter. The full model with the same adapter "
         "may reveal more, or less.",
         "The scan finds what it looks for in the bundle's bytes, and what is encoded otherwise it does not.",
     ]
+
+
+def _of_a_round(answered: AnsweredRound) -> str:
+    return (
+        f"The bundle answers round {answered.number} of a federation: what attacks found is what this round added to "
+        "the weights that it began with. What the rounds give away together was not measured."
+    )
 
 
 def _canaries(bundle: BundleAudit | None, plugged: PluggedAudit | None) -> list[CanaryAudit | None]:

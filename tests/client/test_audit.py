@@ -285,6 +285,12 @@ def test_another_package_is_refused(words, narrow_package, tuned, tmp_path, caps
     assert "was tuned on package" in capsys.readouterr().err
 
 
+def test_a_round_of_a_bundle_that_answers_none(words, tuned, tmp_path, capsys):
+    assert cli.run(words(round=tmp_path)) == 2
+    assert "--round: bundle 'bundle' answers no round" in capsys.readouterr().err
+    assert not (tmp_path / "audit").exists()
+
+
 def test_an_output_that_stands_is_kept(words, tmp_path, capsys):
     (tmp_path / "audit").mkdir()
     assert cli.run(words()) == 2
