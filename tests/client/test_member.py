@@ -15,6 +15,7 @@ from client.budget import BudgetLedger
 from client.federate import join_run
 from client.memberconfig import JoinConfig, MemberConfig
 from client.tune import attach_to_package
+from offsite import cli
 from offsite.audit import read_audit
 from offsite.bundle import open_bundle
 from offsite.config import build
@@ -471,6 +472,13 @@ def test_each_round_is_measured_before_it_goes(federated, seal_round, tmp_path, 
     release = read_release(release_path(sealed))
     assert (release.audit, release.accepted_leakage) == (digest, True)
     assert {gate.name for gate in release.gates} > {"scan"}
+    keys = ["--keys", str(member.config.keys), "--passphrase-file", str(member.config.passphrase_file)]
+    words = ["--audit", str(round_.path.parent / "audit"), "--release", str(release_path(sealed))]
+    report = tmp_path / "privacy"
+    assert cli.run(["report", "privacy", *words, "--job", str(member.config.job), *keys, "-o", str(report)]) == 0
+    bundle = ["--bundle", str(round_.path.parent / "bundle"), "--package", str(member.config.package)]
+    assert cli.run(["report", "verify", str(report), *keys[:2], *bundle]) == 0
+    assert "answers round 1 of a federation" in (report / "report.html").read_text()
     shutil.rmtree(sealed)
     monkeypatch.setattr("client.member.audit_run", None)  # it stands: nothing is measured again
     assert member.answer(round_) == sealed
