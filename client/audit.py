@@ -195,10 +195,11 @@ def _measure(config: AuditBundleConfig, given: _Given) -> tuple[BundleAudit, Row
     if rows.drawn_share < 1:
         say(f"{rows.drawn_share:.0%} of the canaries to train on were drawn by the step released, the rest is left out")
     before = _score(config, given, model, tokenizer, rows, label="without the adapter", is_tuned=False)
+    started = _of_the_package(config, given, tokenizer, rows) or before.rows
     expected = declared(given.run.adapter, given.package.layout, given.package.block_tensors())
     attached.load(given.bundle.load_tensors(expected))
     after = _score(config, given, model, tokenizer, rows, label="with the adapter", is_tuned=True)
-    membership, shift = _membership(before, after, len(rows.members))
+    membership, shift = _membership(before, after, started, len(rows.members))
     audit = BundleAudit(
         run=quoted(given.run),
         tokens_per_row=config.tokens_per_row,
@@ -228,18 +229,7 @@ def _score(
     label: str,
     is_tuned: bool,
 ) -> _Found:
-    examples = [*rows.members, *rows.nonmembers] if rows.members and rows.nonmembers else []
-    scored = None
-    if examples:
-        with _told(len(examples), f"{label}: rows") as bar:
-            scored = score_rows(
-                model,
-                examples,
-                batch_size=config.batch_size,
-                pad_id=pad_id(tokenizer),
-                limit_tokens=config.tokens_per_row,
-                progress=bar,
-            )
+    scored = _rows_scored(config, model, tokenizer, rows, label=label)
     tokens = beginning(rows.members)
     asked = [_window(example, tokens) for example in rows.members[:NUM_VERBATIM]]
     with _told(max(1, len(asked)), f"{label}: rows asked for") as bar:
@@ -266,19 +256,54 @@ def _score(
     return _Found(scored, canaries, back)
 
 
+def _rows_scored(
+    config: AuditBundleConfig, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, label: str
+) -> RowScores | None:
+    """Return what the model says of the rows, members first; None where one side has none."""
+    examples = [*rows.members, *rows.nonmembers] if rows.members and rows.nonmembers else []
+    if not examples:
+        return None
+    with _told(len(examples), f"{label}: rows") as bar:
+        return score_rows(
+            model,
+            examples,
+            batch_size=config.batch_size,
+            pad_id=pad_id(tokenizer),
+            limit_tokens=config.tokens_per_row,
+            progress=bar,
+        )
+
+
+def _of_the_package(
+    config: AuditBundleConfig, given: _Given, tokenizer: PreTrainedTokenizerBase, rows: Rows
+) -> RowScores | None:
+    """Return what the package's own model says of the rows, where a round began with other weights; otherwise None.
+
+    Whether rows are alike but for training is asked of a model that read none of them. The weights of a later round may
+    know the client's rows from earlier ones: that is leakage, and no excuse.
+    """
+    if given.round is None or given.round.is_first:
+        return None
+    model: Any = given.package.load_model(dtype="float32")
+    model.to(choose_device(config.device)).eval()
+    return _rows_scored(config, model, tokenizer, rows, label="the package alone")
+
+
 @contextmanager
 def _told(total: int, label: str) -> Iterator[Any]:
     with progress(total, label) as bar:
         yield lambda done, _: bar.update(done)
 
 
-def _membership(before: _Found, after: _Found, num_members: int) -> tuple[tuple[Membership, ...], Membership | None]:
-    """Return the attacks, and the loss without the adapter as one: it should tell nothing."""
-    if before.rows is None or after.rows is None:
+def _membership(
+    before: _Found, after: _Found, started: RowScores | None, num_members: int
+) -> tuple[tuple[Membership, ...], Membership | None]:
+    """Return the attacks, and the loss of a model that read no row as one: it should tell nothing."""
+    if before.rows is None or after.rows is None or started is None:
         return (), None
     attacks = signals(after.rows, before.rows)
     found = tuple(membership_of(name, by[:num_members], by[num_members:]) for name, by in attacks.items())
-    untuned = -before.rows.loss
+    untuned = -started.loss
     return found, membership_of("loss", untuned[:num_members], untuned[num_members:])
 
 

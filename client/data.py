@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from offsite.console import say
 from offsite.errors import ConfigError, DataError
 from offsite.records import Record, split_by_document
-from offsite.text import Batches, Encoded, Example, encode, pack, pad_id
+from offsite.text import IGNORED, Batches, Encoded, Example, encode, pack, pad_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,12 +29,15 @@ class TrainingText:
     """Batches and examples of the training documents, examples of the held-out ones, and what became of the rows.
 
     ``read`` are the records that the run reads: those trained and validated on, and canaries. ``num_records`` and
-    ``num_tokens`` are of the training documents, canaries apart.
+    ``num_tokens`` are of the training documents, canaries apart. ``rows`` are what is trained on row by row, canaries
+    behind the rest; ``examples`` the same as it is trained on, in blocks of ``block_tokens`` where it is packed.
     """
 
     batches: Batches = field(repr=False)
     validation: list[Example] = field(repr=False)
     examples: list[Example] = field(repr=False)
+    rows: list[Example] = field(repr=False)
+    block_tokens: int | None
     pad_id: int
     num_records: int
     num_tokens: int
@@ -107,7 +110,8 @@ def prepare(
 
     train, held_out = encoded(sides.train), encoded(sides.validation)
     added = encoded(canaries) if canaries else None
-    examples = shaped([*train.examples, *(added.examples if added else ())])
+    rows = [*train.examples, *(added.examples if added else ())]
+    examples = shaped(rows)
     validated = shaped(held_out.examples)
     if len(examples) < batch_size:
         raise DataError(
@@ -122,6 +126,8 @@ def prepare(
         batches=Batches(examples, batch_size=batch_size, seed=seed, pad_id=pad, first_step=first_step),
         validation=validated,
         examples=examples,
+        rows=rows,
+        block_tokens=block_tokens if packed else None,
         pad_id=pad,
         num_records=len(sides.train),
         num_tokens=train.num_tokens,
@@ -133,6 +139,44 @@ def prepare(
         num_aside=len(sides.audit),
         read=[*sides.train, *sides.validation, *canaries],
     )
+
+
+def rows_drawn(text: TrainingText, steps: int, *, whole: bool) -> set[int]:
+    """Return the numbers of the rows, in ``text.rows``, that the first `steps` batches hold.
+
+    Args:
+        whole: rows of which every token is in them; otherwise those of which any is.
+    """
+    numbers = {id(example): number for number, example in enumerate(text.examples)}
+    drawn = {numbers[id(example)] for step in range(steps) for example in text.batches.chosen(step)}
+    if text.block_tokens is None:
+        return drawn
+    kept = _blocks_kept(text.rows, text.block_tokens, len(text.examples))
+    blocks, found, start, enough = {kept[number] for number in drawn}, set(), 0, all if whole else any
+    for number, row in enumerate(text.rows):
+        end = start + len(row.input_ids)
+        if enough(block in blocks for block in range(start // text.block_tokens, -(-end // text.block_tokens))):
+            found.add(number)
+        start = end
+    return found
+
+
+def _blocks_kept(rows: Sequence[Example], block_tokens: int, num_kept: int) -> Sequence[int]:
+    """Return the numbers, in the stream of all tokens, of the blocks that packing keeps: those where a label counts.
+
+    Args:
+        num_kept: how many they are; where all are, none need be looked at.
+    """
+    num = -(-sum(len(row.input_ids) for row in rows) // block_tokens)
+    if num == num_kept:
+        return range(num)
+    counts, position = bytearray(num), 0
+    for row in rows:
+        for label in row.labels:
+            if label != IGNORED and position % block_tokens:  # a block's first token follows none
+                counts[position // block_tokens] = 1
+            position += 1
+    return [number for number in range(num) if counts[number]]
 
 
 def say_text(text: TrainingText) -> None:

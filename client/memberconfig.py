@@ -12,6 +12,7 @@ from client.config import TuneConfig
 from client.exchangeconfig import ExchangeConfig
 from offsite.config import VerbConfig, build
 from offsite.errors import ConfigError
+from offsite.gates import MIN_NONMEMBERS
 from offsite.keyconfig import IdentityConfig
 
 _GIVEN = ("package", "job", "round", "data", "output", "resume")
@@ -85,11 +86,22 @@ class MemberConfig(_Part, IdentityConfig):
         if unknown := sorted(self.tune.keys() - TuneConfig.model_fields.keys()):
             raise ConfigError(f"tune.{unknown[0]}: offsite tune has no such setting", hint="offsite tune --help")
         self.tuning(Path("round"), Path("bundle"), resume=False)
+        if self.audit and "dp" not in self.tune:
+            self._require_measurable()
         if not self.accept_leakage:
             raise ConfigError(
                 "each round sends a bundle on which not all was measured: rounds have no canaries",
                 hint="--accept-leakage lets them go; tune.dp bounds what they give away, --audit measures each round",
             )
+
+    def _require_measurable(self) -> None:
+        if not self.tune.get("audit_share"):
+            raise ConfigError(
+                "--audit compares rows that a round reads with rows that none reads, and none are set aside",
+                hint=f"tune.audit_share=0.3, or so much that {MIN_NONMEMBERS:,} rows are",
+            )
+        if self.audit_rows < MIN_NONMEMBERS:
+            raise ConfigError(f"--audit-rows {self.audit_rows}: with fewer than {MIN_NONMEMBERS:,} no gate could fail")
 
 
 class JoinConfig(_Part, ExchangeConfig):

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from client.data import prepare, split_records
+from client.data import prepare, rows_drawn, split_records
 from client.privacy import units_of
 from offsite.audit import Run
 from offsite.canaries import CanarySet, drawn_only, records_of
 from offsite.errors import WrongBinding
 from offsite.records import Record
-from offsite.text import IGNORED, Encoded, Example, encode
+from offsite.text import Encoded, Example, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +104,7 @@ def _trained(
         units = units_of(examples, unit=run.claim.unit, rows_per_user=run.claim.rows_per_user or 1)
         return [example for unit in units for example in unit], None
     added = _encoded(planted, run, tokenizer).examples if planted else []
-    drawn = _drawn(records, [*examples, *added], run, tokenizer, planted)
+    drawn = _drawn(records, run, tokenizer, planted)
     if drawn is None:
         return examples, None
     inside = [example for number, example in enumerate(examples) if number in drawn]
@@ -113,16 +113,11 @@ def _trained(
 
 def _drawn(
     records: Sequence[Record],
-    examples: Sequence[Example],
     run: Run,
     tokenizer: PreTrainedTokenizerBase,
     planted: Sequence[Record],
 ) -> set[int] | None:
-    """Return the numbers of the examples that the run drew, whole, by the step released; None when it drew them all.
-
-    Args:
-        examples: those trained on, one by one, canaries behind the rest.
-    """
+    """Return the numbers of the rows that the run drew, whole, by the step released; None when it drew them all."""
     text = run.text
     whole = prepare(
         records,
@@ -137,31 +132,8 @@ def _drawn(
         canaries=planted,
         first_step=0 if run.round is None else run.round.first_step,
     )
-    if run.steps >= whole.batches.num_steps_per_epoch:
-        return None
-    numbers = {id(example): number for number, example in enumerate(whole.examples)}
-    drawn = {numbers[id(example)] for step in range(run.steps) for example in whole.batches.chosen(step)}
-    if not text.packed:
-        return drawn
-    kept = _blocks_kept(examples, text.block_tokens)
-    blocks, found, start = {kept[number] for number in drawn}, set(), 0
-    for number, example in enumerate(examples):
-        end = start + len(example.input_ids)
-        if all(block in blocks for block in range(start // text.block_tokens, -(-end // text.block_tokens))):
-            found.add(number)
-        start = end
-    return found
-
-
-def _blocks_kept(examples: Sequence[Example], block_tokens: int) -> list[int]:
-    """Return the numbers, in the stream of all tokens, of the blocks that packing keeps: those where a label counts."""
-    labels = [label for example in examples for label in example.labels]
-    starts = range(0, len(labels), block_tokens)
-    return [
-        start // block_tokens
-        for start in starts
-        if any(label != IGNORED for label in labels[start + 1 : start + block_tokens])
-    ]
+    found = rows_drawn(whole, run.steps, whole=True)
+    return None if len(found) == len(whole.rows) else found
 
 
 def _encoded(records: Sequence[Record], run: Run, tokenizer: PreTrainedTokenizerBase) -> Encoded:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from client.data import rows_drawn
 from offsite import __version__
 from offsite.audit import AnsweredRound, Claim, Run, TextSettings, read_run, run_path
 from offsite.canaries import CanarySet, mark_used, read_canaries, records_of, require_unmarked
@@ -57,7 +58,7 @@ def record_of(
         data_sha256=data_sha256,
         text=text_settings(config),
         num_records=text.num_records,
-        num_drawn=min(text.num_records, outcome.best_step * config.batch_size),
+        num_drawn=_num_drawn(text, outcome.best_step, config.batch_size, is_private=claim is not None),
         num_tokens=text.num_tokens,
         steps=outcome.best_step,
         steps_run=outcome.steps,
@@ -70,6 +71,14 @@ def record_of(
         round=answered,
         versions=versions(),
     )
+
+
+def _num_drawn(text: TrainingText, steps: int, batch_size: int, *, is_private: bool) -> int:
+    """Return how many rows, canaries apart, had a token in a batch by that step; of a private run, about as many."""
+    if is_private:  # drawn by coins that nobody knows
+        return min(text.num_records, steps * batch_size)
+    own = len(text.rows) - text.num_canaries
+    return max(1, sum(number < own for number in rows_drawn(text, steps, whole=False)))
 
 
 def text_settings(config: TuneConfig) -> TextSettings:

@@ -224,7 +224,7 @@ def run(config: TuneConfig) -> dict[str, object]:
         outcome = tune(
             attached,
             text,
-            loop_settings(config, text),
+            loop_settings(config, text).model_copy(update={"seed": start_seed(config.seed, round_)}),
             work=work,
             resume=config.resume,
             binding=binding,

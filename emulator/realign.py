@@ -55,7 +55,7 @@ class _Both:
 
 
 def run(config: RealignConfig) -> dict[str, object]:
-    """Carry out ``offsite realign``: OUTPUT holds ``emulator.safetensors`` and ``figures.json``.
+    """Carry out ``offsite realign``: OUTPUT holds ``emulator.safetensors``, if it is any better, and ``figures.json``.
 
     Raises:
         ConfigError, ArtefactError: when package, record, round and model do not belong together.
@@ -70,7 +70,7 @@ def run(config: RealignConfig) -> dict[str, object]:
     text = _text(config, both)
     start = _middle_of(both)
     before = _fidelity(both, text, processes)
-    found = distill(
+    distill(
         both.full,
         both.compressed,
         both.plan,
@@ -80,7 +80,7 @@ def run(config: RealignConfig) -> dict[str, object]:
             learning_rate=config.learning_rate,
             warmup_steps=config.warmup_steps,
             precision=config.precision,
-            seed=config.seed,
+            seed=config.seed + both.round.manifest.round,
         ),
         weights=Weights(),
         work=_work(config),
@@ -89,19 +89,26 @@ def run(config: RealignConfig) -> dict[str, object]:
         processes=processes,
     )
     difference, error = _difference(config, start, _middle_of(both))
+    _put_back(both, start)
+    fold(both.compressed.model, difference, both.package.layout.blocks)
+    after = _fidelity(both, text, processes)  # of what leaves, which may have been cut to a rank
+    is_better = after.kl < before.kl
     figures = {
         "kl_before": before.kl,
-        "kl_after": found.fidelity.kl,
+        "kl_after": after.kl,
         "hidden_before": before.hidden,
-        "hidden_after": found.fidelity.hidden,
+        "hidden_after": after.hidden,
         "truncation_error": error,
         "norm": norm(difference),
+        "is_better": is_better,
     }
     with staged_folder(config.output) as stage:
-        write_tensors(stage / EMULATOR_FILE, to_tensors(difference))
+        if is_better:
+            write_tensors(stage / EMULATOR_FILE, to_tensors(difference))
         (stage / FIGURES_FILE).write_text(json.dumps(figures, sort_keys=True) + "\n", encoding="ascii")
     shutil.rmtree(_work(config), ignore_errors=True)
-    say(f"realigned: KL on held-out public text {before.kl:.4g} before, {found.fidelity.kl:.4g} after")
+    kept = "" if is_better else ": no better, so that the emulator stays as it was"
+    say(f"realigned: KL on held-out public text {before.kl:.4g} before, {after.kl:.4g} after{kept}")
     return {"output": config.output.name, **figures, "seconds": round(time.monotonic() - began, 1)}
 
 
@@ -167,6 +174,14 @@ def _middle_of(both: _Both) -> dict[str, torch.Tensor]:
     names = [name for name in both.package.block_tensors() if name.startswith("middle.")]
     paths = {name: placed(name, layout.blocks) for name in names}
     return {name: own[path].detach().cpu().clone() for name, path in paths.items() if path in own}
+
+
+def _put_back(both: _Both, tensors: dict[str, torch.Tensor]) -> None:
+    """The emulator's middle holds these tensors again, by canonical name."""
+    own = dict(both.compressed.model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[placed(name, both.package.layout.blocks)].copy_(tensor)
 
 
 def _difference(

@@ -119,11 +119,11 @@ class AnsweredRound(Strict):
 class Run(Strict):
     """The client's own record of a run, ``BUNDLE.run.json``. It stays with the client; audits quote it (`quoted`).
 
-    ``num_records`` are those trained on, canaries apart, and ``num_drawn`` at most so many of them came in a batch by
-    the step whose weights are released. That is ``steps``; ``steps_run`` were taken in all, the same number in a
-    private run. ``canaries`` is the digest committed to, where any were used. ``round`` is None for a run on the
-    package alone; one that answers a round began with the weights that the round gave, and so does its audit. What may
-    be None for the sake of a quotation is never None in the record itself.
+    ``num_records`` are those trained on, canaries apart; ``num_drawn`` of them, of a private run about so many, came
+    in a batch, if only in part, by the step whose weights are released. That is ``steps``; ``steps_run`` were taken in
+    all, the same number in a private run. ``canaries`` is the digest committed to, where any were used. ``round`` is
+    None for a run on the package alone; one that answers a round began with the weights that the round gave, and so
+    does its audit. What may be None for the sake of a quotation is never None in the record itself.
     """
 
     format: Literal["offsite/run/1"] = RUN_FORMAT

@@ -112,7 +112,8 @@ class Federation:
             RunFailed: when the disk fails, or fewer clients than a round needs were drawn.
         """
         asked = self.store.asked(self.job_ids, number)
-        if not asked:
+        # Coins that came to nobody are not thrown again: the accountant does not know of a second throw.
+        if not asked and (self.privacy is None or not self.store.is_drawn(number)):
             clients = self._draw()
             emulator = self._realigner.before(number, lambda earlier: self._write_round(number, "train", "", earlier))
             secure = self._secure_terms(number, clients, emulator) if self.config.secure else None

@@ -30,11 +30,19 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def grown_model(model: PreTrainedModel, update: Update, record: OwnerRecord) -> Iterator[PreTrainedModel]:
-    """Yield the full model with the update in its weights; afterwards it is as it was."""
+def grown_model(
+    model: PreTrainedModel, update: Update, record: OwnerRecord, *, stored: Mapping[str, torch.dtype] | None = None
+) -> Iterator[PreTrainedModel]:
+    """Yield the full model with the update in its weights; afterwards it is as it was.
+
+    Args:
+        stored: dtypes by parameter to which the sums are rounded, as in a checkpoint that holds the model.
+    """
     before = [(parameter, parameter.data) for parameter in model.parameters()]
     try:
         fold(model, lifted(model, update, record), record.sites)
+        for name, parameter in model.named_parameters() if stored else ():
+            parameter.data = parameter.data.to(stored[name]).to(parameter.dtype) if stored else parameter.data
         yield model
     finally:
         for parameter, data in before:
@@ -43,6 +51,8 @@ def grown_model(model: PreTrainedModel, update: Update, record: OwnerRecord) -> 
 
 class Watch:
     """Measures the full model with each state plugged in, on the owner's held-out texts.
+
+    Sums are rounded as `write_adapted` stores them, so that what is measured is what is served; computed is in float32.
 
     Raises:
         ConfigError: when the model is not the package's, or a file is missing.
@@ -55,6 +65,7 @@ class Watch:
         require_base(self.model, model_digest(self.model), federation.record.base_digest, "the federation")
         self._tokenizer = load_tokenizer(config.model)
         self._texts = {name: self._examples(config, path) for name, path in config.heldout.items()}
+        self._stored = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         cast_model(self.model, torch.float32)
         self.zero_shot = self._measure()
         self._known: tuple[int, dict[str, float]] = (0, {})
@@ -69,7 +80,7 @@ class Watch:
         federation, found = self._federation, {}
         names = {key: one.name for key, one in federation.participants.items()}
         for key, state in federation.states.items():
-            with grown_model(self.model, state, federation.record):
+            with grown_model(self.model, state, federation.record, stored=self._stored):
                 scores = self._measure()
             suffix = "" if key == SHARED else f" by {names.get(key, key[:9])}"
             found.update({f"{text}{suffix}": score for text, score in scores.items()})

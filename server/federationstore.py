@@ -104,7 +104,13 @@ class FederationStore:
                     raise Replayed(f"round {number} was asked of client {client[:9]} with another content")
                 if row is None:
                     transaction.execute("INSERT INTO asked VALUES (?, ?, ?)", (*place, digest))
+            transaction.execute("INSERT OR IGNORE INTO drawn VALUES (?, ?)", (self.id, number))
             transaction.log("round-asked", federation=self.id, round=number, clients=len(digests))
+
+    def is_drawn(self, number: int) -> bool:
+        """Tell whether clients were drawn for the round, if none of them."""
+        place = (self.id, number)
+        return bool(self._store.rows("SELECT 1 FROM drawn WHERE federation_id = ? AND round = ?", place))
 
     def finish(self, number: int, content: Mapping[str, Any]) -> None:
         """The round is finished; again with the same content changes nothing.

@@ -16,7 +16,7 @@ from offsite.job import Job
 from offsite.manifest import read_manifest
 from offsite.round import ROUND_FORMAT, RoundManifest
 from offsite.trust import TrustStore
-from server.federationconfig import FederationConfig
+from server.federationconfig import FederationConfig, RoundsConfig
 from server.federationstore import first_asked, known_id
 from server.registry import Registry
 
@@ -89,6 +89,23 @@ def _fits(config: FederationConfig, registry: Registry, job: Job, now: int) -> b
     return now <= job.expires and path.resolve() == config.package.resolve()
 
 
+def require_kind(kind: str, dtype: str, config: RoundsConfig) -> None:
+    """Return only if updates of such adapters can be put together.
+
+    Raises:
+        ConfigError: when they cannot, or bundles of that dtype would not hold them.
+    """
+    if kind == "dora":
+        raise ConfigError("the jobs ask for dora, whose updates cannot be put together", hint="use lora or blocks")
+    if kind not in ("lora", "rslora") and dtype != "float32":
+        raise ConfigError(
+            f"the jobs ask for {kind} in {dtype}: weights that are rounded lose what a round moves them by",
+            hint="--adapter-dtype float32, or a LoRA",
+        )
+    if config.share_a and kind not in ("lora", "rslora"):
+        raise ConfigError(f"--share-a: an adapter of kind {kind} has no factor A")
+
+
 def one_adapter(jobs: Iterable[Job], config: FederationConfig) -> AdapterSpec:
     """Return the adapter that all jobs ask for.
 
@@ -101,8 +118,5 @@ def one_adapter(jobs: Iterable[Job], config: FederationConfig) -> AdapterSpec:
         raise ConfigError("the clients' jobs ask for different adapters", hint="make jobs with the same adapter")
     if few := [job for job in found if job.rounds < config.rounds]:
         raise ConfigError(f"job {few[0].job_id[:12]} allows {few[0].rounds} round(s), --rounds {config.rounds}")
-    if spec.kind == "dora":
-        raise ConfigError("the jobs ask for dora, whose updates cannot be put together", hint="use lora or blocks")
-    if config.share_a and spec.kind not in ("lora", "rslora"):
-        raise ConfigError(f"--share-a: an adapter of kind {spec.kind} has no factor A")
+    require_kind(spec.kind, spec.dtype, config)
     return spec

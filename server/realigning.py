@@ -60,11 +60,13 @@ class Realigner:
         with muted():
             play([stage], self._folder / "stages" / f"{due:04d}")
         found = stage.outcome
-        say(f"  KL on held-out public text: {found['kl_before']:.4g} before, {found['kl_after']:.4g} after")
+        kept = "" if found["is_better"] else ": not used"
+        say(f"  KL on held-out public text: {found['kl_before']:.4g} before, {found['kl_after']:.4g} after{kept}")
         difference = self._read(out)
-        total = combined([earlier, difference], [1.0, 1.0]) if earlier else difference
+        total = combined([earlier, difference], [1.0, 1.0]) if earlier and difference else earlier or difference
         with staged_folder(place) as fresh:
-            write_tensors(fresh / EMULATOR_FILE, to_tensors(total))
+            if total:
+                write_tensors(fresh / EMULATOR_FILE, to_tensors(total))
 
     def _read(self, folder: Path) -> Update:
         path = folder / EMULATOR_FILE

@@ -56,6 +56,11 @@ CREATE TABLE finished (
     content TEXT NOT NULL, PRIMARY KEY (federation_id, round)
 ) STRICT
 """,
+    """
+CREATE TABLE drawn (
+    federation_id TEXT NOT NULL REFERENCES federations, round INTEGER NOT NULL, PRIMARY KEY (federation_id, round)
+) STRICT
+""",
 )
 
 

@@ -30,6 +30,7 @@ from server.federation import opened_federation, rule_of
 from server.federationconfig import FederationConfig, RoundsConfig
 from server.job import adapter_spec
 from server.job import run as create_job
+from server.participants import require_kind
 from server.registryconfig import JobCreateConfig
 from server.simulationconfig import SimulateConfig
 
@@ -94,7 +95,8 @@ def prepared(config: SimulateConfig) -> tuple[FederationConfig, dict[str, Path]]
     if missing := sorted(name for name, path in config.clients.items() if not Path(path).is_file()):
         raise ConfigError(f"--clients: no file of client {missing[0]!r}: {Path(config.clients[missing[0]]).name!r}")
     open_package(config.package)
-    rule_of(config)  # both before anything is made
+    rule_of(config)
+    require_kind(config.adapter, config.adapter_dtype, config)  # all three before anything is made
     with muted():
         owner = _home(config.work / "owner", "owner")
         homes = {name: _home(config.work / "clients" / name, name) for name in sorted(config.clients)}

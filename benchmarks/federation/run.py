@@ -75,6 +75,7 @@ class Bench:
 
     def __init__(self, plan: dict[str, Any], data: Path, work: Path) -> None:
         self.plan, self.work = plan, work
+        self._require_own()
         self.texts = {name: work / f"{name}.jsonl" for name in plan["sources"]}
         self.heldout = {name: work / f"{name}-heldout.jsonl" for name in plan["sources"]}
         self.num_rows = self._write_texts(data)
@@ -84,6 +85,16 @@ class Bench:
             flags = {word.removeprefix("--").replace("-", "_"): value for word, value in pairs}
             flags |= {"model": plan["model"], "public": str(data / plan["public"]), "output": str(self.package)}
             distill(build(DistillConfig, flags=flags))
+
+    def _require_own(self) -> None:
+        """The work folder was begun by these settings and this code, or is begun now: what is done stays as it was."""
+        begun, stated = self.work / "begun.json", {"plan": self.plan, "commit": environment()["commit"]}
+        if not begun.is_file():
+            begun.write_text(json.dumps(stated, indent=1, sort_keys=True) + "\n")
+        elif json.loads(begun.read_text()) != json.loads(json.dumps(stated)):
+            raise SystemExit(
+                f"{self.work.name} was begun with other settings or by another commit: give another --work"
+            )
 
     def arms(self) -> list[str]:
         """Return the arms in the order in which they are worth running."""

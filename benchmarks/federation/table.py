@@ -38,9 +38,14 @@ def quality(result: Mapping[str, Any]) -> str:
         return ""
     clients = sorted(result["config"]["sources"])
     zero_shot = next(iter(arms.values()))["zero_shot"]
-    rows = [["zero-shot", zero_shot], *([LABELS[name], arm["plugged_in"]] for name, arm in arms.items())]
+    rows = [["zero-shot", zero_shot], *([LABELS[name], own(arm["plugged_in"], clients)] for name, arm in arms.items())]
     lines = [[name, *(f"{found[one]:.2f}" for one in clients), f"{mean(found, clients):.2f}"] for name, found in rows]
     return markdown(["plugged in", *clients, "geometric mean"], lines)
+
+
+def own(found: Mapping[str, float], clients: Iterable[str]) -> dict[str, float]:
+    """Return each client's figure on its own text: of the one adapter, or of its own where each has one."""
+    return {name: found[name] if name in found else found[f"{name} by {name}"] for name in clients}
 
 
 def bytes_each_way(result: Mapping[str, Any]) -> str:

@@ -8,10 +8,10 @@ from itertools import pairwise
 import pytest
 
 from client.config import DPSettings
-from client.data import prepare, split_records
+from client.data import prepare, rows_drawn, split_records
 from client.members import choose_rows
 from client.runrecord import read_as, record_of, text_settings
-from offsite.audit import Claim, Run
+from offsite.audit import AnsweredRound, Claim, Run
 from offsite.canaries import CanarySet, CanaryText, Secret, records_of
 from offsite.errors import WrongBinding
 from offsite.loop import Outcome
@@ -24,19 +24,22 @@ from offsite.words import WORDS
 def made(settings, dropped_package, letters_tokenizer):
     """Make the records and the record of a run with these settings that took so many steps."""
 
-    def make(steps=1000, best=None, canaries=(), **changes):
+    def make(steps=1000, best=None, canaries=(), answered=None, **changes):
         config = settings(dropped_package.path, **changes)
         records = read_records(config.data)
         text = prepare(
             records, letters_tokenizer, block_tokens=config.block_tokens, batch_size=config.batch_size,
             packed=config.packed, audit_share=config.audit_share, seed=config.seed,
-            canaries=canaries,
+            canaries=canaries, first_step=0 if answered is None else answered.first_step,
         )  # fmt: skip
         outcome = Outcome(
             tensors={}, steps=steps, tokens=1, seconds=1.0, first_loss=1.0, final_loss=1.0, best_loss=1.0,
             best_step=best or steps, evaluations=[], peak_bytes=1, tokens_per_second=1.0,
         )  # fmt: skip
-        run = record_of(config, package=dropped_package, data_sha256="sha256:" + "1" * 64, text=text, outcome=outcome)
+        run = record_of(
+            config, package=dropped_package, data_sha256="sha256:" + "1" * 64, text=text, outcome=outcome,
+            answered=answered,
+        )  # fmt: skip
         return records, run, text
 
     return make
@@ -110,6 +113,29 @@ def test_rows_drawn_after_the_released_step_are_no_members(made, letters_tokeniz
     found, expected = (choose_rows(records, run, letters_tokenizer, limit=100, context=128) for run in (late, short))
     assert ids(found.members) == ids(expected.members)
     assert len(found.members) == 12
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+def test_of_a_later_round_only_its_own_rows_count(made, letters_tokenizer, steps):
+    """As many steps as an epoch has are no epoch when they begin within one."""
+    answered = AnsweredRound(digest="sha256:" + "2" * 64, number=2, first_step=9)
+    records, run, text = made(steps=steps, answered=answered, pack=False, batch_size=3)
+    assert text.batches.num_steps_per_epoch == 18
+    rows = choose_rows(records, run, letters_tokenizer, limit=100, context=128)
+    seen = {tuple(example.input_ids) for step in range(steps) for example in text.batches.chosen(step)}
+    first = made(steps=steps, pack=False, batch_size=3)
+    assert ids(rows.members) == seen != ids(choose_rows(*first[:2], letters_tokenizer, limit=100, context=128).members)
+    assert run.num_drawn == len(seen) < run.num_records
+
+
+def test_rows_of_packed_blocks_are_counted_and_not_the_blocks(made):
+    """Ten short rows fill a block: two steps of two blocks are forty rows, if two of them only in part."""
+    _, run, text = made(steps=2, batch_size=2, block_tokens=128)
+    drawn = rows_drawn(text, 2, whole=False)
+    assert run.num_drawn == len(drawn) > 4
+    assert rows_drawn(text, 2, whole=True) < drawn
+    long = made(steps=40, batch_size=2, block_tokens=16)[1]
+    assert long.num_drawn <= long.num_records < 40 * 2  # a row that fills three blocks is one row
 
 
 def test_a_row_that_stands_twice_is_scored_once(made, letters_tokenizer, tmp_path):

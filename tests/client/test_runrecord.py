@@ -233,7 +233,8 @@ def test_the_step_released_is_recorded_not_the_last(settings, dropped_package, m
     config = settings(dropped_package.path)
     run(config)
     found = read_run(run_path(config.output))
-    assert (found.steps, found.steps_run, found.num_drawn) == (2, 6, 2 * config.batch_size)
+    assert (found.steps, found.steps_run) == (2, 6)
+    assert 2 * config.batch_size <= found.num_drawn < found.num_records  # rows: several to a block
 
 
 def test_a_mark_that_is_none_is_refused(settings, dropped_package, canaries):

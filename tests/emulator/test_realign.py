@@ -54,6 +54,15 @@ def settings(tmp_path, package, round_, llama_folder, public, **changes):
     )  # fmt: skip
 
 
+def test_what_came_no_nearer_is_not_sent(tmp_path, narrow_package, make_round, llama_folder, public, capsys):
+    told = run(settings(tmp_path, narrow_package, make_round(), llama_folder, public, steps=2, learning_rate=0.5))
+    assert told["kl_after"] >= told["kl_before"]
+    assert told["is_better"] is False
+    assert not (tmp_path / "out" / EMULATOR_FILE).exists()
+    assert json.loads((tmp_path / "out" / "figures.json").read_text())["is_better"] is False
+    assert "the emulator stays as it was" in capsys.readouterr().err
+
+
 def test_the_emulator_comes_nearer(tmp_path, narrow_package, make_round, llama_folder, public):
     told = run(settings(tmp_path, narrow_package, make_round(), llama_folder, public))
     assert told["kl_after"] < told["kl_before"]

@@ -76,6 +76,20 @@ def test_at_least_as_many_are_drawn_as_are_needed(make_federated):
         assert len(federation.ask(1)) == 2
 
 
+def test_coins_that_came_to_nobody_are_not_thrown_again(make_federated, monkeypatch):
+    """The accountant knows of one throw a round; of several, those that came to nobody would never count."""
+    privacy = {"noise_multiplier": 1.0, "clip": 1.0, "delta": 0.01, "fraction": 0.5, "min_clients": 1}
+    federated = make_federated(**privacy)
+    monkeypatch.setattr("server.federation.drawn", lambda _keys, _rate: ())
+    with federated.opened() as federation:
+        assert federation.ask(1) == {}
+    monkeypatch.setattr("server.federation.drawn", lambda keys, _rate: tuple(keys))
+    with federated.opened() as federation:
+        assert federation.ask(1) == {}
+        federation.close_round(1, {})
+        assert len(federation.ask(2)) == len(federated.NAMES)
+
+
 def test_only_the_newest_round_is_offered(federated):
     with federated.opened() as federation:
         federated.round(federation, 1)

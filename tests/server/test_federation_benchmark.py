@@ -56,6 +56,34 @@ def figures(bench, arm):
     return json.loads(bench.path(arm).read_text())
 
 
+def test_other_settings_go_on_with_nothing(bench):
+    with pytest.raises(SystemExit, match="begun with other settings"):
+        type(bench)({**bench.plan, "steps": 99}, bench.work.parent / "data", bench.work)
+
+
+def test_the_tables(bench):
+    """Adapters of their own are told apart by text and client: each client's figure is of its own on its own."""
+    table = importlib.import_module("benchmarks.federation.table")
+    names = sorted(bench.plan["sources"])
+    arm = {
+        "zero_shot": dict.fromkeys(names, 4.0), "plugged_in": dict.fromkeys(names, 3.0),
+        "seconds": 10.0, "seconds_by_part": {"tuning": 8.0},
+        "bytes": {"to_client": [1_000_000, 2_000_000], "from_client": [5_000, 5_000]},
+        "rounds": [{"used": names, "left_out": {}, "flags": {}}],
+    }  # fmt: skip
+    apart = {f"{text} by {by}": 2.0 if text == by else 9.0 for text in names for by in names}
+    sound = [name for name in names if name != "ghr"]
+    bad = {**arm, "rounds": [{"used": sound, "left_out": {"ghr": "NotFinite: x"}, "flags": {}}]}
+    arms = {"shared": arm, "personal": {**arm, "plugged_in": apart}, "clean-mean": arm, "nan-mean": bad}
+    result = {"config": bench.plan, "arms": arms}
+    assert "| personal adapters | 2.00 | 2.00 | 2.00 | 2.00 | 2.00 | 2.00 |" in table.quality(result)
+    assert "| one shared adapter | 3.00 |" in table.quality(result)
+    assert "| one shared adapter: to a client | 1.00 | 2.00 |" in table.bytes_each_way(result)
+    assert "| one shared adapter | 80.0% | 20.0% |" in table.time(result)
+    assert "| none | 3.00 | used |  |  |" in table.poisoned(result)
+    assert "| NaN | 3.00 | left out (NotFinite) |  |  |" in table.poisoned(result)
+
+
 def test_shared_and_pooled(bench):
     shared = figures(bench, "shared")
     assert [len(one["used"]) for one in shared["rounds"]] == [5, 5]

@@ -91,6 +91,18 @@ def test_whatever_happens_the_model_is_as_it_was(narrow, full_llama):
     assert all(torch.equal(tensor, before[name]) for name, tensor in half.state_dict().items())
 
 
+def test_what_is_measured_is_rounded_as_it_is_stored(narrow, full_llama):
+    update, _, record = narrow(kind="lora", rank=2, placement="1+1")
+    model = copy.deepcopy(full_llama)
+    stored = {name: torch.bfloat16 for name, _ in model.named_parameters()}
+    with grown_model(model, update, record) as exact:
+        wanted = {name: parameter.detach().clone() for name, parameter in exact.named_parameters()}
+    with grown_model(model, update, record, stored=stored) as found:
+        for name, parameter in found.named_parameters():
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter, wanted[name].bfloat16().float())
+
+
 def test_an_update_of_another_model(narrow, full_llama):
     update, _, record = narrow(kind="lora", rank=2, placement="1+1")
     with pytest.raises(WrongNames, match="has no parameter"):
