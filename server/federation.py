@@ -24,7 +24,7 @@ from torch import Tensor
 from adapters.kinds import declared
 from adapters.norms import adapted_names, base_tensors
 from adapters.rounds import grown
-from adapters.updates import Update, from_tensors, norm, to_tensors, truncated, turned, update_of
+from adapters.updates import Update, from_tensors, norm, scaled, to_tensors, truncated, turned, update_of
 from adapters.vector import require_summable
 from offsite.bundle import AdapterSpec
 from offsite.console import muted, say
@@ -314,12 +314,20 @@ class Federation:
                 states[one.client] = added(states.get(one.client, {}), one.update)
             return states, Told(sorted(norms), reasons, norms, {})
         found = self._aggregated(contributions, number)
-        state, figures = added(self.states.get(SHARED, {}), found.update), dict(found.figures)
+        state, figures = self.stepped(found.update), dict(found.figures)
         if self.config.rank is not None:
             state, figures["truncation_error"] = truncated(state, self.config.rank)
         sound = [one for one in contributions if one.client not in found.left_out]
         flags = screen(sound).flags if len(sound) >= FEWEST and self.privacy is None else {}
         return {SHARED: state}, Told(list(found.used), {**reasons, **found.left_out}, norms, figures, flags)
+
+    def stepped(self, update: Update) -> Update:
+        """Return what all rounds added with this one's update, times the server's learning rate (arXiv:2003.00295).
+
+        Noise of central privacy is in the update already: what follows costs no epsilon.
+        """
+        rate = self.config.server_learning_rate
+        return added(self.states.get(SHARED, {}), update if rate == 1 else scaled(update, rate))
 
     def _aggregated(self, contributions: list[Contribution], number: int) -> Aggregated:
         shapes = {name: one.shape for name, one in self.shapes.items()}

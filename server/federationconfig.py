@@ -17,7 +17,7 @@ Rule = Literal["mean", "trimmed-mean", "median", "krum", "multi-krum"]
 _FIXED = (
     "mode", "rounds", "steps", "learning_rate", "proximal", "fraction", "rule", "num_byzantine", "trim",
     "keep", "max_norm", "rank", "share_a", "noise_multiplier", "clip", "delta", "realign_every", "realign_steps",
-    "realign_rank", "secure", "threshold",
+    "realign_rank", "secure", "threshold", "server_learning_rate",
 )  # fmt: skip
 """What may not change between the first round and the last."""
 
@@ -49,6 +49,9 @@ class RoundsConfig(VerbConfig):
     num_byzantine: int = Field(0, ge=0, description="clients that may be bad: krum, multi-krum, median")
     trim: float = Field(0.2, gt=0, lt=0.5, description="trimmed-mean: share cut off at each end of every coordinate")
     keep: int = Field(1, ge=1, description="multi-krum: how many updates are averaged")
+    server_learning_rate: float = Field(
+        1.0, gt=0, le=10, description="what the updates put together are multiplied by before they are added (FedOpt)"
+    )
     max_norm: float | None = Field(
         None, gt=0, description="largest Frobenius norm of a client's update; larger: scaled"
     )
@@ -85,6 +88,8 @@ class RoundsConfig(VerbConfig):
         problems = []
         if self.mode == "personal" and (self.rule != "mean" or self.rank or self.noise_multiplier or self.max_norm):
             problems.append("--mode personal: nothing is put together, so no rule, rank, norm or noise goes with it")
+        if self.mode == "personal" and self.server_learning_rate != 1:
+            problems.append("--mode personal: nothing is put together, so no --server-learning-rate goes with it")
         if self.noise_multiplier is not None and (self.rule != "mean" or self.max_norm or self.rank):
             problems.append(
                 "--noise-multiplier: central privacy clips and averages by itself; leave --rule mean, no norm"

@@ -29,7 +29,7 @@ from offsite.secaggterms import Terms, make_terms, read_terms
 from offsite.strictjson import write_compact
 from server.federationstore import Finished
 from server.notes import NoteBox
-from server.roundstate import SHARED, Told, added
+from server.roundstate import SHARED, Told
 from server.secagg import ServerRound, Total
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class SecureRounds:
         base = base_tensors(federation.package, list(federation.shapes))
         start = federation.start_of(number)
         update = update_from(federation.spec, mean, start, base, is_conv1d=federation.is_conv1d)
-        state = added(federation.states.get(SHARED, {}), update)
+        state = federation.stepped(update)
         figures = {"norm_sum": found, "num_contributors": float(num)}
         if federation.config.rank is not None:
             state, figures["truncation_error"] = truncated(state, federation.config.rank)

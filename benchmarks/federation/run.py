@@ -2,10 +2,11 @@
 
 Run as: ``python benchmarks/federation/run.py --config benchmarks/federation/medquad.yaml --data D --work W --out F``.
 
-Arms: one adapter of all clients over rounds (``shared``), one for each over the same rounds (``personal``), one for
-each in a single longer run (``local``), and one tuned on all text in one place (``pooled``, the bound); then two rounds
-with one client that hands in NaN, a scaled update or what it learnt from shuffled answers, under the mean and under a
-robust rule. Every arm is a run of the product; killed, an arm goes on. ``--only shared,pooled`` works on some.
+Arms: one adapter of all clients over rounds (``shared``), the same with a higher rate at the server (``faster``), one
+for each over the same rounds (``personal``), one for each in a single longer run (``local``), and one tuned on all text
+in one place (``pooled``); then two rounds with one client that hands in NaN, a scaled update or what it learnt from
+shuffled answers, under the mean and under a robust rule. Every arm is a run of the product; killed, an arm goes on.
+``--only shared,pooled`` works on some.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class Bench:
     def arms(self) -> list[str]:
         """Return the arms in the order in which they are worth running."""
         poisoned = [f"{way}-{rule}" for rule in ("mean", "robust") for way in POISONS]
-        return ["shared", "pooled", "personal", "local", "clean-mean", "clean-robust", *poisoned]
+        return ["shared", "pooled", "personal", "local", "faster", "clean-mean", "clean-robust", *poisoned]
 
     def path(self, arm: str) -> Path:
         """Return where the arm's figures are."""
@@ -111,7 +112,7 @@ class Bench:
             return
         began, timer = time.monotonic(), Timer()
         with timer.on():
-            told = simulate(self._settings(arm)) if arm in ("shared", "personal") else self._other(arm)
+            told = simulate(self._settings(arm)) if arm in ("shared", "personal", "faster") else self._other(arm)
         seconds = time.monotonic() - began
         folder = self.work / arm
         found = json.loads((folder / "result" / "results.json").read_text())
@@ -167,6 +168,8 @@ class Bench:
             "learning_rate": rate, "mode": "personal" if arm == "personal" else "shared", "tune": plan["tune"],
             **plan["adapter"],
         }  # fmt: skip
+        if arm == "faster":
+            settings["server_learning_rate"] = plan["server_learning_rate"]
         return build(SimulateConfig, flags={**settings, **changes})
 
     def _write_texts(self, data: Path) -> dict[str, int]:

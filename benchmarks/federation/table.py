@@ -12,6 +12,7 @@ from typing import Any
 LABELS = {
     "pooled": "all text in one place (bound)",
     "shared": "one shared adapter",
+    "faster": "one shared adapter, server's rate {server_learning_rate:g}",
     "personal": "personal adapters",
     "local": "each alone, one run",
 }
@@ -38,9 +39,17 @@ def quality(result: Mapping[str, Any]) -> str:
         return ""
     clients = sorted(result["config"]["sources"])
     zero_shot = next(iter(arms.values()))["zero_shot"]
-    rows = [["zero-shot", zero_shot], *([LABELS[name], own(arm["plugged_in"], clients)] for name, arm in arms.items())]
+    rows = [
+        ["zero-shot", zero_shot],
+        *([label(name, result), own(arm["plugged_in"], clients)] for name, arm in arms.items()),
+    ]
     lines = [[name, *(f"{found[one]:.2f}" for one in clients), f"{mean(found, clients):.2f}"] for name, found in rows]
     return markdown(["plugged in", *clients, "geometric mean"], lines)
+
+
+def label(arm: str, result: Mapping[str, Any]) -> str:
+    """Return what the arm is called, with its settings."""
+    return LABELS[arm].format(**result["config"])
 
 
 def own(found: Mapping[str, float], clients: Iterable[str]) -> dict[str, float]:
@@ -51,9 +60,9 @@ def own(found: Mapping[str, float], clients: Iterable[str]) -> dict[str, float]:
 def bytes_each_way(result: Mapping[str, Any]) -> str:
     """Return megabytes each way by round, for the arms of several rounds."""
     lines = [
-        [f"{LABELS[name]}: {way}", *(f"{size / 1e6:.2f}" for size in sizes)]
+        [f"{label(name, result)}: {way}", *(f"{size / 1e6:.2f}" for size in sizes)]
         for name, arm in result["arms"].items()
-        if name in ("shared", "personal")
+        if name in ("shared", "faster", "personal")
         for way, sizes in (("to a client", arm["bytes"]["to_client"]), ("from a client", arm["bytes"]["from_client"]))
     ]
     return markdown(["MB", *(f"round {n}" for n in range(1, result["config"]["rounds"] + 1))], lines) if lines else ""
@@ -66,7 +75,7 @@ def time(result: Mapping[str, Any]) -> str:
         if name in result["arms"]:
             arm = result["arms"][name]
             shares = [seconds / arm["seconds"] for seconds in arm["seconds_by_part"].values()]
-            lines.append([LABELS[name], *(f"{share:.1%}" for share in (*shares, 1 - sum(shares)))])
+            lines.append([label(name, result), *(f"{share:.1%}" for share in (*shares, 1 - sum(shares)))])
     parts = next(iter(result["arms"].values()))["seconds_by_part"] if lines else {}
     return markdown(["share of the time", *parts, "the rest"], lines) if lines else ""
 

@@ -146,6 +146,17 @@ def test_the_sum_of_rounds_is_the_sum_of_means(federated):
         assert federation.num_finished == 2
 
 
+def test_the_server_s_rate_multiplies_each_step(make_federated):
+    federated, total = make_federated(server_learning_rate=1.5), None
+    with federated.opened() as federation:
+        for number in (1, 2):
+            federated.round(federation, number)
+            updates = [federation.contribution(entry).update for entry in federation.answers(number).values()]
+            step = combined(updates, [1.5 / 3] * 3)
+            total = step if total is None else combined([total, step], [1.0, 1.0])
+            same(federation.states[SHARED], total)
+
+
 def test_personal_states_are_each_client_s_own(make_federated):
     federated = make_federated(mode="personal")
     with federated.opened() as federation:

@@ -17,6 +17,7 @@ GIVEN = {"registry": "registry", "package": "package", "model": "model", "output
     [
         ({"mode": "personal", "rule": "median"}, "--mode personal: nothing is put together"),
         ({"mode": "personal", "rank": 2}, "--mode personal"),
+        ({"mode": "personal", "server_learning_rate": 2.0}, "--mode personal"),
         ({"mode": "personal", "max_norm": 1.0}, "--mode personal"),
         ({"mode": "personal", "noise_multiplier": 1.0}, "--mode personal"),
         ({"noise_multiplier": 1.0, "rule": "krum"}, "--noise-multiplier: central privacy clips"),
