@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 LABELS = {
-    "pooled": "all text in one place (bound)",
+    "pooled": "all text in one place",
     "shared": "one shared adapter",
     "faster": "one shared adapter, server's rate {server_learning_rate:g}",
     "personal": "personal adapters",
