@@ -24,9 +24,9 @@ BUDGETS = 4
 """The data's budget, in runs: the demo's ledger remembers runs that were broken off or repeated."""
 
 FULL = {
-    "canaries": ["--count", "240", "--secrets", "16", "--candidates", "64", "--tokens", "24"],
-    "tune": ["--learning-rate", "2e-3", "--batch-size", "64", "--block-tokens", "96", "--steps", "24"],
-    "audit": ["--rows", "200", "--tokens-per-row", "48"],
+    "canaries": ["--count", "240", "--secrets", "16", "--candidates", "32", "--tokens", "24"],
+    "tune": ["--learning-rate", "4e-3", "--batch-size", "64", "--block-tokens", "96", "--steps", "12"],
+    "audit": ["--rows", "150", "--tokens-per-row", "48"],
 }
 SHORT = {
     "canaries": ["--count", "200", "--secrets", "16", "--candidates", "16", "--tokens", "16"],
