@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 import subprocess
 import sys
@@ -9,9 +11,38 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from offsite.digests import sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def arguments(description: str | None, *, only: str) -> tuple[argparse.Namespace, dict[str, Any], set[str]]:
+    """Return what the command line says, the configuration it names, and what to work on (empty: all of it).
+
+    Args:
+        only: what ``--only`` takes.
+    """
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--config", type=Path, required=True)
+    options.add_argument("--data", type=Path, required=True, help="folder that benchmarks/data/prepare.py --full wrote")
+    options.add_argument("--work", type=Path, required=True)
+    options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--model", default=None, help="instead of the configuration's")
+    options.add_argument("--only", default="", help=only)
+    given = options.parse_args()
+    plan = yaml.safe_load(given.config.read_text(encoding="utf-8"))
+    plan["model"] = given.model or plan["model"]
+    given.work = given.work.resolve()
+    given.work.mkdir(parents=True, exist_ok=True)
+    return given, plan, set(filter(None, given.only.split(",")))
+
+
+def write(out: Path, result: dict[str, Any]) -> None:
+    """The result stands."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def environment() -> dict[str, Any]:

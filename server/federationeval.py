@@ -41,8 +41,9 @@ def grown_model(
     before = [(parameter, parameter.data) for parameter in model.parameters()]
     try:
         fold(model, lifted(model, update, record), record.sites)
-        for name, parameter in model.named_parameters() if stored else ():
-            parameter.data = parameter.data.to(stored[name]).to(parameter.dtype) if stored else parameter.data
+        if stored is not None:
+            for name, parameter in model.named_parameters():
+                parameter.data = parameter.data.to(stored[name]).to(parameter.dtype)
         yield model
     finally:
         for parameter, data in before:

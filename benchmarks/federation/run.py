@@ -11,7 +11,6 @@ shuffled answers, under the mean and under a robust rule. Every arm is a run of 
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -26,13 +25,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import yaml
 
 import client.member
 import server.federation
 import server.simulation
 from benchmarks.federation.poison import CLIENT_VARIABLE, SCALE_VARIABLE
-from benchmarks.record import environment, files
+from benchmarks.record import arguments, environment, files, write
 from emulator.config import DistillConfig
 from emulator.distill import run as distill
 from offsite.config import build
@@ -44,19 +42,8 @@ POISONS = ("nan", "scaled", "labels")
 
 def main() -> None:
     """Run the arms that are not done and write the results."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--config", type=Path, required=True)
-    options.add_argument("--data", type=Path, required=True, help="folder that benchmarks/data/prepare.py --full wrote")
-    options.add_argument("--work", type=Path, required=True)
-    options.add_argument("--out", type=Path, required=True)
-    options.add_argument("--model", default=None, help="instead of the configuration's")
-    options.add_argument("--only", default="", help="arms to work on, by comma")
-    given = options.parse_args()
-    plan = yaml.safe_load(given.config.read_text(encoding="utf-8"))
-    plan["model"] = given.model or plan["model"]
-    given.work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(plan, given.data, given.work.resolve())
-    wanted = set(filter(None, given.only.split(",")))
+    given, plan, wanted = arguments(__doc__, only="arms to work on, by comma")
+    bench = Bench(plan, given.data, given.work)
     for arm in bench.arms():
         if not wanted or arm in wanted:
             bench.run(arm)
@@ -67,8 +54,7 @@ def main() -> None:
                       heldout=given.data / "medquad_heldout.jsonl.gz"),
         "num_rows": bench.num_rows,
     }  # fmt: skip
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write(given.out, result)
 
 
 class Bench:

@@ -7,7 +7,6 @@ works on some arms (EPSILON-SEED); the JSON holds all that are done.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -21,28 +20,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import yaml
 
-from benchmarks.record import ROOT, environment, files
+from benchmarks.record import ROOT, arguments, environment, files, write
 
 
 def main() -> None:
     """Run what is not done and write the results."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--config", type=Path, required=True)
-    options.add_argument("--data", type=Path, required=True, help="folder that benchmarks/data/prepare.py --full wrote")
-    options.add_argument("--work", type=Path, required=True)
-    options.add_argument("--out", type=Path, required=True)
-    options.add_argument("--only", default="", help="arms to work on, by comma, as EPSILON-SEED")
-    given = options.parse_args()
-    plan = yaml.safe_load(given.config.read_text(encoding="utf-8"))
+    given, plan, wanted = arguments(__doc__, only="arms to work on, by comma, as EPSILON-SEED")
     paths = {key: _path(plan[key], given.data) for key in ("public", "client", "heldout")}
-    work = given.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    work = given.work
     rows = _choose_rows(paths["client"], work / "rows.jsonl.gz", plan["model"], **plan["rows"])
     package = ["distill", plan["model"], "--public", str(paths["public"]), *plan["distill"], "-o", "package"]
     _verb(work, "distill", package, work / "package")
-    wanted = set(filter(None, given.only.split(",")))
     for seed in plan["seeds"]:
         for epsilon in plan["epsilons"]:
             arm = f"{epsilon:g}-{seed}"
@@ -58,8 +47,7 @@ def main() -> None:
         "evaluation": _evaluate(plan, work, paths["heldout"], sorted(arms)),
         "arms": {name: _arm(folder) for name, folder in sorted(arms.items())},
     }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(given.out, result)
 
 
 def _run_arm(plan: dict[str, Any], work: Path, arm: str, epsilon: float, seed: int) -> None:

@@ -8,7 +8,6 @@ are not run again; ``--only piqa,arc_easy`` works on some sets.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import sys
@@ -17,9 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import yaml
 
-from benchmarks.record import environment, files
+from benchmarks.record import arguments, environment, files, write
 from offsite.digests import sha256_file
 from offsite.results import read_results
 from offsite.stages import Stage, play
@@ -27,19 +25,8 @@ from offsite.stages import Stage, play
 
 def main() -> None:
     """Run what is not done and write the results of all sets that are."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--config", type=Path, required=True)
-    options.add_argument("--data", type=Path, required=True, help="folder that benchmarks/data/prepare.py --full wrote")
-    options.add_argument("--work", type=Path, required=True)
-    options.add_argument("--out", type=Path, required=True)
-    options.add_argument("--model", default=None, help="instead of the configuration's")
-    options.add_argument("--only", default="", help="sets to work on, by comma")
-    given = options.parse_args()
-    plan = yaml.safe_load(given.config.read_text(encoding="utf-8"))
-    plan["model"] = given.model or plan["model"]
-    given.work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(plan, given.data.resolve(), given.work.resolve())
-    wanted = set(filter(None, given.only.split(",")))
+    given, plan, wanted = arguments(__doc__, only="sets to work on, by comma")
+    bench = Bench(plan, given.data.resolve(), given.work)
     for name in plan["sets"]:
         if not wanted or name in wanted:
             bench.run(name)
@@ -51,8 +38,7 @@ def main() -> None:
         "benchmark": "quality/elsewhere", **environment(), "config": plan, "sets": done,
         "data": files(public=given.data / plan["public"], **read),
     }  # fmt: skip
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write(given.out, result)
     print(write_table(done))
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from client.config import TuneConfig
+from offsite.ledger import Ledger
+from offsite.round import ROUND_FORMAT, RoundManifest, write_round
+from offsite.sealconfig import SealConfig
+from offsite.sealing import seal_run
 
 ILLS = ["fever", "cough", "ache", "rash", "chill"]
 
@@ -51,5 +56,52 @@ def settings(tmp_path: Path, notes_file: Path) -> Callable[..., TuneConfig]:
         small = {"block_tokens": 32, "steps": 6, "precision": "fp32", "device": "cpu", "checkpoint_every": 2}
         given = {"data": notes_file, "output": tmp_path / "bundle", **small, **changes}
         return TuneConfig(package=package, **given)
+
+    return make
+
+
+@pytest.fixture
+def asked(federated: Any) -> dict[str, Path]:
+    """The first round, sealed for each client, by name."""
+    with federated.opened() as federation:
+        found = federation.ask(1)
+    return {name: found[federated.key(name)] for name in federated.NAMES}
+
+
+@pytest.fixture
+def seal_round(federated: Any, tmp_path: Path) -> Callable[..., Path]:
+    """Seal a round for anna as the owner can, whatever it asks."""
+    numbers = iter(range(1, 1000))
+
+    def make(number: int = 1, **changes: Any) -> Path:
+        member = federated.member("anna")
+        job, place = member.job, tmp_path / f"made-{next(numbers)}"
+        stated = {
+            "format": ROUND_FORMAT,
+            "federation_id": "5" * 32,
+            "round": number,
+            "num_rounds": 3,
+            "package_digest": job.package_digest,
+            "base_digest": job.base_digest,
+            "adapter": job.adapter,
+            "steps": 2,
+            "learning_rate": 5e-3,
+        }
+        plain = write_round(place, RoundManifest(**{**stated, **changes}))
+        owner = federated.config
+        (place.with_name(f"{place.name}-job")).mkdir()
+        with Ledger(owner.keys) as ledger:
+            (place.with_name(f"{place.name}-job") / "job.json").write_bytes(ledger.job(job.job_id).raw)
+        sealed = place.with_name(f"{place.name}.sealed")
+        seal_run(
+            SealConfig(
+                input=plain.path,
+                output=sealed,
+                job=place.with_name(f"{place.name}-job"),
+                keys=owner.keys,
+                passphrase_file=owner.passphrase_file,
+            )
+        )
+        return sealed
 
     return make

@@ -129,7 +129,7 @@ def test_of_a_later_round_only_its_own_rows_count(made, letters_tokenizer, steps
 
 
 def test_rows_of_packed_blocks_are_counted_and_not_the_blocks(made):
-    """Ten short rows fill a block: two steps of two blocks are forty rows, if two of them only in part."""
+    """A block holds several short rows, and rows at its ends only in part; a long row fills several blocks."""
     _, run, text = made(steps=2, batch_size=2, block_tokens=128)
     drawn = rows_drawn(text, 2, whole=False)
     assert run.num_drawn == len(drawn) > 4

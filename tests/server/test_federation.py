@@ -131,30 +131,20 @@ def test_the_end_is_told(federated):
 # --- closing
 
 
-def test_the_sum_of_rounds_is_the_sum_of_means(federated):
-    total = None
+@pytest.mark.parametrize("rate", [1.0, 1.5])
+def test_the_sum_of_rounds_is_the_sum_of_means_times_the_server_s_rate(make_federated, rate):
+    federated, total = make_federated(server_learning_rate=rate), None
     with federated.opened() as federation:
         for number in (1, 2):
             federated.round(federation, number)
             updates = [federation.contribution(entry).update for entry in federation.answers(number).values()]
-            mean = combined(updates, [1 / 3] * 3)
-            total = mean if total is None else combined([total, mean], [1.0, 1.0])
+            step = combined(updates, [rate / 3] * 3)
+            total = step if total is None else combined([total, step], [1.0, 1.0])
             same(federation.states[SHARED], total)
             assert {entry.state for entry in federation.answers(number).values()} == {"accepted"}
     with federated.opened() as federation:
         same(federation.states[SHARED], total)
         assert federation.num_finished == 2
-
-
-def test_the_server_s_rate_multiplies_each_step(make_federated):
-    federated, total = make_federated(server_learning_rate=1.5), None
-    with federated.opened() as federation:
-        for number in (1, 2):
-            federated.round(federation, number)
-            updates = [federation.contribution(entry).update for entry in federation.answers(number).values()]
-            step = combined(updates, [1.5 / 3] * 3)
-            total = step if total is None else combined([total, step], [1.0, 1.0])
-            same(federation.states[SHARED], total)
 
 
 def test_personal_states_are_each_client_s_own(make_federated):
