@@ -135,12 +135,16 @@ def places(key: MarkKey, package_digest: str, name: str, weight: Tensor) -> Plac
 
 
 def nudged(weight: Tensor, where: Places, recipient: str) -> Tensor:
-    """Return `weight` with the recipient's mark, in its own dtype and with its own storage."""
+    """Return `weight` with the recipient's mark, in its own dtype and with its own storage.
+
+    An entry that its dtype can only move further than a step stays: the smallest of float16 lie wider than that.
+    """
     marked = weight.clone()
     flat = marked.view(-1)
     value = flat[where.index].float()
     moved = (value + torch.where(where.up(recipient), where.step, -where.step)).to(weight.dtype)
-    flat[where.index] = torch.where(moved.isfinite(), moved, flat[where.index])
+    within = moved.isfinite() & ((moved.float() - value).abs() <= where.step)
+    flat[where.index] = torch.where(within, moved, flat[where.index])
     return marked
 
 

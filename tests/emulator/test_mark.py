@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import emulator.mark
 from emulator.leak import Score, compare
 from emulator.mark import KEY_NAME, MARKS_NAME, MarkKey, carriers, mark, nudged, open_key, places, read_marks
+from emulator.similarity import is_near
 from offsite import cli
 from offsite.errors import RunFailed
 from offsite.owner import owner_record_path, read_owner_record
@@ -135,6 +136,15 @@ def test_the_mark_survives_every_dtype_of_storage(dtype):
     plain = (normal > 1e-2) & (normal < 1e3)
     agree = (rounded[plain] > 0) == where.up(ALICE)[plain]
     assert agree.float().mean() > 0.95
+
+
+def test_no_entry_moves_further_than_a_step():
+    """Below 2**-17, entries of float16 lie wider than a step of bfloat16, and half of a width rounds to all of it."""
+    for kind in (torch.float16, torch.bfloat16, torch.float32):
+        weight = (torch.arange(1, 4097).float() * 2.0**-24).to(kind).reshape(64, 64)
+        marked = nudged(weight, places(MarkKey(bytes(32)), "sha256:" + "0" * 64, "a.weight", weight), ALICE)
+        assert not torch.equal(marked, weight)
+        assert is_near(weight, marked).all()
 
 
 def test_directions_are_one_recipients_own_and_places_the_owners(package):
