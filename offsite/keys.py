@@ -228,14 +228,14 @@ class _Card(Strict):
     signatures: dict[str, str]
 
 
-def generate(name: str, *, days: int) -> Identity:
-    """Return a new identity whose card is valid from now for `days`.
+def generate(name: str, *, days: int, now: int | None = None) -> Identity:
+    """Return a new identity whose card is valid for `days` from `now` (Unix seconds; the clock's when None).
 
     Raises:
         BadKey: when the name is not one a card may bear.
     """
     private: dict[str, Any] = {key: kind.generate() for key, (_, kind) in _FILES.items()}
-    created = int(time.time())
+    created = int(time.time()) if now is None else now
     body = {key: _encoded(raw) for key, raw in _public_raw(private).items()}
     stated = {"name": name, **body, "created": created, "expires": created + days * 86400}
     raw_body = json.dumps(stated, sort_keys=True).encode()

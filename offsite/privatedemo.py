@@ -26,7 +26,7 @@ BUDGETS = 4
 FULL = {
     "canaries": ["--count", "240", "--secrets", "16", "--candidates", "32", "--tokens", "24"],
     "tune": ["--learning-rate", "4e-3", "--batch-size", "64", "--block-tokens", "96", "--steps", "12"],
-    "audit": ["--rows", "150", "--tokens-per-row", "48"],
+    "audit": ["--rows", "100", "--tokens-per-row", "48"],
 }
 SHORT = {
     "canaries": ["--count", "200", "--secrets", "16", "--candidates", "16", "--tokens", "16"],

@@ -518,10 +518,13 @@ class Exchange:
 
 @pytest.fixture(scope="session")
 def identities():
-    """Owner, client and a stranger; their keys live in memory alone."""
+    """Owner, client and a stranger; their keys live in memory alone.
+
+    An hour old, so that no test depends on which second of its own it began in.
+    """
     from offsite.keys import generate
 
-    return {name: generate(name, days=30) for name in ("owner", "client", "stranger")}
+    return {name: generate(name, days=30, now=int(time.time()) - 3600) for name in ("owner", "client", "stranger")}
 
 
 @pytest.fixture
