@@ -25,8 +25,8 @@ check: $(READY) ## ruff, mypy, import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(READY) ## fast tests
-	$(PYTEST) -m "not slow"
+test: $(READY) ## fast tests, a process for each of up to four cores
+	$(PYTEST) -m "not slow" -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(READY) ## tests with the real model, kills and subprocesses
 	$(PYTEST) -m slow
