@@ -52,10 +52,13 @@ CONFIG: dict[str, Any] = {
         {"attack": "as_is_all", "marks": [25_000, 50_000], "rates": [3e-4, 1e-3]},
         {"attack": "refill_all", "marks": [50_000], "rates": [1e-3]},
         {"attack": "as_is_lora", "marks": [50_000], "rates": [8e-3]},
-        {"attack": "as_is_all", "marks": [25_000, 50_000, 150_000], "rates": [3e-4, 1e-3]},
+        {"attack": "as_is_all", "marks": [25_000, 50_000, 150_000], "rates": [3e-4, 1e-3], "best_at": 50_000},
     ],
 }
-"""Arms in the order in which they are worth running: a longer one takes up what the shorter one found."""
+"""Arms in the order in which they are worth running: a longer one takes up what the shorter one found.
+
+With `best_at` the attacker takes the one rate that did best on its public text when it spent that many tokens.
+"""
 
 
 def main() -> None:
@@ -78,7 +81,8 @@ def main() -> None:
             if given.limit_seconds and time.monotonic() - began > given.limit_seconds:
                 continue
             heal = arm["attack"].rpartition("_")[2]
-            attacker.setting = replace(attacker.setting, marks=arm["marks"], rates={heal: arm["rates"]})
+            rates = _rates(given.work / f"{name}-attacks", arm)
+            attacker.setting = replace(attacker.setting, marks=arm["marks"], rates={heal: rates})
             for one in attacker.attack([arm["attack"]]):
                 if len(one.points) >= len(curves[name].get(one.attack, {}).get("points", ())):
                     curves[name][one.attack] = one.model_dump(mode="json")
@@ -177,6 +181,14 @@ def _write(
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result), flush=True)
+
+
+def _rates(folder: Path, arm: dict[str, Any]) -> list[float]:
+    """Return the rates that the arm tries: all, or the one that was best in the shorter arm it goes by."""
+    if "best_at" not in arm:
+        return list(arm["rates"])
+    runs = _runs(folder)
+    return [min(arm["rates"], key=lambda rate: runs[f"{arm['attack']}-{arm['best_at']}-{rate:g}"]["chosen_by"])]
 
 
 def _runs(folder: Path) -> dict[str, dict[str, float]]:
