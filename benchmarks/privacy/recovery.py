@@ -188,7 +188,8 @@ def _rates(folder: Path, arm: dict[str, Any]) -> list[float]:
     if "best_at" not in arm:
         return list(arm["rates"])
     runs = _runs(folder)
-    return [min(arm["rates"], key=lambda rate: runs[f"{arm['attack']}-{arm['best_at']}-{rate:g}"]["chosen_by"])]
+    names = {rate: f"{arm['attack']}-{arm['best_at']}-{rate:g}" for rate in arm["rates"]}
+    return [min((rate for rate in names if names[rate] in runs), key=lambda rate: runs[names[rate]]["chosen_by"])]
 
 
 def _runs(folder: Path) -> dict[str, dict[str, float]]:
