@@ -68,13 +68,14 @@ def _header(results: Results) -> Markup:
     rows, counts = results.rows, results.parameters
     before, after = rows["zero_shot"].perplexity.mean, rows["plugged_in"].perplexity.mean
     seeds = len(results.bundles)
+    part = "it " if results.scale == 1 else f"{results.scale:g} of its update "
     lead = (
         f"The owner of {results.model} ({count(counts.full)} parameters) sent a client a package: the model's two "
         f"ends, and an emulator of {count(counts.emulator)} parameters in place of its middle of "
         f"{count(counts.middle)}. "
         f"The client tuned an adapter on text of its own beside that emulator and returned the adapter alone "
         f"({_kind(results)}, {count(counts.adapter)} parameters{f', {seeds} seeds' if seeds > 1 else ''}). "
-        f"The owner put it into the full model. Every row below was measured on {results.data.name}, "
+        f"The owner put {part}into the full model. Every row below was measured on {results.data.name}, "
         f"{results.data.num_tokens:,} tokens; in perplexity, lower is better."
     )
     tiles = [

@@ -107,6 +107,8 @@ class Answer(Strict):
 class Results(Strict):
     """The content of ``results.json``.
 
+    ``scale`` is the share of the bundles' updates that was plugged in.
+
     ``metrics`` are those of perplexity, ``task_metrics`` those of each task's metrics; ``tasks`` holds the number of
     rows scored. ``references`` maps reference rows to digests of their bundles, ``runs`` names to the figures that
     ``distill`` and ``tune`` printed. ``config`` and ``command`` hold file names, never paths.
@@ -117,6 +119,7 @@ class Results(Strict):
     base_digest: str = Field(pattern=DIGEST_PATTERN)
     method: dict[str, str | float | int]
     adapter: AdapterSpec
+    scale: float = Field(1.0, gt=0, le=1)
     data: Data
     rows: dict[RowName, Row]
     metrics: dict[str, Summary | None]

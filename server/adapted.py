@@ -48,9 +48,10 @@ Form = Literal["peft", "own", "merged"]
 class AdaptedManifest(Strict):
     """The content of an adapted folder's ``offsite.json``.
 
-    ``base`` is where the full model was found, ``intake`` the id of the bundle in the registry. ``sites`` maps the
-    canonical blocks that carry the adapter to the full model's modules, and ``tensors`` declares its tensors under
-    canonical names, in the full model's shapes.
+    ``base`` is where the full model was found, ``intake`` the id of the bundle in the registry, ``scale`` the share of
+    the bundle's update that was plugged in; ``adapter`` and the tensors are as written, with that share taken.
+    ``sites`` maps the canonical blocks that carry the adapter to the full model's modules, and ``tensors`` declares its
+    tensors under canonical names, in the full model's shapes.
     """
 
     format: str = ADAPTED_FORMAT
@@ -61,6 +62,7 @@ class AdaptedManifest(Strict):
     bundle_digest: str = Field(pattern=DIGEST_PATTERN)
     merged_digest: str | None = Field(None, pattern=DIGEST_PATTERN)
     intake: str | None = Field(None, pattern=ID_PATTERN)
+    scale: float = Field(1.0, gt=0, le=1)
     adapter: AdapterSpec
     sites: dict[str, str]
     tensors: dict[str, TensorSpec]

@@ -44,6 +44,7 @@ class PlugConfig(RegistryConfig):
     package: Path | None = Field(
         None, description="package the bundle was tuned on; default: where it was when its job was made"
     )
+    scale: float = Field(1.0, gt=0, le=1, description="share of the adapter's update that is plugged in; not for dora")
     merge: bool = Field(False, description="write a whole checkpoint with the adapter merged in, in the model's dtype")
 
 
@@ -79,6 +80,8 @@ class EvaluateConfig(KeysConfig):
         description="package a reference was tuned on; default: found by its owner's record, near the bundle",
         json_schema_extra={"repeated": True},
     )
+
+    scale: float = Field(1.0, gt=0, le=1, description="share of the bundles' updates that is plugged in; not for dora")
 
     data: Path = Field(description="held-out text: .txt, .jsonl, .json or .csv, each optionally .gz")
     fields: dict[str, str] = Field({}, description="columns under other names, as prompt=question,completion=answer")

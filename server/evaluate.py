@@ -38,7 +38,7 @@ from offsite.staging import refuse_existing, staged_folder
 from offsite.text import Encoded, Example, encode, pack, pad_id
 from server.config import EvaluateConfig, named_paths
 from server.entrants import Entrant, Entrants, open_entrants
-from server.fit import Fitted, cast_model, fit, plugged, require_base
+from server.fit import Fitted, cast_model, fit, plugged, require_base, require_scalable
 from server.metrics import capability, compare, summarise
 from server.summary import crossings, flat, parameters, read_outcomes, reproduce, show, versions
 
@@ -105,6 +105,8 @@ def run(config: EvaluateConfig) -> dict[str, object]:
     refuse_existing(config.output)
     _require_files(config)
     entrants = open_entrants(config)
+    for entrant in entrants.bundles.values():
+        require_scalable(entrant.verified.spec, config.scale)
     bundles = {seed: entrant.bundle for seed, entrant in entrants.bundles.items()}
     runs = read_outcomes(named_paths(config.outcome))
     records = read_records(
@@ -124,6 +126,7 @@ def run(config: EvaluateConfig) -> dict[str, object]:
         base_digest=found.base_digest,
         method={"name": method.name, **method.settings},
         adapter=next(iter(bundles.values())).manifest.adapter,
+        scale=config.scale,
         data=_data(config.data, records, encoded, examples),
         rows=rows,
         metrics=perplexity_metrics(rows),
@@ -204,7 +207,8 @@ def measure_full(
     for row, seeds in entrants.references.items():
         candidates += [(row, seed, entrant) for seed, entrant in seeds.items()]
     for row, seed, entrant in candidates:
-        with plugged(model, fit(model, entrant.verified, entrant.record, base_digest=digest)) as adapted:
+        scale = config.scale if row == "plugged_in" else 1.0
+        with plugged(model, fit(model, entrant.verified, entrant.record, base_digest=digest, scale=scale)) as adapted:
             scores.setdefault(row, {})[seed] = ruler.score(adapted, f"{row.replace('_', ' ')}, {seed}")
             if row == "plugged_in" and not after:
                 after = [continuation(adapted, ruler.tokenizer, text, config.answer_tokens) for text in config.prompt]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,15 +44,24 @@ class Fitted:
     sites: Mapping[str, str]
 
 
-def fit(model: PreTrainedModel, verified: Verified, record: OwnerRecord, *, base_digest: str | None = None) -> Fitted:
+def fit(
+    model: PreTrainedModel,
+    verified: Verified,
+    record: OwnerRecord,
+    *,
+    base_digest: str | None = None,
+    scale: float = 1.0,
+) -> Fitted:
     """Return the adapter fitted to the full model, which is not changed.
 
     Args:
         model: the full model in the dtypes of its checkpoint.
         record: the owner's, of the package that the adapter was tuned on.
         base_digest: ``offsite.digests.model_digest(model)`` as loaded, if it is known; computed otherwise.
+        scale: of the update, in (0, 1]; see `scaled`.
 
     Raises:
+        ConfigError: when this kind of adapter cannot be scaled.
         WrongBinding: when model, adapter and record do not belong together.
         BadSchema: when the record does not describe the model.
     """
@@ -62,7 +71,43 @@ def fit(model: PreTrainedModel, verified: Verified, record: OwnerRecord, *, base
     blocks = dict.fromkeys(_block(name) for name in verified.tensors)
     sites = {block: record.sites[block] for block in blocks}
     dims = {name: _dims(model, f"{sites[_block(name)]}.{_inner(name)}") for name in _linears(record, sites)}
-    return Fitted(verified.spec, lift(verified.tensors, record.channels, dims), sites)
+    fitted = Fitted(verified.spec, lift(verified.tensors, record.channels, dims), sites)
+    return fitted if scale == 1 else scaled(model, fitted, scale)
+
+
+def scaled(model: nn.Module, adapter: Fitted, scale: float) -> Fitted:
+    """Return the adapter with `scale` times its update: W + scale (W' - W) for every weight W that it makes W'.
+
+    LoRA and rsLoRA say it in their ``alpha``, and their tensors stay as they came. Of whole blocks and biases the
+    tensors change, in float32, and are rounded to the adapter's dtype again. No more than 1 is taken: what was verified
+    (``server/verify.py``) holds of a part of the update, not of more than all.
+
+    Args:
+        model: the full model without the adapter; not changed.
+
+    Raises:
+        ConfigError: from `require_scalable`.
+    """
+    require_scalable(adapter.spec, scale)
+    if adapter.spec.kind in ("lora", "rslora"):
+        return replace(adapter, spec=adapter.spec.model_copy(update={"alpha": adapter.spec.alpha * scale}))
+    tensors = {}
+    for name, tensor in adapter.tensors.items():
+        before = model.get_parameter(full_name(name, adapter.sites)).detach().to("cpu", torch.float32)
+        tensors[name] = torch.lerp(before, tensor.float(), scale).to(tensor.dtype)
+    return replace(adapter, tensors=tensors)
+
+
+def require_scalable(spec: AdapterSpec, scale: float) -> None:
+    """Return only if such an adapter can be plugged in at that scale.
+
+    Raises:
+        ConfigError: for a scale outside (0, 1], and for DoRA at any but 1: its magnitudes are not a part of an update.
+    """
+    if not 0 < scale <= 1:
+        raise ConfigError(f"--scale: found {scale:g}, expected more than 0 and at most 1")
+    if scale != 1 and spec.kind == "dora":
+        raise ConfigError("--scale: a dora adapter is plugged in whole or not", hint="ask the client for lora")
 
 
 def require_base(model: nn.Module, found: str, expected: str, what: str) -> None:

@@ -30,7 +30,7 @@ from offsite.staging import refuse_existing, staged_folder
 from offsite.tensors import read_tensors, spec_of, write_tensors
 from server.adapted import AdaptedManifest, Form, load_adapted, open_adapted, stored_names
 from server.config import PlugConfig
-from server.fit import Fitted, fit, plain_model, plug, plugged, unplug
+from server.fit import Fitted, fit, plain_model, plug, plugged, require_scalable, unplug
 from server.intake import asked_round, read_registered
 from server.peftfolder import open_with_peft, write_peft_folder
 from server.probe import READ_BACK_TOLERANCE, TOLERANCES, deviation, probe_logits
@@ -57,18 +57,21 @@ def run(config: PlugConfig) -> dict[str, object]:
     """
     with Registry.open(config.registry, config.keys) as registry, registry.one_plug_in():
         entry = accepted(registry, config.id)
-        if entry.state == "accepted" and is_of(config.output, entry):
+        if entry.state == "accepted" and is_of(config.output, entry, config.scale):
             say(f"{config.output.name} was published before the registry was told; now it is")
             registry.advance(entry.id, "plugged-in")
             return _result(config, open_adapted(config.output), None, None)
         refuse_existing(config.output)
         record = record_of(registry, entry, config.package)
         verified = read_registered(registry, entry, record)
+        require_scalable(verified.spec, config.scale)
         collect_partial(config.output)
         manifest, effect, error = _plug_in(config, entry, verified, record)
         reach("plug-published")
         registry.advance(entry.id, "plugged-in")
     shown = f"{len(manifest.tensors)} tensors on {len(manifest.sites)} blocks"
+    if manifest.scale != 1:
+        shown += f", {manifest.scale:g} of the update"
     say(f"{config.output.name}: {_SHOWN[manifest.form]}, {shown}")
     return _result(config, manifest, effect, error)
 
@@ -116,15 +119,16 @@ def record_of(registry: Registry, entry: Entry, package: Path | None) -> OwnerRe
     return record
 
 
-def is_of(output: Path, entry: Entry) -> bool:
-    """Tell whether a sound adapted folder of this bundle stands at `output`."""
+def is_of(output: Path, entry: Entry, scale: float) -> bool:
+    """Tell whether a sound adapted folder of this bundle, at this scale, stands at `output`."""
     if not output.is_dir():
         return False
     try:
         manifest = open_adapted(output)
     except ArtefactError:
         return False
-    return manifest.intake == entry.id and manifest.bundle_digest == entry.bundle_digest
+    of_bundle = manifest.intake == entry.id and manifest.bundle_digest == entry.bundle_digest
+    return of_bundle and manifest.scale == scale
 
 
 def collect_partial(output: Path) -> None:
@@ -138,7 +142,7 @@ def _plug_in(
 ) -> tuple[AdaptedManifest, float, float]:
     """Write the adapted folder, and return its manifest, the adapter's effect and the error of what was read back."""
     model = load_model(config.model)
-    adapter = fit(model, verified, record)
+    adapter = fit(model, verified, record, scale=config.scale)
     before = probe_logits(model, "the full model")
     attached = plug(model, adapter)
     expected = probe_logits(plain_model(attached), f"the model with {verified.what} plugged in")
@@ -163,6 +167,7 @@ def _plug_in(
             bundle_digest=verified.bundle_digest,
             merged_digest=merged_digest,
             intake=entry.id,
+            scale=config.scale,
             adapter=adapter.spec,
             sites=dict(adapter.sites),
             tensors={name: spec_of(tensor) for name, tensor in adapter.tensors.items()},
@@ -263,6 +268,7 @@ def _result(
         "merged": manifest.form == "merged",
         "kind": manifest.adapter.kind,
         "placement": manifest.adapter.placement,
+        "scale": manifest.scale,
         "num_tensors": len(manifest.tensors),
         "num_blocks": len(manifest.sites),
         "num_bytes": sum(entry.bytes for entry in manifest.files.values()),

@@ -138,7 +138,8 @@ def show(results: Results) -> None:
         cells = [spread(found.perplexity), *(spread(found.tasks[task][metric]) for task, metric in tasks)]
         lines.append([row.replace("_", " "), *cells, str(len(found.perplexity.values))])
     size = f"{results.data.num_tokens:,} tokens"
-    table(f"{results.data.name}, {size}; {results.adapter.kind} {results.adapter.placement}", columns, lines)
+    part = "" if results.scale == 1 else f", {results.scale:g} of its update plugged in"
+    table(f"{results.data.name}, {size}; {results.adapter.kind} {results.adapter.placement}{part}", columns, lines)
     for name, figure in results.metrics.items():
         if figure is not None:
             say(f"  {name.replace('_', ' ')}: {spread(figure, digits=3)}")
@@ -160,6 +161,7 @@ def flat(results: Results) -> dict[str, Any]:
     bundles = list(results.bundles.values())
     return {
         **found,
+        "scale": results.scale,
         "num_seeds": len(bundles),
         "package_bytes": results.package.num_bytes,
         "adapter_bytes": round(math.fsum(bundle.num_bytes for bundle in bundles) / len(bundles)),
