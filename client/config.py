@@ -7,14 +7,12 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from adapters.rates import LEARNING_RATES
 from offsite.bundle import DISCLOSABLE, AdapterSpec
 from offsite.config import VerbConfig, flag_name
 from offsite.errors import ConfigError
+from offsite.job import Job
 from offsite.round import RoundManifest
-
-LEARNING_RATES = {"blocks": 5e-4, "bitfit": 3e-3, "lora": 2e-3, "rslora": 1e-3, "dora": 2e-3}
-"""Peak rate used when none is given, by kind of adapter."""
-
 
 _ADAPTER_FIELDS = {
     "adapter": "kind",
@@ -205,6 +203,14 @@ class TuneConfig(VerbConfig):
                 hint="leave the adapter's settings to the job, or ask the owner for another job",
             )
         return self.model_copy(update=wanted)
+
+    def advised(self, job: Job) -> TuneConfig:
+        """Return these settings with the learning rate that the job suggests, where nothing else says one.
+
+        A rate that was given stands, a federation's round has its own, and no owner has tried one with ``--dp``.
+        """
+        silent = self.learning_rate is None and self.round is None and self.dp is None
+        return self.model_copy(update={"learning_rate": job.learning_rate}) if silent and job.learning_rate else self
 
     def within(self, manifest: RoundManifest) -> TuneConfig:
         """Return these settings with what a federation's round asks for: adapter, steps, rate.

@@ -182,7 +182,9 @@ def run(config: TuneConfig) -> dict[str, object]:
     package = open_package(config.package)
     job = job_for(config.job, package) if config.job is not None else None
     if job is not None:
-        config = config.under(job.adapter)
+        config = config.under(job.adapter).advised(job)
+        if world().is_main and job.learning_rate is not None and not config.round:
+            say(f"learning rate {config.rate():g}; the job suggests {job.learning_rate:g}")
     round_ = round_for(config, package, job)
     if round_ is not None:
         config = config.within(round_.manifest)

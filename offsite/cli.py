@@ -76,6 +76,11 @@ VERBS: dict[str, Verb] = {
     "trust revoke": Verb(
         "anyone: trust a pinned party no longer", "offsite.keyconfig:TrustRevokeConfig", "offsite.trust:revoke"
     ),
+    "rehearse": Verb(
+        "owner: play a client on public text, to choose the learning rate and the share to plug in",
+        "server.rehearseconfig:RehearseConfig",
+        "server.rehearse:run",
+    ),
     "job create": Verb(
         "owner: set the terms for one client", "server.registryconfig:JobCreateConfig", "server.job:run"
     ),

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -26,6 +26,7 @@ class VerbConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=False, allow_inf_nan=False)
+    verb: ClassVar[str]
 
 
 Config = TypeVar("Config", bound=VerbConfig)

@@ -39,7 +39,10 @@ class Policy(Strict):
 
 
 class Job(Strict):
-    """The content of ``job.json``. Times are seconds since 1970, UTC."""
+    """The content of ``job.json``. Times are seconds since 1970, UTC.
+
+    ``learning_rate`` is what the owner suggests; a client may train as it likes.
+    """
 
     format: Literal["offsite/job/1"] = JOB_FORMAT
     job_id: str = Field(pattern=JOB_ID_PATTERN)
@@ -48,6 +51,7 @@ class Job(Strict):
     package_digest: str = Field(pattern=DIGEST_PATTERN)
     base_digest: str = Field(pattern=DIGEST_PATTERN)
     adapter: AdapterSpec
+    learning_rate: float | None = Field(None, gt=0, le=1)
     rounds: int = Field(1, ge=1, le=MAX_ROUNDS)
     created: int = Field(ge=0, le=LATEST_SECOND)
     expires: int = Field(ge=0, le=LATEST_SECOND)

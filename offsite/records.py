@@ -129,6 +129,16 @@ def split_by_document(
     return train, [record for record in records if record.document in held]
 
 
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    """Write the rows as ``.jsonl`` under the names that `read_records` knows by itself; it reads them as they are.
+
+    What they held beside, and their places in the file they came from, is not kept.
+    """
+    with path.open("w", encoding="utf-8") as out:
+        for record in records:
+            out.write(json.dumps({**_values(record), DOCUMENT: record.document}) + "\n")
+
+
 def bundled(name: str) -> Path:
     """The path of a text file that comes with offsite: ``public``, ``private`` or ``heldout``."""
     if name not in BUNDLED:
@@ -182,6 +192,13 @@ def checked_string(value: Any, what: str, row: Row, *, empty: bool = False) -> s
     except UnicodeEncodeError:  # JSON can write half of a surrogate pair; no tokenizer can read one
         raise row.error(f"{what} holds half of a surrogate pair, which is not Unicode text") from None
     return value
+
+
+def _values(record: Record) -> dict[str, Any]:
+    if record.messages:
+        return {"messages": [{"role": role, "content": content} for role, content in record.messages]}
+    texts = [text for text, _ in record.segments]
+    return {"text": texts[0]} if len(texts) == 1 else dict(zip(SHAPES["prompt/completion"], texts, strict=True))
 
 
 def _draw(document: str, seed: int, purpose: str) -> float:

@@ -63,6 +63,11 @@ class Ruler:
     batch_size: int = 8
     bf16: bool = False
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every model measured."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
     def score(self, model: PreTrainedModel, label: str) -> Score:
         """Return the model's perplexity and its task metrics; `label` is shown meanwhile."""
         with progress(len(self.examples), label) as bar:
@@ -127,7 +132,7 @@ def run(config: EvaluateConfig) -> dict[str, object]:
         method={"name": method.name, **method.settings},
         adapter=next(iter(bundles.values())).manifest.adapter,
         scale=config.scale,
-        data=_data(config.data, records, encoded, examples),
+        data=data_of(config.data, records, encoded, examples),
         rows=rows,
         metrics=perplexity_metrics(rows),
         tasks=tasks,
@@ -167,12 +172,11 @@ def measure(config: EvaluateConfig, entrants: Entrants, ruler: Ruler, device: to
     digest = model_digest(model)
     require_base(model, digest, entrants.record.base_digest, f"package {entrants.package.path.name!r}")
     counts = parameters(model, entrants.record, entrants.package, next(iter(entrants.bundles.values())).bundle)
-    dtype = torch.bfloat16 if ruler.bf16 else torch.float32
-    cast_model(model, dtype)
+    cast_model(model, ruler.dtype)
     model.to(device)  # type: ignore[arg-type]
     scores, answers = measure_full(model, entrants, ruler, digest, config)
     del model
-    emulator = entrants.package.load_model(dtype=str(dtype).removeprefix("torch."), device=str(device))
+    emulator = entrants.package.load_model(dtype=str(ruler.dtype).removeprefix("torch."), device=str(device))
     return Measured(digest, counts, scores | measure_emulator(emulator, entrants, ruler), answers)
 
 
@@ -297,7 +301,8 @@ def _require_files(config: EvaluateConfig) -> None:
             raise ConfigError("--task needs the eval extra", hint="pip install 'offsite-tuning[eval]'")
 
 
-def _data(path: Path, records: Sequence[Record], encoded: Encoded, examples: Sequence[Example]) -> Data:
+def data_of(path: Path, records: Sequence[Record], encoded: Encoded, examples: Sequence[Example]) -> Data:
+    """Return what is said of the text measured on: name, digest, counts."""
     return Data(
         name=path.name,
         sha256=sha256_file(path),

@@ -49,6 +49,7 @@ def run(config: JobCreateConfig) -> dict[str, object]:
         package_digest=package.digest,
         base_digest=package.manifest.base_digest,
         adapter=spec,
+        learning_rate=config.learning_rate,
         rounds=config.rounds,
         created=now,
         expires=now + config.days * 86400,

@@ -29,6 +29,9 @@ class JobCreateConfig(KeysConfig):
     alpha: float = Field(16.0, gt=0, description="scale of low-rank adapters, as in peft")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of low-rank adapters")
     adapter_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the bundle's tensors")
+    learning_rate: float | None = Field(
+        None, gt=0, le=1, description="peak rate that the client is advised to use, as rehearse found it"
+    )
     rounds: int = Field(1, ge=1, le=10_000, description="bundles the client may hand in, one for each round")
     days: int = Field(30, ge=1, le=3650, description="days until nothing more is taken in for the job")
     max_relative_frobenius: float = Field(

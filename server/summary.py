@@ -15,14 +15,14 @@ from torch import nn
 
 import offsite
 from offsite.bundle import Bundle
-from offsite.config import flag_name, is_positional
+from offsite.config import VerbConfig, flag_name, is_positional
 from offsite.console import say, table
 from offsite.errors import ConfigError, DataError
 from offsite.owner import OwnerRecord
 from offsite.package import Package
 from offsite.results import ROWS, Crossing, Parameters, Results, Summary
 from offsite.tensors import TensorSpec
-from server.config import EvaluateConfig, named_paths
+from server.config import named_paths
 
 OUTCOME_FIGURES = (
     "steps",
@@ -100,13 +100,13 @@ def read_outcomes(files: Sequence[tuple[str, Path]]) -> dict[str, dict[str, floa
     return found
 
 
-def reproduce(config: EvaluateConfig) -> tuple[dict[str, Any], str]:
+def reproduce(config: VerbConfig) -> tuple[dict[str, Any], str]:
     """Return the settings and the command that gave them, with file names in place of paths."""
     settings: dict[str, Any] = {}
     words = ["offsite", config.verb]
-    for name, field in EvaluateConfig.model_fields.items():
+    for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        if name == "keys" and config.registry is None:
+        if name == "keys" and getattr(config, "registry", None) is None:
             continue  # read for the registry's sake alone
         shown = _shown(name, value)
         settings[name] = shown

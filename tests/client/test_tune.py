@@ -18,6 +18,7 @@ from adapters.kinds import declared
 from client.data import prepare
 from client.tune import attach_to_package, loop_settings, next_token_loss, run, tune, work_folder
 from offsite import cli
+from offsite.audit import read_run, run_path
 from offsite.bundle import DISCLOSABLE, AdapterSpec, open_bundle
 from offsite.errors import ConfigError, RunFailed, WrongBinding, WrongNames
 from offsite.job import Job, write_job
@@ -688,6 +689,17 @@ def test_a_setting_that_is_not_the_jobs_is_refused(settings, narrow_package, job
         run(config)
     assert not config.output.exists()
     assert not work_folder(config.output).exists()
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, 0.004), ({"learning_rate": 0.02}, 0.02)])
+def test_the_rate_that_a_job_advises_is_used_where_none_is_given(
+    given, used, settings, narrow_package, job_folder, capsys
+):
+    config = settings(narrow_package.path, job=job_folder(narrow_package, learning_rate=0.004), steps=2, **given)
+    config = config.model_copy(update={"learning_rate": given.get("learning_rate")})
+    run(config)
+    assert read_run(run_path(config.output)).learning_rate == used
+    assert f"learning rate {used:g}; the job suggests 0.004" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("field", ["package_digest", "base_digest"])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offsite.errors import ConfigError, DataError
-from offsite.records import BUNDLED, Record, bundled, read_records, split_by_document
+from offsite.records import BUNDLED, Record, bundled, read_records, split_by_document, write_records
 
 SECRET = "SECRET"
 
@@ -231,3 +231,23 @@ def test_no_held_out_document_or_answer_is_in_the_private_text() -> None:
     assert {record.document for record in private}.isdisjoint(record.document for record in heldout)
     assert {record.segments[1] for record in private}.isdisjoint(record.segments[1] for record in heldout)
     assert len({record.document.split("/")[0] for record in private}) == 9
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": "one\ntwo"}, {"text": "three \U0001f600"}],
+        [{"prompt": "", "completion": "yes"}, {"prompt": "why", "completion": "because"}],
+        [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "document": "d"}],
+        [{"text": "one", "document": "x"}, {"text": "two", "document": "x"}],
+    ],
+)
+def test_what_is_written_reads_as_it_was(rows, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = read_records(path)
+    write_records(tmp_path / "again.jsonl", records)
+    again = read_records(tmp_path / "again.jsonl")
+    assert [(one.segments, one.messages, one.document) for one in again] == [
+        (one.segments, one.messages, one.document) for one in records
+    ]

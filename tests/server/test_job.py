@@ -140,3 +140,15 @@ def test_help_of_the_verbs_imports_no_torch():
         "assert 'torch' not in sys.modules, 'torch'"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_job_may_advise_a_learning_rate(create, tmp_path):
+    code, _, err = create("--learning-rate", "0.004")
+    assert code == 0, err
+    assert read_job(tmp_path / "job").job.learning_rate == 0.004
+    assert create(out="silent")[0] == 0
+    assert read_job(tmp_path / "silent").job.learning_rate is None
+    for wrong in ("0", "2", "nan", "fast"):
+        code, _, err = create("--learning-rate", wrong, out="wrong")
+        assert (code, "--learning-rate" in err) == (2, True)
+        assert not (tmp_path / "wrong").exists()
