@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import yaml
-from table import summarise_jobs, write_table
+from table import is_reference, summarise_jobs, write_table
 
 from benchmarks.record import environment, files
 
@@ -107,8 +107,8 @@ def _plan(config: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     for key in ("public", "client", "heldout"):
         config[key] = _found(config[key], given)
     for package in config["packages"]:
-        if "public" in package:
-            package["public"] = _found(package["public"], given)
+        for key in {"public", "client"} & set(package):
+            package[key] = _found(package[key], given)
     return config
 
 
@@ -138,6 +138,7 @@ def _arms(plan: dict[str, Any]) -> list[dict[str, Any]]:
                     **recipe,
                     "name": f"{package['name']}/{adapter}",
                     "package": package["name"],
+                    "client": package.get("client", plan["client"]),
                     "adapter_name": adapter,
                     "seeds": package.get("seeds", {}).get(adapter, plan["seeds"]),
                 }
@@ -146,7 +147,7 @@ def _arms(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _jobs(plan: dict[str, Any], arm: dict[str, Any], rates: list[float], seeds: list[int]) -> list[dict[str, Any]]:
-    own = {"name", "package", "rates", "seeds", "adapter_name"}
+    own = {"name", "package", "client", "rates", "seeds", "adapter_name"}
     settings = {key: value for key, value in arm.items() if key not in own}
     return [
         {
@@ -155,13 +156,13 @@ def _jobs(plan: dict[str, Any], arm: dict[str, Any], rates: list[float], seeds: 
             "arm": arm["name"],
             "package": arm["package"],
             "model": plan["model"],
-            "client": plan["client"],
+            "client": arm["client"],
             "heldout": plan["heldout"],
             "tune": settings,
             "rate": rate,
             "seed": seed,
-            "reference": arm["package"] == "keep-all",
-            "scales": plan.get("scales", []) if settings["adapter"] == "lora" else [],
+            "reference": is_reference(arm["package"]),
+            "scales": plan.get("scales", []),
         }
         for rate in rates
         for seed in seeds
@@ -177,7 +178,7 @@ def _best_rate(done: dict[str, Any], arm: dict[str, Any], seed: int) -> float | 
 def _write(given: argparse.Namespace, plan: dict[str, Any], runner: _Runner, seconds: float) -> None:
     shown = {key: value for key, value in plan.items() if key not in {"public", "client", "heldout", "model"}}
     shown["packages"] = [
-        {**package, "public": Path(package["public"]).name} if "public" in package else package
+        {key: Path(value).name if key in ("public", "client") else value for key, value in package.items()}
         for package in plan["packages"]
     ]
     hidden = {"model", "client", "heldout", "tune", "distill"}
@@ -187,7 +188,12 @@ def _write(given: argparse.Namespace, plan: dict[str, Any], runner: _Runner, sec
         "config": shown,
         "data": files(
             **{key: Path(plan[key]) for key in ("public", "client", "heldout")},
-            **{f"public_of_{own['name']}": Path(own["public"]) for own in plan["packages"] if "public" in own},
+            **{
+                f"{key}_of_{own['name']}": Path(own[key])
+                for own in plan["packages"]
+                for key in ("public", "client")
+                if key in own
+            },
         ),
         "model": Path(plan["model"]).name,
         "seconds": round(seconds, 1),

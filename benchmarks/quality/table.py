@@ -59,15 +59,20 @@ def summarise_jobs(plan: dict[str, Any], jobs: list[dict[str, Any]], arms: list[
     return {"zero_shot": zero, "references": references, "packages": packages, "rows": rows}
 
 
+def is_reference(package: str) -> bool:
+    """Tell whether the package keeps every block, so that its client is the owner itself."""
+    return package.startswith("keep-all")
+
+
 def write_table(result: dict[str, Any]) -> str:
     """Return the rows as a Markdown table."""
     head = (
         "package | of the middle | emulator zero-shot | adapter | rate | seeds | emulator-tuned | plugged in | vs LoRA "
-        "| vs ceiling | gap | capability | adapter MB"
+        "| vs ceiling | vs full | gap | capability | adapter MB"
     )
     lines = [f"| {head} |", "|" + " --- |" * head.count("|") + " --- |"]
     for row in result["rows"]:
-        reference = row["package"] == "keep-all"
+        reference = is_reference(row["package"])
         cells = [
             row["package"],
             f"{row['share']:.0%}",
@@ -79,6 +84,7 @@ def write_table(result: dict[str, Any]) -> str:
             _shown(row["plugged_in"]),
             _shown(row["recovery_vs_lora"], 2),
             _shown(row["recovery_vs_ceiling"], 2),
+            _shown(row["recovery_vs_full"], 2),
             "-" if reference else _shown(row["gap"], 2),
             "-" if reference else f"{row['capability']:.2f}",
             f"{row['adapter_bytes'] / 1e6:.1f}",

@@ -31,6 +31,7 @@ from offsite.package import open_package
 from offsite.records import read_records
 from offsite.tensors import spec_of, torch_dtype
 from offsite.text import encode, pack
+from server.fit import Fitted, scaled
 
 BLOCK_TOKENS = 256
 _VALIDATION = 0.012  # of the documents: about 30 blocks, enough to choose a rate and a checkpoint
@@ -78,7 +79,7 @@ def tune_and_measure(job: dict[str, Any], work: Path) -> dict[str, Any]:
     del attached
     plugged = tuned if job.get("reference") else _plugged_in(job, package.path, spec, tensors)
     scaled = {
-        f"{scale:g}": _plugged_in(job, package.path, spec, _scaled(tensors, scale))
+        f"{scale:g}": _plugged_in(job, package.path, spec, _scaled(job, package.path, spec, tensors, scale))
         for scale in job.get("scales", ())
         if not job.get("reference")
     }
@@ -115,9 +116,14 @@ def _plugged_in(job: dict[str, Any], package: Path, spec: AdapterSpec, tensors: 
     return _measure(attached.model, job["heldout"])
 
 
-def _scaled(tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """LoRA's update times `scale`: it is linear in B."""
-    return {name: tensor * scale if ".lora_B" in name else tensor for name, tensor in tensors.items()}
+def _scaled(
+    job: dict[str, Any], package: Path, spec: AdapterSpec, tensors: dict[str, torch.Tensor], scale: float
+) -> dict[str, torch.Tensor]:
+    """The update times `scale`: of LoRA linear in B, of whole blocks a part of the way from the full model's."""
+    if spec.kind == "lora":
+        return {name: tensor * scale if ".lora_B" in name else tensor for name, tensor in tensors.items()}
+    record = read_owner_record(owner_record_path(package))
+    return dict(scaled(_full(job["model"]), Fitted(spec, tensors, record.sites), scale).tensors)
 
 
 def _measure(model: Any, heldout: str) -> float:
