@@ -25,6 +25,9 @@ _ADAPTER_FIELDS = {
 }
 
 
+_FAR = 5  # times a kind's rate, past which an owner's advice is worth a second look
+
+
 class DPSettings(BaseModel):
     """Settings of ``--dp``: differential privacy for the data that is tuned on."""
 
@@ -205,12 +208,17 @@ class TuneConfig(VerbConfig):
         return self.model_copy(update=wanted)
 
     def advised(self, job: Job) -> TuneConfig:
-        """Return these settings with the learning rate that the job suggests, where nothing else says one.
+        """Return these settings with the learning rate that the job advises, where nothing else says one.
 
-        A rate that was given stands, a federation's round has its own, and no owner has tried one with ``--dp``.
+        A rate that was given, or that a federation's round names, stands; and no owner has tried one with ``--dp``.
         """
-        silent = self.learning_rate is None and self.round is None and self.dp is None
-        return self.model_copy(update={"learning_rate": job.learning_rate}) if silent and job.learning_rate else self
+        if job.learning_rate is None or self.learning_rate is not None or self.dp is not None:
+            return self
+        return self.model_copy(update={"learning_rate": job.learning_rate})
+
+    def over_advised(self) -> bool:
+        """Tell whether the rate is far beyond what this kind of adapter is tuned with."""
+        return self.rate() > _FAR * LEARNING_RATES[self.adapter]
 
     def within(self, manifest: RoundManifest) -> TuneConfig:
         """Return these settings with what a federation's round asks for: adapter, steps, rate.

@@ -182,12 +182,12 @@ def run(config: TuneConfig) -> dict[str, object]:
     package = open_package(config.package)
     job = job_for(config.job, package) if config.job is not None else None
     if job is not None:
-        config = config.under(job.adapter).advised(job)
-        if world().is_main and job.learning_rate is not None and not config.round:
-            say(f"learning rate {config.rate():g}; the job suggests {job.learning_rate:g}")
+        config = config.under(job.adapter)
     round_ = round_for(config, package, job)
     if round_ is not None:
         config = config.within(round_.manifest)
+    if job is not None and job.learning_rate is not None:
+        config = _advised(config, job)
     planted = planted_for(config, package, job)
     spec = config.spec()
     names = declared(spec, package.layout, package.block_tensors())
@@ -359,6 +359,20 @@ def _checkpoint_activations(model: Any) -> None:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
+
+
+def _advised(config: TuneConfig, job: Job) -> TuneConfig:
+    """Return the settings with the job's learning rate, if it is used, and say whether it is."""
+    found = config.advised(job)
+    if world().is_main and found is config:
+        why = "tuning with --dp does not take it" if config.learning_rate is None else f"{config.rate():g} is used"
+        say(f"the job advises learning rate {job.learning_rate:g}; {why}")
+    elif world().is_main:
+        say(f"learning rate {found.rate():g}, as the job advises; --learning-rate takes another")
+        if found.over_advised():
+            usual = config.rate()
+            say(f"warning: {usual:g} is usual for {config.adapter}; a higher rate can make it learn rows by heart")
+    return found
 
 
 def work_folder(output: Path) -> Path:

@@ -98,7 +98,7 @@ def read_records(
 
 
 def split_by_document(
-    records: Sequence[Record], *, fraction: float, seed: int, purpose: Literal["split", "audit"] = "split"
+    records: Sequence[Record], *, fraction: float, seed: int, purpose: Literal["split", "audit", "rehearsal"] = "split"
 ) -> tuple[list[Record], list[Record]]:
     """Records to train on and records held out; a document is on one side as a whole.
 

@@ -35,7 +35,7 @@ class Fitted:
     """An adapter in the full model's shapes, and where it goes.
 
     Attributes:
-        tensors: by canonical name (``top.0.mlp.up_proj.lora_A``), on the CPU, in the bundle's dtype.
+        tensors: by canonical name (``top.0.mlp.up_proj.lora_A``), on the CPU, in the bundle's dtype, or as `scaled`.
         sites: canonical block -> module name of the full model, for the blocks that carry the adapter.
     """
 
@@ -79,8 +79,9 @@ def scaled(model: nn.Module, adapter: Fitted, scale: float) -> Fitted:
     """Return the adapter with `scale` times its update: W + scale (W' - W) for every weight W that it makes W'.
 
     LoRA and rsLoRA say it in their ``alpha``, and their tensors stay as they came. Of whole blocks and biases the
-    tensors change, in float32, and are rounded to the adapter's dtype again. No more than 1 is taken: what was verified
-    (``server/verify.py``) holds of a part of the update, not of more than all.
+    tensors change, and are float32 from then on: a part of a small update is less than bfloat16 can tell. A model in
+    bfloat16 rounds them when they are put on it. No more than 1 is taken: what was verified (``server/verify.py``)
+    holds of a part of the update, not of more than all.
 
     Args:
         model: the full model without the adapter; not changed.
@@ -94,7 +95,7 @@ def scaled(model: nn.Module, adapter: Fitted, scale: float) -> Fitted:
     tensors = {}
     for name, tensor in adapter.tensors.items():
         before = model.get_parameter(full_name(name, adapter.sites)).detach().to("cpu", torch.float32)
-        tensors[name] = torch.lerp(before, tensor.float(), scale).to(tensor.dtype)
+        tensors[name] = torch.lerp(before, tensor.float(), scale)
     return replace(adapter, tensors=tensors)
 
 

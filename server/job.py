@@ -17,6 +17,7 @@ from offsite.staging import refuse_existing
 from offsite.trust import TrustStore
 from server.registry import Registry
 from server.registryconfig import JobCreateConfig
+from server.rehearseconfig import RehearseConfig
 
 
 def run(config: JobCreateConfig) -> dict[str, object]:
@@ -77,7 +78,7 @@ def run(config: JobCreateConfig) -> dict[str, object]:
     }
 
 
-def adapter_spec(config: JobCreateConfig) -> AdapterSpec:
+def adapter_spec(config: JobCreateConfig | RehearseConfig) -> AdapterSpec:
     """Return the adapter that the settings describe.
 
     Raises:

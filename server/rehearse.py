@@ -1,7 +1,7 @@
 """``offsite rehearse``: the owner plays the client once, on text of its own, before a package goes out.
 
-A client chooses its learning rate by its loss on the emulator, and that asks for more than the full model wants. The
-owner can see what a client cannot: how each rate, and each share of the update, does in the full model. ``tune`` runs
+A client chooses its learning rate by its loss on the emulator, which need not be the rate that does best in the full
+model. The owner can see what a client cannot: how each rate, and each share of the update, does there. ``tune`` runs
 as a process of its own, as a client runs it; what it left is then measured as ``evaluate`` measures.
 
 The pair that did best was chosen on the very text that it is shown for, so its figure is a little too good. It is as
@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from adapters.kinds import declared
 from offsite.bundle import AdapterSpec
 from offsite.console import say, table
 from offsite.devices import choose_device
 from offsite.digests import DIGEST_PATTERN, model_digest, sha256_file
-from offsite.errors import RunFailed
+from offsite.errors import BadSchema, ConfigError, DataError, RunFailed
 from offsite.manifest import Strict
 from offsite.models import load_model, load_tokenizer
 from offsite.owner import owner_record_path, read_owner_record
@@ -35,10 +36,11 @@ from server.config import EvaluateConfig
 from server.entrants import Entrants, open_entrants
 from server.evaluate import ONCE, Ruler, data_of, held_out, measure_emulator
 from server.fit import cast_model, fit, plugged, require_base
+from server.job import adapter_spec
 from server.rehearseconfig import RehearseConfig
 from server.summary import reproduce, versions
 
-REHEARSAL_FORMAT = "offsite/rehearsal/1"
+STAGES = "stages"
 
 
 class Trial(Strict):
@@ -78,15 +80,22 @@ def run(config: RehearseConfig) -> dict[str, object]:
     """Run the verb: measure the full model, tune at every rate, measure every share, write the file, say what is best.
 
     Raises:
-        ConfigError, DataError: from `_texts`, or when the output exists or the model is not found.
+        ConfigError, DataError: from `_texts`, when the package cannot carry the adapter, when the output or another
+            run's work stands in the way, or the model is not found.
         ArtefactError: when the package is rejected, or belongs to another model.
-        RunFailed: when a tuning fails; those that ended well are kept in ``OUTPUT.work`` and not run again.
+        RunFailed: when no rate could be tuned; what ended well is kept in ``OUTPUT.work`` and not run again.
     """
     began = time.monotonic()
     refuse_existing(config.output)
     package = open_package(config.package)
     record = read_owner_record(owner_record_path(config.package))
+    if record.package_digest != package.digest:
+        raise BadSchema(f"the owner's record beside {config.package.name!r} is of another package")
+    spec = adapter_spec(config)
+    declared(spec, record.layout, record.block_tensors)
     known, records = _texts(config)
+    work = config.output.parent / f"{config.output.name}.work"
+    _require_own(work)
     tokenizer = load_tokenizer(config.model)
     measuring = _measuring(config, ["none"])
     encoded, examples = held_out(records, tokenizer, measuring)
@@ -95,7 +104,6 @@ def run(config: RehearseConfig) -> dict[str, object]:
     digest = model_digest(model)
     require_base(model, digest, record.base_digest, f"package {config.package.name!r}")
     del model  # while clients are played, theirs is the memory
-    work = config.output.parent / f"{config.output.name}.work"
     bundles = _tuned(config, known, package.digest, work)
     measuring = _measuring(config, [f"{name}={path}" for name, path in bundles.items()])
     entrants = open_entrants(measuring)
@@ -105,7 +113,7 @@ def run(config: RehearseConfig) -> dict[str, object]:
         model=Path(config.model).name,
         base_digest=digest,
         package_digest=package.digest,
-        adapter=next(iter(entrants.bundles.values())).bundle.manifest.adapter,
+        adapter=spec,
         data_sha256=sha256_file(config.data),
         heldout=data_of(config.heldout or config.data, records, encoded, examples),
         zero_shot=zero_shot,
@@ -152,7 +160,7 @@ def _texts(config: RehearseConfig) -> tuple[list[Record], list[Record]]:
     """Return the rows to tune on and those to measure on.
 
     Raises:
-        ConfigError, DataError: when a file is not as needed, or has one document to share out between both.
+        ConfigError, DataError: when a file is not as needed, or has too few documents to share out.
     """
 
     def read(path: Path) -> list[Record]:
@@ -160,16 +168,32 @@ def _texts(config: RehearseConfig) -> tuple[list[Record], list[Record]]:
             path, fields=config.fields, document_field=config.document_field, separator=config.separator
         )
 
-    records = read(config.data)
-    if config.heldout is not None:
-        return records, read(config.heldout)
-    return split_by_document(records, fraction=config.heldout_share, seed=config.seed)
+    known, held = read(config.data), [] if config.heldout is None else read(config.heldout)
+    if config.heldout is None:
+        known, held = split_by_document(known, fraction=config.heldout_share, seed=config.seed, purpose="rehearsal")
+    if (found := len({record.document for record in known})) < 2:
+        raise DataError(f"--data: {found} document(s) to tune on, expected at least two: one chooses the checkpoint")
+    return known, held
+
+
+def _require_own(work: Path) -> None:
+    """Return only if the work folder is free, or an earlier rehearsal's.
+
+    Raises:
+        ConfigError: when something else is in it.
+    """
+    if work.exists() and not (work / STAGES).is_dir() and not (work.is_dir() and not any(work.iterdir())):
+        raise ConfigError(f"work folder {work.name!r} is another run's", hint="choose another name with -o")
 
 
 def _tuned(config: RehearseConfig, known: list[Record], package_digest: str, work: Path) -> dict[str, Path]:
-    """Return a bundle for every rate, by the rate's name; those that stand already are not made again."""
+    """Return a bundle for every rate that can be tuned, by the rate's name; those that stand are not made again.
+
+    Raises:
+        RunFailed: when none can be.
+    """
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        (work / STAGES).mkdir(parents=True, exist_ok=True)
         write_records(work / "known.jsonl", known)
     except OSError as error:
         raise RunFailed(f"cannot write {work.name!r}: {(error.strerror or 'i/o error').lower()}") from None
@@ -179,14 +203,21 @@ def _tuned(config: RehearseConfig, known: list[Record], package_digest: str, wor
         name = f"{rate:g}"
         words = ["tune", str(config.package.resolve()), "--data", "known.jsonl", "-o", name]
         words += ["--learning-rate", name, *_settings(config)]
-        found[name] = work / name
-        play([Stage(f"tune-{name}", work, words, work / name, inputs)], work / "stages")
+        try:
+            play([Stage(f"tune-{name}", work, words, work / name, inputs)], work / STAGES)
+        except RunFailed as error:
+            say(f"warning: rate {name} is left out: {error}")
+        else:
+            found[name] = work / name
+    if not found:
+        raise RunFailed("no rate could be tuned", hint="why is said above; try a lower --learning-rate")
     return found
 
 
 def _settings(config: RehearseConfig) -> list[str]:
     words = ["--adapter", config.adapter, "--placement", config.placement, "--targets", config.targets]
-    words += ["--rank", str(config.rank), "--alpha", f"{config.alpha:g}", "--steps", str(config.steps)]
+    words += ["--rank", str(config.rank), "--alpha", str(config.alpha), "--dropout", str(config.dropout)]
+    words += ["--adapter-dtype", config.adapter_dtype, "--steps", str(config.steps)]
     words += ["--batch-size", str(config.batch_size), "--block-tokens", str(config.block_tokens)]
     words += ["--validation", str(config.validation)]
     return [*words, "--precision", config.precision, "--seed", str(config.seed), "--device", config.device]
@@ -195,22 +226,28 @@ def _settings(config: RehearseConfig) -> list[str]:
 def _trials(
     config: RehearseConfig, entrants: Entrants, ruler: Ruler, digest: str
 ) -> tuple[tuple[Trial, ...], float, float]:
-    """Return every trial, and the perplexities of the full model and of the emulator as they are."""
+    """Return every trial that gave a number, and the perplexities of the full model and of the emulator as they are.
+
+    Raises:
+        RunFailed: when none did.
+    """
     device = choose_device(config.device)
     model = load_model(config.model)
-    adapters = {
-        (name, scale): fit(model, entrant.verified, entrant.record, base_digest=digest, scale=scale)
-        for name, entrant in entrants.bundles.items()
-        for scale in config.scales
-    }
     cast_model(model, ruler.dtype)
     model.to(device)  # type: ignore[arg-type]
     zero_shot = ruler.score(model, "zero-shot")["perplexity"]
     scores: dict[tuple[str, float], float] = {}
-    for (name, scale), adapter in adapters.items():
-        with plugged(model, adapter) as adapted:
-            scores[name, scale] = ruler.score(adapted, f"{scale:g} of rate {name}")["perplexity"]
-    del model, adapters
+    for name, entrant in entrants.bundles.items():
+        for scale in config.scales:
+            adapter = fit(model, entrant.verified, entrant.record, base_digest=digest, scale=scale)
+            try:
+                with plugged(model, adapter) as adapted:
+                    scores[name, scale] = ruler.score(adapted, f"{scale:g} of rate {name}")["perplexity"]
+            except RunFailed as error:
+                say(f"warning: {scale:g} of rate {name} is left out: {error}")
+    del model
+    if not scores:
+        raise RunFailed("no rate and share gave a number in the full model", hint="try a lower --learning-rate")
     emulator = entrants.package.load_model(dtype="float32", device=str(device))
     tuned = measure_emulator(emulator, entrants, ruler)
     trials = tuple(

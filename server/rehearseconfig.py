@@ -47,6 +47,8 @@ class RehearseConfig(VerbConfig):
     targets: Literal["all-linear", "attention", "mlp"] = Field("all-linear", description="LoRA: modules that carry it")
     rank: int = Field(8, ge=1, le=4096, description="LoRA: rank")
     alpha: float = Field(16.0, gt=0, description="LoRA: scale, divided by the rank (rsLoRA: by its root)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="LoRA: dropout before the adapter")
+    adapter_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the bundle's tensors")
     steps: int = Field(100, ge=1, description="optimiser steps of each run, about as many as clients will take")
     batch_size: int = Field(4, ge=1, description="sequences per optimiser step")
     validation: float = Field(0.1, gt=0, lt=1, description="share of the documents that choose each run's checkpoint")
@@ -62,7 +64,7 @@ class RehearseConfig(VerbConfig):
         for flag, values in {"--learning-rate": self.learning_rate, "--scale": self.scale}.items():
             if any(not 0 < value <= 1 for value in values):
                 problems.append(f"{flag}: expected more than 0 and at most 1")
-            if len(set(values)) != len(values):
+            if len({f"{value:g}" for value in values}) != len(values):
                 problems.append(f"{flag}: one value is given twice")
         if self.adapter == "dora" and any(scale != 1 for scale in self.scale):
             problems.append("--scale: a dora adapter is plugged in whole or not")

@@ -54,6 +54,11 @@ def compare(results: dict[str, Any], package: str, text: str, rehearsal: dict[st
         "advised": (advised["learning_rate"], advised["scale"]),
         "best_tried": min(tried, key=lambda pair: tried[pair]),
     }
+    missing = [name for name, pair in pairs.items() if pair not in tried]
+    if missing:
+        raise SystemExit(f"{package}: {missing[0]} is rate and share {pairs[missing[0]]}, which no job has measured")
+    if rehearsal["package_digest"] != results["packages"][package]["package_digest"]:
+        raise SystemExit(f"{package}: the rehearsal is of another package than the jobs'")
     zero_shot, lora = _references(results)
     return {
         "package": package,

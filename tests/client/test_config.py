@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from client.config import LEARNING_RATES, TuneConfig
-from offsite.bundle import DISCLOSABLE
+from offsite.bundle import DISCLOSABLE, AdapterSpec
 from offsite.config import build
 from offsite.errors import ConfigError
+from offsite.job import Job
 
 NEEDED = {"package": "package", "data": "notes.txt", "output": "bundle"}
 
@@ -102,3 +103,30 @@ def test_what_may_be_disclosed_is_a_short_list():
 
 def test_fields_from_the_command_line():
     assert made(fields="prompt=question,completion=answer").fields == {"prompt": "question", "completion": "answer"}
+
+
+JOB = {
+    "job_id": "0" * 32,
+    "owner": "-".join(["aaaa"] * 13),
+    "client": "-".join(["bbbb"] * 13),
+    "package_digest": "sha256:" + "0" * 64,
+    "base_digest": "sha256:" + "1" * 64,
+    "adapter": AdapterSpec(kind="lora"),
+    "created": 0,
+    "expires": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate"),
+    [
+        ({}, 0.004),
+        ({"learning_rate": "0.02"}, 0.02),
+        ({"dp": "epsilon=8"}, LEARNING_RATES["lora"]),
+        ({"round": "round"}, 0.004),
+    ],
+)
+def test_a_jobs_rate_is_advice(changes, rate):
+    config = made(adapter="lora", **changes)
+    assert config.advised(Job(**JOB, learning_rate=0.004)).rate() == rate
+    assert config.advised(Job(**JOB)) is config

@@ -691,15 +691,28 @@ def test_a_setting_that_is_not_the_jobs_is_refused(settings, narrow_package, job
     assert not work_folder(config.output).exists()
 
 
-@pytest.mark.parametrize(("given", "used"), [({}, 0.004), ({"learning_rate": 0.02}, 0.02)])
+@pytest.mark.parametrize(
+    ("given", "used", "said"),
+    [
+        (None, 0.004, "learning rate 0.004, as the job advises; --learning-rate takes another"),
+        (0.02, 0.02, "the job advises learning rate 0.004; 0.02 is used"),
+    ],
+)
 def test_the_rate_that_a_job_advises_is_used_where_none_is_given(
-    given, used, settings, narrow_package, job_folder, capsys
+    given, used, said, settings, narrow_package, job_folder, capsys
 ):
-    config = settings(narrow_package.path, job=job_folder(narrow_package, learning_rate=0.004), steps=2, **given)
-    config = config.model_copy(update={"learning_rate": given.get("learning_rate")})
-    run(config)
+    config = settings(narrow_package.path, job=job_folder(narrow_package, learning_rate=0.004), steps=2)
+    run(config.model_copy(update={"learning_rate": given}))
     assert read_run(run_path(config.output)).learning_rate == used
-    assert f"learning rate {used:g}; the job suggests 0.004" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert said in err
+    assert "warning" not in err
+
+
+def test_a_rate_far_beyond_the_usual_is_warned_of(settings, narrow_package, job_folder, capsys):
+    config = settings(narrow_package.path, job=job_folder(narrow_package, learning_rate=0.011), steps=2)
+    run(config.model_copy(update={"learning_rate": None}))
+    assert "warning: 0.002 is usual for lora; a higher rate can make it learn rows by heart" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("field", ["package_digest", "base_digest"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -25,23 +26,35 @@ def texts(tmp_path):
     return tmp_path
 
 
+class Ended:
+    """What stands in place of a process that has ended."""
+
+    def __init__(self, code):
+        self.returncode = code
+
+    def poll(self):
+        return self.returncode
+
+    def terminate(self):
+        """There is nothing to end."""
+
+    def wait(self, timeout=None):
+        return self.returncode
+
+
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Play stages here, not in processes of their own; return the words of those that ran, by stage."""
+    """Run stages here, not in processes of their own; return the words of those that ran, by stage."""
     played = {}
 
-    def play(stages, notes):
-        notes.mkdir(parents=True, exist_ok=True)
-        for stage in stages:
-            if stage.leaves.exists():
-                continue
-            with pytest.MonkeyPatch.context() as patched:
-                patched.chdir(stage.party)
-                if cli(list(stage.words)):
-                    raise RunFailed(f"step {stage.name!r} failed")
-            played[stage.name] = list(stage.words)
+    def start(stage, notes, num_running):
+        played[stage.name] = list(stage.words)
+        with pytest.MonkeyPatch.context() as patched, (notes / f"{stage.name}.out").open("w") as out:
+            patched.chdir(stage.party)
+            with contextlib.redirect_stdout(out):
+                return Ended(cli(list(stage.words)))
 
-    monkeypatch.setattr("server.rehearse.play", play)
+    monkeypatch.setattr("offsite.stages._start", start)
     return played
 
 
@@ -92,7 +105,7 @@ def test_without_more_text_a_share_of_the_documents_is_measured_on(rehearse, in_
     assert code == 0, err
     found = Rehearsal.model_validate_json((texts / "found.json").read_bytes())
     assert found.heldout.name == "public.jsonl"
-    train, held = split_by_document(read_records(texts / "public.jsonl"), fraction=0.4, seed=0)
+    train, held = split_by_document(read_records(texts / "public.jsonl"), fraction=0.4, seed=0, purpose="rehearsal")
     assert found.heldout.num_records == len(held) == 50 - len(train)
 
 
@@ -129,16 +142,14 @@ def test_the_file_holds_no_path_and_no_text(rehearse, in_this_process, dropped_p
 
 
 def test_it_says_what_to_do_with_the_best(rehearse, in_this_process, texts):
-    code, best, err = rehearse("--learning-rate", "0.01")
+    code, best, err = rehearse("--learning-rate", "0.01", "--heldout", str(texts / "public.jsonl"), "--steps", "12")
     assert code == 0, err
     assert set(in_this_process) == {"tune-0.01"}
     found = Rehearsal.model_validate_json((texts / "found.json").read_bytes())
     assert {one.scale for one in found.trials} == {1.0, 0.75, 0.5}
-    if best["plugged_in"] < best["zero_shot"]:
-        share = "" if best["scale"] == 1 else f", then plug in with --scale {best['scale']:g}"
-        assert f"job create ... --learning-rate 0.01{share}" in " ".join(err.split())
-    else:
-        assert "warning: no rate and share made the full model better" in err
+    assert best["plugged_in"] < best["zero_shot"]  # of text it was tuned on, to be sure of it
+    share = "" if best["scale"] == 1 else f", then plug in with --scale {best['scale']:g}"
+    assert f"job create ... --learning-rate 0.01{share}" in " ".join(err.split())
 
 
 def test_a_package_that_carries_nothing_over_is_said_to(rehearse, in_this_process, monkeypatch):
@@ -171,24 +182,87 @@ def test_dora_is_tried_whole(rehearse, in_this_process, texts):
     assert len(Rehearsal.model_validate_json((texts / "found.json").read_bytes()).trials) == 1
 
 
-def test_what_ended_well_is_not_done_again(rehearse, in_this_process, texts, monkeypatch):
+def test_what_ended_well_is_not_done_again_and_what_changed_is(rehearse, in_this_process, texts, monkeypatch):
     rates = ["--learning-rate", "0.01", "--learning-rate", "0.02"]
-    real = cli
-
-    def fails_once(words):
-        return 1 if words[words.index("-o") + 1] == "0.02" else real(words)
-
     with monkeypatch.context() as patched:
-        patched.setitem(globals(), "cli", lambda words: real(words) if words[0] == "rehearse" else fails_once(words))
-        code, _, err = rehearse(*rates)
-    assert code == RunFailed.exit_code
-    assert "step 'tune-0.02' failed" in err
+        patched.setattr("server.rehearse.open_entrants", _interrupted)
+        assert rehearse(*rates)[0] == 130
     assert not (texts / "found.json").exists()
-    assert (texts / "found.json.work" / "0.01").is_dir()
+    assert set(in_this_process) == {"tune-0.01", "tune-0.02"}
     in_this_process.clear()
-    code, _, err = rehearse(*rates)
+    with monkeypatch.context() as patched:
+        patched.setattr("server.rehearse.open_entrants", _interrupted)
+        assert rehearse(*rates[:2], "--learning-rate", "0.03")[0] == 130
+    assert set(in_this_process) == {"tune-0.03"}
+    in_this_process.clear()
+    assert rehearse(*rates, "--steps", "4")[0] == 0
+    assert set(in_this_process) == {"tune-0.01", "tune-0.02"}
+
+
+def test_other_text_is_tuned_on_again(rehearse, in_this_process, texts, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("server.rehearse.open_entrants", _interrupted)
+        assert rehearse("--learning-rate", "0.01")[0] == 130
+    in_this_process.clear()
+    with (texts / "public.jsonl").open("a") as out:
+        out.write('{"text": "one row more of a patient"}\n')
+    assert rehearse("--learning-rate", "0.01")[0] == 0
+    assert set(in_this_process) == {"tune-0.01"}
+
+
+def _interrupted(config):
+    raise KeyboardInterrupt
+
+
+def test_a_rate_that_fails_is_left_out_and_said(rehearse, in_this_process, texts, monkeypatch):
+    from client.tune import tune
+
+    def diverges(attached, text, settings, **more):
+        return (_failed if settings.learning_rate == 1 else tune)(attached, text, settings, **more)
+
+    monkeypatch.setattr("client.tune.tune", diverges)
+    code, best, err = rehearse("--learning-rate", "0.01", "--learning-rate", "1", "--scale", "1")
     assert code == 0, err
-    assert set(in_this_process) == {"tune-0.02"}
+    assert best["learning_rate"] == 0.01
+    assert "warning: rate 1 is left out" in err
+    assert len(Rehearsal.model_validate_json((texts / "found.json").read_bytes()).trials) == 1
+
+
+def test_when_every_rate_fails_so_does_the_rehearsal(rehearse, in_this_process, texts, monkeypatch):
+    monkeypatch.setattr("client.tune.tune", _failed)
+    code, _, err = rehearse("--learning-rate", "0.01", "--learning-rate", "0.02")
+    assert code == RunFailed.exit_code
+    for rate in ("0.01", "0.02"):
+        assert f"warning: rate {rate} is left out" in err
+    assert "no rate could be tuned" in err
+    assert not (texts / "found.json").exists()
+
+
+def _failed(*given, **settings):
+    raise RunFailed("loss is not finite at step 1")
+
+
+def test_the_client_validates_on_its_usual_share(rehearse, in_this_process, texts):
+    """The rows that are measured on are not drawn as those that `tune` validates on."""
+    code, _, err = rehearse("--learning-rate", "0.01", "--scale", "1", "--validation", "0.4", heldout=False)
+    assert code == 0, err
+    known, _ = split_by_document(read_records(texts / "public.jsonl"), fraction=0.2, seed=0, purpose="rehearsal")
+    _, validated = split_by_document(known, fraction=0.4, seed=0)
+    assert len(validated) > 0.2 * len(known)
+    train = len(known) - len(validated)
+    assert f"\n{train} records, " in err
+
+
+@pytest.mark.parametrize("name", ["found.json.work", "found.json.work/checkpoint"])
+def test_work_of_another_run_is_left_alone(name, rehearse, in_this_process, texts):
+    path = texts / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("hers")
+    code, _, err = rehearse("--learning-rate", "0.01")
+    assert code == 2
+    assert "work folder 'found.json.work' is another run's" in err
+    assert path.read_text() == "hers"
+    assert in_this_process == {}
 
 
 @pytest.mark.parametrize(
@@ -201,6 +275,10 @@ def test_what_ended_well_is_not_done_again(rehearse, in_this_process, texts, mon
         (["--adapter", "lorra"], "--adapter: no kind 'lorra'"),
         (["--adapter", "dora", "--scale", "0.5"], "--scale: a dora adapter is plugged in whole or not"),
         (["--steps", "0"], "--steps"),
+        (["--placement", "foo"], "--placement foo: no such adapter"),
+        (["--placement", "3+2"], "blocks"),
+        (["--adapter", "lora", "--placement", "all"], "--placement all"),
+        (["--learning-rate", "0.001", "--learning-rate", "0.0010000001"], "--learning-rate: one value is given twice"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--heldout-share", "1"], "--heldout-share"),
         (["--heldout", "nowhere.jsonl"], "nowhere.jsonl"),

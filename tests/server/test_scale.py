@@ -17,7 +17,7 @@ from offsite.results import read_results
 from server.adapted import load_adapted, open_adapted
 from server.config import PlugConfig
 from server.entrants import read_own
-from server.fit import fit, plug, plugged
+from server.fit import fit, full_name, plug, plugged
 from server.plug import merge, run
 
 LINEAR = ["lora", "rslora", "blocks", "bitfit"]
@@ -77,6 +77,25 @@ def test_peft_finds_the_share_in_alpha_and_the_tensors_as_they_came(
     vanilla = PeftModel.from_pretrained(load_model(str(llama_folder)), tmp_path / "half").eval()
     expected = logits_of(weights_by_hand(llama_folder, dropped_package, bundle, 0.5))
     torch.testing.assert_close(logits_of(vanilla), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "bitfit"])
+def test_a_share_of_a_small_update_is_not_lost_in_bfloat16(
+    kind, plug_in, bundle_of, dropped_package, llama_folder, tmp_path
+):
+    """The update is about as small as a step of bfloat16: rounded to it, half of it would be all or nothing."""
+    bundle = bundle_of(kind, dtype="bfloat16", shake=3e-4)
+    record = read_owner_record(owner_record_path(dropped_package.path))
+    full = load_model(str(llama_folder))
+    whole, half = (fit(full, read_own(bundle, record), record, scale=scale) for scale in (1, 0.5))
+    state = full.state_dict()
+    for name, tensor in half.tensors.items():
+        before = state[full_name(name, half.sites)]
+        torch.testing.assert_close(tensor - before, (whole.tensors[name].float() - before) / 2, rtol=0, atol=1e-6)
+    plug_in(llama_folder, bundle, tmp_path / "adapted", package=dropped_package.path, scale=0.5)
+    loaded = load_adapted(tmp_path / "adapted")[0].state_dict()
+    for name, tensor in half.tensors.items():
+        assert torch.equal(loaded[full_name(name, half.sites)], tensor)
 
 
 def test_lifted_lora_is_scaled_too(narrow_package, full_llama, make_bundle, logits_of, tmp_path):
