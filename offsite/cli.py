@@ -77,7 +77,7 @@ VERBS: dict[str, Verb] = {
         "anyone: trust a pinned party no longer", "offsite.keyconfig:TrustRevokeConfig", "offsite.trust:revoke"
     ),
     "rehearse": Verb(
-        "owner: play a client on public text, to choose the learning rate and the share to plug in",
+        "owner: play a client first, to see what comes back",
         "server.rehearseconfig:RehearseConfig",
         "server.rehearse:run",
     ),
