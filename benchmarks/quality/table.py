@@ -93,6 +93,25 @@ def write_table(result: dict[str, Any]) -> str:
     return f"zero-shot {result['zero_shot']:.2f}\n\n" + "\n".join(lines)
 
 
+def write_shares(result: dict[str, Any]) -> str:
+    """Return, for rows whose jobs all tried shares of the update, what each share gives, as a Markdown table."""
+    shares = ("1", "0.75", "0.5")
+    head = " | ".join(f"{share} of the update, vs LoRA" for share in shares)
+    lines = [f"| package | adapter | rate | seeds | {head} |", "| --- " * (4 + len(shares)) + "|"]
+    zero, lora = result["zero_shot"], result["references"]["lora_full"]
+    for row in result["rows"]:
+        jobs = [job for job in result["jobs"] if job.get("arm") == row["arm"] and job["rate"] == row["rate"]]
+        tried = [{"1": job["found"]["plugged_in"], **job["found"].get("plugged_in_scaled", {})} for job in jobs]
+        if is_reference(row["package"]) or not all(set(shares) <= set(found) for found in tried):
+            continue
+        cells = []
+        for share in shares:
+            values = [found[share] for found in tried]
+            cells.append(f"{_shown(_spread(values))}, {_shown(_spread([recovery(v, zero, lora) for v in values]))}")
+        lines.append(f"| {row['package']} | {row['adapter']} | {row['rate']:g} | {len(jobs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _at_best_rate(arm: dict[str, Any], jobs: list[dict[str, Any]], seeds: list[int]) -> list[dict[str, Any]]:
     mine = [job for job in jobs if job.get("arm") == arm["name"]]
     first = [job for job in mine if job["seed"] == seeds[0]]
@@ -117,4 +136,5 @@ def _shown(found: dict[str, Any] | None, digits: int = 2) -> str:
 
 
 if __name__ == "__main__":
-    print(write_table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    measured = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    print(write_table(measured), write_shares(measured), sep="\n\n")
