@@ -11,9 +11,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from table import shown, spread
 
 from benchmarks.record import environment
 
@@ -39,20 +43,25 @@ def main() -> None:
 
 
 def compare(results: dict[str, Any], package: str, text: str, rehearsal: dict[str, Any]) -> dict[str, Any]:
-    """Return the perplexities of the full model at three pairs: the client's alone, the advised, the best of all."""
-    tried: dict[tuple[float, float], float] = {}
+    """Return the full model's perplexities at three pairs, over seeds: the client's, the advised, the best tried.
+
+    The client's rate is the one with the lowest validation loss with the first seed; it is plugged in whole.
+    """
+    tried: dict[tuple[float, float], list[float]] = {}
     losses = {}
     for job in results["jobs"]:
-        if job.get("arm") in (f"{package}/{ADAPTER}", f"{package}/{ADAPTER}-low") and job["seed"] == SEED:
+        if job.get("arm") not in (f"{package}/{ADAPTER}", f"{package}/{ADAPTER}-low"):
+            continue
+        if job["seed"] == SEED:
             losses[job["rate"]] = job["found"]["validation_loss"]
-            scaled = {float(scale): found for scale, found in job["found"].get("plugged_in_scaled", {}).items()}
-            for scale, found in {1.0: job["found"]["plugged_in"], **scaled}.items():
-                tried[job["rate"], scale] = found
+        scaled = {float(scale): found for scale, found in job["found"].get("plugged_in_scaled", {}).items()}
+        for scale, found in {1.0: job["found"]["plugged_in"], **scaled}.items():
+            tried.setdefault((job["rate"], scale), []).append(found)
     advised = min(rehearsal["trials"], key=lambda trial: trial["plugged_in"])
     pairs = {
         "client_alone": (min(losses, key=lambda rate: losses[rate]), 1.0),
         "advised": (advised["learning_rate"], advised["scale"]),
-        "best_tried": min(tried, key=lambda pair: tried[pair]),
+        "best_tried": min(tried, key=lambda pair: mean(tried[pair])),
     }
     missing = [name for name, pair in pairs.items() if pair not in tried]
     if missing:
@@ -67,8 +76,8 @@ def compare(results: dict[str, Any], package: str, text: str, rehearsal: dict[st
             name: {
                 "rate": rate,
                 "scale": scale,
-                "plugged_in": tried[rate, scale],
-                "recovery_vs_lora": (zero_shot - tried[rate, scale]) / (zero_shot - lora),
+                "plugged_in": spread(tried[rate, scale]),
+                "recovery_vs_lora": spread([(zero_shot - found) / (zero_shot - lora) for found in tried[rate, scale]]),
             }
             for name, (rate, scale) in pairs.items()
         },
@@ -83,7 +92,7 @@ def _references(results: dict[str, Any]) -> tuple[float, float]:
     first = [job for job in lora if job["seed"] == SEED]
     rate = min(first, key=lambda job: job["found"]["validation_loss"])["rate"]
     of_rate = [job["found"]["plugged_in"] for job in lora if job["rate"] == rate]
-    return zero_shot, sum(of_rate) / len(of_rate)
+    return zero_shot, mean(of_rate)
 
 
 def write_table(rows: list[dict[str, Any]]) -> str:
@@ -94,8 +103,8 @@ def write_table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         cells = [
-            f"{row[name]['plugged_in']:.2f} ({row[name]['recovery_vs_lora']:.2f}; {row[name]['rate']:g} x "
-            f"{row[name]['scale']:g})"
+            f"{row[name]['scale']:g} of rate {row[name]['rate']:g}: {shown(row[name]['plugged_in'])}, "
+            f"{shown(row[name]['recovery_vs_lora'])} ({len(row[name]['plugged_in']['values'])} seeds)"
             for name in ("client_alone", "advised", "best_tried")
         ]
         lines.append(f"| {row['package']} | {row['text']} | {' | '.join(cells)} |")

@@ -46,15 +46,15 @@ def summarise_jobs(plan: dict[str, Any], jobs: list[dict[str, Any]], arms: list[
             "adapter_bytes": found[0]["found"]["adapter_bytes"],
             "emulator_zero_shot": package["perplexity"],
             "capability": capability(package["perplexity"], zero),
-            "emulator_tuned": _spread(tuned),
-            "plugged_in": _spread(plugged),
-            "gap": _spread([gap(a, b) for a, b in zip(tuned, plugged, strict=True)]),
+            "emulator_tuned": spread(tuned),
+            "plugged_in": spread(plugged),
+            "gap": spread([gap(a, b) for a, b in zip(tuned, plugged, strict=True)]),
         }
         for name, reference in references.items():
             label = {"lora_full": "recovery_vs_lora", "ceiling": "recovery_vs_ceiling", "full": "recovery_vs_full"}[
                 name
             ]
-            row[label] = _spread([recovery(value, zero, reference) for value in plugged])
+            row[label] = spread([recovery(value, zero, reference) for value in plugged])
         rows.append(row)
     return {"zero_shot": zero, "references": references, "packages": packages, "rows": rows}
 
@@ -80,12 +80,12 @@ def write_table(result: dict[str, Any]) -> str:
             row["adapter"],
             f"{row['rate']:g}",
             str(len(row["seeds"])),
-            "-" if reference else _shown(row["emulator_tuned"]),
-            _shown(row["plugged_in"]),
-            _shown(row["recovery_vs_lora"], 2),
-            _shown(row["recovery_vs_ceiling"], 2),
-            _shown(row["recovery_vs_full"], 2),
-            "-" if reference else _shown(row["gap"], 2),
+            "-" if reference else shown(row["emulator_tuned"]),
+            shown(row["plugged_in"]),
+            shown(row["recovery_vs_lora"], 2),
+            shown(row["recovery_vs_ceiling"], 2),
+            shown(row["recovery_vs_full"], 2),
+            "-" if reference else shown(row["gap"], 2),
             "-" if reference else f"{row['capability']:.2f}",
             f"{row['adapter_bytes'] / 1e6:.1f}",
         ]
@@ -107,7 +107,7 @@ def write_shares(result: dict[str, Any]) -> str:
         cells = []
         for share in shares:
             values = [found[share] for found in tried]
-            cells.append(f"{_shown(_spread(values))}, {_shown(_spread([recovery(v, zero, lora) for v in values]))}")
+            cells.append(f"{shown(spread(values))}, {shown(spread([recovery(v, zero, lora) for v in values]))}")
         lines.append(f"| {row['package']} | {row['adapter']} | {row['rate']:g} | {len(jobs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -121,14 +121,16 @@ def _at_best_rate(arm: dict[str, Any], jobs: list[dict[str, Any]], seeds: list[i
     return sorted((job for job in mine if job["rate"] == rate), key=lambda job: job["seed"])
 
 
-def _spread(values: list[Any]) -> dict[str, Any] | None:
+def spread(values: list[Any]) -> dict[str, Any] | None:
+    """Return mean, sample deviation and values of those that are known; None when none is."""
     known = [value for value in values if value is not None]
     if not known:
         return None
     return {"mean": mean(known), "deviation": stdev(known) if len(known) > 1 else None, "values": known}
 
 
-def _shown(found: dict[str, Any] | None, digits: int = 2) -> str:
+def shown(found: dict[str, Any] | None, digits: int = 2) -> str:
+    """Return what a table says of them."""
     if found is None:
         return "-"
     deviation = f" ± {found['deviation']:.{digits}f}" if found["deviation"] is not None else ""
