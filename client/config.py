@@ -24,7 +24,6 @@ _ADAPTER_FIELDS = {
     "adapter_dtype": "dtype",
 }
 
-
 _FAR = 5  # times a kind's rate, past which an owner's advice is worth a second look
 
 
@@ -216,7 +215,7 @@ class TuneConfig(VerbConfig):
             return self
         return self.model_copy(update={"learning_rate": job.learning_rate})
 
-    def over_advised(self) -> bool:
+    def is_far_beyond_usual(self) -> bool:
         """Tell whether the rate is far beyond what this kind of adapter is tuned with."""
         return self.rate() > _FAR * LEARNING_RATES[self.adapter]
 

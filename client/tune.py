@@ -369,7 +369,7 @@ def _advised(config: TuneConfig, job: Job) -> TuneConfig:
         say(f"the job advises learning rate {job.learning_rate:g}; {why}")
     elif world().is_main:
         say(f"learning rate {found.rate():g}, as the job advises; --learning-rate takes another")
-        if found.over_advised():
+        if found.is_far_beyond_usual():
             usual = config.rate()
             say(f"warning: {usual:g} is usual for {config.adapter}; a higher rate can make it learn rows by heart")
     return found

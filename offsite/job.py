@@ -41,7 +41,7 @@ class Policy(Strict):
 class Job(Strict):
     """The content of ``job.json``. Times are seconds since 1970, UTC.
 
-    ``learning_rate`` is what the owner suggests; a client may train as it likes.
+    ``learning_rate`` is what the owner advises; a client may train as it likes.
     """
 
     format: Literal["offsite/job/1"] = JOB_FORMAT

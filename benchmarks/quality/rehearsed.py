@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from table import shown, spread
 
 from benchmarks.record import environment
+from server.metrics import recovery
 
 ADAPTER = "lora-all"
 SEED = 0
@@ -68,7 +69,7 @@ def compare(results: dict[str, Any], package: str, text: str, rehearsal: dict[st
         raise SystemExit(f"{package}: {missing[0]} is rate and share {pairs[missing[0]]}, which no job has measured")
     if rehearsal["package_digest"] != results["packages"][package]["package_digest"]:
         raise SystemExit(f"{package}: the rehearsal is of another package than the jobs'")
-    zero_shot, lora = _references(results)
+    zero_shot, lora = results["zero_shot"], results["references"]["lora_full"]
     return {
         "package": package,
         "text": text,
@@ -77,22 +78,12 @@ def compare(results: dict[str, Any], package: str, text: str, rehearsal: dict[st
                 "rate": rate,
                 "scale": scale,
                 "plugged_in": spread(tried[rate, scale]),
-                "recovery_vs_lora": spread([(zero_shot - found) / (zero_shot - lora) for found in tried[rate, scale]]),
+                "recovery_vs_lora": spread([recovery(found, zero_shot, lora) for found in tried[rate, scale]]),
             }
             for name, (rate, scale) in pairs.items()
         },
         "rehearsal": {key: rehearsal[key] for key in ("zero_shot", "emulator_zero_shot", "trials", "command")},
     }
-
-
-def _references(results: dict[str, Any]) -> tuple[float, float]:
-    """Return zero-shot and LoRA on the full model, at its own validation's rate, mean over seeds."""
-    zero_shot = next(job["found"]["perplexity"] for job in results["jobs"] if job["key"] == "zero_shot")
-    lora = [job for job in results["jobs"] if job.get("arm") == f"keep-all/{ADAPTER}"]
-    first = [job for job in lora if job["seed"] == SEED]
-    rate = min(first, key=lambda job: job["found"]["validation_loss"])["rate"]
-    of_rate = [job["found"]["plugged_in"] for job in lora if job["rate"] == rate]
-    return zero_shot, mean(of_rate)
 
 
 def write_table(rows: list[dict[str, Any]]) -> str:

@@ -78,8 +78,8 @@ def tune_and_measure(job: dict[str, Any], work: Path) -> dict[str, Any]:
     tuned = _measure(attached.model, job["heldout"])
     del attached
     plugged = tuned if job.get("reference") else _plugged_in(job, package.path, spec, tensors)
-    scaled = {
-        f"{scale:g}": _plugged_in(job, package.path, spec, _scaled(job, package.path, spec, tensors, scale))
+    shares = {
+        f"{scale:g}": _plugged_in(job, package.path, spec, tensors, scale)
         for scale in job.get("scales", ())
         if not job.get("reference")
     }
@@ -87,7 +87,7 @@ def tune_and_measure(job: dict[str, Any], work: Path) -> dict[str, Any]:
         "validation_loss": outcome.best_loss,
         "emulator_tuned": tuned,
         "plugged_in": plugged,
-        "plugged_in_scaled": scaled,
+        "plugged_in_scaled": shares,
         "adapter_bytes": sum(spec_of(tensor).num_bytes for tensor in tensors.values()),
         "steps": outcome.steps,
         "tokens": outcome.tokens,
@@ -101,7 +101,10 @@ def zero_shot(job: dict[str, Any], work: Path) -> dict[str, Any]:
     return {"perplexity": _measure(_full(job["model"]), job["heldout"])}
 
 
-def _plugged_in(job: dict[str, Any], package: Path, spec: AdapterSpec, tensors: dict[str, torch.Tensor]) -> float:
+def _plugged_in(
+    job: dict[str, Any], package: Path, spec: AdapterSpec, tensors: dict[str, torch.Tensor], scale: float = 1.0
+) -> float:
+    """Return the full model's perplexity with `scale` of the adapter's update on it."""
     record = read_owner_record(owner_record_path(package))
     full = copy.deepcopy(_full(job["model"]))
     names = declared(spec, record.layout, record.block_tensors)
@@ -110,20 +113,11 @@ def _plugged_in(job: dict[str, Any], package: Path, spec: AdapterSpec, tensors: 
         role, number, inner = name.split(".", 2)
         module = full.get_submodule(f"{record.sites[f'{role}.{number}']}.{inner}")
         dims[name] = (module.in_features, module.out_features)
-    attached = attach(full, spec, record.sites, names)
-    attached.load(lift(tensors, record.channels, dims))
+    adapter = scaled(full, Fitted(spec, lift(tensors, record.channels, dims), record.sites), scale)
+    attached = attach(full, adapter.spec, adapter.sites, names)
+    attached.load(adapter.tensors)
     attached.model.to(_device())
     return _measure(attached.model, job["heldout"])
-
-
-def _scaled(
-    job: dict[str, Any], package: Path, spec: AdapterSpec, tensors: dict[str, torch.Tensor], scale: float
-) -> dict[str, torch.Tensor]:
-    """The update times `scale`: of LoRA linear in B, of whole blocks a part of the way from the full model's."""
-    if spec.kind == "lora":
-        return {name: tensor * scale if ".lora_B" in name else tensor for name, tensor in tensors.items()}
-    record = read_owner_record(owner_record_path(package))
-    return dict(scaled(_full(job["model"]), Fitted(spec, tensors, record.sites), scale).tensors)
 
 
 def _measure(model: Any, heldout: str) -> float:
