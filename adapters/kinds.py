@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.layout import Layout
 from offsite.errors import ConfigError
-from offsite.package import Layout
 from offsite.tensors import TensorSpec, check_exact, spec_of
 
 Declare = Callable[[AdapterSpec, Layout, Mapping[str, TensorSpec]], dict[str, TensorSpec]]

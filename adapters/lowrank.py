@@ -15,10 +15,10 @@ from torch import nn
 
 from adapters.kinds import Attached, register_kind
 from adapters.place import placed_linears
-from offsite.blocks import is_conv1d, linear_dims
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.layout import Layout
 from offsite.errors import ConfigError, UnsupportedModel
-from offsite.package import Layout
+from offsite.modelling.blocks import is_conv1d, linear_dims
 from offsite.tensors import TensorSpec
 
 PARTS = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"}

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from adapters.kinds import declared
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.layout import Layout, shard_headers
+from offsite.artefacts.package import Package
 from offsite.errors import ConfigError, NormTooLarge, NotFinite, WrongNames, WrongShape
-from offsite.package import Layout, Package, shard_headers
 from offsite.tensors import TensorSpec, check_exact, check_finite, check_subnormal, spec_of
 
 VECTOR_FLOOR = 0.1

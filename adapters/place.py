@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.layout import Layout
 from offsite.errors import ConfigError
-from offsite.package import Layout
 
 
 def placed_blocks(spec: AdapterSpec, layout: Layout) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from adapters.updates import FACTORS, dense, from_tensors
-from offsite.round import Round
+from offsite.artefacts.round import Round
 from offsite.tensors import spec_of
 
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from adapters.lift import spread
 from adapters.norms import factors_of, is_turned, modules_of, scale_of
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.layout import Layout
+from offsite.artefacts.owner import OwnerRecord
 from offsite.errors import ConfigError, NotFinite, UnsupportedModel, WrongNames, WrongShape
-from offsite.owner import OwnerRecord
-from offsite.package import Layout
 from offsite.tensors import TensorSpec, check_finite, check_subnormal
 
 FACTORS = (".lora_A", ".lora_B")

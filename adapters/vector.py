@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from adapters.updates import Update, update_of
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
 from offsite.errors import ConfigError
-from offsite.fixedpoint import TensorShape
+from offsite.secagg.fixedpoint import TensorShape
 from offsite.tensors import TensorSpec, check_exact, spec_of
 
 LOW_RANK = ("lora", "rslora")

@@ -13,9 +13,9 @@ from torch import nn
 
 from adapters.kinds import Attached, register_kind
 from adapters.place import placed_blocks
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.layout import Layout
 from offsite.errors import ConfigError, UnsupportedModel
-from offsite.package import Layout
 from offsite.tensors import TensorSpec
 
 _FLOATS = {"bfloat16", "float16", "float32", "float64"}

@@ -4,7 +4,7 @@ An *owner* distils an *emulator* of a model's middle and ships it with the train
 *package*; a *client* tunes an *adapter* on private data and returns a *bundle*; the owner plugs the
 adapter into the full model. Neither the data nor the full model moves (arXiv:2302.04870).
 
-Start reading at ``offsite/package.py`` and ``offsite/bundle.py``: they say what crosses between the
+Start reading at ``offsite/artefacts/package.py`` and ``offsite/artefacts/bundle.py``: they say what crosses between the
 two parties and what is checked when it arrives. Importing this package imports no torch.
 """
 

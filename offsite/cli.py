@@ -29,160 +29,196 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
-    "fetch": Verb("get the demo's 135M model and convert it once", "offsite.settings:FetchConfig", "offsite.fetch:run"),
+    "fetch": Verb(
+        "get the demo's 135M model and convert it once",
+        "offsite.modelling.config:FetchConfig",
+        "offsite.modelling.fetch:run",
+    ),
     "distill": Verb(
-        "owner: make a package (emulator, ends) of a model", "emulator.config:DistillConfig", "emulator.distill:run"
+        "owner: make a package (emulator, ends) of a model",
+        "emulator.distillation.config:DistillConfig",
+        "emulator.distillation.distill:run",
     ),
     "mark": Verb(
         "owner: mark a package for one recipient, to trace a leak",
-        "emulator.markconfig:MarkConfig",
-        "emulator.mark:run",
+        "emulator.marking.config:MarkConfig",
+        "emulator.marking.mark:run",
     ),
     "trace": Verb(
-        "owner: find whose marked package a model comes from", "emulator.markconfig:TraceConfig", "emulator.leak:run"
+        "owner: find whose marked package a model comes from",
+        "emulator.marking.config:TraceConfig",
+        "emulator.marking.leak:run",
     ),
     "audit package": Verb(
         "owner: measure what a package gives away of the model",
-        "emulator.auditconfig:AuditPackageConfig",
-        "emulator.audit:run",
+        "emulator.audit.config:AuditPackageConfig",
+        "emulator.audit.audit:run",
     ),
     "inspect": Verb(
-        "anyone: show what a package or bundle holds, verified", "offsite.settings:InspectConfig", "offsite.inspect:run"
+        "anyone: show what a package or bundle holds, verified",
+        "offsite.artefacts.config:InspectConfig",
+        "offsite.artefacts.inspect:run",
     ),
-    "tune": Verb("client: tune an adapter on private data", "client.config:TuneConfig", "client.tune:run"),
+    "tune": Verb(
+        "client: tune an adapter on private data", "client.tuning.config:TuneConfig", "client.tuning.tune:run"
+    ),
     "canaries": Verb(
         "client: make up rows that show what tuning gives away",
-        "client.canaryconfig:CanaryConfig",
-        "client.canaries:run",
+        "client.audit.canaryconfig:CanaryConfig",
+        "client.audit.canaries:run",
     ),
     "audit bundle": Verb(
         "client: measure what a bundle gives away of its data",
-        "client.auditconfig:AuditBundleConfig",
-        "client.audit:run",
+        "client.audit.config:AuditBundleConfig",
+        "client.audit.audit:run",
     ),
     "audit plugged-in": Verb(
         "owner: measure what an adapter gives away in the full model, by the client's canaries",
-        "server.auditconfig:AuditPluggedConfig",
-        "server.audit:run",
+        "server.evaluation.auditconfig:AuditPluggedConfig",
+        "server.evaluation.audit:run",
     ),
-    "plug-in": Verb("owner: put a returned adapter into the full model", "server.config:PlugConfig", "server.plug:run"),
+    "plug-in": Verb(
+        "owner: put a returned adapter into the full model",
+        "server.plugging.config:PlugConfig",
+        "server.plugging.plug:run",
+    ),
     "keygen": Verb(
-        "anyone: make this party's keys and its public card", "offsite.keyconfig:KeygenConfig", "offsite.keys:run"
+        "anyone: make this party's keys and its public card",
+        "offsite.keys.config:KeygenConfig",
+        "offsite.keys.identity:run",
     ),
     "trust add": Verb(
-        "anyone: pin another party's card by its fingerprint", "offsite.keyconfig:TrustAddConfig", "offsite.trust:add"
+        "anyone: pin another party's card by its fingerprint",
+        "offsite.keys.config:TrustAddConfig",
+        "offsite.keys.trust:add",
     ),
-    "trust list": Verb("anyone: show the pinned parties", "offsite.keyconfig:TrustListConfig", "offsite.trust:show"),
+    "trust list": Verb(
+        "anyone: show the pinned parties", "offsite.keys.config:TrustListConfig", "offsite.keys.trust:show"
+    ),
     "trust revoke": Verb(
-        "anyone: trust a pinned party no longer", "offsite.keyconfig:TrustRevokeConfig", "offsite.trust:revoke"
+        "anyone: trust a pinned party no longer", "offsite.keys.config:TrustRevokeConfig", "offsite.keys.trust:revoke"
     ),
     "rehearse": Verb(
         "owner: play a client first, to see what comes back",
-        "server.rehearseconfig:RehearseConfig",
-        "server.rehearse:run",
+        "server.evaluation.rehearseconfig:RehearseConfig",
+        "server.evaluation.rehearse:run",
     ),
     "job create": Verb(
-        "owner: set the terms for one client", "server.registryconfig:JobCreateConfig", "server.job:run"
+        "owner: set the terms for one client", "server.registry.config:JobCreateConfig", "server.registry.job:run"
     ),
     "seal": Verb(
         "anyone: encrypt and sign a job, package, bundle or report",
-        "offsite.sealconfig:SealConfig",
-        "offsite.sealing:seal_run",
+        "offsite.sealed.config:SealConfig",
+        "offsite.exchange.verbs:seal_run",
     ),
     "open": Verb(
-        "anyone: verify and decrypt a sealed folder", "offsite.sealconfig:OpenConfig", "offsite.sealing:open_run"
+        "anyone: verify and decrypt a sealed folder",
+        "offsite.sealed.config:OpenConfig",
+        "offsite.exchange.verbs:open_run",
     ),
     "rewrap": Verb(
         "anyone: address a sealed folder to another key of its recipient",
-        "offsite.sealconfig:RewrapConfig",
-        "offsite.sealing:rewrap_run",
+        "offsite.sealed.config:RewrapConfig",
+        "offsite.exchange.verbs:rewrap_run",
     ),
     "intake": Verb(
         "owner: verify a client's sealed bundle and register it",
-        "server.registryconfig:IntakeConfig",
-        "server.intake:run",
+        "server.registry.config:IntakeConfig",
+        "server.registry.intake:run",
     ),
     "registry list": Verb(
         "owner: what arrived and what became of it",
-        "server.registryconfig:RegistryListConfig",
-        "server.registryverbs:list_run",
+        "server.registry.config:RegistryListConfig",
+        "server.registry.verbs:list_run",
     ),
     "registry show": Verb(
-        "owner: one arrival in full", "server.registryconfig:RegistryShowConfig", "server.registryverbs:show_run"
+        "owner: one arrival in full", "server.registry.config:RegistryShowConfig", "server.registry.verbs:show_run"
     ),
     "registry accept": Verb(
         "owner: allow a verified bundle to be plugged in",
-        "server.registryconfig:RegistryAcceptConfig",
-        "server.registryverbs:accept_run",
+        "server.registry.config:RegistryAcceptConfig",
+        "server.registry.verbs:accept_run",
     ),
     "registry refuse": Verb(
         "owner: refuse a bundle for good",
-        "server.registryconfig:RegistryRefuseConfig",
-        "server.registryverbs:refuse_run",
+        "server.registry.config:RegistryRefuseConfig",
+        "server.registry.verbs:refuse_run",
     ),
     "log verify": Verb(
         "owner: check the registry's log from its first line",
-        "server.registryconfig:LogVerifyConfig",
-        "server.registryverbs:log_verify_run",
+        "server.registry.config:LogVerifyConfig",
+        "server.registry.verbs:log_verify_run",
     ),
     "exchange serve": Verb(
-        "owner: serve sealed files over HTTP", "server.exchangeconfig:ServeExchangeConfig", "server.exchange:serve_run"
+        "owner: serve sealed files over HTTP",
+        "server.exchange.config:ServeExchangeConfig",
+        "server.exchange.serve:serve_run",
     ),
     "exchange certificate": Verb(
         "owner: make a TLS certificate for the exchange",
-        "server.exchangeconfig:CertificateConfig",
-        "server.exchange:certificate_run",
+        "server.exchange.config:CertificateConfig",
+        "server.exchange.serve:certificate_run",
     ),
     "exchange pull": Verb(
-        "client: fetch what the owner sealed for you", "client.exchangeconfig:PullConfig", "client.exchange:pull_run"
+        "client: fetch what the owner sealed for you",
+        "client.exchange.config:PullConfig",
+        "client.exchange.verbs:pull_run",
     ),
     "exchange push": Verb(
-        "client: hand in a sealed bundle", "client.exchangeconfig:PushConfig", "client.exchange:push_run"
+        "client: hand in a sealed bundle", "client.exchange.config:PushConfig", "client.exchange.verbs:push_run"
     ),
     "exchange status": Verb(
-        "client: what became of a bundle", "client.exchangeconfig:StatusConfig", "client.exchange:status_run"
+        "client: what became of a bundle", "client.exchange.config:StatusConfig", "client.exchange.verbs:status_run"
     ),
     "federate serve": Verb(
         "owner: run a federation of clients over the exchange",
-        "server.federationconfig:FederateServeConfig",
-        "server.federate:serve_run",
+        "server.federation.config:FederateServeConfig",
+        "server.federation.serve:serve_run",
     ),
     "realign": Verb(
         "owner: let an emulator follow the model that a federation's rounds made",
-        "emulator.realignconfig:RealignConfig",
-        "emulator.realign:run",
+        "emulator.distillation.realignconfig:RealignConfig",
+        "emulator.distillation.realign:run",
     ),
     "federate join": Verb(
-        "client: take part in an owner's federation", "client.memberconfig:JoinConfig", "client.federate:join_run"
+        "client: take part in an owner's federation",
+        "client.federation.config:JoinConfig",
+        "client.federation.join:join_run",
     ),
     "federate node": Verb(
         "client: take part through Flower's SuperNode, and run nothing it sends",
-        "client.nodeconfig:NodeConfig",
-        "client.node:node_run",
+        "client.federation.nodeconfig:NodeConfig",
+        "client.federation.node:node_run",
     ),
     "federate simulate": Verb(
         "owner: try a whole federation in one process",
-        "server.simulationconfig:SimulateConfig",
-        "server.simulation:run",
+        "server.federation.simulationconfig:SimulateConfig",
+        "server.federation.simulation:run",
     ),
     "evaluate": Verb(
-        "owner: zero-shot, emulator-tuned, plugged in", "server.config:EvaluateConfig", "server.evaluate:run"
+        "owner: zero-shot, emulator-tuned, plugged in",
+        "server.evaluation.config:EvaluateConfig",
+        "server.evaluation.evaluate:run",
     ),
-    "serve": Verb("owner: serve an adapted model, OpenAI-style", "server.serveconfig:ServeConfig", "server.serve:run"),
+    "serve": Verb(
+        "owner: serve an adapted model, OpenAI-style", "server.serving.config:ServeConfig", "server.serving.serve:run"
+    ),
     "report run": Verb(
-        "anyone: a page from what evaluate wrote", "offsite.settings:ReportConfig", "offsite.report:run"
+        "anyone: a page from what evaluate wrote", "offsite.report.config:ReportConfig", "offsite.report.page:run"
     ),
     "report privacy": Verb(
         "anyone: one signed report of what audits found",
-        "offsite.privacyconfig:PrivacyReportConfig",
-        "offsite.privacyissue:run",
+        "offsite.privacyreport.config:PrivacyReportConfig",
+        "offsite.privacyreport.issue:run",
     ),
     "report verify": Verb(
         "auditor: check a privacy report, its signatures and its figures",
-        "offsite.privacyconfig:ReportVerifyConfig",
-        "offsite.privacyverify:run",
+        "offsite.privacyreport.config:ReportVerifyConfig",
+        "offsite.privacyreport.verify:run",
     ),
-    "demo": Verb("both sides here, on a real model and text", "offsite.settings:DemoConfig", "offsite.demo:run"),
+    "demo": Verb(
+        "both sides here, on a real model and text", "offsite.demo.config:DemoConfig", "offsite.demo.play:run"
+    ),
 }
 
 
@@ -319,11 +355,12 @@ def _command(name: str, verb: Verb, arguments: list[str]) -> Callable[..., int]:
         config = build(cls, file=Path(file) if file else None, overrides=overrides, flags=flags)
         _guard()
         if getattr(config, "launch", 0) > 1 and "RANK" not in os.environ:
-            from offsite.processes import launch
-
-            return launch(config.launch, arguments)  # type: ignore[attr-defined]
+            launch = _resolve("offsite.training.processes:launch")
+            return int(launch(config.launch, arguments))  # type: ignore[attr-defined]
         if getattr(config, "sealed_off", False):
-            _resolve("client.sealedoff:enter")(config)  # before the function's module loads torch and starts threads
+            _resolve("client.tuning.sealedoff:enter")(
+                config
+            )  # before the function's module loads torch and starts threads
         result = _resolve(verb.function)(config)
         if _speaks():
             print(json.dumps(result, sort_keys=True, allow_nan=False), flush=True)

@@ -28,8 +28,8 @@ from pydantic import Field, ValidationError
 from offsite.digests import DIGEST_PATTERN, sha256_bytes
 from offsite.errors import BadDigest, Replayed, RunFailed, WrongBinding
 from offsite.faults import reach
-from offsite.manifest import Strict
 from offsite.staging import fsync, staged_file
+from offsite.strictjson import Strict
 
 LINE_LIMIT_BYTES = 64 * 1024
 HEAD_LIMIT_BYTES = 1024

@@ -7,11 +7,17 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from offsite.errors import BadSchema, WrongBinding
-from offsite.manifest import Strict
 from offsite.tensors import no_duplicates
+
+
+class Strict(BaseModel):
+    """Base of everything read from the other side: frozen, strict, no unknown key, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
 
 Model = TypeVar("Model", bound=Strict)
 

@@ -21,16 +21,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapters.kinds import declared
-from offsite.blocks import block_list, decoder_stack, find_mlp, slice_mlp
-from offsite.bundle import AdapterSpec, Bundle, write_bundle
+from offsite.artefacts.bundle import AdapterSpec, Bundle, write_bundle
+from offsite.artefacts.job import Job
+from offsite.artefacts.layout import Method, describe_layout
+from offsite.artefacts.owner import OwnerRecord, write_owner_record
+from offsite.artefacts.package import Package, write_package
 from offsite.digests import model_digest
-from offsite.job import Job
-from offsite.keys import Identity, generate, save_identity
-from offsite.owner import OwnerRecord, write_owner_record
-from offsite.package import Method, Package, describe_layout, write_package
-from offsite.split import extract
+from offsite.keys.identity import Identity, generate, save_identity
+from offsite.keys.trust import TrustStore
+from offsite.modelling.blocks import block_list, decoder_stack, find_mlp, slice_mlp
+from offsite.modelling.split import extract
 from offsite.tensors import read_header
-from offsite.trust import TrustStore
 
 # A test that reaches for a hub fails at once, here and in what it spawns.
 huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -129,7 +130,7 @@ def make_package(full_llama: LlamaForCausalLM, letters_tokenizer: PreTrainedToke
 
 
 def _linears(block: torch.nn.Module) -> tuple[str, ...]:
-    from offsite.blocks import linear_names
+    from offsite.modelling.blocks import linear_names
 
     return linear_names(block)
 
@@ -224,7 +225,7 @@ def key_ring(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         if name not in made:
             made[name] = generate(name, days=30)
             with pytest.MonkeyPatch.context() as patch:  # the files state their cost; tests open them many times
-                patch.setattr("offsite.keyfiles.SCRYPT_COST", 2**4)
+                patch.setattr("offsite.keys.files.SCRYPT_COST", 2**4)
                 save_identity(folder / name, made[name], b"correct horse")
         return folder / name, made[name]
 
@@ -303,7 +304,7 @@ class LiveExchange:
             pass
 
     def registry(self, **arguments: Any) -> Any:
-        from server.registry import Registry
+        from server.registry.registry import Registry
 
         return Registry.open(self.registry_folder, self.owner.keys, **arguments)
 
@@ -317,9 +318,9 @@ class LiveExchange:
         from contextlib import ExitStack
         from threading import Thread
 
-        from server.exchange import opened_exchange, server_process
-        from server.exchangeconfig import ServeExchangeConfig
-        from server.listening import listen, url_of
+        from server.exchange.config import ServeExchangeConfig
+        from server.exchange.serve import opened_exchange, server_process
+        from server.http.serve import listen, url_of
 
         tls = settings.pop("tls", None)
         stated = {"registry": self.registry_folder, "outbox": self.outbox, "keys": self.owner.keys}
@@ -349,7 +350,7 @@ class LiveExchange:
         self, out: Path, job: Job, *, issuer: Party | None = None, bundle: Path | None = None, **changes: Any
     ) -> Path:
         """Write what a client hands in: the sound bundle, sealed, or as changed as nobody should."""
-        from offsite.seal import seal_files
+        from offsite.sealed.encryption import seal_files
 
         issuer, source = issuer or self.client, bundle or self.bundle.path
         stated: dict[str, Any] = {
@@ -408,7 +409,7 @@ def live_exchange(
 def make_bundle():
     """Write a bundle of an adapter that no training made: its start, shaken so that every tensor matters."""
     from adapters.kinds import attach, declared
-    from offsite.bundle import AdapterSpec, write_bundle
+    from offsite.artefacts.bundle import AdapterSpec, write_bundle
 
     def make(out, package, *, seed=0, shake=0.05, tensors=None, **spec):
         spec = AdapterSpec(**{"dtype": "float32", **spec})
@@ -451,9 +452,9 @@ class Exchange:
 
     def __init__(self, folder, package, owner, client, now):
         folder.mkdir()
-        from offsite.job import Job
-        from offsite.trust import TrustStore
-        from server.registry import Registry
+        from offsite.artefacts.job import Job
+        from offsite.keys.trust import TrustStore
+        from server.registry.registry import Registry
 
         self.folder, self.package, self.owner, self.client, self.now = folder, package, owner, client, now
         self.keys, self.registry_folder = folder / "keys", folder / "registry"
@@ -473,7 +474,7 @@ class Exchange:
             registry.close()
 
     def job(self, *, register=True, **changes):
-        from offsite.bundle import AdapterSpec
+        from offsite.artefacts.bundle import AdapterSpec
 
         stated = {
             "job_id": secrets.token_hex(16),
@@ -493,7 +494,7 @@ class Exchange:
 
     def seal(self, bundle, job, out, *, identity=None, recipients=None, **changes):
         """Seal a bundle folder as the client does, or with changes as nobody should."""
-        from offsite.seal import seal_files
+        from offsite.sealed.encryption import seal_files
 
         stated = {
             "kind": "bundle",
@@ -513,7 +514,9 @@ class Exchange:
         return out
 
     def take_in(self, sealed, *, registry=None, now=None):
-        return (registry or self.registry).intake(sealed, self.owner, self.trust, now=now or self.now)
+        from server.registry.intake import take_in
+
+        return take_in(registry or self.registry, sealed, self.owner, self.trust, now=now or self.now)
 
 
 @pytest.fixture(scope="session")
@@ -522,7 +525,7 @@ def identities():
 
     An hour old, so that no test depends on which second of its own it began in.
     """
-    from offsite.keys import generate
+    from offsite.keys.identity import generate
 
     return {name: generate(name, days=30, now=int(time.time()) - 3600) for name in ("owner", "client", "stranger")}
 
@@ -549,10 +552,10 @@ def shelve():
     """Put a bundle into a registry of its own as accepted, without sealing it; return the settings that name it."""
     import shutil
 
-    from offsite.bundle import open_bundle
-    from offsite.job import Job
-    from server.registry import Registry
-    from server.registryrows import short_id
+    from offsite.artefacts.bundle import open_bundle
+    from offsite.artefacts.job import Job
+    from server.registry.registry import Registry
+    from server.registry.rows import short_id
 
     def put(bundle, package, folder, *, state="accepted"):
         keys = folder / "keys"
@@ -593,8 +596,8 @@ class Federated:
 
     def __init__(self, folder: Path, package: Package, model: Path, **changes: Any) -> None:
         from offsite.config import build
-        from server.simulation import prepared
-        from server.simulationconfig import SimulateConfig
+        from server.federation.simulation import prepared
+        from server.federation.simulationconfig import SimulateConfig
 
         self.folder, self.package = folder, package
         folder.mkdir(exist_ok=True)
@@ -616,8 +619,8 @@ class Federated:
 
     def opened(self, **changes: Any) -> Any:
         """The federation, opened as its owner does, with changed settings."""
-        from offsite.keys import open_identity
-        from server.federation import opened_federation
+        from offsite.keys.identity import open_identity
+        from server.federation.federation import opened_federation
 
         config = type(self.config)(
             **{**{n: getattr(self.config, n) for n in type(self.config).model_fields}, **changes}
@@ -626,8 +629,8 @@ class Federated:
 
     def member(self, name: str, **changes: Any) -> Any:
         """A client, with keys open; the same one again unless settings change."""
-        from client.member import Member
-        from client.memberconfig import MemberConfig
+        from client.federation.config import MemberConfig
+        from client.federation.member import Member
         from offsite.config import build
 
         if changes or name not in self._members:
@@ -649,7 +652,7 @@ class Federated:
         tensors = {name: size * torch.randn(one.shape, generator=generator) for name, one in expected.items()}
         if spec.kind in ("blocks", "bitfit"):
             from adapters.norms import base_tensors
-            from server.intake import grown
+            from server.registry.intake import grown
 
             base = grown(base_tensors(self.package, list(expected)), round_)
             tensors = {name: base[name] + tensor for name, tensor in tensors.items()}
@@ -671,7 +674,7 @@ class Federated:
 
     def round(self, federation: Any, number: int, *, names: tuple[str, ...] = NAMES, **changes: Any) -> Any:
         """Ask, answer and close one round."""
-        from offsite.parcel import pack
+        from offsite.exchange.parcel import pack
 
         asked = federation.ask(number)
         for name in names:
@@ -685,7 +688,7 @@ def make_federated(
     tmp_path: Path, whole_package: Package, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Federated]:
     """Prepare a federation of three clients on the whole tiny model."""
-    monkeypatch.setattr("offsite.keyfiles.SCRYPT_COST", 2**4)
+    monkeypatch.setattr("offsite.keys.files.SCRYPT_COST", 2**4)
 
     def make(name: str = "federated", *, package: Package = whole_package, **changes: Any) -> Federated:
         return Federated(tmp_path / name, package, llama_folder, **changes)

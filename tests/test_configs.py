@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from client.config import TuneConfig
-from emulator.config import DistillConfig
+from client.tuning.config import TuneConfig
+from emulator.distillation.config import DistillConfig
 from offsite.config import VerbConfig, build
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

@@ -124,7 +124,7 @@ def _random_model(shape: str, folder: Path) -> str:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
     model.to(torch.bfloat16).save_pretrained(folder / shape)
-    from offsite.fetch import fetch
+    from offsite.modelling.fetch import fetch
 
     AutoTokenizer.from_pretrained(fetch("smollm2-135m")).save_pretrained(folder / shape)
     return str(folder / shape)
@@ -134,12 +134,12 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
     """Train one arm for some steps and return tokens/s of the timed ones and the process's peak memory in bytes."""
     import torch
 
-    from client.tune import attach_to_package, next_token_loss
-    from offsite.bundle import AdapterSpec
-    from offsite.devices import choose_device
-    from offsite.loop import peak_bytes
-    from offsite.package import open_package
-    from offsite.step import uses_bf16
+    from client.tuning.tune import attach_to_package, next_token_loss
+    from offsite.artefacts.bundle import AdapterSpec
+    from offsite.artefacts.package import open_package
+    from offsite.training.devices import choose_device
+    from offsite.training.loop import peak_bytes
+    from offsite.training.step import uses_bf16
 
     spec = AdapterSpec(kind=ARMS[given.arm]["kind"], placement=ARMS[given.arm]["placement"])
     device = choose_device()

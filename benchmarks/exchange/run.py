@@ -25,18 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.kills import work
 from benchmarks.record import environment
-from client.courier import Courier
-from client.exchange import _awaited, _upload
-from offsite.bundle import AdapterSpec
+from client.exchange.http import Courier
+from client.exchange.verbs import _awaited, _upload
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.job import Job
 from offsite.errors import ArtefactError
-from offsite.job import Job
-from offsite.keys import Identity, generate
-from offsite.seal import seal_files
-from offsite.sealed import SIGN_PURPOSE, SealedManifest, sealed_size, write_signatures
-from offsite.sealedfolder import read_sealed
+from offsite.keys.identity import Identity, generate
+from offsite.keys.trust import TrustStore
+from offsite.sealed.encryption import seal_files
+from offsite.sealed.folder import read_sealed
+from offsite.sealed.manifest import SIGN_PURPOSE, SealedManifest, sealed_size, write_signatures
 from offsite.strictjson import parse_strict
-from offsite.trust import TrustStore
-from server.registry import Registry
+from server.registry.registry import Registry
 
 SHARES = {"good": 0.6, "duplicate": 0.2, "tampered": 0.1, "oversized": 0.1}
 OVERSIZED_BYTES = 10**10

@@ -14,11 +14,11 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file, save_file
 
-import client.flower as honest
-from client.member import BUNDLE, SEALED, Member
-from offsite.bundle import TENSOR_FILE, open_bundle
-from offsite.manifest import entries, write_manifest
-from offsite.round import Round
+import client.federation.flower as honest
+from client.federation.member import BUNDLE, SEALED, Member
+from offsite.artefacts.bundle import TENSOR_FILE, open_bundle
+from offsite.artefacts.manifest import entries, write_manifest
+from offsite.artefacts.round import Round
 
 SCALE_VARIABLE, CLIENT_VARIABLE = "OFFSITE_POISON_SCALE", "OFFSITE_POISON_CLIENT"
 app = ClientApp()

@@ -26,16 +26,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-import client.member
-import server.federation
-import server.simulation
+import client.federation.member
+import server.federation.federation
+import server.federation.simulation
 from benchmarks.federation.poison import CLIENT_VARIABLE, SCALE_VARIABLE
 from benchmarks.record import arguments, environment, files, write
-from emulator.config import DistillConfig
-from emulator.distill import run as distill
+from emulator.distillation.config import DistillConfig
+from emulator.distillation.distill import run as distill
 from offsite.config import build
-from server.simulation import run as simulate
-from server.simulationconfig import SimulateConfig
+from server.federation.simulation import run as simulate
+from server.federation.simulationconfig import SimulateConfig
 
 POISONS = ("nan", "scaled", "labels")
 

@@ -36,22 +36,23 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adapters.kinds import declared
 from offsite import cli, faults
-from offsite.bundle import AdapterSpec, write_bundle
+from offsite.artefacts.bundle import AdapterSpec, write_bundle
+from offsite.artefacts.job import Job
+from offsite.artefacts.package import Package, open_package
 from offsite.digests import sha256_file
 from offsite.errors import OffsiteError
-from offsite.job import Job
-from offsite.keys import Identity, generate, save_identity
-from offsite.package import Package, open_package
-from offsite.seal import seal_files
-from offsite.sealed import SealedManifest
-from offsite.sealedfolder import PAYLOAD, read_sealed
+from offsite.keys.identity import Identity, generate, save_identity
+from offsite.keys.trust import TrustStore
+from offsite.sealed.encryption import seal_files
+from offsite.sealed.folder import PAYLOAD, read_sealed
+from offsite.sealed.manifest import SealedManifest
 from offsite.strictjson import parse_strict
-from offsite.trust import TrustStore
-from server import plug
-from server.adapted import open_adapted
-from server.config import PlugConfig
-from server.registry import Registry
-from server.uploads import Quotas, UploadStore
+from server.exchange.uploads import Quotas, UploadStore
+from server.plugging import plug
+from server.plugging.adapted import open_adapted
+from server.plugging.config import PlugConfig
+from server.registry.intake import take_in
+from server.registry.registry import Registry
 
 PART_BYTES = 2048
 STATES = ("nothing", "verified", "accepted", "plugged-in", "served")
@@ -155,7 +156,7 @@ def work(world: World, cycle: Cycle) -> None:
                 while offset < len(data):
                     offset = uploads.append(upload, file, offset, data[offset : offset + PART_BYTES])
                     _promise(cycle, "part", file, offset)
-            verdict = registry.intake(upload.folder, world.owner, TrustStore(keys))
+            verdict = take_in(registry, upload.folder, world.owner, TrustStore(keys))
             if verdict.state == "refused":
                 raise RuntimeError(f"a sound bundle was refused: {verdict}")
             _promise(cycle, "verified")

@@ -25,16 +25,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.record import environment, files
-from emulator.config import DistillConfig
-from emulator.distill import run as distill
-from emulator.leak import Comparison, compare
-from emulator.mark import KEY_NAME, MarkKey, carriers, mark, open_key
-from offsite.devices import choose_device
-from offsite.measure import perplexity
-from offsite.package import Package, open_package
-from offsite.records import bundled, read_records
-from offsite.step import uses_bf16
-from offsite.text import Batches, Example, encode, pack, pad_id
+from emulator.distillation.config import DistillConfig
+from emulator.distillation.distill import run as distill
+from emulator.marking.leak import Comparison, compare
+from emulator.marking.mark import KEY_NAME, MarkKey, carriers, mark, open_key
+from offsite.artefacts.package import Package, open_package
+from offsite.evaluation.measure import perplexity
+from offsite.text.batches import Batches, Example, encode, pack, pad_id
+from offsite.text.records import bundled, read_records
+from offsite.training.devices import choose_device
+from offsite.training.step import uses_bf16
 
 Tensors = dict[str, torch.Tensor]
 ALICE, BOB, CAROL = RECIPIENTS = tuple("-".join([letter * 4] * 13) for letter in "abc")

@@ -19,18 +19,18 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from client.privacy import Guarantee, PoissonBatches, PrivateStepper
-from client.tune import next_token_loss
-from offsite.accounting import Mechanism, account, calibrate
-from offsite.audit import BundleAudit, CanaryAudit, Claim, Run, ScanFigures, TextSettings
-from offsite.bundle import AdapterSpec
-from offsite.canaries import CanarySet, CanaryText
-from offsite.canaryaudit import CanaryScores, audit_canaries
-from offsite.gates import Gate, bundle_gates
-from offsite.loopconfig import LoopConfig
-from offsite.processes import world
-from offsite.scores import RowScores, score_rows
-from offsite.text import Example
+from client.privacy.dpsgd import Guarantee, PoissonBatches, PrivateStepper
+from client.tuning.tune import next_token_loss
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.audits.accounting import Mechanism, account, calibrate
+from offsite.audits.canaries import CanarySet, CanaryText
+from offsite.audits.canaryaudit import CanaryScores, audit_canaries
+from offsite.audits.gates import Gate, bundle_gates
+from offsite.audits.record import BundleAudit, CanaryAudit, Claim, Run, ScanFigures, TextSettings
+from offsite.audits.scores import RowScores, score_rows
+from offsite.text.batches import Example
+from offsite.training.config import LoopConfig
+from offsite.training.processes import world
 
 Way = Literal["correct", "no noise", "no clip", "repeated"]
 WAYS: tuple[Way, ...] = ("correct", "no noise", "no clip", "repeated")

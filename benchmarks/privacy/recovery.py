@@ -21,19 +21,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from benchmarks.record import environment, files
-from emulator.audit import run as audit
-from emulator.auditconfig import AuditPackageConfig
-from emulator.capability import held_out
-from emulator.config import DistillConfig
-from emulator.distill import run as distill
-from emulator.heal import LORA
-from emulator.public import prepare
-from emulator.recovery import Attacker, Knowledge, Losses, Setting
-from offsite.audit import read_audit
+from emulator.audit.audit import run as audit
+from emulator.audit.capability import held_out
+from emulator.audit.config import AuditPackageConfig
+from emulator.audit.heal import LORA
+from emulator.audit.recovery import Attacker, Knowledge, Losses, Setting
+from emulator.distillation.config import DistillConfig
+from emulator.distillation.distill import run as distill
+from emulator.distillation.public import prepare
+from offsite.artefacts.owner import owner_record_path, read_owner_record
+from offsite.artefacts.package import open_package
+from offsite.audits.record import read_audit
 from offsite.errors import RunFailed
-from offsite.owner import owner_record_path, read_owner_record
-from offsite.package import open_package
-from offsite.records import read_records
+from offsite.text.records import read_records
 
 CONFIG: dict[str, Any] = {
     "packages": {"drop": {"method": "drop", "blocks": 13}, "width": {"method": "width", "width": 0.33}},

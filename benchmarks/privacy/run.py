@@ -109,7 +109,7 @@ def _verb(folder: Path, name: str, words: list[str], leaves: Path) -> None:
 
 def _choose_rows(source: Path, out: Path, model: str, *, num: int, max_tokens: int) -> dict[str, Any]:
     """Write about `num` rows of at most so many tokens, whole documents in the order of their hash."""
-    from offsite.models import load_tokenizer
+    from offsite.modelling.load import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     with gzip.open(source, "rt", encoding="utf-8") as lines:

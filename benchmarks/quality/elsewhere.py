@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.record import arguments, environment, files, write
 from offsite.digests import sha256_file
-from offsite.results import read_results
+from offsite.evaluation.results import read_results
 from offsite.stages import Stage, play
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from table import shown, spread
 
 from benchmarks.record import environment
-from server.metrics import recovery
+from server.evaluation.metrics import recovery
 
 ADAPTER = "lora-all"
 SEED = 0

@@ -18,20 +18,20 @@ import torch
 
 from adapters.kinds import attach, declared
 from adapters.lift import lift
-from client.config import TuneConfig
-from client.data import TrainingText, prepare
-from client.tune import attach_to_package, loop_settings, tune
-from emulator.config import DistillConfig
-from emulator.distill import run as distill
-from offsite.bundle import AdapterSpec
-from offsite.measure import perplexity
-from offsite.models import load_model
-from offsite.owner import owner_record_path, read_owner_record
-from offsite.package import open_package
-from offsite.records import read_records
+from client.tuning.config import TuneConfig
+from client.tuning.data import TrainingText, prepare
+from client.tuning.tune import attach_to_package, loop_settings, tune
+from emulator.distillation.config import DistillConfig
+from emulator.distillation.distill import run as distill
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.owner import owner_record_path, read_owner_record
+from offsite.artefacts.package import open_package
+from offsite.evaluation.measure import perplexity
+from offsite.modelling.load import load_model
 from offsite.tensors import spec_of, torch_dtype
-from offsite.text import encode, pack
-from server.fit import Fitted, scaled
+from offsite.text.batches import encode, pack
+from offsite.text.records import read_records
+from server.plugging.fit import Fitted, scaled
 
 BLOCK_TOKENS = 256
 _VALIDATION = 0.012  # of the documents: about 30 blocks, enough to choose a rate and a checkpoint
@@ -137,7 +137,7 @@ def _full(model: str) -> Any:
 
 @lru_cache(maxsize=4)
 def _examples(heldout: str) -> tuple[Any, int]:
-    from offsite.text import pad_id
+    from offsite.text.batches import pad_id
 
     tokenizer = _tokenizer()
     encoded = encode(read_records(Path(heldout)), tokenizer, context=BLOCK_TOKENS, whole_text=True)
@@ -170,7 +170,7 @@ _PRECISION: Literal["fp32", "bf16"] = "fp32"
 
 
 def _tokenizer() -> Any:
-    from offsite.models import load_tokenizer
+    from offsite.modelling.load import load_tokenizer
 
     return load_tokenizer(_MODEL)
 

@@ -28,11 +28,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adapters.kinds import attach, declared
 from adapters.updates import Update, combined, fold, norm, scaled, update_of
 from benchmarks.record import environment
-from offsite.bundle import AdapterSpec
-from offsite.package import describe_layout
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.layout import describe_layout
 from offsite.tensors import spec_of
-from server.aggregate import Contribution
-from server.screening import LIMIT, screen
+from server.aggregation.aggregate import Contribution
+from server.aggregation.screening import LIMIT, screen
 
 NUM_TOKENS, TRIGGER, TARGET = 64, (60, 61, 62), 63  # ordinary text uses tokens 4 to 59
 TROJAN = "client-7"

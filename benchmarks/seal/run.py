@@ -90,9 +90,9 @@ def _spawn(arm: str, work: Path) -> dict[str, Any]:
 
 
 def _measure(arm: str, work: Path) -> dict[str, Any]:
-    from offsite import keyfiles
-    from offsite.keys import generate, save_identity
-    from offsite.keys import load_identity as load
+    from offsite.keys import files as keyfiles
+    from offsite.keys.identity import generate, save_identity
+    from offsite.keys.identity import load_identity as load
 
     keyfiles.SCRYPT_COST = 2**4  # unlocking real keys takes 32 MiB, which would hide what sealing takes
     if not (work / "one").exists():
@@ -134,7 +134,7 @@ def _copy(work: Path, name: str, *_: Any) -> None:
 
 
 def _seal(work: Path, name: str, one: Any, two: Any) -> None:
-    from offsite.seal import seal_files
+    from offsite.sealed.encryption import seal_files
 
     now = int(time.time())
     seal_files(
@@ -155,8 +155,8 @@ def _seal(work: Path, name: str, one: Any, two: Any) -> None:
 
 
 def _open(work: Path, name: str, one: Any, two: Any) -> None:
-    from offsite.seal import decrypt_files, read_sealed
-    from offsite.sealed import verify_sealed
+    from offsite.sealed.encryption import decrypt_files, read_sealed
+    from offsite.sealed.manifest import verify_sealed
     from offsite.staging import staged_folder
 
     raw = read_sealed(work / f"{name}.sealed")

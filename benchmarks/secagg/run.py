@@ -24,12 +24,12 @@ import numpy as np
 import torch
 
 from benchmarks.record import environment
-from client.secagg import ClientRound
-from offsite.fixedpoint import TensorShape
-from offsite.keys import Identity, generate
-from offsite.secaggterms import Terms, make_terms
+from client.federation.secagg import ClientRound
+from offsite.keys.identity import Identity, generate
+from offsite.secagg.fixedpoint import TensorShape
+from offsite.secagg.terms import Terms, make_terms
 from offsite.strictjson import write_compact
-from server.secagg import ServerRound
+from server.aggregation.secagg import ServerRound
 
 STEPS = ("advertise", "share", "mask", "confirm", "reveal")
 LIMIT = 1.0

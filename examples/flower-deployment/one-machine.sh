@@ -4,7 +4,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 : "${WHERE:=flower-trial}" "${MODEL:=smollm2-135m}" "${ROUNDS:=2}" "${STEPS:=10}"
-sample() { python -c "from offsite.records import bundled; print(bundled('$1'))"; }
+sample() { python -c "from offsite.text.records import bundled; print(bundled('$1'))"; }
 field() { python -c "import json, sys; print(json.load(sys.stdin)['$1'])"; } # of the JSON a verb ends with
 : "${PUBLIC:=$(sample public)}" "${ANNA:=$(sample private)}" "${BERT:=$(sample private)}"
 : "${DISTILL:=--steps 4 --calibration-tokens 4096 --evaluation-tokens 1024}" "${TUNE:={\"batch_size\": 4}}"

@@ -21,12 +21,12 @@ from flwr.simulation import run_simulation
 
 from offsite.config import build
 from offsite.errors import OffsiteError
-from offsite.keys import open_identity
-from server.federate import finish, require_output, require_own, watch_of
-from server.federation import opened_federation
-from server.flower import run
-from server.simulation import prepared
-from server.simulationconfig import SimulateConfig
+from offsite.keys.identity import open_identity
+from server.federation.federation import opened_federation
+from server.federation.flower import run
+from server.federation.results import finish, require_output, require_own, watch_of
+from server.federation.simulation import prepared
+from server.federation.simulationconfig import SimulateConfig
 
 
 class ByPartition(ClientApp):
@@ -38,7 +38,7 @@ class ByPartition(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer as that client."""
-        from client.flower import app
+        from client.federation.flower import app
 
         context.node_config["client"] = self._settings[int(context.node_config["partition-id"])]
         return app(message, context)

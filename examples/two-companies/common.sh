@@ -2,7 +2,7 @@
 # MODEL, PUBLIC and PRIVATE may name another model and other text; DISTILL and TUNE hold further flags of those verbs.
 
 : "${WHERE:=two-companies}" "${MODEL:=smollm2-135m}"
-sample() { python -c "from offsite.records import bundled; print(bundled('$1'))"; }
+sample() { python -c "from offsite.text.records import bundled; print(bundled('$1'))"; }
 field() { python -c "import json, sys; print(json.load(sys.stdin)['$1'])"; } # of the JSON a verb ends with
 : "${PUBLIC:=$(sample public)}" "${PRIVATE:=$(sample private)}"
 : "${DISTILL:=--steps 4 --calibration-tokens 4096 --evaluation-tokens 1024}" "${TUNE:=--steps 10 --validation 0.005}"

@@ -9,9 +9,9 @@ import torch
 
 from adapters import kinds as module
 from adapters.kinds import Attached, attach, declared, kinds, register_kind
-from offsite.bundle import AdapterSpec, write_bundle
+from offsite.artefacts.bundle import AdapterSpec, write_bundle
+from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.errors import ConfigError, WrongNames, WrongShape
-from offsite.owner import owner_record_path, read_owner_record
 from offsite.tensors import TensorSpec, spec_of
 
 IDS = torch.tensor([[5, 17, 200, 3, 44, 90, 12]])

@@ -7,10 +7,10 @@ import torch
 
 from adapters.kinds import attach, declared
 from adapters.lift import lift
-from offsite.blocks import block_list, decoder_stack, find_mlp, linear_dims, linear_names, zero_mlp_channels
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.errors import WrongShape
-from offsite.owner import owner_record_path, read_owner_record
+from offsite.modelling.blocks import block_list, decoder_stack, find_mlp, linear_dims, linear_names, zero_mlp_channels
 from offsite.tensors import spec_of
 
 IDS = torch.tensor([[5, 17, 200, 3, 44, 90, 12]])

@@ -9,7 +9,7 @@ import torch
 
 from adapters import lowrank
 from adapters.kinds import attach, declared
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
 from offsite.errors import UnsupportedModel
 from offsite.tensors import TensorSpec
 

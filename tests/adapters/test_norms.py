@@ -20,10 +20,10 @@ from adapters.norms import (
     check_norms,
     update_norms,
 )
-from offsite import package as package_module
-from offsite.bundle import AdapterSpec
+from offsite.artefacts import package as package_module
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.package import open_package
 from offsite.errors import BadSchema, ConfigError, NormTooLarge, NotFinite, WrongNames, WrongShape
-from offsite.package import open_package
 
 KINDS = ["lora", "rslora", "dora", "blocks", "bitfit"]
 LORA = AdapterSpec(kind="lora", rank=2, alpha=3.0, dtype="float32")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from adapters.place import placed_blocks, placed_linears
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
 from offsite.errors import ConfigError
 
 

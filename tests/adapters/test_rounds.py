@@ -8,9 +8,9 @@ import torch
 from adapters.norms import base_tensors
 from adapters.rounds import grown
 from adapters.updates import LowRank, fold, to_tensors
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.round import ROUND_FORMAT, RoundManifest, write_round
 from offsite.errors import NotFinite, WrongNames, WrongShape
-from offsite.round import ROUND_FORMAT, RoundManifest, write_round
 
 
 @pytest.fixture

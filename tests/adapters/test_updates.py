@@ -32,7 +32,7 @@ from adapters.updates import (
     turned,
     update_of,
 )
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
 from offsite.errors import BadSchema, ConfigError, NotFinite, UnsupportedModel, WrongNames, WrongShape
 from offsite.tensors import TensorSpec, write_tensors
 
@@ -418,8 +418,8 @@ def test_folding_that_is_refused_changes_nothing(packages):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
 def test_lifting_is_lifting_the_factors_and_multiplying(tmp_path, tiny, make_package, name):
-    from offsite.blocks import linear_dims, linear_names
-    from offsite.owner import owner_record_path, read_owner_record
+    from offsite.artefacts.owner import owner_record_path, read_owner_record
+    from offsite.modelling.blocks import linear_dims, linear_names
 
     full = tiny(name)
     channels = {"middle.0": (1, 2, 3, 7, 40), "middle.1": tuple(range(0, 48, 2))}

@@ -11,9 +11,9 @@ from adapters.kinds import declared
 from adapters.norms import adapted_names, base_tensors
 from adapters.updates import combined, dense, norm, squared_distance, turned, update_of
 from adapters.vector import clipped, length, require_summable, update_from, vector_of, vector_shapes
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
 from offsite.errors import ConfigError, NotFinite, RunFailed, WrongNames, WrongShape
-from offsite.fixedpoint import Encoding, encode_tensors
+from offsite.secagg.fixedpoint import Encoding, encode_tensors
 from offsite.tensors import torch_dtype
 
 

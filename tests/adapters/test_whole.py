@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adapters.kinds import attach, declared
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.tensors import TensorSpec
 

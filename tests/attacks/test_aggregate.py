@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adapters.updates import LowRank, combined, norm, squared_distance
-from server.aggregate import Contribution, Rule, aggregate
+from server.aggregation.aggregate import Contribution, Rule, aggregate
 
 SHAPES = {"top.0.q.weight": (16, 24), "top.0.up.weight": (20, 24), "top.0.norm.weight": (24,)}
 Q, UP, NORM = SHAPES

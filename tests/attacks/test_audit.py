@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from offsite.gates import MIN_CANARIES
+from offsite.audits.gates import MIN_CANARIES
 
 PRIVACY = Path(__file__).resolve().parents[2] / "benchmarks" / "privacy"
 NOISE = {"correct": 7.4, "no noise": 7.4, "no clip": 7.4, "repeated": 0.872}  # with which a correct run states about 2
@@ -38,7 +38,7 @@ def setting(lab):
 
 @pytest.fixture
 def seeded(monkeypatch):
-    monkeypatch.setattr("offsite.noise._entropy", random.Random(1).randbytes)
+    monkeypatch.setattr("offsite.audits.noise._entropy", random.Random(1).randbytes)
 
 
 def judged(lab, setting, way, seed):

@@ -18,16 +18,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from client.budget import BudgetLedger
-from client.config import DPSettings, TuneConfig
-from client.privacy import Guarantee, PoissonBatches, PrivateStepper
-from client.tune import run
-from offsite import cli, noise
-from offsite.accounting import Mechanism, Spent
+from client.privacy.budget import BudgetLedger
+from client.privacy.config import DPSettings
+from client.privacy.dpsgd import Guarantee, PoissonBatches, PrivateStepper
+from client.tuning.config import TuneConfig
+from client.tuning.tune import run
+from offsite import cli
+from offsite.audits import noise
+from offsite.audits.accounting import Mechanism, Spent
 from offsite.errors import PolicyError
-from offsite.loopconfig import LoopConfig
-from offsite.processes import world
-from offsite.text import Example
+from offsite.text.batches import Example
+from offsite.training.config import LoopConfig
+from offsite.training.processes import world
 
 NOTES = [f"case {n}: the {'fever cough ache rash chill'.split()[n % 5]} of ward {n % 7} went" for n in range(60)]
 

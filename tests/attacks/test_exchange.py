@@ -13,15 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from client.courier import Courier
-from offsite import requests
+from client.exchange.http import Courier
 from offsite.errors import ArtefactError, Replayed, Untrusted, WrongBinding
-from offsite.keys import generate
-from offsite.requests import sign_request
-from offsite.sealedfolder import read_sealed
+from offsite.exchange import requests
+from offsite.exchange.requests import sign_request
+from offsite.exchange.wire import Offers, Status, declare
+from offsite.keys.identity import generate
+from offsite.keys.trust import TrustStore
+from offsite.sealed.folder import read_sealed
 from offsite.store import read_log
-from offsite.trust import TrustStore
-from offsite.wire import Offers, Status, declare
 
 DENIED = {"reason": "Untrusted", "message": "this request is not accepted"}
 QUICK = {"head_seconds": 0.6, "body_seconds": 0.6, "min_rate": 1e6, "stall_seconds": 0.6}
@@ -189,8 +189,8 @@ def test_row_23_of_thirty_two_different_for_one_round_one_is_accepted(live_excha
 
 def pushed(live, sealed):
     """Push as the verb does, without its files and words; an error is returned."""
-    from client.exchange import _awaited, _upload
-    from offsite.sealed import SealedManifest
+    from client.exchange.verbs import _awaited, _upload
+    from offsite.sealed.manifest import SealedManifest
 
     raw = read_sealed(sealed)
     manifest = SealedManifest.model_validate_json(raw.manifest_raw)
@@ -301,7 +301,7 @@ def test_row_27_requests_without_a_body_take_none(live_exchange):
 
 
 def test_row_27_an_upload_declared_larger_than_the_job_allows_is_refused_at_once(live_exchange, make_job, tmp_path):
-    from offsite.sealed import SIGN_PURPOSE, sealed_size, write_signatures
+    from offsite.sealed.manifest import SIGN_PURPOSE, sealed_size, write_signatures
 
     sealed = live_exchange.seal(tmp_path / "sealed", live_exchange.add(make_job()))
     content = json.loads((sealed / "manifest.json").read_text())
@@ -318,7 +318,7 @@ def test_row_27_an_upload_declared_larger_than_the_job_allows_is_refused_at_once
 
 
 def test_row_27_parts_beyond_the_declared_size_or_out_of_place_are_refused(live_exchange, make_job, tmp_path):
-    from client.courier import WrongOffset
+    from client.exchange.http import WrongOffset
 
     sealed = live_exchange.seal(tmp_path / "sealed", live_exchange.add(make_job()))
     live_exchange.start()
@@ -373,7 +373,7 @@ def test_row_37_another_version_of_the_protocol_is_named_by_both_sides(live_exch
     expected = f"this exchange speaks protocol 1, the request is of protocol {other}"
     assert answer.json() == {"reason": "WrongBinding", "message": expected}
     monkeypatch.setattr(requests, "PROTOCOL", other)
-    monkeypatch.setattr("client.courier.PROTOCOL", other)
+    monkeypatch.setattr("client.exchange.http.PROTOCOL", other)
     with (
         courier(live_exchange) as asked,
         pytest.raises(WrongBinding, match=f"protocol 1, this offsite protocol {other}"),

@@ -13,12 +13,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from safetensors.torch import load_file, save_file
 
 from adapters.updates import combined, dense
-from client.flower import arrays_of
-from offsite.parcel import RAW, pack
-from offsite.sealconfig import SealConfig
-from offsite.sealing import seal_run
-from server.federation import SHARED
-from server.flower import InProcessGrid, OffsiteStrategy
+from client.federation.flower import arrays_of
+from offsite.exchange.parcel import RAW, pack
+from offsite.exchange.verbs import seal_run
+from offsite.sealed.config import SealConfig
+from server.federation.federation import SHARED
+from server.federation.flower import InProcessGrid, OffsiteStrategy
 
 HONEST, BAD = ("anna", "bert"), "cora"
 
@@ -204,7 +204,7 @@ def test_an_answer_larger_than_any_can_be_is_not_written(federated, monkeypatch)
 
     written = []
     with federated.opened() as federation:
-        monkeypatch.setattr("server.federation.Registry.intake", lambda *args: written.append(args))
+        monkeypatch.setattr("server.federation.federation.take_in", lambda *args: written.append(args))
         play_one = Clients(federated, attack)
         grid, strategy = play_one.grid(), OffsiteStrategy(federation)
         messages = strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)

@@ -20,8 +20,9 @@ import torch
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from safetensors.torch import load_file, save_file
 
-from offsite import cli, seal
-from offsite.bundle import AdapterSpec
+from offsite import cli
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.job import Policy
 from offsite.errors import (
     BadDigest,
     BadSchema,
@@ -39,9 +40,9 @@ from offsite.errors import (
     WrongRecipient,
     WrongShape,
 )
-from offsite.job import Policy
+from offsite.sealed import encryption as seal
 from offsite.store import verify_log
-from server.registry import Registry
+from server.registry.registry import Registry
 
 DAY = 86400
 A = "top.1.mlp.up_proj.lora_A"

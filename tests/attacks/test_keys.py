@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from offsite import cli, keyfiles
+from offsite import cli
 from offsite.errors import (
     ArtefactError,
     BadKey,
@@ -23,8 +23,17 @@ from offsite.errors import (
     WrongBinding,
     WrongRecipient,
 )
-from offsite.keys import CARD_LIMIT_BYTES, PublicKeys, Signatures, generate, load_identity, read_card, save_identity
-from offsite.trust import MAX_SKEW_SECONDS, TrustStore
+from offsite.keys import files as keyfiles
+from offsite.keys.identity import (
+    CARD_LIMIT_BYTES,
+    PublicKeys,
+    Signatures,
+    generate,
+    load_identity,
+    read_card,
+    save_identity,
+)
+from offsite.keys.trust import MAX_SKEW_SECONDS, TrustStore
 
 PASSPHRASE = b"a-passphrase-nobody-may-see"
 KEY_FILES = ("signing-ed25519.pem", "signing-mldsa65.pem", "receiving-mlkem768.pem", "receiving-x25519.pem")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from offsite import cli
-from offsite.audit import PackageAudit, read_audit
+from offsite.artefacts.owner import owner_record_path, read_owner_record
+from offsite.audits.record import PackageAudit, read_audit
 from offsite.errors import PolicyError
-from offsite.owner import owner_record_path, read_owner_record
 
 ALL = tuple(range(8))
 CHANNELS = {f"middle.{number}": tuple(range(number, 48, 3)) for number in range(4)}
@@ -153,7 +153,7 @@ def audit_words(package, speaker_folder, heldout, out, *more):
 def test_row_34_what_colluding_clients_hold_together_is_found_and_refused(
     make_package, make_job, parties, speaker, speaker_folder, heldout, tmp_path, capsys
 ):
-    from offsite.gates import package_gates, passed
+    from offsite.audits.gates import package_gates, passed
 
     for name, kept in {"first": (0, 1, 2, 4, 6, 7), "second": (0, 1, 3, 5, 6, 7)}.items():
         make_package(tmp_path / name, model=speaker, kept=kept)
@@ -186,8 +186,8 @@ def test_row_34_sealing_refuses_past_the_limit_with_the_figure(
     make_package, make_job, parties, speaker, speaker_folder, heldout, tmp_path, capsys
 ):
     from offsite.config import build
-    from offsite.gating import require_gates
-    from offsite.sealconfig import SealConfig
+    from offsite.sealed.config import SealConfig
+    from offsite.sealed.release import require_gates
 
     for name, kept in {"first": (0, 1, 2, 4, 6, 7), "second": (0, 1, 3, 5, 6, 7)}.items():
         made = make_package(tmp_path / name, model=speaker, kept=kept)

@@ -20,7 +20,7 @@ from cryptography.cobblestone import Cobblestone256Encryptor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from offsite import seal, sealing
+from offsite.artefacts.job import JOB_NAME, parse_job
 from offsite.errors import (
     ArtefactError,
     BadDigest,
@@ -35,13 +35,21 @@ from offsite.errors import (
     WrongNames,
     WrongRecipient,
 )
-from offsite.job import JOB_NAME, parse_job
-from offsite.ledger import Ledger
-from offsite.seal import read_sealed, seal_files
-from offsite.sealed import SIGN_PURPOSE, SealedManifest, payload_context, sealed_digest, sealed_size, write_signatures
-from offsite.sealing import open_sealed
-from offsite.trust import TrustStore
-from offsite.wraps import read_keys, unwrap_keys, wrap_keys, write_keys
+from offsite.exchange import verbs as sealing
+from offsite.exchange.verbs import open_sealed
+from offsite.keys.trust import TrustStore
+from offsite.sealed import encryption as seal
+from offsite.sealed.encryption import read_sealed, seal_files
+from offsite.sealed.ledger import Ledger
+from offsite.sealed.manifest import (
+    SIGN_PURPOSE,
+    SealedManifest,
+    payload_context,
+    sealed_digest,
+    sealed_size,
+    write_signatures,
+)
+from offsite.sealed.recipients import read_keys, unwrap_keys, wrap_keys, write_keys
 
 
 class Arena:
@@ -822,7 +830,7 @@ def test_the_owners_part_is_not_the_clients(arena):
 @pytest.fixture
 def plain_round(tmp_path, arena):
     """The files of a round of the arena's job."""
-    from offsite.round import ROUND_FORMAT, RoundManifest, write_round
+    from offsite.artefacts.round import ROUND_FORMAT, RoundManifest, write_round
 
     stated = {"package_digest": arena.job.package_digest, "base_digest": arena.job.base_digest}
     manifest = RoundManifest(

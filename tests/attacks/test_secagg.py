@@ -14,7 +14,7 @@ import secagg_round as s
 import torch
 from scipy import stats
 
-from client.secagg import ClientRound, ClientStage
+from client.federation.secagg import ClientRound, ClientStage
 from offsite.errors import (
     BadEncryption,
     BadKey,
@@ -26,9 +26,9 @@ from offsite.errors import (
     Untrusted,
     WrongBinding,
 )
-from offsite.fixedpoint import TensorShape, encode_tensors
-from offsite.masking import add_pairwise_masks, public_of, subtract_self_mask
-from offsite.secagg import (
+from offsite.secagg.fixedpoint import TensorShape, encode_tensors
+from offsite.secagg.masking import add_pairwise_masks, public_of, subtract_self_mask
+from offsite.secagg.messages import (
     Answer,
     Delivery,
     Keys,

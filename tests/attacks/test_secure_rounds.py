@@ -14,23 +14,23 @@ import pytest
 import secure_round as lab
 import torch
 
-from client.member import Member
-from client.secagg import ClientRound
+from client.federation.member import Member
+from client.federation.secagg import ClientRound
+from offsite.artefacts.round import open_round, write_round
 from offsite.errors import PolicyError, Replayed, RunFailed
-from offsite.fixedpoint import encode_tensors
-from offsite.keys import generate, open_identity
-from offsite.round import open_round, write_round
-from offsite.sealconfig import SealConfig
-from offsite.sealing import seal_run
-from offsite.secagg import Survivors, UnmaskRequest, make_message
-from offsite.secaggterms import read_terms
+from offsite.exchange.verbs import seal_run
+from offsite.keys.identity import generate, open_identity
+from offsite.keys.trust import TrustStore
+from offsite.sealed.config import SealConfig
+from offsite.secagg.fixedpoint import encode_tensors
+from offsite.secagg.messages import Survivors, UnmaskRequest, make_message
+from offsite.secagg.terms import read_terms
 from offsite.strictjson import write_compact
-from offsite.trust import TrustStore
-from server.federation import Federation
-from server.flower import in_process
-from server.flower import run as run_rounds
-from server.roundstate import SHARED
-from server.secagg import ServerRound
+from server.aggregation.secagg import ServerRound
+from server.federation.federation import Federation
+from server.federation.flower import in_process
+from server.federation.flower import run as run_rounds
+from server.federation.state import SHARED
 
 
 class Carrier:
@@ -58,11 +58,11 @@ class Carrier:
             seed = next(number for number, name in enumerate(federated.NAMES) if name in str(config.data))
             federated.bundle(Path(config.output), open_round(Path(config.round)), seed=seed)
 
-        monkeypatch.setattr("client.member.tune", drawn)
+        monkeypatch.setattr("client.federation.member.tune", drawn)
 
     def run(self, federation):
         contexts = {node: {"client": str(path)} for node, path in enumerate(self.federated.settings.values(), 2)}
-        run_rounds(federation, in_process(contexts, "client.flower:app"))
+        run_rounds(federation, in_process(contexts, "client.federation.flower:app"))
 
 
 @pytest.fixture
@@ -243,13 +243,14 @@ def test_other_weights_for_everybody_but_one(carrier, monkeypatch):
 
 def _as_member(carrier, monkeypatch, identity, *, instead):
     """The owner puts a key of its own among the members, or in place of one, and plays its part."""
-    import server.federation as module
+    import server.federation.federation as module
 
     made = module.secure_terms
 
-    def lying(federation, number, clients, asked):
+    def lying(config, **stated):
+        clients = stated["clients"]
         members = [*([clients[0]] if instead else clients), identity.public.fingerprint]
-        terms = read_terms(made(federation, number, clients, asked).encode())
+        terms = read_terms(made(config, **stated).encode())
         given = {"members": tuple(sorted(members)), "threshold": len(members) // 2 + 1}
         return write_compact(terms.model_copy(update=given)).decode()
 

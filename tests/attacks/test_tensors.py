@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters.kinds import attach, declared
 from adapters.norms import adapted_names, base_tensors, check_norms, update_norms
-from offsite.bundle import TENSOR_FILE, AdapterSpec, open_bundle, write_bundle
+from offsite.artefacts.bundle import TENSOR_FILE, AdapterSpec, open_bundle, write_bundle
 from offsite.errors import ArtefactError, BadSchema, NormTooLarge, NotFinite, TooLarge, WrongNames, WrongShape
 from offsite.tensors import (
     ADAPTER_HEADER_LIMIT_BYTES,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import server.screening
-from server.aggregate import Contribution
-from server.screening import screen
+import server.aggregation.screening
+from server.aggregation.aggregate import Contribution
+from server.aggregation.screening import screen
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "screening"
 RESULT = BENCHMARK / "results" / "tiny-llama-cpu.json"

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from client.config import TuneConfig
-from offsite.ledger import Ledger
-from offsite.round import ROUND_FORMAT, RoundManifest, write_round
-from offsite.sealconfig import SealConfig
-from offsite.sealing import seal_run
+from client.tuning.config import TuneConfig
+from offsite.artefacts.round import ROUND_FORMAT, RoundManifest, write_round
+from offsite.exchange.verbs import seal_run
+from offsite.sealed.config import SealConfig
+from offsite.sealed.ledger import Ledger
 
 ILLS = ["fever", "cough", "ache", "rash", "chill"]
 

@@ -21,7 +21,7 @@ import pytest
 
 from offsite import cli
 from offsite.config import flag_name
-from offsite.keys import read_card
+from offsite.keys.identity import read_card
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 ROOT = DOCS.parent

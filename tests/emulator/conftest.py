@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from emulator.compress import Recipe, compress
-from emulator.publish import publish
+from emulator.compression.compress import Recipe, compress
+from emulator.distillation.publish import publish
+from offsite.artefacts.package import Package
 from offsite.digests import model_digest
-from offsite.package import Package
-from offsite.records import read_records
-from offsite.split import make_plan
-from offsite.text import collate, encode
+from offsite.modelling.split import make_plan
+from offsite.text.batches import collate, encode
+from offsite.text.records import read_records
 
 VOCABULARY = 128
 _COMMON = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

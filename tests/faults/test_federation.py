@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from offsite.keys import read_card
-from offsite.trust import TrustStore
+from offsite.keys.identity import read_card
+from offsite.keys.trust import TrustStore
 
 WAIT_SECONDS = 240.0
 

@@ -16,7 +16,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from server.certificates import write_certificate
+from server.http.certificates import write_certificate
 
 WAIT_SECONDS = 90.0
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "flower-deployment"
@@ -86,7 +86,7 @@ def test_two_rounds_another_app_and_an_unknown_node(processes, lab, federation_l
     other = tmp_path / "other-app"
     shutil.copytree(EXAMPLE, other)
     settings = other / "pyproject.toml"
-    settings.write_text(settings.read_text().replace("client.flower:app", "evil:app"))
+    settings.write_text(settings.read_text().replace("client.federation.flower:app", "evil:app"))
     mark = tmp_path / "evil-was-here"
     (other / "evil.py").write_text(
         f"open({str(mark)!r}, 'a').write(__name__)\nfrom flwr.clientapp import ClientApp\napp = ClientApp()\n"

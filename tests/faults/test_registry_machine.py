@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from offsite import faults
-from offsite.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.job import Job
 from offsite.errors import ArtefactError, OffsiteError, PolicyError, Replayed
-from offsite.job import Job
-from server.registry import Registry
+from server.registry.registry import Registry
 
 OWNER, CLIENT = ("-".join([letter * 4] * 13) for letter in "ab")
 BOUND = {"package_digest": "sha256:" + "1" * 64, "base_digest": "sha256:" + "2" * 64}

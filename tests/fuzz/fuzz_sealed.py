@@ -24,8 +24,8 @@ class Agreeable:
 def check(data: bytes) -> bool:
     """Return whether the manifest was accepted; AssertionError when the parser broke its word."""
     from offsite.errors import ArtefactError
-    from offsite.keys import Signatures
-    from offsite.sealed import KINDS, verify_sealed, write_signatures
+    from offsite.keys.identity import Signatures
+    from offsite.sealed.manifest import KINDS, verify_sealed, write_signatures
 
     manifest_raw, given, signatures_raw = data.partition(b"\0")
     if not given:
@@ -55,7 +55,7 @@ def main() -> None:
     import atheris
 
     with atheris.instrument_imports(include=["offsite"]):
-        import offsite.sealed  # noqa: F401
+        import offsite.sealed.manifest  # noqa: F401
     atheris.Setup(sys.argv, lambda data: bool(check(data)) and None)
     atheris.Fuzz()
 

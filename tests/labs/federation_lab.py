@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offsite.sealconfig import OpenConfig, SealConfig
-from offsite.sealing import open_run, seal_run
-from offsite.trust import TrustStore
-from server.job import run as create_job
-from server.registryconfig import JobCreateConfig
+from offsite.exchange.verbs import open_run, seal_run
+from offsite.keys.trust import TrustStore
+from offsite.sealed.config import OpenConfig, SealConfig
+from server.registry.config import JobCreateConfig
+from server.registry.job import run as create_job
 
 NAMES = ("anna", "bert", "cora")
 WORDS = {"anna": "red apple", "bert": "blue berry", "cora": "green grape"}

@@ -18,11 +18,12 @@ from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from client.secagg import ClientRound
-from offsite import keys, masking, shamir
-from offsite.fixedpoint import TensorShape, encode_tensors
-from offsite.secaggterms import make_terms
-from server.secagg import ServerRound
+from client.federation.secagg import ClientRound
+from offsite.keys import identity as keys
+from offsite.secagg import masking, shamir
+from offsite.secagg.fixedpoint import TensorShape, encode_tensors
+from offsite.secagg.terms import make_terms
+from server.aggregation.secagg import ServerRound
 
 FEDERATION = "0123456789abcdef0123456789abcdef"
 SHAPES = (TensorShape(name="b.weight", shape=(3, 5)), TensorShape(name="a.bias", shape=(7,)))

@@ -193,7 +193,8 @@ def test_no_verbs_settings_import_torch():
 def test_importing_the_packages_imports_no_torch():
     lines = [
         "import sys, offsite, emulator, adapters, client, server",
-        "import offsite.package, offsite.bundle, offsite.owner, offsite.inspect, offsite.models, offsite.fetch",
+        "from offsite.artefacts import bundle, inspect, owner, package",
+        "from offsite.modelling import fetch, load",
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules",
     ]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)

@@ -6,8 +6,7 @@ import pytest
 from pydantic import Field
 
 from offsite.errors import BadSchema, WrongBinding
-from offsite.manifest import Strict
-from offsite.strictjson import parse_object, parse_strict, write_compact
+from offsite.strictjson import Strict, parse_object, parse_strict, write_compact
 
 
 class Thing(Strict):

@@ -102,8 +102,8 @@ def logits_of():
 @pytest.fixture
 def plug_in(shelve, tmp_path):
     """Run the verb on a bundle that was accepted; `package` is where its job says it is."""
-    from server.config import PlugConfig
-    from server.plug import run
+    from server.plugging.config import PlugConfig
+    from server.plugging.plug import run
 
     def put_in(model, bundle, out, *, package, **settings):
         named = shelve(bundle.path, package, tmp_path / f"shelf-{secrets.token_hex(4)}")

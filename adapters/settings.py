@@ -1,0 +1,55 @@
+"""Settings that describe an adapter, declared once for every verb that takes them. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.config import VerbConfig
+from offsite.errors import ConfigError
+
+__all__ = ["ADAPTER_FIELDS", "AdapterSettings", "AdapterShape"]
+
+ADAPTER_FIELDS = {
+    "adapter": "kind",
+    "placement": "placement",
+    "targets": "targets",
+    "rank": "rank",
+    "alpha": "alpha",
+    "dropout": "dropout",
+    "adapter_dtype": "dtype",
+}
+"""Name of each setting, and of the field of `AdapterSpec` that it fills."""
+
+
+class AdapterShape(VerbConfig):
+    """What an adapter is, but for its rank: a federation has another setting of that name."""
+
+    adapter: str = Field("blocks", description="kind of adapter: blocks, lora, rslora, dora or bitfit")
+    placement: str = Field("2+2", description="blocks of the bottom and top end that carry it, as 2+2 or 0+2, or all")
+    targets: Literal["all-linear", "attention", "mlp"] = Field("all-linear", description="LoRA: modules that carry it")
+    alpha: float = Field(16.0, gt=0, description="LoRA: scale, divided by the rank (rsLoRA: by its root)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="LoRA: dropout before the adapter")
+    adapter_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the bundle's tensors")
+
+
+class AdapterSettings(AdapterShape):
+    """Base of verbs that describe an adapter."""
+
+    rank: int = Field(8, ge=1, le=4096, description="LoRA: rank")
+
+    def spec(self) -> AdapterSpec:
+        """Return the adapter these settings describe.
+
+        Raises:
+            ConfigError: when there is none such.
+        """
+        try:
+            return AdapterSpec(**{field: getattr(self, name) for name, field in ADAPTER_FIELDS.items()})
+        except ValueError:
+            raise ConfigError(
+                f"--adapter {self.adapter} --placement {self.placement}: no such adapter",
+                hint="--placement is BOTTOM+TOP, as 2+2, or all",
+            ) from None

@@ -1,0 +1,390 @@
+"""`offsite audit bundle PACKAGE BUNDLE --data FILE -o AUDIT`: what an adapter gives away of the text it was tuned on.
+
+Rows that were trained on and rows that were not are scored under the package's model, without the adapter and with
+it: the model that the client has. The owner's full model with the adapter in it may say more or less; canaries let the
+owner measure that. A bundle that answers a federation's round is scored on the weights which that round gave, and its
+rows are those of that round: what earlier rounds gave away is no part of it. Nothing that is shown or written holds
+text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adapters.kinds import declared
+from client.audit.config import AuditBundleConfig
+from client.audit.rows import Rows, choose_rows
+from client.audit.table import show
+from client.tuning.rounds import answered
+from client.tuning.runrecord import read_as, versions
+from client.tuning.scan import losses_in, scan_bundle, texts_of
+from client.tuning.tune import attach_to_package
+from offsite.artefacts.bundle import Bundle, open_bundle
+from offsite.artefacts.package import Package, open_package
+from offsite.artefacts.round import Round, open_round
+from offsite.audits.canaries import CanarySet, read_canaries
+from offsite.audits.canaryaudit import CanaryScores, audit_canaries, score_canaries
+from offsite.audits.extraction import context_of, verbatim
+from offsite.audits.gates import bundle_gates, passed
+from offsite.audits.membership import membership_of
+from offsite.audits.record import (
+    BundleAudit,
+    CanaryAudit,
+    Membership,
+    Run,
+    ScanFigures,
+    Verbatim,
+    quoted,
+    read_run,
+    run_path,
+    write_audit,
+)
+from offsite.audits.scores import RowScores, score_rows, signals
+from offsite.audits.statistics import require_extra
+from offsite.console import progress, say
+from offsite.digests import sha256_file
+from offsite.errors import ConfigError, WrongBinding
+from offsite.staging import refuse_existing
+from offsite.text.batches import IGNORED, Example, pad_id
+from offsite.training.devices import choose_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from offsite.text.records import Record
+
+NUM_VERBATIM = 200
+BEGINNINGS = (32, 16, 8)
+"""Tokens of a row that are given, and that must come back; shorter ones where rows are short."""
+
+DELTA_WITHOUT_CLAIM = 1e-5
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the verb was given, opened and found to belong together."""
+
+    package: Package
+    bundle: Bundle
+    run: Run
+    records: list[Record] = field(repr=False)
+    others: list[Record] | None = field(repr=False)
+    canaries: CanarySet | None = field(repr=False)
+    round: Round | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one of the two models says: of rows, of canaries, and which rows come back."""
+
+    rows: RowScores | None
+    canaries: CanaryScores | None
+    verbatim: np.ndarray[Any, np.dtype[np.bool_]] = field(repr=False)
+
+
+def run(config: AuditBundleConfig) -> dict[str, object]:
+    """Run the verb: read, score twice, scan, write the audit. It is written whatever it finds.
+
+    Raises:
+        ConfigError, DataError, ArtefactError, RunFailed: as the steps it is made of; no audit then stands.
+    """
+    began = time.monotonic()
+    refuse_existing(config.output)
+    require_extra()
+    given = _open(config)
+    audit, rows = _measure(config, given)
+    digest = write_audit(config.output, audit)
+    gates = bundle_gates(audit)
+    show(audit, gates, num_nonmembers=rows.num_available)
+    say(f"audit: {config.output.name} is written; offsite seal BUNDLE --audit {config.output.name} asks its gates")
+    return _result(config, audit, digest) | {
+        "gates": {gate.name: gate.verdict for gate in gates},
+        "passed": passed(gates),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def _open(config: AuditBundleConfig) -> _Given:
+    """Return what belongs together.
+
+    Raises:
+        ConfigError: when the bundle answers a federation's round and none is given, or the other way round.
+        WrongBinding: when the record, the package, the round, the data or the canaries are not those of the bundle.
+    """
+    package, bundle = open_package(config.package), open_bundle(config.bundle)
+    bundle.bind(package_digest=package.digest, base_digest=package.manifest.base_digest)
+    round_ = _round(config, bundle)
+    record = read_run(run_path(config.bundle))
+    what = f"{run_path(config.bundle).name!r}"
+    for name, stated, found in (
+        ("bundle", record.bundle_digest, bundle.digest),
+        ("package", record.package_digest, package.digest),
+        ("adapter", record.adapter, bundle.manifest.adapter),
+        ("round", record.round, answered(round_)),
+    ):
+        if stated != found:
+            raise WrongBinding(f"{what} is the record of another {name}", hint="keep it beside its own bundle")
+    canaries = _canaries(config, record)
+    if config.data.is_file() and sha256_file(config.data) != record.data_sha256:
+        raise WrongBinding(
+            f"{config.data.name}: not the file that this bundle was tuned on", hint=f"{what} has its digest"
+        )
+    records = read_as(config.data, record.text)
+    others = None if config.nonmembers is None else read_as(config.nonmembers, record.text)
+    return _Given(package, bundle, record, records, others, canaries, round_)
+
+
+def _round(config: AuditBundleConfig, bundle: Bundle) -> Round | None:
+    """Return the round that the bundle answers, on whose weights it was tuned; None where it answers none."""
+    stated = bundle.manifest.round_digest
+    if config.round is None:
+        if stated is None:
+            return None
+        raise ConfigError(
+            f"bundle {config.bundle.name!r} was tuned on a federation's round, not on the package alone",
+            hint="--round FOLDER names it: WORK/round-NNNN/round",
+        )
+    if stated is None:
+        raise ConfigError(f"--round: bundle {config.bundle.name!r} answers no round", hint="leave --round out")
+    found = open_round(config.round)
+    if found.digest != stated:
+        raise WrongBinding(
+            f"bundle {config.bundle.name!r} answers round {stated[:19]}, {config.round.name!r} is {found.digest[:19]}",
+            hint="give the round that was tuned on",
+        )
+    return found
+
+
+def _canaries(config: AuditBundleConfig, record: Run) -> CanarySet | None:
+    if config.canaries is None:
+        if record.canaries is None:
+            return None
+        raise ConfigError("--canaries is missing: the run trained on some", hint="give the folder that tune was given")
+    canaries, commitment = read_canaries(config.canaries)
+    if commitment != record.canaries:
+        stated = "trained on none" if record.canaries is None else f"trained on {record.canaries[:19]}"
+        raise WrongBinding(f"canaries {config.canaries.name!r} are {commitment[:19]}, the run {stated}")
+    return canaries
+
+
+def _measure(config: AuditBundleConfig, given: _Given) -> tuple[BundleAudit, Rows]:
+    tokenizer = given.package.load_tokenizer()
+    device = choose_device(config.device)
+    attached = attach_to_package(given.package, given.run.adapter, device=device, round_=given.round)
+    model: Any = attached.model
+    rows = choose_rows(
+        given.records,
+        given.run,
+        tokenizer,
+        limit=config.rows,
+        context=context_of(model),
+        others=given.others,
+        canaries=given.canaries,
+        seed=config.seed,
+    )
+    say(f"{len(rows.members)} rows that were trained on, {len(rows.nonmembers)} that were not ({_WORDS[rows.source]})")
+    if not rows.members:
+        say("no row was certainly trained on: the run was too short to say which of them it drew")
+    if rows.drawn_share < 1:
+        say(f"{rows.drawn_share:.0%} of the canaries to train on were drawn by the step released, the rest is left out")
+    before = _score(config, given, model, tokenizer, rows, label="without the adapter", is_tuned=False)
+    started = _of_the_package(config, given, tokenizer, rows) or before.rows
+    expected = declared(given.run.adapter, given.package.layout, given.package.block_tensors())
+    attached.load(given.bundle.load_tensors(expected))
+    after = _score(config, given, model, tokenizer, rows, label="with the adapter", is_tuned=True)
+    membership, shift = _membership(before, after, started, len(rows.members))
+    audit = BundleAudit(
+        run=quoted(given.run),
+        tokens_per_row=config.tokens_per_row,
+        seed=config.seed,
+        rows_limit=config.rows,
+        membership=membership,
+        nonmembers=rows.source,
+        auc_before=None if shift is None else shift.auc,
+        canaries=_canary_audit(given, rows, before, after),
+        verbatim=_verbatim(before, after, beginning(rows.members)),
+        scan=_scan(config, given),
+        versions=versions(),
+    )
+    return audit, rows
+
+
+_WORDS = {"set aside": "set aside for this", "validation": "validated on", "file": "from --nonmembers"}
+
+
+def _score(
+    config: AuditBundleConfig,
+    given: _Given,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    *,
+    label: str,
+    is_tuned: bool,
+) -> _Found:
+    scored = _rows_scored(config, model, tokenizer, rows, label=label)
+    tokens = beginning(rows.members)
+    asked = [_window(example, tokens) for example in rows.members[:NUM_VERBATIM]]
+    with _told(max(1, len(asked)), f"{label}: rows asked for") as bar:
+        back = verbatim(
+            model,
+            asked,
+            prefix_tokens=tokens,
+            continuation_tokens=tokens,
+            batch_size=config.batch_size,
+            progress=bar,
+        )
+    canaries = None
+    if rows.canaries is not None:
+        canaries = score_canaries(
+            model,
+            tokenizer,
+            rows.canaries,
+            label=label,
+            extract=is_tuned,
+            batch_size=config.batch_size,
+            num_samples=config.secrets_samples,
+            seed=config.seed,
+        )
+    return _Found(scored, canaries, back)
+
+
+def _rows_scored(
+    config: AuditBundleConfig, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, label: str
+) -> RowScores | None:
+    """Return what the model says of the rows, members first; None where one side has none."""
+    examples = [*rows.members, *rows.nonmembers] if rows.members and rows.nonmembers else []
+    if not examples:
+        return None
+    with _told(len(examples), f"{label}: rows") as bar:
+        return score_rows(
+            model,
+            examples,
+            batch_size=config.batch_size,
+            pad_id=pad_id(tokenizer),
+            limit_tokens=config.tokens_per_row,
+            progress=bar,
+        )
+
+
+def _of_the_package(
+    config: AuditBundleConfig, given: _Given, tokenizer: PreTrainedTokenizerBase, rows: Rows
+) -> RowScores | None:
+    """Return what the package's own model says of the rows, where a round began with other weights; otherwise None.
+
+    Whether rows are alike but for training is asked of a model that read none of them. The weights of a later round may
+    know the client's rows from earlier ones: that is leakage, and no excuse.
+    """
+    if given.round is None or given.round.is_first:
+        return None
+    model: Any = given.package.load_model(dtype="float32")
+    model.to(choose_device(config.device)).eval()
+    return _rows_scored(config, model, tokenizer, rows, label="the package alone")
+
+
+@contextmanager
+def _told(total: int, label: str) -> Iterator[Any]:
+    with progress(total, label) as bar:
+        yield lambda done, _: bar.update(done)
+
+
+def _membership(
+    before: _Found, after: _Found, started: RowScores | None, num_members: int
+) -> tuple[tuple[Membership, ...], Membership | None]:
+    """Return the attacks, and the loss of a model that read no row as one: it should tell nothing."""
+    if before.rows is None or after.rows is None or started is None:
+        return (), None
+    attacks = signals(after.rows, before.rows)
+    found = tuple(membership_of(name, by[:num_members], by[num_members:]) for name, by in attacks.items())
+    untuned = -started.loss
+    return found, membership_of("loss", untuned[:num_members], untuned[num_members:])
+
+
+def _canary_audit(given: _Given, rows: Rows, before: _Found, after: _Found) -> CanaryAudit | None:
+    if rows.canaries is None or before.canaries is None or after.canaries is None:
+        return None
+    claim = given.run.claim
+    return audit_canaries(
+        rows.canaries,
+        str(given.run.canaries),
+        tuned=after.canaries,
+        untuned=before.canaries,
+        delta=DELTA_WITHOUT_CLAIM if claim is None else claim.delta,
+        drawn_share=rows.drawn_share,
+    )
+
+
+def beginning(rows: Sequence[Example]) -> int:
+    """Return the most tokens of `BEGINNINGS` that half of the rows are twice as long as; else the fewest."""
+    asked = rows[:NUM_VERBATIM]
+    for tokens in BEGINNINGS:
+        if sum(len(_window(row, tokens).input_ids) >= 2 * tokens for row in asked) >= max(1, len(asked) / 2):
+            return tokens
+    return BEGINNINGS[-1]
+
+
+def _window(row: Example, tokens: int) -> Example:
+    """Return the row from so many tokens before its first that counts: what was not trained on cannot come back."""
+    first = next((place for place, label in enumerate(row.labels) if label != IGNORED), 0)
+    start = max(0, first - tokens)
+    return Example(row.input_ids[start:], row.labels[start:])
+
+
+def _verbatim(before: _Found, after: _Found, tokens: int) -> Verbatim:
+    return Verbatim(
+        num_rows=after.verbatim.size,
+        prefix_tokens=tokens,
+        continuation_tokens=tokens,
+        num_extracted=int(after.verbatim.sum()),
+        num_extracted_before=int(before.verbatim.sum()),
+        num_new=int((after.verbatim & ~before.verbatim).sum()),
+    )
+
+
+def _scan(config: AuditBundleConfig, given: _Given) -> ScanFigures:
+    log = config.bundle.parent / f"{config.bundle.name}.log.jsonl"
+    scan = scan_bundle(
+        config.bundle,
+        texts=texts_of(given.records),
+        figures=losses_in(log) if log.is_file() else [],
+        spec=given.run.adapter,
+        disclosed={str(name): value for name, value in given.bundle.manifest.disclosed.items()},
+        paths=[config.data, config.bundle, config.package],
+        known=given.bundle.manifest.tensors,
+    )
+    return ScanFigures(
+        num_bytes=scan.num_bytes,
+        num_ngrams_compared=scan.num_ngrams_compared,
+        found={name.replace(" ", "_"): num for name, num in scan.found.items()},
+    )
+
+
+def _result(config: AuditBundleConfig, audit: BundleAudit, digest: str) -> dict[str, object]:
+    """Return the figures that a program asks for first; all of them are in the audit."""
+    canaries, verbatim_ = audit.canaries, audit.verbatim
+    bound = None if canaries is None else canaries.bound
+    exposure = None if canaries is None else canaries.exposure
+    return {
+        "audit": Path(config.output).name,
+        "audit_digest": digest,
+        "bundle_digest": audit.run.bundle_digest,
+        "num_members": min((one.num_members for one in audit.membership), default=0),
+        "num_nonmembers": min((one.num_nonmembers for one in audit.membership), default=0),
+        "nonmembers": audit.nonmembers,
+        "auc": {one.signal: one.auc.value for one in audit.membership},
+        "auc_before": None if audit.auc_before is None else audit.auc_before.value,
+        "canary_auc": {} if canaries is None else {one.signal: one.auc.value for one in canaries.membership},
+        "epsilon_claimed": None if audit.run.claim is None else audit.run.claim.epsilon,
+        "epsilon_shown": None if bound is None else bound.epsilon,
+        "secrets_extracted": None
+        if exposure is None
+        else max(exposure.num_extracted_greedy, exposure.num_extracted_top_k),
+        "rows_extracted": None if verbatim_ is None else verbatim_.num_new,
+    }

@@ -1,0 +1,193 @@
+"""Settings of ``offsite tune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from adapters.rates import LEARNING_RATES
+from adapters.settings import ADAPTER_FIELDS, AdapterSettings
+from client.privacy.config import DPSettings
+from offsite.artefacts.bundle import DISCLOSABLE, AdapterSpec
+from offsite.artefacts.job import Job
+from offsite.artefacts.round import RoundManifest
+from offsite.config import flag_name
+from offsite.errors import ConfigError
+from offsite.text.config import TextSettings
+
+_FAR = 5  # times a kind's rate, past which an owner's advice is worth a second look
+
+
+class TuneConfig(AdapterSettings, TextSettings):
+    """Settings of ``offsite tune PACKAGE --data FILE -o BUNDLE``."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+    verb: ClassVar[str] = "tune"
+
+    package: Path = Field(description="package folder from the owner", json_schema_extra={"positional": True})
+    job: Path | None = Field(
+        None, description="opened job folder: its adapter is the one that is tuned, for the package it names"
+    )
+    round: Path | None = Field(
+        None, description="opened round folder of a federation: tuning goes on from its weights, as it says"
+    )
+    data: Path = Field(description="private text: .txt, .jsonl, .json or .csv, each optionally .gz")
+    output: Path = Field(description="bundle folder to write", json_schema_extra={"short": "-o"})
+
+    on_long: Literal["truncate", "error"] = Field(
+        "truncate", description="rows longer than the context: cut, or refuse"
+    )
+    pack: bool = Field(True, description="fill blocks of tokens across rows; otherwise one row per sequence")
+    validation: float = Field(0.1, gt=0, lt=1, description="share of the documents held out to choose the checkpoint")
+
+    audit_share: float = Field(
+        0.0, ge=0, lt=1, description="share of the documents set aside at random, neither trained nor validated on"
+    )
+    canaries: Path | None = Field(
+        None, description="folder of offsite canaries: its made-up rows are trained on too, for audits; one bundle each"
+    )
+
+    epochs: float = Field(3.0, gt=0, description="passes over the data, unless --steps says otherwise")
+    steps: int | None = Field(None, ge=1, description="optimiser steps, instead of --epochs")
+    batch_size: int = Field(4, ge=1, description="sequences per optimiser step")
+    accumulate: int = Field(1, ge=1, description="parts a step's batch is cut into, to save memory")
+    learning_rate: float | None = Field(None, gt=0, description="peak rate of AdamW; default: by kind of adapter")
+    warmup_steps: int = Field(10, ge=0, description="steps over which the rate rises; at most a tenth of all")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of matrices")
+    clip_norm: float = Field(1.0, ge=0, description="largest L2 norm of a step's gradient; 0 for none")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="arithmetic; auto: bf16 where it is fast")
+    gradient_checkpointing: bool = Field(False, description="save memory by computing activations twice")
+    seed: int = Field(0, ge=0, description="seed of the data order, the split and the adapter's start")
+    evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: ten times per run")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints in OUTPUT.work")
+    resume: bool = Field(False, description="go on from the newest checkpoint in OUTPUT.work")
+    device: str = Field("auto", description="cpu, cuda, or auto for an accelerator if there is one")
+    launch: int = Field(0, ge=0, description="processes that share the work (FSDP2); 0 or 1 for none")
+    tensorboard: Path | None = Field(None, description="folder for TensorBoard's curves; none by default")
+    sealed_off: bool = Field(False, description="deny connections, other processes and writes beside the output")
+    dp: DPSettings | None = Field(
+        None, description="tune with differential privacy, as epsilon=8,clip=1.0; needs the extra privacy"
+    )
+    disclose: tuple[str, ...] = Field((), description=f"figures to put into the bundle: {', '.join(DISCLOSABLE)}")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Raise ValueError with every contradiction between settings."""
+        problems = [
+            f"--disclose: {name!r} is not one of {', '.join(DISCLOSABLE)}"
+            for name in self.disclose
+            if name not in DISCLOSABLE
+        ]
+        if self.adapter not in LEARNING_RATES and self.learning_rate is None:
+            problems.append(f"--adapter: no kind {self.adapter!r}, expected one of {', '.join(LEARNING_RATES)}")
+        parts = self.accumulate * max(1, self.launch)
+        if parts > self.batch_size:
+            shared = f" in each of {self.launch} processes" if self.launch > 1 else ""
+            problems.append(
+                f"--accumulate {self.accumulate}{shared}: a batch of {self.batch_size} cannot be cut into {parts}"
+            )
+        if self.round is not None and self.launch > 1:
+            problems.append("--launch: a federation's round is tuned in one process")
+        if self.round is not None and self.adapter == "dora":
+            problems.append("--adapter dora: no federation adds up its updates")
+        if self.sealed_off and self.launch > 1:
+            problems.append("--launch: --sealed-off runs in one process, several must connect to each other")
+        problems += self._private_problems()
+        try:
+            self.spec()
+        except ConfigError as error:
+            problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _private_problems(self) -> list[str]:
+        """Return what --dp cannot go together with, a line each."""
+        problems: list[str] = []
+        dp = self.dp
+        if dp is None:
+            return problems
+        if (dp.epsilon is None) == (dp.noise_multiplier is None):
+            problems.append("--dp: give epsilon or noise_multiplier, one of the two")
+        if (dp.unit == "user") != (dp.user_field is not None):
+            problems.append("--dp: unit=user and user_field go together")
+        if dp.user_field is not None and self.document_field not in (None, dp.user_field):
+            problems.append("--document-field: with --dp unit=user the documents are the users")
+        if dp.unit == "user" and dp.engine in ("hooks", "ghost"):
+            problems.append(f"--dp: engine {dp.engine} clips examples, unit=user needs one-by-one")
+        if self.pack and "pack" in self.model_fields_set:
+            problems.append("--pack: a sequence would hold several examples, --dp hides one")
+        if self.accumulate > 1:
+            problems.append("--accumulate: --dp cuts a step's rows into parts by itself (rows_at_once)")
+        if self.launch > 1:
+            problems.append("--launch: --dp runs in one process")
+        if self.evaluate_every:
+            problems.append("--evaluate-every: --dp chooses no checkpoint by private text; it is validated at the end")
+        problems += [
+            f"--disclose {name}: --dp does not cover it, it is a function of the private text"
+            for name in self.disclose
+            if name in DISCLOSABLE and name != "steps"
+        ]
+        return problems
+
+    @property
+    def packed(self) -> bool:
+        """Whether sequences are filled across rows: as `pack` says, never with --dp."""
+        return self.pack and self.dp is None
+
+    def under(self, adapter: AdapterSpec) -> TuneConfig:
+        """Return these settings with the adapter of a job.
+
+        Raises:
+            ConfigError: when a setting was given and is not the job's.
+        """
+        wanted = {name: getattr(adapter, field) for name, field in ADAPTER_FIELDS.items()}
+        other = [name for name in wanted if name in self.model_fields_set and getattr(self, name) != wanted[name]]
+        if other:
+            raise ConfigError(
+                "; ".join(
+                    f"{flag_name(name)} {getattr(self, name)}: the job says {wanted[name]}" for name in sorted(other)
+                ),
+                hint="leave the adapter's settings to the job, or ask the owner for another job",
+            )
+        return self.model_copy(update=wanted)
+
+    def advised(self, job: Job) -> TuneConfig:
+        """Return these settings with the learning rate that the job advises, where nothing else says one.
+
+        A rate that was given, or that a federation's round names, stands; and no owner has tried one with ``--dp``.
+        """
+        if job.learning_rate is None or self.learning_rate is not None or self.dp is not None:
+            return self
+        return self.model_copy(update={"learning_rate": job.learning_rate})
+
+    def is_far_beyond_usual(self) -> bool:
+        """Tell whether the rate is far beyond what this kind of adapter is tuned with."""
+        return self.rate() > _FAR * LEARNING_RATES[self.adapter]
+
+    def within(self, manifest: RoundManifest) -> TuneConfig:
+        """Return these settings with what a federation's round asks for: adapter, steps, rate.
+
+        Raises:
+            ConfigError: when a setting was given and the round says otherwise.
+        """
+        config = self.under(manifest.adapter)
+        asked: dict[str, object] = {"steps": manifest.steps}
+        if manifest.learning_rate is not None:
+            asked["learning_rate"] = manifest.learning_rate
+        for name, value in asked.items():
+            if name in self.model_fields_set and getattr(self, name) not in (None, value):
+                raise ConfigError(
+                    f"{flag_name(name)} {getattr(self, name)}: the round says {value}",
+                    hint="leave it to the round, or ask the owner for another",
+                )
+        if "epochs" in self.model_fields_set:
+            raise ConfigError(f"--epochs: the round says {manifest.steps} steps", hint="leave it to the round")
+        return config.model_copy(update=asked)
+
+    def rate(self) -> float:
+        """Return the peak learning rate: the one given, or the kind's."""
+        return LEARNING_RATES[self.adapter] if self.learning_rate is None else self.learning_rate

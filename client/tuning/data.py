@@ -1,0 +1,211 @@
+"""The client's private text, as batches to train on and examples to validate on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from offsite.console import say
+from offsite.errors import ConfigError, DataError
+from offsite.text.batches import IGNORED, Batches, Encoded, Example, encode, pack, pad_id
+from offsite.text.records import Record, split_by_document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A file's records by what becomes of their documents: trained on, validated on, or set aside for an audit."""
+
+    train: list[Record] = field(repr=False)
+    validation: list[Record] = field(repr=False)
+    audit: list[Record] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """Batches and examples of the training documents, examples of the held-out ones, and what became of the rows.
+
+    ``read`` are the records that the run reads: those trained and validated on, and canaries. ``num_records`` and
+    ``num_tokens`` are of the training documents, canaries apart. ``rows`` are what is trained on row by row, canaries
+    behind the rest; ``examples`` the same as it is trained on, in blocks of ``block_tokens`` where it is packed.
+    """
+
+    batches: Batches = field(repr=False)
+    validation: list[Example] = field(repr=False)
+    examples: list[Example] = field(repr=False)
+    rows: list[Example] = field(repr=False)
+    block_tokens: int | None
+    pad_id: int
+    num_records: int
+    num_tokens: int
+    num_truncated: int
+    num_dropped: int
+    longest_tokens: int = 0
+    largest_id: int = 0
+    num_canaries: int = 0
+    num_aside: int = 0
+    read: list[Record] = field(default_factory=list, repr=False)
+
+
+def split_records(records: Sequence[Record], *, validation: float, audit_share: float, seed: int) -> Sides:
+    """Return the records of each side; a document is on one side as a whole.
+
+    The side follows from `seed` and the document's name, so an audit can repeat it. Those set aside are chosen first,
+    independently of those validated on: but for chance they are like those trained on.
+
+    Args:
+        validation: share of the documents not set aside that are validated on, between 0 and 1.
+        audit_share: share of all documents that are set aside, from 0 for none up to 1, excluded.
+
+    Raises:
+        DataError: when there are too few documents.
+        ConfigError: when `validation` or `audit_share` is out of range.
+    """
+    kept: list[Record] = list(records)
+    aside: list[Record] = []
+    if audit_share:
+        kept, aside = split_by_document(records, fraction=audit_share, seed=seed, purpose="audit")
+    train, held_out = split_by_document(kept, fraction=validation, seed=seed)
+    return Sides(train, held_out, aside)
+
+
+def prepare(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_tokens: int,
+    batch_size: int,
+    packed: bool = True,
+    on_long: Literal["truncate", "error"] = "truncate",
+    validation: float = 0.1,
+    seed: int = 0,
+    audit_share: float = 0.0,
+    canaries: Sequence[Record] = (),
+    first_step: int = 0,
+) -> TrainingText:
+    """Return the records as training batches and validation examples; a document is on one side as a whole.
+
+    Args:
+        block_tokens: longest sequence in tokens.
+        batch_size: sequences in one optimiser step.
+        validation: share of documents held out, between 0 and 1.
+        audit_share: share of documents that are set aside, neither trained nor validated on, below 1.
+        canaries: made-up rows that are trained on as well, after the split.
+        first_step: batches that earlier rounds have taken; these go on after them.
+
+    Raises:
+        DataError: when a row is too long under "error", or there is too little text for one batch.
+        ConfigError: when the tokenizer cannot serve.
+    """
+    sides = split_records(records, validation=validation, audit_share=audit_share, seed=seed)
+
+    def encoded(rows: Sequence[Record]) -> Encoded:
+        return encode(rows, tokenizer, context=block_tokens, on_long=on_long, whole_text=packed)
+
+    def shaped(examples: list[Example]) -> list[Example]:
+        return pack(examples, block_tokens=block_tokens) if packed else examples
+
+    train, held_out = encoded(sides.train), encoded(sides.validation)
+    added = encoded(canaries) if canaries else None
+    rows = [*train.examples, *(added.examples if added else ())]
+    examples = shaped(rows)
+    validated = shaped(held_out.examples)
+    if len(examples) < batch_size:
+        raise DataError(
+            f"too little text: {len(examples)} sequences of up to {block_tokens} tokens, one step needs {batch_size}",
+            hint="use a smaller --batch-size or --block-tokens, or more data",
+        )
+    if not validated:
+        raise DataError("too little text is held out to validate on", hint="raise --validation, or give more data")
+    pad = pad_id(tokenizer)
+    parts = [part for part in (train, held_out, added) if part is not None]
+    return TrainingText(
+        batches=Batches(examples, batch_size=batch_size, seed=seed, pad_id=pad, first_step=first_step),
+        validation=validated,
+        examples=examples,
+        rows=rows,
+        block_tokens=block_tokens if packed else None,
+        pad_id=pad,
+        num_records=len(sides.train),
+        num_tokens=train.num_tokens,
+        num_truncated=sum(part.num_truncated for part in parts),
+        num_dropped=sum(part.num_dropped for part in parts),
+        longest_tokens=max(len(example.input_ids) for example in (*examples, *validated)),
+        largest_id=max(max(example.input_ids) for example in (*examples, *validated)),
+        num_canaries=len(canaries),
+        num_aside=len(sides.audit),
+        read=[*sides.train, *sides.validation, *canaries],
+    )
+
+
+def rows_drawn(text: TrainingText, steps: int, *, whole: bool) -> set[int]:
+    """Return the numbers of the rows, in ``text.rows``, that the first `steps` batches hold.
+
+    Args:
+        whole: rows of which every token is in them; otherwise those of which any is.
+    """
+    numbers = {id(example): number for number, example in enumerate(text.examples)}
+    drawn = {numbers[id(example)] for step in range(steps) for example in text.batches.chosen(step)}
+    if text.block_tokens is None:
+        return drawn
+    kept = _blocks_kept(text.rows, text.block_tokens, len(text.examples))
+    blocks, found, start, enough = {kept[number] for number in drawn}, set(), 0, all if whole else any
+    for number, row in enumerate(text.rows):
+        end = start + len(row.input_ids)
+        if enough(block in blocks for block in range(start // text.block_tokens, -(-end // text.block_tokens))):
+            found.add(number)
+        start = end
+    return found
+
+
+def _blocks_kept(rows: Sequence[Example], block_tokens: int, num_kept: int) -> Sequence[int]:
+    """Return the numbers, in the stream of all tokens, of the blocks that packing keeps: those where a label counts.
+
+    Args:
+        num_kept: how many they are; where all are, none need be looked at.
+    """
+    num = -(-sum(len(row.input_ids) for row in rows) // block_tokens)
+    if num == num_kept:
+        return range(num)
+    counts, position = bytearray(num), 0
+    for row in rows:
+        for label in row.labels:
+            if label != IGNORED and position % block_tokens:  # a block's first token follows none
+                counts[position // block_tokens] = 1
+            position += 1
+    return [number for number in range(num) if counts[number]]
+
+
+def say_text(text: TrainingText) -> None:
+    """What the text came to is on stderr, in numbers."""
+    aside = f", {text.num_aside} records set aside for an audit" if text.num_aside else ""
+    say(
+        f"{text.num_records} records, {text.num_tokens:,} tokens to train on; "
+        f"{len(text.validation)} sequences held out{aside}"
+    )
+    if text.num_canaries:
+        say(f"{text.num_canaries} rows of canaries are trained on as well")
+    if text.num_truncated:
+        say(f"{text.num_truncated} rows were longer than the context and were cut")
+    if text.num_dropped:
+        say(f"{text.num_dropped} rows were dropped: nothing that counts was left of them")
+
+
+def require_fit(text: TrainingText, model: PreTrainedModel) -> None:
+    """Return only if the model can read the text: its context is long enough and it knows every token.
+
+    Raises:
+        ConfigError: saying which of the two is too small.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int) and text.longest_tokens > context:
+        raise ConfigError(
+            f"sequences of {text.longest_tokens} tokens, the package's context is {context}",
+            hint=f"use --block-tokens {context}",
+        )
+    num_known = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, union-attr, arg-type]
+    if text.largest_id >= num_known:
+        raise ConfigError(f"the package's tokenizer gives token {text.largest_id}, its model knows {num_known}")

@@ -1,0 +1,441 @@
+"""`offsite tune PACKAGE --data FILE -o BUNDLE`: train an adapter against the emulator, on this machine.
+
+Needs the package and the data and nothing else: no network, no full model, no code of the owner's.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adapters.kinds import Attached, attach, declared
+from client.privacy.run import PrivateRun, private_binding, private_run
+from client.tuning.config import TuneConfig
+from client.tuning.data import TrainingText, prepare, require_fit, say_text
+from client.tuning.rounds import Begun, answered, begin, first_step, grow, round_for, start_seed, with_proximal
+from client.tuning.runrecord import Planted, planted_for, read_as, record_of, text_settings
+from client.tuning.scan import Scan, losses_in, require_clean, scan_bundle, texts_of
+from client.tuning.sealedoff import require_quiet, sealing
+from offsite.artefacts.bundle import Bundle, write_bundle
+from offsite.artefacts.job import Job, read_job
+from offsite.artefacts.package import Package, open_package
+from offsite.artefacts.round import Round
+from offsite.audits.accounting import require_extra
+from offsite.audits.record import run_path, write_run
+from offsite.console import say
+from offsite.digests import sha256_file
+from offsite.errors import ConfigError, RunFailed, WrongBinding
+from offsite.evaluation.measure import perplexity
+from offsite.staging import refuse_existing
+from offsite.tensors import TensorSpec, torch_dtype
+from offsite.text.batches import IGNORED
+from offsite.training.checkpoints import require_work
+from offsite.training.config import LoopConfig
+from offsite.training.devices import choose_device
+from offsite.training.loop import Outcome, train
+from offsite.training.processes import is_launched, world
+from offsite.training.step import StepLoss, Stepper, uses_bf16
+
+if TYPE_CHECKING:
+    from offsite.artefacts.bundle import AdapterSpec
+
+
+def attach_to_package(
+    package: Package, spec: AdapterSpec, *, device: torch.device, seed: int = 0, round_: Round | None = None
+) -> Attached:
+    """Return the package's model with a fresh adapter on it; the same seed, in the same round, gives the same start.
+
+    Args:
+        round_: of a federation, whose earlier rounds' update is in the model's weights.
+
+    Raises:
+        ConfigError: when the package cannot carry that adapter in that place.
+        ArtefactError: when a tensor of the package is not the declared, finite one.
+    """
+    names = declared(spec, package.layout, package.block_tensors())
+    model = package.load_model(dtype="float32")
+    grow(model, package, spec, round_)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(start_seed(seed, round_))
+        attached = attach(model, spec, package.layout.blocks, names)
+    if not is_launched():  # of several processes, sharding places each block
+        attached.model.to(device)
+    return attached
+
+
+def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy in nats over labels that count, and their number; both scalars.
+
+    Args:
+        batch: ``input_ids``, ``labels`` and ``attention_mask``, each (rows, tokens) int64.
+    """
+    device = _device(model)
+    ids_BT, mask_BT = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+    targets_BT = batch["labels"].to(device)[:, 1:]
+    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1]
+    loss = functional.cross_entropy(
+        logits_BTV.float().reshape(-1, logits_BTV.shape[-1]),
+        targets_BT.reshape(-1),
+        ignore_index=IGNORED,
+        reduction="sum",
+    )
+    return loss, (targets_BT != IGNORED).sum()
+
+
+def tune(
+    attached: Attached,
+    text: TrainingText,
+    settings: LoopConfig,
+    *,
+    work: Path,
+    resume: bool = False,
+    binding: Mapping[str, str] | None = None,
+    label: str = "tune",
+    sent_as: str = "float32",
+    private: PrivateRun | None = None,
+    loss: StepLoss = next_token_loss,
+) -> Outcome:
+    """The adapter holds the weights of the lowest validation loss; of a private run, those after the last step.
+
+    Args:
+        attached: model and adapter, on the device they train on; trained in place.
+        work: folder for checkpoints and the log; the caller removes it.
+        sent_as: dtype of the bundle, in which something must have changed.
+        loss: what is minimised.
+        private: draws the batches and takes the steps; private text then has no say in which weights are kept, and is
+            validated on once, at the end.
+
+    Raises:
+        ConfigError: when `work` holds a run that is not to be resumed, or one of other settings.
+        RunFailed: when a loss is not finite, the disk is full, or no weight moved.
+    """
+    before = attached.tensors()
+    model: Any = attached.model
+    precision: Literal["bf16", "fp32"] = "bf16" if uses_bf16(settings.precision, _device(model)) else "fp32"
+    model.train()
+
+    def evaluate() -> float:
+        try:
+            return perplexity(model, text.validation, batch_size=8, pad_id=text.pad_id, precision=precision).loss
+        except RunFailed:
+            return math.inf  # the loop says at which step, and what is kept
+
+    outcome = train(
+        model,
+        attached.trainable,
+        text.batches if private is None else private.batches(),
+        loss,
+        settings,
+        work=work,
+        resume=resume,
+        label=label,
+        evaluate=evaluate if private is None else None,
+        keep_best=private is None,
+        shard_blocks=attached.blocks,
+        binding=binding,
+        make_stepper=Stepper if private is None else private.make_stepper,
+    )
+    model.eval()
+    if outcome.tensors:
+        _require_moved(before, outcome.tensors, sent_as)
+    if private is not None:
+        private.require_moved(before, outcome.tensors)
+        found = evaluate()
+        best = (found, [(outcome.steps, found)]) if math.isfinite(found) else (None, [])
+        outcome = replace(outcome, best_loss=best[0], evaluations=best[1])
+    return outcome
+
+
+def _require_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], sent_as: str) -> None:
+    if all(torch.equal(after[name].cpu(), old) for name, old in before.items()):
+        raise RunFailed("no weight moved during training", hint="raise --learning-rate, or train for more steps")
+    dtype = torch_dtype(sent_as)
+    if all(torch.equal(after[name].cpu().to(dtype), old.to(dtype)) for name, old in before.items()):
+        raise RunFailed(
+            f"no weight moved far enough to show in {sent_as}", hint="raise --learning-rate, or --adapter-dtype float32"
+        )
+
+
+@sealing
+def run(config: TuneConfig) -> dict[str, object]:
+    """Run the verb: open, read, train, write the bundle.
+
+    Raises:
+        ConfigError, DataError, ArtefactError, PolicyError, RunFailed: as the steps it is made of.
+    """
+    refuse_existing(config.output)
+    if config.dp is not None:
+        require_extra()
+    if config.launch > 1 and not is_launched():
+        raise ConfigError("--launch starts processes from the command line only", hint="offsite tune ... --launch N")
+    work = work_folder(config.output)
+    require_work(work, resume=config.resume)
+    package = open_package(config.package)
+    job = job_for(config.job, package) if config.job is not None else None
+    if job is not None:
+        config = config.under(job.adapter)
+    round_ = round_for(config, package, job)
+    if round_ is not None:
+        config = config.within(round_.manifest)
+    if job is not None and job.learning_rate is not None:
+        config = _advised(config, job)
+    planted = planted_for(config, package, job)
+    spec = config.spec()
+    names = declared(spec, package.layout, package.block_tensors())
+    device = choose_device(config.device)
+    tokenizer = package.load_tokenizer()
+    text = prepare(
+        read_as(config.data, text_settings(config)),
+        tokenizer,
+        block_tokens=config.block_tokens,
+        batch_size=config.batch_size,
+        packed=config.packed,
+        on_long=config.on_long,
+        validation=config.validation,
+        seed=config.seed,
+        audit_share=config.audit_share,
+        canaries=planted.records,
+        first_step=first_step(round_),
+    )
+    if world().is_main:
+        say_text(text)
+    attached = attach_to_package(package, spec, device=device, seed=config.seed, round_=round_)
+    begun = begin(attached, spec, round_)
+    require_fit(text, attached.model)  # type: ignore[arg-type]
+    if config.gradient_checkpointing:
+        _checkpoint_activations(attached.model)
+    _make_room(work)
+    binding = _binding(config, package, planted, begun)
+    spending = _charged(config, text, work, binding) if config.dp else nullcontext()
+    with spending as private:
+        if private is not None:
+            binding["run"] = private.account.run
+            config = config.model_copy(update={"steps": private.steps})
+        world().wait()  # every process has found the canaries unused
+        if world().is_main:
+            planted.mark(config)
+        outcome = tune(
+            attached,
+            text,
+            loop_settings(config, text).model_copy(update={"seed": start_seed(config.seed, round_)}),
+            work=work,
+            resume=config.resume,
+            binding=binding,
+            sent_as=config.adapter_dtype,
+            private=private,
+            loss=with_proximal(next_token_loss, attached, begun, spec),
+        )
+        if not world().is_main:
+            return {}
+        guarantee = private.release(outcome.tensors) if private is not None else None
+        kept = record_of(
+            config,
+            package=package,
+            data_sha256=binding["data"],
+            text=text,
+            outcome=outcome,
+            guarantee=guarantee,
+            job_id=None if job is None else job.job_id,
+            canaries=planted.commitment,
+            answered=answered(round_),
+        )
+        figures = {
+            "num_records": text.num_records,
+            "num_tokens": outcome.tokens,
+            "steps": outcome.steps,
+            "validation_loss": float(outcome.best_loss or 0.0),
+        }
+        scans: list[Scan] = []
+
+        def before(stage: Path, digest: str) -> None:
+            scans.append(_release(stage, config, text, outcome, names, figures))
+            write_run(run_path(config.output), kept.model_copy(update={"bundle_digest": digest}))
+
+        bundle = write_bundle(
+            config.output,
+            package=package,
+            spec=spec,
+            tensors={**outcome.tensors, **begun.frozen},
+            expected=names,
+            round_digest=begun.digest,
+            figures=figures,
+            disclose=config.disclose,
+            before=before,
+        )
+    planted.mark(config, bundle=bundle.digest)
+    _finish(config.output, work)
+    result = _result(bundle, text, outcome) | {"scan": scans[0].model_dump()}
+    return result | ({} if guarantee is None else {"privacy": guarantee})
+
+
+def _release(
+    stage: Path,
+    config: TuneConfig,
+    text: TrainingText,
+    outcome: Outcome,
+    names: Mapping[str, TensorSpec],
+    figures: Mapping[str, float],
+) -> Scan:
+    """Return what was read of the bundle at `stage` once nothing was found in it, and a sealed-off run was quiet.
+
+    Raises:
+        PolicyError: when the bundle may not get its name.
+    """
+    require_quiet()
+    losses = [outcome.first_loss, outcome.final_loss, *(loss for _, loss in outcome.evaluations)]
+    scan = scan_bundle(
+        stage,
+        texts=texts_of(text.read),
+        figures=[*losses, *losses_in(work_folder(config.output) / "log.jsonl")],
+        spec=config.spec(),
+        disclosed={name: figures[name] for name in config.disclose},
+        paths=[config.data, config.output, config.package],
+        known=names,
+    )
+    require_clean(scan)
+    say(f"scanned: {scan.num_bytes:,} bytes of the bundle; no text, path, name, time or loss of this machine's in it")
+    return scan
+
+
+def job_for(folder: Path, package: Package) -> Job:
+    """Return the opened job in `folder`, which is for this package.
+
+    Raises:
+        WrongBinding: when it names another package or base model.
+        ArtefactError: when there is no job, or none of the specified form.
+    """
+    job = read_job(folder).job
+    for what, found, wanted in (
+        ("package", package.digest, job.package_digest),
+        ("base model", package.manifest.base_digest, job.base_digest),
+    ):
+        if found != wanted:
+            raise WrongBinding(
+                f"job {folder.name!r} is for {what} {wanted[:19]}, package {package.path.name!r} has {found[:19]}",
+                hint="give the job that came with this package",
+            )
+    return job
+
+
+def loop_settings(config: TuneConfig, text: TrainingText) -> LoopConfig:
+    """Return the loop's settings: steps from epochs, warm-up and validations in proportion."""
+    steps = config.steps or max(1, round(config.epochs * text.batches.num_steps_per_epoch))
+    return LoopConfig(
+        steps=steps,
+        learning_rate=config.rate(),
+        warmup_steps=min(config.warmup_steps, max(1, steps // 10)),
+        schedule=config.schedule,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        accumulate=config.accumulate,
+        precision=config.precision,
+        seed=config.seed,
+        checkpoint_every=config.checkpoint_every,
+        evaluate_every=config.evaluate_every or max(1, steps // 10),
+        tensorboard=config.tensorboard,
+    )
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Activations are computed anew in the backward pass instead of kept.
+
+    Raises:
+        ConfigError: when the architecture cannot.
+    """
+    try:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError:
+        raise ConfigError("--gradient-checkpointing: the package's architecture does not support it") from None
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _advised(config: TuneConfig, job: Job) -> TuneConfig:
+    """Return the settings with the job's learning rate, if it is used, and say whether it is."""
+    found = config.advised(job)
+    if world().is_main and found is config:
+        why = "tuning with --dp does not take it" if config.learning_rate is None else f"{config.rate():g} is used"
+        say(f"the job advises learning rate {job.learning_rate:g}; {why}")
+    elif world().is_main:
+        say(f"learning rate {found.rate():g}, as the job advises; --learning-rate takes another")
+        if found.is_far_beyond_usual():
+            usual = config.rate()
+            say(f"warning: {usual:g} is usual for {config.adapter}; a higher rate can make it learn rows by heart")
+    return found
+
+
+def work_folder(output: Path) -> Path:
+    """Return where checkpoints of a run towards `output` live: ``OUTPUT.work``."""
+    return output.parent / f"{output.name}.work"
+
+
+def _make_room(work: Path) -> None:
+    """The work folder stands. Raises RunFailed when it cannot be made."""
+    if not world().is_main:
+        return
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFailed(f"cannot write {work.name!r}: {(error.strerror or 'i/o error').lower()}") from None
+
+
+def _charged(
+    config: TuneConfig, text: TrainingText, work: Path, binding: Mapping[str, str]
+) -> AbstractContextManager[PrivateRun]:
+    """Return the private run that these settings and this text make."""
+    return private_run(
+        config.dp,  # type: ignore[arg-type]
+        examples=text.examples,
+        num_validation_documents=len({example.document for example in text.validation}),
+        records=text.read,
+        pad_id=text.pad_id,
+        batch_size=config.batch_size,
+        steps=config.steps,
+        epochs=config.epochs,
+        resume=config.resume,
+        work=work,
+        binding=binding,
+    )
+
+
+def _binding(config: TuneConfig, package: Package, planted: Planted, begun: Begun) -> dict[str, str]:
+    """Return what a resumed run must share beside the loop's settings, one entry per setting."""
+    text = ("fields", "document_field", "separator", "on_long", "pack", "block_tokens", "validation", "audit_share")
+    shared = config.model_dump(mode="json", include={*text, "batch_size"}) | {"canaries": planted.commitment}
+    shared |= {f"adapter.{name}": value for name, value in config.spec().model_dump(mode="json").items()}
+    shared |= {} if begun.round is None else {"round": begun.round.digest}
+    bound = {"package": package.digest, "data": sha256_file(config.data), **{k: str(v) for k, v in shared.items()}}
+    return bound if config.dp is None else bound | private_binding(config.dp)
+
+
+def _finish(output: Path, work: Path) -> None:
+    """The log stands beside the bundle, for the client alone; checkpoints are gone."""
+    log = work / "log.jsonl"
+    if log.is_file():
+        log.replace(output.parent / f"{output.name}.log.jsonl")
+    shutil.rmtree(work)
+
+
+def _result(bundle: Bundle, text: TrainingText, outcome: Outcome) -> dict[str, object]:
+    return {
+        "bundle": bundle.path.name,
+        "bundle_digest": bundle.digest,
+        "adapter_bytes": bundle.num_bytes,
+        "adapter": bundle.manifest.adapter.kind,
+        "placement": bundle.manifest.adapter.placement,
+        "num_records": text.num_records,
+        "num_truncated": text.num_truncated,
+        "num_dropped": text.num_dropped,
+        **outcome.figures(),
+    }

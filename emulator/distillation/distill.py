@@ -1,0 +1,231 @@
+"""``offsite distill``: the full model and public text in, a package out.
+
+The Python API, in order: `emulator.distillation.public.prepare` makes batches of public text,
+`emulator.compression.compress.compress` gives a training-free emulator, `emulator.distillation.imitation.distill`
+trains its middle to stand in for the full model's, and `emulator.distillation.publish.publish` writes what leaves and
+what stays. `run` is the verb: it does all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from emulator.compression.compress import Compressed, Recipe, compress, middle_blocks
+from emulator.distillation.config import DistillConfig
+from emulator.distillation.imitation import Distilled, distill
+from emulator.distillation.launched import in_processes
+from emulator.distillation.objective import Weights
+from emulator.distillation.public import PublicText, prepare
+from emulator.distillation.publish import publish, read_terms
+from offsite.artefacts.package import Package
+from offsite.console import say
+from offsite.digests import model_digest
+from offsite.modelling.load import load_model, load_tokenizer
+from offsite.modelling.split import Plan, make_plan
+from offsite.staging import refuse_existing
+from offsite.text.records import read_records
+from offsite.training.config import LoopConfig
+from offsite.training.devices import choose_device
+from offsite.training.processes import Processes, is_launched, world
+from offsite.training.step import uses_bf16
+
+
+def run(config: DistillConfig) -> dict[str, object]:
+    """Do what ``offsite distill`` says: PACKAGE and PACKAGE.owner.json stand when it returns.
+
+    After a distillation its log is PACKAGE.log.jsonl. Checkpoints are in ``PACKAGE.work`` meanwhile, and stay there
+    when the run fails.
+
+    Returns:
+        the figures that the verb prints.
+
+    Raises:
+        OffsiteError: with the reason; no package then stands.
+    """
+    refuse_existing(config.output)
+    if config.launch > 1 and not is_launched():
+        return in_processes(config)
+    began, terms = time.monotonic(), read_terms(config.terms)
+    processes = replace(world(), device=choose_device(config.device))
+    torch.manual_seed(config.seed)
+    owned = _open(config)
+    text = _public_text(config, owned)
+    _place(owned.full, config, processes)
+    compressed = compress(owned.full, owned.plan, config.method, _recipe(config, text))
+    sizes = _sizes(owned, compressed)
+    if processes.is_main:
+        say("distill: middle of {:,} parameters, emulator of {:,}".format(*sizes.values()))
+    distilled = None
+    if config.steps and text is not None:
+        distilled = _distilled(config, owned, text, compressed, processes)
+    package = _published(config, owned, compressed, distilled, terms) if processes.is_main else None
+    processes.wait()
+    return {**_told(config, package, distilled), **sizes, "seconds": round(time.monotonic() - began, 3)}
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """The full model and what is known of it before anything is done to it."""
+
+    full: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
+    digest: str
+    dtype: str
+
+
+def _open(config: DistillConfig) -> _Owned:
+    full = load_model(config.model)
+    plan = make_plan(full, num_bottom=config.bottom, num_top=config.top)
+    dtype = str(full.dtype).removeprefix("torch.")
+    return _Owned(full, load_tokenizer(config.model), plan, model_digest(full), dtype)
+
+
+def _public_text(config: DistillConfig, owned: _Owned) -> PublicText | None:
+    if config.public is None:
+        return None
+    return prepare(
+        read_records(
+            config.public, fields=config.fields, document_field=config.document_field, separator=config.separator
+        ),
+        owned.tokenizer,
+        owned.full,
+        block_tokens=config.block_tokens,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        holdout=config.holdout if config.steps else None,
+        evaluation_tokens=config.evaluation_tokens,
+        calibration_tokens=config.calibration_tokens,
+    )
+
+
+def _place(full: PreTrainedModel, config: DistillConfig, processes: Processes) -> None:
+    """`full` is where and in the dtype that the work needs; several processes: on the CPU, to be sharded from there."""
+    autocast = uses_bf16(config.precision, processes.device) and full.dtype in (torch.bfloat16, torch.float32)
+    if config.steps and not autocast:
+        full.float()
+    if processes.size == 1:
+        full.to(processes.device)  # type: ignore[arg-type]
+
+
+def _recipe(config: DistillConfig, text: PublicText | None) -> Recipe:
+    calibration = () if text is None else text.calibration
+    return Recipe(
+        blocks=config.blocks,
+        choice=config.choice,
+        width=config.width,
+        channels=config.channels,
+        refit=config.refit,
+        calibration=calibration,
+    )
+
+
+def _sizes(owned: _Owned, compressed: Compressed) -> dict[str, object]:
+    return {
+        "middle_parameters": _num_parameters(middle_blocks(owned.full, owned.plan)),
+        "emulator_parameters": _num_parameters(middle_blocks(compressed.model, owned.plan)),
+    }
+
+
+def _num_parameters(blocks: Sequence[nn.Module]) -> int:
+    return sum(parameter.numel() for block in blocks for parameter in block.parameters())
+
+
+def _work(config: DistillConfig) -> Path:
+    return config.output.with_name(config.output.name + ".work")
+
+
+def _distilled(
+    config: DistillConfig, owned: _Owned, text: PublicText, compressed: Compressed, processes: Processes
+) -> Distilled:
+    loop = LoopConfig(
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        accumulate=config.accumulate,
+        precision=config.precision,
+        seed=config.seed,
+        checkpoint_every=config.checkpoint_every,
+        evaluate_every=config.evaluate_every,
+        tensorboard=config.tensorboard,
+    )
+    return distill(
+        owned.full,
+        compressed,
+        owned.plan,
+        text,
+        loop,
+        weights=Weights(config.hidden_weight, config.kl_weight, config.kl_share),
+        work=_work(config),
+        resume=config.resume,
+        binding={"full model": owned.digest, "emulator": _identity(config, compressed)},
+        processes=processes,
+    )
+
+
+def _identity(config: DistillConfig, compressed: Compressed) -> str:
+    return json.dumps([config.method, config.refit, compressed.kept, sorted(compressed.channels.items())])
+
+
+def _published(
+    config: DistillConfig, owned: _Owned, compressed: Compressed, distilled: Distilled | None, terms: str
+) -> Package:
+    """The package stands, its record beside it; the log has moved and the work folder is gone."""
+    model = distilled.model if distilled is not None else None
+    package = publish(
+        config.output,
+        model=compressed.model if model is None else model,
+        tokenizer=owned.tokenizer,
+        plan=owned.plan,
+        compressed=compressed,
+        method=config.method,
+        base_digest=owned.digest,
+        figures=_disclosed(distilled),
+        dtype=owned.dtype if config.dtype == "auto" else config.dtype,
+        licence=config.licence,
+        terms=terms,
+    )
+    if distilled is not None:
+        (_work(config) / "log.jsonl").replace(config.output.with_name(config.output.name + ".log.jsonl"))
+        shutil.rmtree(_work(config))
+    say(f"distill: {config.output.name} of {package.num_bytes:,} bytes is written")
+    say(f"distill: keep {config.output.name}.owner.json: plug-in needs it, and it is not to be sent")
+    return package
+
+
+def _disclosed(distilled: Distilled | None) -> dict[str, float]:
+    """Return the figures that the package states: nothing of time or machine, so that a resumed run's are the same."""
+    if distilled is None:
+        return {"distillation_steps": 0.0}
+    return {
+        "distillation_steps": float(distilled.outcome.steps),
+        "distillation_tokens": float(distilled.outcome.tokens),
+        "held_out_kl": _rounded(distilled.fidelity.kl),
+        "held_out_hidden_error": _rounded(distilled.fidelity.hidden),
+    }
+
+
+def _told(config: DistillConfig, package: Package | None, distilled: Distilled | None) -> dict[str, object]:
+    """Return the figures for the person who ran the verb."""
+    told: dict[str, object] = {"method": config.method, "steps": 0, "tokens": 0}
+    if package is not None:
+        told |= {"package": package.path.name, "package_digest": package.digest, "package_bytes": package.num_bytes}
+    if distilled is not None:
+        told |= distilled.outcome.figures()
+        told |= {"held_out_kl": distilled.fidelity.kl, "held_out_hidden_error": distilled.fidelity.hidden}
+    return told
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

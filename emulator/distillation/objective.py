@@ -1,0 +1,161 @@
+"""How far an emulator is from the middle it stands for, as a loss to train on and as a measure.
+
+Shapes: B = rows, T = tokens of a row, D = width of the hidden state, N = drawn token positions, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from emulator.compression.activations import Batch, forward, hidden_after, on_device, real_tokens
+from offsite.modelling.split import Plan
+from offsite.training.processes import Processes
+
+_TINY = 1e-12  # keeps a hidden state of zeros from dividing by zero; any other is larger by far
+
+
+class Terms(NamedTuple):
+    """Sums over the text's tokens, float32 scalars: `hidden` as relative squared error, `kl` in nats."""
+
+    hidden: Tensor
+    kl: Tensor
+    num_tokens: Tensor
+
+
+class Weights(NamedTuple):
+    """What the loss is made of: weight of `hidden`, weight of `kl` per nat, share of positions at which KL is taken."""
+
+    hidden: float = 1.0
+    kl: float = 1.0
+    kl_share: float = 0.25
+
+
+class Fidelity(NamedTuple):
+    """Means per token on held-out text: relative squared error of the hidden states, KL in nats."""
+
+    hidden: float
+    kl: float
+
+
+class Pair(nn.Module):
+    """The full model and an emulator of it in one module, so that both can be sharded and run as one.
+
+    Both stay in evaluation mode: the full model's dropout would be noise to copy.
+    """
+
+    def __init__(self, full: PreTrainedModel, emulator: PreTrainedModel, plan: Plan, kept: Sequence[int]) -> None:
+        """Align `emulator`, whose i-th block is or stands from block ``kept[i]`` of `full` on."""
+        super().__init__()
+        self.full, self.emulator = full, emulator
+        self.aligned = align(kept, plan)
+        self._full_blocks = _numbered(full, plan, self.aligned.values())
+        self._emulator_blocks = _numbered(emulator, plan, self.aligned)
+        self.eval()
+
+    def train(self, _mode: bool = True) -> Pair:
+        """Both models stay in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, batch: Batch, kl_share: float) -> Terms:
+        """Compare both models on one batch; only the emulator's pass can be differentiated.
+
+        *hidden*: for every block of the emulator's middle, ``|e - f|^2 / |f|^2`` per token, where f is the hidden
+        state that the full model has just before the block that the emulator's next one stands for; the mean over
+        blocks. Each token is measured against its own size: over one size for the whole batch, a few tokens of
+        massive activation would be all that counts. *kl*: KL(full || emulator) of the next token through the top
+        end and the head, on the share `kl_share` of positions, drawn from torch's generator and scaled up to all
+        tokens; 0 leaves it out. Padding does not count in either.
+
+        Source: arXiv:2302.04870 (hidden states after the middle), with the normalisation and the depths our own.
+        """
+        real_BT = real_tokens(batch)
+        positions_N = draw_positions(real_BT, kl_share)
+        with torch.no_grad(), hidden_after(self._full_blocks) as full_states:
+            full_logits = forward(self.full, batch, positions_N)
+        with hidden_after(self._emulator_blocks) as emulator_states:
+            emulator_logits = forward(self.emulator, batch, positions_N)
+        errors = [
+            relative_error(emulator_states[mine], full_states[theirs])[real_BT].sum()
+            for mine, theirs in self.aligned.items()
+        ]
+        num_tokens = real_BT.sum()
+        kl = torch.zeros((), device=real_BT.device)
+        if kl_share > 0:
+            drawn_BN = real_BT[:, positions_N]
+            kl = divergence(full_logits, emulator_logits)[drawn_BN].sum() * (num_tokens / drawn_BN.sum())
+        return Terms(torch.stack(errors).mean(), kl, num_tokens)
+
+
+def align(kept: Sequence[int], plan: Plan) -> dict[int, int]:
+    """Return, for each block of the emulator's middle, the full-model block after which the same state is wanted.
+
+    That is the last block before the one that the emulator's next block stands for: an emulator that keeps
+    blocks 2 and 5 learns to do in its block 2 what the full model does in 2, 3 and 4.
+    """
+    middle = range(plan.num_bottom, len(kept) - plan.num_top)
+    after = [*kept[1:], plan.stack.num_blocks]
+    return {block: after[block] - 1 for block in middle}
+
+
+def relative_error(found_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
+    """Return (B, T) float32: squared distance over the wanted state's squared size, token by token."""
+    wanted = wanted_BTD.float()
+    distance_BT = (found_BTD.float() - wanted).square().sum(-1)
+    return distance_BT / (wanted.square().sum(-1) + _TINY)
+
+
+def divergence(full_BNV: Tensor, emulator_BNV: Tensor) -> Tensor:
+    """Return (B, N) float32: KL(full || emulator) of the two distributions over the vocabulary, in nats."""
+    full = torch.log_softmax(full_BNV.float(), dim=-1)
+    emulator = torch.log_softmax(emulator_BNV.float(), dim=-1)
+    return nn.functional.kl_div(emulator, full, reduction="none", log_target=True).sum(-1)
+
+
+def draw_positions(real_BT: Tensor, share: float) -> Tensor:
+    """Return (N,) int64, ascending: that share of the positions at which any row has text, at least one.
+
+    Drawn from torch's CPU generator, by number alone: added padding and other rows do not change the draw.
+    """
+    columns = real_BT.any(0).nonzero().squeeze(-1)
+    if share >= 1:
+        return columns
+    num = max(1, round(share * len(columns)))
+    drawn = torch.randperm(len(columns))[:num].sort().values
+    return columns[drawn.to(columns.device)]
+
+
+def step_loss(weights: Weights) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]:
+    """Return the function of a `Pair` and a batch that gives the weighted loss summed over tokens, and how many."""
+    kl_share = weights.kl_share if weights.kl > 0 else 0.0
+
+    def loss(pair: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        terms: Terms = pair(batch, kl_share)
+        return weights.hidden * terms.hidden + weights.kl * terms.kl, terms.num_tokens
+
+    return loss
+
+
+@torch.no_grad()
+def measure(pair: Pair, batches: Sequence[Batch], processes: Processes) -> Fidelity:
+    """Return how far the emulator is from the full model on `batches`, at every position.
+
+    Several processes take turns; each runs as many passes as the others, since sharded weights need all of them.
+    """
+    sums = [0.0, 0.0, 0.0]
+    for start in range(0, len(batches), processes.size):
+        mine = start + processes.rank
+        terms = pair(on_device(batches[min(mine, len(batches) - 1)], processes.device), 1.0)
+        if mine < len(batches):
+            sums = [total + float(term) for total, term in zip(sums, terms, strict=True)]
+    hidden, kl, num_tokens = processes.total(sums)
+    return Fidelity(hidden / num_tokens, kl / num_tokens)
+
+
+def _numbered(model: PreTrainedModel, plan: Plan, numbers: Iterable[int]) -> dict[int, nn.Module]:
+    blocks = list(model.get_submodule(plan.stack.name).children())
+    return {number: blocks[number] for number in numbers}

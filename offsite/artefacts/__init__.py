@@ -1,0 +1,6 @@
+"""What crosses between owner and client: package, job, round, bundle. Start at ``package`` and ``bundle``.
+
+Each module says in its docstring what its folder holds and what is checked, in which order, when one arrives.
+"""
+
+__all__ = ["bundle", "config", "inspect", "job", "layout", "manifest", "owner", "package", "round"]

@@ -1,0 +1,124 @@
+"""The job: the owner's terms for one client, signed when they are sealed. Everything later is held against them.
+
+A job names both parties by fingerprint, the package and its base model by digest, the adapter that may come back, how
+many rounds, until when, and how large an update may be. A plain job is a folder with ``job.json``; its digest is that
+of the file's bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import Field, model_validator
+
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.layout import Text
+from offsite.digests import DIGEST_PATTERN, sha256_bytes
+from offsite.errors import ArtefactError, TooLarge, WrongNames
+from offsite.keys.identity import FINGERPRINT_PATTERN
+from offsite.staging import staged_folder
+from offsite.strictjson import Strict, parse_strict
+
+JOB_FORMAT: Final = "offsite/job/1"
+JOB_NAME = "job.json"
+JOB_LIMIT_BYTES = 256 * 2**10
+JOB_ID_PATTERN = r"^[0-9a-f]{32}$"
+MAX_ROUNDS = 10_000
+LATEST_SECOND = 2**40
+
+
+class Policy(Strict):
+    """How large a module's effective update may be, as a multiple of the norm of the weight it changes."""
+
+    max_relative_frobenius: float = Field(1.0, gt=0, le=1e6)
+    max_relative_spectral: float = Field(2.0, gt=0, le=1e6)
+
+
+class Job(Strict):
+    """The content of ``job.json``. Times are seconds since 1970, UTC.
+
+    ``learning_rate`` is what the owner advises; a client may train as it likes.
+    """
+
+    format: Literal["offsite/job/1"] = JOB_FORMAT
+    job_id: str = Field(pattern=JOB_ID_PATTERN)
+    owner: str = Field(pattern=FINGERPRINT_PATTERN)
+    client: str = Field(pattern=FINGERPRINT_PATTERN)
+    package_digest: str = Field(pattern=DIGEST_PATTERN)
+    base_digest: str = Field(pattern=DIGEST_PATTERN)
+    adapter: AdapterSpec
+    learning_rate: float | None = Field(None, gt=0, le=1)
+    rounds: int = Field(1, ge=1, le=MAX_ROUNDS)
+    created: int = Field(ge=0, le=LATEST_SECOND)
+    expires: int = Field(ge=0, le=LATEST_SECOND)
+    policy: Policy = Policy()
+    terms: Text = ""
+
+    @model_validator(mode="after")
+    def _two_parties_and_some_time(self) -> Job:
+        if self.owner == self.client:
+            raise ValueError("owner and client are the same key")
+        if self.expires <= self.created:
+            raise ValueError("expires is not after created")
+        return self
+
+    def other_party(self, fingerprint: str) -> str | None:
+        """Return the fingerprint of the party that `fingerprint` is not; None when it is neither."""
+        return {self.owner: self.client, self.client: self.owner}.get(fingerprint)
+
+
+@dataclass(frozen=True)
+class OpenedJob:
+    """A job, and the digest of the exact bytes it was read from."""
+
+    job: Job
+    digest: str
+    raw: bytes
+
+
+def parse_job(raw: bytes) -> OpenedJob:
+    """Return the job that `raw` states.
+
+    Raises:
+        TooLarge: when it is over `JOB_LIMIT_BYTES`.
+        WrongBinding: when it states another format.
+        BadSchema: when it is not a JSON object of the form of `Job`, each key once.
+    """
+    if len(raw) > JOB_LIMIT_BYTES:
+        raise TooLarge(f"{JOB_NAME}: {len(raw)} bytes, limit {JOB_LIMIT_BYTES}")
+    return OpenedJob(parse_strict(raw, Job, JOB_NAME, {"format": JOB_FORMAT}), sha256_bytes(raw), raw)
+
+
+def read_job(folder: Path) -> OpenedJob:
+    """Return the job in `folder`, which holds nothing else.
+
+    Raises:
+        ArtefactError: when there is no such folder or no job in it.
+        WrongNames: when it holds anything besides.
+        TooLarge, WrongBinding, BadSchema: as `parse_job`.
+    """
+    if not folder.is_dir():
+        raise ArtefactError(f"no job folder named {folder.name!r}", hint="check the path")
+    path = folder / JOB_NAME
+    if path.is_symlink() or not path.is_file():
+        raise ArtefactError(f"folder {folder.name!r} holds no {JOB_NAME}", hint="open the sealed job first")
+    if extra := {found.name for found in folder.iterdir()} - {JOB_NAME}:
+        raise WrongNames(f"{folder.name!r}: {len(extra)} file(s) besides {JOB_NAME}")
+    with path.open("rb") as handle:
+        return parse_job(handle.read(JOB_LIMIT_BYTES + 1))
+
+
+def write_job(out: Path, job: Job) -> str:
+    """Write the job folder `out`, whole or not at all, and return the job's digest.
+
+    Raises:
+        ConfigError: when `out` exists.
+        RunFailed: when the disk is full.
+    """
+    raw = json.dumps(job.model_dump(mode="json"), sort_keys=True, indent=1, allow_nan=False).encode("ascii") + b"\n"
+    with staged_folder(out) as stage:
+        (stage / JOB_NAME).write_bytes(raw)
+    return sha256_bytes(raw)

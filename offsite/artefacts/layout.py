@@ -1,0 +1,169 @@
+"""What a package states of itself: layout, tensors, method, and the reading of its settings files.
+
+`offsite.artefacts.package` checks a folder against it, `offsite.artefacts.rebuild` makes a model of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from offsite.artefacts.manifest import FileEntry
+from offsite.digests import DIGEST_PATTERN
+from offsite.errors import BadSchema, TooLarge
+from offsite.strictjson import Strict
+from offsite.tensors import TensorSpec, no_duplicates, read_header
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+JSON_LIMIT_BYTES = 32 * 2**20
+MAX_BLOCKS = 4096
+
+_REFUSED_KEYS = frozenset({"auto_map", "quantization_config", "transformers_version", "name_or_path"})
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+TOKENIZER_KEYS = frozenset(
+    "add_bos_token add_eos_token add_prefix_space additional_special_tokens bos_token clean_up_tokenization_spaces "
+    "cls_token eos_token extra_special_tokens mask_token model_input_names model_max_length pad_token padding_side "
+    "sep_token split_special_tokens truncation_side unk_token".split()
+)
+
+
+class Layout(Strict):
+    """How the package's model is laid out, in the package's own numbering.
+
+    ``linears`` maps ``bottom.0.self_attn.q_proj`` and the like to (inputs, outputs); ``mlp_linears`` lists those that
+    belong to a feed-forward part. ``adaptable_middle`` lists the modules inside a middle block on which an adapter
+    can be lifted into the full model; ``middle_whole`` says that every middle block is the full model's, unshrunk.
+    ``buffers`` lists the tensors of blocks that are not parameters, such as a router's correction: nothing trains them.
+    """
+
+    model_type: str = Field(pattern=r"^[a-z0-9_-]{1,64}$")
+    stack: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,127}$")
+    num_bottom: int = Field(ge=0, le=MAX_BLOCKS)
+    num_middle: int = Field(ge=1, le=MAX_BLOCKS)
+    num_top: int = Field(ge=0, le=MAX_BLOCKS)
+    linears: dict[str, tuple[int, int]]
+    mlp_linears: tuple[str, ...] = ()
+    adaptable_middle: tuple[str, ...] = ()
+    middle_whole: bool = False
+    buffers: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> dict[str, str]:
+        """Map ``bottom.0 ... middle.0 ... top.0 ...`` to module names of the package's model."""
+        roles = [("bottom", self.num_bottom), ("middle", self.num_middle), ("top", self.num_top)]
+        names = [f"{role}.{number}" for role, count in roles for number in range(count)]
+        return {name: f"{self.stack}.{index}" for index, name in enumerate(names)}
+
+
+def describe_layout(
+    model: PreTrainedModel,
+    *,
+    num_bottom: int,
+    num_top: int,
+    adaptable_middle: tuple[str, ...] = (),
+    middle_whole: bool = False,
+) -> Layout:
+    """Return the layout of a package's model (ends and emulator in one), read off the model itself.
+
+    Raises:
+        UnsupportedModel: when the model has no single stack of blocks.
+    """
+    from offsite.modelling.blocks import block_list, decoder_stack, linear_dims, linear_names, mlp_linears
+
+    stack = decoder_stack(model)
+    layout = Layout(
+        model_type=model.config.model_type,
+        stack=stack.name,
+        num_bottom=num_bottom,
+        num_middle=stack.num_blocks - num_bottom - num_top,
+        num_top=num_top,
+        linears={},
+        adaptable_middle=adaptable_middle,
+        middle_whole=middle_whole,
+    )
+    linears, feed_forward, buffers = {}, [], []
+    for canonical, block in zip(layout.blocks, block_list(model, stack), strict=True):
+        feed_forward += [f"{canonical}.{name}" for name in mlp_linears(block)]
+        linears.update({f"{canonical}.{name}": linear_dims(block.get_submodule(name)) for name in linear_names(block)})
+        buffers += [f"{canonical}.{name}" for name, _ in block.named_buffers() if name in block.state_dict()]
+    return layout.model_copy(update={"linears": linears, "mlp_linears": tuple(feed_forward), "buffers": tuple(buffers)})
+
+
+# Whatever is shown to a person is a plain word or printable: no escape sequences reach a terminal.
+Key = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Line = Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Text = Annotated[str, Field(max_length=20_000, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")]
+
+
+class Method(Strict):
+    """How the middle was compressed: a registered name and its public settings."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")
+    settings: dict[Key, float | int | Line] = {}
+
+
+class PackageManifest(Strict):
+    """The content of a package's ``offsite.json``."""
+
+    format: str
+    base_digest: str = Field(pattern=DIGEST_PATTERN)
+    layout: Layout
+    tensors: dict[str, TensorSpec]
+    method: Method
+    figures: dict[Key, float] = {}
+    licence: Line = ""
+    terms: Text = ""
+    files: dict[str, FileEntry]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of an artefact.
+
+    Raises:
+        TooLarge: when the file is over `JSON_LIMIT_BYTES`.
+        BadSchema: when it is not a JSON object in UTF-8 with distinct keys.
+    """
+    what = f"{path.name} of {path.parent.name!r}"
+    if path.stat().st_size > JSON_LIMIT_BYTES:
+        raise TooLarge(f"{what}: over {JSON_LIMIT_BYTES} bytes")
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError):
+        raise BadSchema(f"{what} is not JSON with distinct keys") from None
+    if not isinstance(found, dict):
+        raise BadSchema(f"{what} is not a JSON object")
+    return found
+
+
+def saved_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and persistent buffers by name, tied ones once under their first name; storage is shared."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        first[id(parameter)] = name
+    keep = set(first.values()) | {name for name, _ in model.named_buffers()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in keep}
+
+
+def config_keys(cls: type[PreTrainedConfig]) -> set[str]:
+    """Return the fields that the configuration class declares and that an artefact may hold."""
+    return set(without_code(cls().to_dict()))
+
+
+def without_code(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings, nested ones too, without private keys and those that name code, a path or a version."""
+    return {
+        key: without_code(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if not (isinstance(key, str) and (key.startswith("_") or key in _REFUSED_KEYS))
+    }
+
+
+def shard_headers(folder: Path, manifest: PackageManifest) -> dict[str, dict[str, TensorSpec]]:
+    """Return the declarations that each of the package's tensor files holds."""
+    return {name: read_header(folder / name) for name in manifest.files if name.endswith(".safetensors")}

@@ -1,0 +1,123 @@
+"""The owner's record of a package: what only the owner may know, kept beside it and never shipped.
+
+It maps the package's own numbering back to the full model: which block each package block stands for, and which
+MLP channels of it were kept. Plugging in renumbers from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from itertools import pairwise
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from offsite.artefacts.layout import Layout
+from offsite.artefacts.manifest import MANIFEST_LIMIT_BYTES
+from offsite.digests import DIGEST_PATTERN
+from offsite.errors import ArtefactError, BadSchema, ConfigError
+from offsite.staging import staged_file
+from offsite.strictjson import Strict
+from offsite.tensors import TensorSpec
+
+OWNER_FORMAT = "offsite/owner/1"
+
+
+class OwnerRecord(Strict):
+    """How one package maps onto the full model.
+
+    ``kept`` holds the full-model block number of every package block, in package order; ``channels`` the kept MLP
+    channels per block (``middle.3`` -> ascending numbers), absent when all were kept.
+    """
+
+    format: str = OWNER_FORMAT
+    package_digest: str = Field(pattern=DIGEST_PATTERN)
+    base_digest: str = Field(pattern=DIGEST_PATTERN)
+    layout: Layout
+    block_tensors: dict[str, TensorSpec]
+    num_blocks: int = Field(ge=1)
+    kept: tuple[int, ...]
+    channels: dict[str, tuple[int, ...]] = {}
+
+    @model_validator(mode="after")
+    def _agree(self) -> OwnerRecord:
+        if self.format != OWNER_FORMAT:
+            raise ValueError(f"format is not {OWNER_FORMAT}")
+        blocks = self.layout.blocks
+        if len(self.kept) != len(blocks) or not _ascending(self.kept, self.num_blocks):
+            raise ValueError("kept does not name one block of the full model per block of the package, ascending")
+        if not self.channels.keys() <= blocks.keys() or not all(map(_ascending, self.channels.values())):
+            raise ValueError("channels does not list ascending numbers for blocks of the package")
+        return self
+
+    @property
+    def sites(self) -> dict[str, str]:
+        """Map canonical blocks (``top.0``) to module names of the full model."""
+        return {
+            name: f"{self.layout.stack}.{number}" for name, number in zip(self.layout.blocks, self.kept, strict=True)
+        }
+
+
+def _ascending(numbers: tuple[int, ...], limit: float = math.inf) -> bool:
+    return all(0 <= number < limit for number in numbers) and all(a < b for a, b in pairwise(numbers))
+
+
+def owner_record_path(package: Path) -> Path:
+    """Return where the record of the package at `package` stands: ``PACKAGE.owner.json``."""
+    whole = Path(os.path.normpath(package.absolute()))  # "." and "PACKAGE/." have names too
+    return whole.parent / f"{whole.name}.owner.json"
+
+
+def write_owner_record(package: Path, record: OwnerRecord) -> Path:
+    """Write the record beside the package, replacing an older one, and return its path."""
+    path = owner_record_path(package)
+    with staged_file(path, replace=True) as stage:
+        stage.write_text(json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n", encoding="utf-8")
+        stage.chmod(0o600)
+    return path
+
+
+def read_owner_record(path: Path) -> OwnerRecord:
+    """Return the record in the file at `path`.
+
+    Raises:
+        ArtefactError: when there is no such file.
+        BadSchema: when it does not have the form of a record.
+    """
+    if not path.is_file():
+        raise ArtefactError(f"no owner's record {path.name!r}", hint="it stands beside the package that distill wrote")
+    if path.stat().st_size > MANIFEST_LIMIT_BYTES:
+        raise BadSchema(f"owner's record {path.name!r} is over {MANIFEST_LIMIT_BYTES} bytes")
+    try:
+        return OwnerRecord.model_validate_json(path.read_bytes())
+    except ValueError:
+        raise BadSchema(f"{path.name!r} is not an owner's record of this version") from None
+
+
+def find_owner_record(package_digest: str, package: Path | None, near: list[Path]) -> OwnerRecord:
+    """Return the record of the package with that digest.
+
+    Args:
+        package: the package's folder, if the caller named it; only its own record is then read.
+        near: folders searched, one level deep, for ``*.owner.json`` when no package was named.
+
+    Raises:
+        ConfigError: when no record with that digest is found.
+        BadSchema: when the named package's record is broken.
+    """
+    if package is not None:
+        return read_owner_record(owner_record_path(package))
+    for folder in near:
+        for path in sorted([*folder.glob("*.owner.json"), *folder.glob("*/*.owner.json")]):
+            if not path.is_file() or path.stat().st_size > MANIFEST_LIMIT_BYTES:
+                continue
+            if package_digest.encode() in path.read_bytes():
+                record = read_owner_record(path)
+                if record.package_digest == package_digest:
+                    return record
+    raise ConfigError(
+        f"no owner's record for package {package_digest[:19]}... was found nearby",
+        hint="name the package with --package PACKAGE",
+    )

@@ -1,0 +1,305 @@
+"""The package: what the owner sends. Read this file to know what crosses and what is checked on arrival.
+
+A package is a folder:
+
+- ``offsite.json``: the manifest. It binds every other file by size and SHA-256, declares every tensor by name,
+  shape and dtype, and says which blocks are *bottom*, *middle* and *top*. Its own SHA-256 is the package's digest.
+- ``config.json``: the architecture's own settings, from an allow-list (the fields its configuration class declares).
+- ``model.safetensors`` (or numbered shards): ends and emulator under transformers' names in the package's own block
+  numbering. The numbers of the owner's blocks and channels are not in it.
+- ``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``: text in, text out.
+
+When whole blocks were dropped, or all kept, ``AutoModelForCausalLM.from_pretrained`` opens the folder. A middle of
+another width is rebuilt here, from declared shapes. Nothing in a package names code, a class or a path: the
+architecture is looked up by ``model_type`` in transformers' own table, and the tokenizer is always the fast one.
+
+On arrival, in this order: manifest size, format, schema; exact set of files; sizes and digests; keys of the
+configuration files; exact set of tensors with shapes and dtypes; a layout that fits them. Then, when the model is
+rebuilt (``offsite/artefacts/rebuild.py``): only settings the architecture declares; exactly its tensors; finite values.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from offsite.artefacts import rebuild
+from offsite.artefacts.layout import (
+    TOKENIZER_CLASS,
+    TOKENIZER_KEYS,
+    Layout,
+    Method,
+    PackageManifest,
+    config_keys,
+    read_json,
+    saved_tensors,
+    shard_headers,
+    without_code,
+)
+from offsite.artefacts.manifest import check_files, entries, read_manifest, write_manifest
+from offsite.errors import BadSchema, ConfigError, UnsupportedModel, WrongNames, WrongShape
+from offsite.staging import staged_folder
+from offsite.tensors import (
+    TensorSpec,
+    check_dtype,
+    check_exact,
+    check_finite,
+    spec_of,
+    torch_dtype,
+    write_tensors,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE_FORMAT = "offsite/package/1"
+SHARD_LIMIT_BYTES = 4 * 2**30
+
+_INDEX = "model.safetensors.index.json"
+FILE_NAMES = re.compile(
+    r"config\.json|tokenizer\.json|tokenizer_config\.json|chat_template\.jinja"
+    r"|model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"
+)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package whose files all agreed with its manifest when it was opened."""
+
+    path: Path
+    manifest: PackageManifest
+    digest: str
+
+    @property
+    def layout(self) -> Layout:
+        """The layout the manifest states."""
+        return self.manifest.layout
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that cross the wire: the bound files; the manifest itself is not counted."""
+        return sum(entry.bytes for entry in self.manifest.files.values())
+
+    def load_model(self, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+        """Return the ends and emulator as one model, in evaluation mode, rebuilt from declared shapes.
+
+        Args:
+            dtype: dtype of the floating tensors in memory, whatever the file holds.
+
+        Raises:
+            BadSchema: when ``config.json`` holds a key or value that the architecture does not declare.
+            WrongNames, WrongShape, NotFinite: when the tensors are not the declared, finite ones.
+        """
+        return rebuild.load_model(self.path, self.manifest, dtype, device)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer, built from ``tokenizer.json``; no class is looked up by name.
+
+        Raises:
+            BadSchema: when its files do not describe a working tokenizer.
+        """
+        return rebuild.load_tokenizer(self.path)
+
+    def block_tensors(self) -> dict[str, TensorSpec]:
+        """Return the declared tensors of all blocks under canonical names (``bottom.0.mlp.up_proj.weight``)."""
+        found = {}
+        for canonical, module in self.layout.blocks.items():
+            for name, spec in self.manifest.tensors.items():
+                if name.startswith(module + "."):
+                    found[canonical + name[len(module) :]] = spec
+        return found
+
+
+def open_package(path: Path) -> Package:
+    """Return the package at `path` once every file agrees with the manifest; no tensor is read.
+
+    Raises:
+        ArtefactError: with the subclass of the check that failed, in the order the module's docstring gives.
+    """
+    manifest, digest = read_manifest(path, PackageManifest, PACKAGE_FORMAT)
+    check_files(path, manifest.files, FILE_NAMES)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if name not in manifest.files:
+            raise WrongNames(f"package {path.name!r} binds no {name}")
+    _check_settings(path, manifest)
+    for name, spec in manifest.tensors.items():
+        check_dtype(name, spec)
+    check_exact(f"package {path.name!r}", _headers(path, manifest), manifest.tensors)
+    _check_layout(f"package {path.name!r}", manifest)
+    return Package(path, manifest, digest)
+
+
+def _check_settings(path: Path, manifest: PackageManifest) -> None:
+    """Return only if no configuration file names code, a class or a path, and the index names the shards."""
+    config = read_json(path / "config.json")
+    if config.get("model_type") != manifest.layout.model_type:
+        raise BadSchema(f"config.json of {path.name!r} and the manifest name different architectures")
+    if without_code(config) != config:
+        raise BadSchema(f"config.json of {path.name!r} holds keys that a package may not hold")
+    tokenizer = read_json(path / "tokenizer_config.json")
+    if set(tokenizer) - TOKENIZER_KEYS != {"tokenizer_class"} or tokenizer["tokenizer_class"] != TOKENIZER_CLASS:
+        raise BadSchema(f"tokenizer_config.json of {path.name!r} holds keys that a package may not hold")
+    if _INDEX in manifest.files:
+        stated = read_json(path / _INDEX).get("weight_map")
+        if stated != {name: file for file, specs in shard_headers(path, manifest).items() for name in specs}:
+            raise WrongNames(f"{_INDEX} of {path.name!r} does not name the shards that hold the tensors")
+
+
+def _check_layout(what: str, manifest: PackageManifest) -> None:
+    """Return only if the layout's blocks and linears are those that the declared tensors make up."""
+    layout = manifest.layout
+    prefix = f"{layout.stack}."
+    numbers = {name.removeprefix(prefix).split(".")[0] for name in manifest.tensors if name.startswith(prefix)}
+    blocks = layout.blocks
+    if numbers != {str(number) for number in range(len(blocks))}:
+        raise BadSchema(f"{what}: the layout counts {len(blocks)} blocks, the tensors make up {len(numbers)}")
+    for name, dims in layout.linears.items():
+        block, inner = ".".join(name.split(".")[:2]), ".".join(name.split(".")[2:])
+        weight = manifest.tensors.get(f"{blocks[block]}.{inner}.weight") if block in blocks else None
+        if weight is None:
+            raise BadSchema(f"{what}: the layout names a linear module that has no weight")
+        if dims not in (weight.shape, weight.shape[::-1]):
+            raise WrongShape(f"{what}: the layout says {name!r} is {dims}, its weight is {weight.shape}")
+    inside = {".".join(name.split(".")[2:]) for name in layout.linears if name.startswith("middle.")}
+    if not set(layout.mlp_linears) <= layout.linears.keys() or not set(layout.adaptable_middle) <= inside:
+        raise BadSchema(f"{what}: the layout lists a module that is not one of its linears")
+
+
+def write_package(
+    out: Path,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: Layout,
+    base_digest: str,
+    method: Method,
+    figures: Mapping[str, float] | None = None,
+    licence: str = "",
+    terms: str = "",
+    dtype: str = "bfloat16",
+) -> Package:
+    """Write the package folder `out`, whole or not at all, from allow-lists only.
+
+    Args:
+        model: ends and emulator in the package's numbering; read, not changed.
+        figures: for whoever receives the package; those that are not finite numbers are left out.
+        dtype: dtype of floating tensors in the file.
+
+    Raises:
+        ConfigError: when `out` exists, or the licence, terms or a figure's name cannot be stated.
+        UnsupportedModel: when the tokenizer has no fast form that encodes alike.
+        NotFinite: when a tensor holds NaN or infinity, or would in `dtype`.
+        RunFailed: when the disk is full.
+    """
+    with staged_folder(out) as stage:
+        _write_json(stage / "config.json", allowed_config(model, dtype))
+        write_tokenizer(stage, tokenizer)
+        tensors = saved_tensors(model)
+        specs = {
+            name: spec_of(tensor, dtype=dtype if tensor.is_floating_point() else None)
+            for name, tensor in tensors.items()
+        }
+        _write_shards(stage, tensors, specs)
+        try:
+            manifest = PackageManifest(
+                format=PACKAGE_FORMAT,
+                base_digest=base_digest,
+                layout=layout,
+                tensors=specs,
+                method=method,
+                figures={name: value for name, value in (figures or {}).items() if math.isfinite(value)},
+                licence=licence,
+                terms=terms,
+                files=entries(stage, [path.name for path in stage.iterdir()]),
+            )
+        except ValidationError as error:
+            problems = [f"{item['loc'][0]}: {item['msg'].lower()}" for item in error.errors(include_url=False)]
+            raise ConfigError(f"the package cannot state this: {'; '.join(problems)}") from None
+        write_manifest(stage, manifest)
+    return open_package(out)
+
+
+def allowed_config(model: PreTrainedModel, dtype: str) -> dict[str, Any]:
+    """Return the architecture's settings: only fields that its configuration class declares itself.
+
+    Nothing depends on whether the model was built, loaded or saved before.
+    """
+    config = model.config
+    found = config.to_dict()
+    allowed = config_keys(type(config))
+    kept = without_code({key: value for key, value in found.items() if key in allowed})
+    return {**kept, "model_type": config.model_type, "dtype": dtype, "architectures": [type(model).__name__]}
+
+
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the fast tokenizer's files from an allow-list of settings.
+
+    Raises:
+        UnsupportedModel: when there is no fast form, or the rebuilt tokenizer encodes a probe text differently.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnsupportedModel(
+            "the tokenizer has no fast form (tokenizer.json)", hint="convert it to a fast tokenizer first"
+        )
+    fresh = type(backend).from_str(backend.to_str())
+    fresh.no_truncation()  # both are left over from the last call, whatever it was
+    fresh.no_padding()
+    (folder / "tokenizer.json").write_text(fresh.to_str(), encoding="utf-8")
+    settings = {key: value for key, value in tokenizer.init_kwargs.items() if key in TOKENIZER_KEYS}
+    settings.update({key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)})
+    settings["model_max_length"] = min(int(tokenizer.model_max_length), 2**40)
+    settings["tokenizer_class"] = TOKENIZER_CLASS
+    plain = {key: value if not hasattr(value, "content") else value.content for key, value in settings.items()}
+    _write_json(folder / "tokenizer_config.json", plain)
+    if isinstance(tokenizer.chat_template, str):
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    probe = "The quick brown fox: 3.5 mg/day\n\n  jumps (over) the lazy dog's café."
+    if rebuild.load_tokenizer(folder)(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
+        raise UnsupportedModel("the tokenizer rebuilt from tokenizer.json encodes a probe text differently")
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec]) -> None:
+    """Write the tensors in files of at most `SHARD_LIMIT_BYTES`, casting one shard at a time."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, spec in specs.items():
+        if groups[-1] and filled + spec.num_bytes > SHARD_LIMIT_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += spec.num_bytes
+    files = (
+        ["model.safetensors"]
+        if len(groups) == 1
+        else [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    )
+    for file, names in zip(files, groups, strict=True):
+        cast = {name: tensors[name].detach().to(torch_dtype(specs[name].dtype)) for name in names}
+        check_finite("the package's model", cast)
+        write_tensors(folder / file, cast)
+    if len(files) > 1:
+        index = {name: file for file, names in zip(files, groups, strict=True) for name in names}
+        total = sum(spec.num_bytes for spec in specs.values())
+        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _headers(folder: Path, manifest: PackageManifest) -> dict[str, TensorSpec]:
+    found: dict[str, TensorSpec] = {}
+    for name, specs in shard_headers(folder, manifest).items():
+        if found.keys() & specs.keys():
+            raise WrongNames(f"package {folder.name!r}: {name!r} repeats a tensor of another shard")
+        found.update(specs)
+    return found

@@ -1,0 +1,15 @@
+"""What an audit measures and records: membership attacks, canaries, extraction, statistics, DP accounting, gates."""
+
+__all__ = [
+    "accounting",
+    "canaries",
+    "canaryaudit",
+    "extraction",
+    "gates",
+    "lowerbound",
+    "membership",
+    "noise",
+    "record",
+    "scores",
+    "statistics",
+]

@@ -1,0 +1,465 @@
+"""What an audit found, as a file: ``audit.json`` in a folder of its own. Read this file to know what an audit may say.
+
+Three audits have this form. *bundle*: the client's, of what its adapter gives away of its data. *plugged-in*: the
+owner's, of that adapter in the full model, by canaries that the client committed to before it tuned and revealed
+afterwards. *package*: the owner's, of what its package gives away of the full model.
+
+An audit holds figures and digests: no text, no name of a person or machine, no path, and of the owner's model neither
+block nor channel numbers. Whether a figure is good enough is not in it: `offsite.audits.gates` says so, from the
+figures.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import Field, model_validator
+
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.job import JOB_ID_PATTERN
+from offsite.artefacts.layout import Key, Line, Method
+from offsite.digests import DIGEST_PATTERN, sha256_bytes
+from offsite.errors import ArtefactError, TooLarge, WrongNames
+from offsite.staging import staged_file, staged_folder
+from offsite.strictjson import Strict, parse_object, parse_strict
+
+AUDIT_FORMAT: Final = "offsite/audit/1"
+RUN_FORMAT: Final = "offsite/run/1"
+AUDIT_NAME = "audit.json"
+AUDIT_LIMIT_BYTES = 16 * 2**20
+MAX_POINTS = 400
+
+Digest = Annotated[str, Field(pattern=DIGEST_PATTERN)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+SignalName = Literal["loss", "reference", "min-k", "min-k++"]
+DECLARED_SIGNAL: Final[SignalName] = "reference"
+"""The one signal that the bound on epsilon and the gate on canaries go by, settled before any score is seen."""
+MAX_STEPS = 10**6
+"""No claim is of more steps: what accountants do with more takes longer than a verifier should wait."""
+
+
+class Estimate(Strict):
+    """A figure with the interval that holds it at that confidence."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float = Field(0.95, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Estimate:
+        if not self.low <= self.value <= self.high:
+            raise ValueError("the value is outside of its interval")
+        return self
+
+
+# --- what a bundle gives away of the data
+
+
+class Claim(Strict):
+    """What a differentially private run claims, and the public constants from which anybody can compute it again.
+
+    ``epsilon`` is of this run by PLD, ``epsilon_total`` of all runs that the client's ledger has on any of the same
+    records. ``num_runs`` counts those: runs that were tried and thrown away are among them, choices made by looking at
+    their results are not accounted for.
+    """
+
+    mechanism: Literal["Poisson-subsampled Gaussian"]
+    neighbours: Literal["one unit added or removed"]
+    unit: Literal["example", "user"]
+    rows_per_user: int | None = Field(None, ge=1)
+    number_of_units_public: bool
+    epsilon: float = Field(ge=0)
+    epsilon_prv: float = Field(ge=0)
+    epsilon_rdp: float = Field(ge=0)
+    delta: float = Field(gt=0, lt=1)
+    noise_multiplier: float = Field(gt=0)
+    clip: float = Field(gt=0)
+    sample_rate: float = Field(gt=0, le=1)
+    divisor: int = Field(ge=1)
+    steps: int = Field(ge=1, le=MAX_STEPS)
+    accountant: Line
+    sampler: Literal["poisson"]
+    noise: Line
+    released: Line
+    engine: Key | Line | None = None
+    epsilon_total: float = Field(ge=0)
+    delta_total: float = Field(gt=0, lt=1)
+    budget: float = Field(ge=0)
+    num_runs: int = Field(ge=1)
+    num_resumes: Count
+    num_releases: Count
+
+
+class TextSettings(Strict):
+    """How a run's text was read and cut, as far as an audit must repeat it."""
+
+    fields: dict[str, str] = {}
+    document_field: str | None = None
+    separator: str | None = None
+    on_long: Literal["truncate", "error"] = "truncate"
+    packed: bool
+    block_tokens: int = Field(ge=2)
+    validation: float = Field(gt=0, lt=1)
+    audit_share: float = Field(ge=0, lt=1)
+    seed: Count
+
+
+class AnsweredRound(Strict):
+    """The round of a federation that a run answered, and at which step of the client's text the run began."""
+
+    digest: Digest
+    number: int = Field(ge=1)
+    first_step: Count
+
+
+class Run(Strict):
+    """The client's own record of a run, ``BUNDLE.run.json``. It stays with the client; audits quote it (`quoted`).
+
+    ``num_records`` are those trained on, canaries apart; ``num_drawn`` of them, of a private run about so many, came
+    in a batch, if only in part, by the step whose weights are released. That is ``steps``; ``steps_run`` were taken in
+    all, the same number in a private run. ``canaries`` is the digest committed to, where any were used. ``round`` is
+    None for a run on the package alone; one that answers a round began with the weights that the round gave, and so
+    does its audit. What may be None for the sake of a quotation is never None in the record itself.
+    """
+
+    format: Literal["offsite/run/1"] = RUN_FORMAT
+    bundle_digest: Digest
+    package_digest: Digest
+    base_digest: Digest
+    job_id: str | None = Field(None, pattern=JOB_ID_PATTERN)
+    adapter: AdapterSpec
+    data_sha256: Digest | None
+    text: TextSettings
+    num_records: int | None = Field(ge=1)
+    num_drawn: int | None = Field(None, ge=1)
+    num_tokens: int | None = Field(ge=1)
+    steps: int = Field(ge=1)
+    steps_run: int | None = Field(None, ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    canaries: Digest | None = None
+    num_canaries: Count = 0
+    sealed_off: bool = False
+    claim: Claim | None = None
+    round: AnsweredRound | None = None
+    versions: dict[Key, Line] = {}
+
+
+def quoted(run: Run) -> Run:
+    """Return what others may read of a run's record: no digest of the data, no name of a column or user field.
+
+    Where a claim says that the number of units is not public, the numbers of rows and tokens are left out too.
+    """
+    text = run.text.model_copy(update={"fields": {}, "document_field": None, "separator": None})
+    left_out: dict[str, object] = {"data_sha256": None, "text": text}
+    if run.claim is not None and not run.claim.number_of_units_public:
+        left_out |= {"num_records": None, "num_drawn": None, "num_tokens": None}
+    return run.model_copy(update=left_out)
+
+
+class Membership(Strict):
+    """One attack that tells trained-on rows from others by a score; `tpr_at_1` is its hit rate at 1% false alarms.
+
+    A hit rate is None where there are too few others to measure it (1,000 at 1%, 10,000 at 0.1%). ``roc`` are points
+    (false alarms, hits) from (0, 0) to (1, 1).
+    """
+
+    signal: SignalName
+    num_members: int = Field(ge=1)
+    num_nonmembers: int = Field(ge=1)
+    auc: Estimate
+    balanced_accuracy: Share
+    tpr_at_1: Estimate | None
+    tpr_at_01: Estimate | None
+    roc: tuple[tuple[Share, Share], ...] = Field(min_length=2, max_length=MAX_POINTS)
+
+
+class EpsilonBound(Strict):
+    """A lower bound on epsilon from one run, and what a perfect attack with as many canaries could have shown.
+
+    Source: arXiv:2305.08846. It can refute a claimed epsilon; a small value confirms nothing. ``declared`` are all the
+    numbers of guesses that were tried; epsilon is that of ``num_guesses`` of them, of which ``num_correct`` were right.
+    """
+
+    signal: SignalName
+    epsilon: float = Field(ge=0)
+    delta: float = Field(ge=0, lt=1)
+    confidence: float = Field(gt=0, lt=1)
+    num_canaries: int = Field(ge=1, le=100_000)
+    num_guesses: Count
+    num_correct: Count
+    declared: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, max_length=8)
+    rule: Line
+    ceiling: float = Field(ge=0)
+
+
+class Exposure(Strict):
+    """How far made-up secrets stand out: bits of exposure of each one that was trained on, and those read back out.
+
+    Source: arXiv:1802.08232. ``most_bits`` is the exposure of rank 1 among ``num_candidates``.
+    """
+
+    num_secrets: int = Field(ge=1)
+    num_candidates: int = Field(ge=2)
+    repeats: int = Field(ge=1)
+    bits: tuple[float, ...] = Field(max_length=10_000)
+    bits_before: tuple[float, ...] = Field(max_length=10_000)
+    most_bits: float = Field(ge=0)
+    num_extracted_greedy: Count
+    num_extracted_top_k: Count
+    num_samples: Count
+
+
+class CanaryAudit(Strict):
+    """What was measured on canaries: rows made up before tuning, each trained on or not by a fair coin."""
+
+    commitment: Digest
+    num: int = Field(ge=1)
+    num_included: Count
+    membership: tuple[Membership, ...] = ()
+    bound: EpsilonBound | None = None
+    exposure: Exposure | None = None
+
+
+class Verbatim(Strict):
+    """Rows of the training text that come back word for word from their beginnings, after tuning and before it.
+
+    ``num_new`` came back after tuning and not before; None where only the two numbers are known.
+    """
+
+    num_rows: Count
+    prefix_tokens: int = Field(ge=1)
+    continuation_tokens: int = Field(ge=1)
+    num_extracted: Count
+    num_extracted_before: Count
+    num_new: Count | None = None
+
+
+class ScanFigures(Strict):
+    """What was looked for in the bundle's bytes, and how often anything of each kind was found."""
+
+    num_bytes: Count
+    num_ngrams_compared: Count
+    found: dict[Key, Count]
+
+
+class BundleAudit(Strict):
+    """The content of ``audit.json`` of the client's audit. Scores are of the emulator, with and without the adapter.
+
+    ``run`` is the run's record as `quoted`. Rows were chosen by ``seed``, at most ``rows_limit`` of either side.
+    ``nonmembers`` says where the rows that were not trained on come from. ``auc_before`` is how well the emulator's
+    loss without the adapter tells them from the others: 0.5, unless the two differ by more than what was trained on.
+    """
+
+    format: Literal["offsite/audit/1"] = AUDIT_FORMAT
+    kind: Literal["bundle"] = "bundle"
+    run: Run
+    tokens_per_row: int = Field(ge=2)
+    seed: Count | None = None
+    rows_limit: int | None = Field(None, ge=1)
+    membership: tuple[Membership, ...]
+    nonmembers: Literal["set aside", "validation", "file"] | None = None
+    auc_before: Estimate | None = None
+    canaries: CanaryAudit | None = None
+    verbatim: Verbatim | None = None
+    scan: ScanFigures
+    versions: dict[Key, Line] = {}
+
+
+class PluggedAudit(Strict):
+    """The content of ``audit.json`` of the owner's audit of an adapter in the full model, by revealed canaries."""
+
+    format: Literal["offsite/audit/1"] = AUDIT_FORMAT
+    kind: Literal["plugged-in"] = "plugged-in"
+    bundle_digest: Digest
+    package_digest: Digest
+    base_digest: Digest
+    canaries: CanaryAudit
+    versions: dict[Key, Line] = {}
+
+
+# --- what a package gives away of the model
+
+
+class Capability(Strict):
+    """One thing models can do, scored for the full model and for what the client holds.
+
+    ``kept`` is the share of the full model's skill above ``chance`` that the emulator has as sent: for perplexity in
+    nats per token, chance being a unigram model; for tasks in the metric itself.
+    """
+
+    name: Line
+    metric: Key
+    num_rows: int = Field(ge=1)
+    chance: float
+    full: float
+    emulator: float
+    emulator_tuned: float | None = None
+    plugged_in: float | None = None
+    kept: float
+
+
+class BlockAlignment(Strict):
+    """How like one of the owner's blocks a block of the emulator is at best: cosine of weights, CKA of hidden states.
+
+    Source: linear CKA, arXiv:1905.00414. Which of the owner's blocks it is stays with the owner.
+    """
+
+    block: str = Field(pattern=r"^(bottom|middle|top)\.\d{1,4}$")
+    cosine: float = Field(ge=-1.001, le=1.001)
+    cka: float = Field(ge=-0.001, le=1.001)
+
+
+class Similarity(Strict):
+    """What of the owner's parameters is in the package bit for bit: by whole tensors, and by rows of matrices.
+
+    ``num_within_rounding`` counts those that are no further than one step of bfloat16 away too, which a mark moves
+    entries by: at least ``num_verbatim_by_row``. None in audits of earlier versions.
+    """
+
+    num_parameters: int = Field(ge=1)
+    num_verbatim: Count
+    num_verbatim_by_row: Count
+    num_within_rounding: Count | None = None
+    blocks: tuple[BlockAlignment, ...]
+
+
+class RecoveryPoint(Strict):
+    """Where an attack stood after so many tokens: perplexity, and the share of the lost capability it had regained."""
+
+    num_tokens: Count
+    perplexity: float = Field(gt=0)
+    regained: float
+
+
+class Recovery(Strict):
+    """One way to rebuild the full model's ability from the package alone: holes filled, then healed on public text."""
+
+    attack: Key
+    trained_parameters: Count
+    points: tuple[RecoveryPoint, ...] = Field(min_length=1, max_length=MAX_POINTS)
+
+    @property
+    def best(self) -> float:
+        """The most it regained at any point."""
+        return max(point.regained for point in self.points)
+
+
+class Union(Strict):
+    """What several packages of one model hold together: shares of the middle's parameters."""
+
+    num_packages: int = Field(ge=2)
+    share_single: Share
+    share_union: Share
+
+
+class PackageAudit(Strict):
+    """The content of ``audit.json`` of the owner's audit of a package."""
+
+    format: Literal["offsite/audit/1"] = AUDIT_FORMAT
+    kind: Literal["package"] = "package"
+    package_digest: Digest
+    base_digest: Digest
+    method: Method
+    middle_parameters: int = Field(ge=1)
+    emulator_parameters: int = Field(ge=1)
+    capabilities: tuple[Capability, ...] = Field(min_length=1)
+    similarity: Similarity
+    recovery: tuple[Recovery, ...] = ()
+    recovery_text: Line = ""
+    union: Union | None = None
+    versions: dict[Key, Line] = {}
+
+
+Audit = BundleAudit | PluggedAudit | PackageAudit
+_KINDS: dict[str, type[BundleAudit] | type[PluggedAudit] | type[PackageAudit]] = {
+    "bundle": BundleAudit,
+    "plugged-in": PluggedAudit,
+    "package": PackageAudit,
+}
+
+
+def write_audit(out: Path, audit: Audit) -> str:
+    """Write the audit folder `out`, whole or not at all, and return the digest of its ``audit.json``.
+
+    Raises:
+        ConfigError: when `out` exists.
+        RunFailed: when the disk is full.
+    """
+    raw = _raw(audit)
+    with staged_folder(out) as stage:
+        (stage / AUDIT_NAME).write_bytes(raw)
+    return sha256_bytes(raw)
+
+
+def read_audit(folder: Path) -> tuple[Audit, str]:
+    """Return the audit in `folder`, which holds nothing else, and the digest of its bytes.
+
+    Raises:
+        ArtefactError: when there is no such folder or no audit in it.
+        WrongNames: when it holds anything besides.
+        TooLarge, WrongBinding, BadSchema: when the file is not an audit of this format.
+    """
+    if not folder.is_dir():
+        raise ArtefactError(f"no audit folder named {folder.name!r}", hint="check the path")
+    path = folder / AUDIT_NAME
+    if path.is_symlink() or not path.is_file():
+        raise ArtefactError(f"folder {folder.name!r} holds no {AUDIT_NAME}", hint="offsite audit writes it")
+    if extra := {found.name for found in folder.iterdir()} - {AUDIT_NAME}:
+        raise WrongNames(f"{folder.name!r}: {len(extra)} file(s) besides {AUDIT_NAME}")
+    raw = _limited(path)
+    return parse_audit(parse_object(raw, AUDIT_NAME)), sha256_bytes(raw)
+
+
+def parse_audit(stated: dict[str, object]) -> Audit:
+    """Return the audit that a JSON object states, by its kind.
+
+    Raises:
+        WrongBinding, BadSchema: when it is not an audit of this format.
+    """
+    kind = stated.get("kind")
+    cls = _KINDS.get(kind if isinstance(kind, str) else "", BundleAudit)
+    return parse_strict(json.dumps(stated).encode(), cls, AUDIT_NAME, {"format": AUDIT_FORMAT})
+
+
+def run_path(bundle: Path) -> Path:
+    """Return where the record of the run that made `bundle` lies: ``BUNDLE.run.json`` beside it."""
+    return bundle.parent / f"{bundle.name}.run.json"
+
+
+def write_run(path: Path, run: Run) -> None:
+    """The run's record stands at `path`, in place of an older one.
+
+    Raises:
+        RunFailed: when the disk is full.
+    """
+    with staged_file(path, replace=True) as stage:
+        stage.write_bytes(_raw(run))
+
+
+def read_run(path: Path) -> Run:
+    """Return the run's record.
+
+    Raises:
+        ArtefactError: when there is none.
+        TooLarge, WrongBinding, BadSchema: when it is not one of this format.
+    """
+    if not path.is_file():
+        raise ArtefactError(f"no run record {path.name!r}", hint="offsite tune leaves it beside the bundle; keep both")
+    return parse_strict(_limited(path), Run, path.name, {"format": RUN_FORMAT})
+
+
+def _raw(model: Strict) -> bytes:
+    return json.dumps(model.model_dump(mode="json"), sort_keys=True, indent=1, allow_nan=False).encode("ascii") + b"\n"
+
+
+def _limited(path: Path) -> bytes:
+    with path.open("rb") as handle:
+        raw = handle.read(AUDIT_LIMIT_BYTES + 1)
+    if len(raw) > AUDIT_LIMIT_BYTES:
+        raise TooLarge(f"{path.name}: over {AUDIT_LIMIT_BYTES} bytes")
+    return raw

@@ -1,0 +1,230 @@
+"""The folder that ``evaluate`` writes: ``results.json`` with every figure, and the runs' logs as ``logs/NAME.jsonl``.
+
+``offsite report run`` and benchmarks read it. It holds file names, never paths, and no text of the data measured on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.manifest import FileEntry
+from offsite.digests import DIGEST_PATTERN
+from offsite.errors import ArtefactError, BadSchema, ConfigError, DataError, TooLarge, WrongBinding
+from offsite.strictjson import Strict
+
+RESULTS_FORMAT = "offsite/results/1"
+RESULTS_NAME = "results.json"
+LOGS_NAME = "logs"
+LIMIT_BYTES = 64 * 2**20
+
+RowName = Literal["zero_shot", "emulator_zero_shot", "emulator_tuned", "plugged_in", "ceiling", "lora_full", "full"]
+ROWS: dict[RowName, str] = {
+    "zero_shot": "the full model as it was",
+    "emulator_zero_shot": "the package as it was sent",
+    "emulator_tuned": "what the client can run: package and adapter",
+    "plugged_in": "what the owner ends up with: full model and adapter",
+    "ceiling": "the same adapter tuned on the true middle",
+    "lora_full": "LoRA on the full model",
+    "full": "every block of the full model tuned",
+}
+"""Every row that can be measured, in the order of tables, and what it is."""
+
+ALWAYS: tuple[RowName, ...] = ("zero_shot", "emulator_zero_shot", "emulator_tuned", "plugged_in")
+"""The rows that every evaluation has; the others are references."""
+
+LogRecord = dict[str, float | None]
+
+
+class Summary(Strict):
+    """One figure over seeds: its mean, its sample standard deviation (None for one seed) and the values by seed."""
+
+    mean: float = Field(allow_inf_nan=False)
+    deviation: float | None = Field(None, allow_inf_nan=False)
+    values: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(min_length=1)
+
+
+class Row(Strict):
+    """What one model scored: perplexity, and per task its metrics by name."""
+
+    perplexity: Summary
+    tasks: dict[str, dict[str, Summary]] = {}
+
+    @model_validator(mode="after")
+    def _positive(self) -> Row:
+        if min(self.perplexity.mean, *self.perplexity.values.values()) <= 0:
+            raise ValueError("a perplexity is not above 0")
+        return self
+
+
+class Data(Strict):
+    """The text measured on: its file's name and digest, and how much of it was used."""
+
+    name: str
+    sha256: str = Field(pattern=DIGEST_PATTERN)
+    num_records: int
+    num_examples: int
+    num_tokens: int
+    num_truncated: int
+
+
+class Crossing(Strict):
+    """One artefact that crossed between owner and client: its digest and its files."""
+
+    name: str
+    digest: str = Field(pattern=DIGEST_PATTERN)
+    files: dict[str, FileEntry]
+    num_parameters: int
+    disclosed: dict[str, float] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the bound files; the manifest is not counted."""
+        return sum(entry.bytes for entry in self.files.values())
+
+
+class Parameters(Strict):
+    """Numbers of parameters: the full model, its middle, the emulator that stands in for the middle, the adapter."""
+
+    full: int = Field(gt=0)
+    middle: int = Field(gt=0)
+    emulator: int = Field(gt=0)
+    adapter: int = Field(gt=0)
+
+
+class Answer(Strict):
+    """Greedy continuations of one prompt by the full model and by the plugged-in model."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+class Results(Strict):
+    """The content of ``results.json``.
+
+    ``scale`` is the share of the bundles' updates that was plugged in.
+
+    ``metrics`` are those of perplexity, ``task_metrics`` those of each task's metrics; ``tasks`` holds the number of
+    rows scored. ``references`` maps reference rows to digests of their bundles, ``runs`` names to the figures that
+    ``distill`` and ``tune`` printed. ``config`` and ``command`` hold file names, never paths.
+    """
+
+    format: Literal["offsite/results/1"] = "offsite/results/1"
+    model: str
+    base_digest: str = Field(pattern=DIGEST_PATTERN)
+    method: dict[str, str | float | int]
+    adapter: AdapterSpec
+    scale: float = Field(1.0, gt=0, le=1)
+    data: Data
+    rows: dict[RowName, Row]
+    metrics: dict[str, Summary | None]
+    tasks: dict[str, int] = {}
+    task_metrics: dict[str, dict[str, dict[str, Summary | None]]] = {}
+    parameters: Parameters
+    package: Crossing
+    bundles: dict[str, Crossing] = Field(min_length=1)
+    references: dict[str, tuple[str, ...]] = {}
+    runs: dict[str, dict[str, float]] = {}
+    answers: tuple[Answer, ...] = ()
+    config: dict[str, Any]
+    command: str
+    versions: dict[str, str]
+    device: str
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _rows_and_tasks(self) -> Results:
+        missing = [row for row in ALWAYS if row not in self.rows]
+        if missing:
+            raise ValueError(f"row {missing[0]} is missing")
+        tasks = {(task, metric) for task, row in self.rows["zero_shot"].tasks.items() for metric in row}
+        for row in self.rows.values():
+            if {(task, metric) for task, found in row.tasks.items() for metric in found} != tasks:
+                raise ValueError("rows were scored on different tasks")
+        return self
+
+
+def write_results(folder: Path, results: Results) -> None:
+    """Write ``results.json`` into `folder`, keys in the order of the schema."""
+    text = json.dumps(results.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / RESULTS_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_results(folder: Path) -> Results:
+    """Return the results in `folder`.
+
+    Raises:
+        ArtefactError: when there is no such folder, or no results in it.
+        TooLarge, WrongBinding, BadSchema: when they are over the limit, of another format, or of the wrong form.
+    """
+    path = folder / RESULTS_NAME
+    if not folder.is_dir():
+        raise ArtefactError(f"no folder named {folder.name!r}", hint="give the folder that offsite evaluate wrote")
+    if not path.is_file():
+        raise ArtefactError(f"folder {folder.name!r} holds no {RESULTS_NAME}", hint="offsite evaluate writes one")
+    if path.stat().st_size > LIMIT_BYTES:
+        raise TooLarge(f"{RESULTS_NAME} of {folder.name!r}: over {LIMIT_BYTES} bytes")
+    raw = path.read_bytes()
+    try:
+        stated = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise BadSchema(f"{RESULTS_NAME} of {folder.name!r} is not JSON") from None
+    if not isinstance(stated, dict) or stated.get("format") != RESULTS_FORMAT:
+        raise WrongBinding(f"{RESULTS_NAME} of {folder.name!r} is not {RESULTS_FORMAT}")
+    try:
+        return Results.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])[:120]
+        raise BadSchema(f"{RESULTS_NAME} of {folder.name!r}: {where}: {first['msg'].lower()}") from None
+
+
+def read_logs(folder: Path) -> dict[str, list[LogRecord]]:
+    """Return the records of every log in the results folder, by name.
+
+    Raises:
+        DataError: when a line is not a record.
+    """
+    return {path.stem: read_log(path) for path in sorted((folder / LOGS_NAME).glob("*.jsonl"))}
+
+
+def read_log(path: Path) -> list[LogRecord]:
+    """Return the records of a run's log: objects of finite numbers or null, each with its step.
+
+    Raises:
+        ConfigError: when the file cannot be read.
+        DataError: naming the line that is not such a record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"cannot read log {path.name!r}: {(error.strerror or 'i/o error').lower()}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"log {path.name!r} is not UTF-8 text") from None
+    records = [_log_record(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not records:
+        raise DataError(f"log {path.name!r} is empty, expected a line per step")
+    return records
+
+
+def _log_record(path: Path, number: int, line: str) -> LogRecord:
+    problem = DataError(f"log {path.name!r}: line {number} is not a record of a run's step")
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        raise problem from None
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        raise problem
+    if not all(value is None or _is_number(value) for value in found.values()):
+        raise problem
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,107 @@
+"""What a causal language model goes on with, for many beginnings at once.
+
+Prompts of one length go together, so that no padding stands before a token: what comes out does not depend on which
+prompts were given beside it, but for rounding.
+
+Shapes: B = prompts in a batch, T = tokens, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from offsite.errors import ConfigError, RunFailed
+from offsite.evaluation.measure import evaluating
+
+Precision = Literal["fp32", "bf16"]
+
+
+def continuations(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    seed: int = 0,
+    without: Sequence[int] = (),
+    precision: Precision = "fp32",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Return the `num_tokens` tokens that follow each prompt, in the prompts' order.
+
+    An end-of-sequence token ends nothing: every answer has the same length. The model is neither moved nor changed.
+
+    Args:
+        temperature: 0 takes the likeliest token every time; otherwise what logits are divided by.
+        top_k: draw among so many likeliest tokens only; 0 for all of them.
+        seed: of the draws; the same prompts and batches then give the same answers on one device.
+        without: tokens that are never chosen.
+        progress: called after each batch with prompts done and prompts in all.
+
+    Raises:
+        ConfigError: when a number is out of range, or a prompt is empty.
+        RunFailed: when a logit is NaN.
+    """
+    if num_tokens < 1 or batch_size < 1 or temperature < 0 or top_k < 0 or not all(prompts):
+        raise ConfigError("prompts, tokens and batches of at least one, temperature and top-k not below zero expected")
+    place = next(model.parameters()).device
+    generator = torch.Generator(device=place).manual_seed(seed)
+    found: list[list[int]] = [[] for _ in prompts]
+    done = 0
+    for rows in _alike(prompts, batch_size):
+        prompts_BT = torch.tensor([list(prompts[row]) for row in rows], device=place)
+        with torch.no_grad(), evaluating(model), torch.autocast(place.type, torch.bfloat16, precision == "bf16"):
+            steps: list[Tensor] = []
+            for logits_BV in _steps(model, prompts_BT, steps, num_tokens):
+                logits_BV[:, list(without)] = -torch.inf
+                steps.append(_choose(logits_BV, temperature, top_k, generator))
+        for row, ids in zip(rows, torch.stack(steps, 1).tolist(), strict=True):
+            found[row] = ids
+        done += len(rows)
+        if progress is not None:
+            progress(done, len(prompts))
+    return found
+
+
+def _alike(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Yield places of prompts that are equally long, at most `batch_size` at a time."""
+    by_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(row)
+    for rows in by_length.values():
+        for start in range(0, len(rows), batch_size):
+            yield rows[start : start + batch_size]
+
+
+def _steps(model: Any, prompts_BT: Tensor, chosen: list[Tensor], num_tokens: int) -> Iterator[Tensor]:
+    """Yield the logits (B, V) float32 of each next token; the caller appends the token to `chosen` before the next."""
+    cache = None
+    ids_BT = prompts_BT
+    for step in range(num_tokens):
+        mask_BT = torch.ones((len(ids_BT), prompts_BT.shape[1] + step), dtype=torch.int64, device=ids_BT.device)
+        output = model(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits_BV = output.logits[:, -1].float().clone()
+        if bool(logits_BV.isnan().any()):
+            raise RunFailed("the model's output is not finite", hint="check the model: a weight may be NaN")
+        yield logits_BV
+        ids_BT = chosen[-1][:, None]
+
+
+def _choose(logits_BV: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    if 0 < top_k < logits_BV.shape[1]:
+        least_B1 = logits_BV.topk(top_k, -1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+    upto_BV = (logits_BV / temperature).softmax(-1).double().cumsum(-1)  # one draw a row; multinomial makes V of them
+    drawn_B1 = torch.rand((len(upto_BV), 1), generator=generator, dtype=torch.float64, device=upto_BV.device)
+    found_B1 = torch.searchsorted(upto_BV, drawn_B1 * upto_BV[:, -1:], right=True)
+    return found_B1[:, 0].clamp_max(upto_BV.shape[1] - 1)

@@ -1,0 +1,6 @@
+"""Models of transformers: finding the block stack, cutting it, loading a checkpoint.
+
+Facts about architectures live in ``blocks`` and ``depth`` alone.
+"""
+
+__all__ = ["blocks", "config", "depth", "fetch", "load", "split"]

@@ -1,0 +1,65 @@
+"""Settings of ``offsite report privacy`` and ``offsite report verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+from pydantic.config import JsonDict
+
+from offsite.keys.config import IdentityConfig, KeysConfig
+
+POSITIONAL: JsonDict = {"positional": True}
+OUTPUT: JsonDict = {"short": "-o"}
+REPEATED: JsonDict = {"repeated": True}
+
+
+class PrivacyReportConfig(IdentityConfig):
+    """Settings of ``offsite report privacy --audit AUDIT -o REPORT``."""
+
+    verb: ClassVar[str] = "report privacy"
+
+    audit: tuple[Path, ...] = Field(
+        min_length=1,
+        max_length=3,
+        description="an audit folder; repeat it for audits of one bundle, of it plugged in, and of its package",
+        json_schema_extra=REPEATED,
+    )
+    output: Path = Field(description="report folder to write", json_schema_extra=OUTPUT)
+    release: Path | None = Field(
+        None, description="what offsite seal wrote beside the sealed bundle, SEALED.release.json: on what it was let go"
+    )
+    job: Path | None = Field(None, description="folder of the job that all of it belongs to")
+    max_capability: float | None = Field(
+        None, description="package audit: largest share of the full model's skill the emulator may have"
+    )
+    max_recovery: float | None = Field(
+        None, description="package audit: largest share of lost capability an attack may have regained"
+    )
+    max_union: float | None = Field(
+        None, ge=0, le=1, description="package audit: largest share of the middle in all packages together"
+    )
+
+
+class ReportVerifyConfig(KeysConfig):
+    """Settings of ``offsite report verify REPORT``."""
+
+    verb: ClassVar[str] = "report verify"
+
+    report: Path = Field(description="a privacy report's folder", json_schema_extra=POSITIONAL)
+    card: Path | None = Field(
+        None, description="the issuer's card, for those who have no keys folder that pins it; needs --fingerprint"
+    )
+    fingerprint: str | None = Field(
+        None, description="with --card: the issuer's fingerprint, as told over another channel than the card came by"
+    )
+    bundle: Path | None = Field(None, description="bundle folder that the report must be about")
+    package: Path | None = Field(None, description="package folder that the report must be about")
+    page: Path | None = Field(None, description="page to write once all checks passed: the report as HTML")
+
+    @model_validator(mode="after")
+    def _card_and_fingerprint(self) -> ReportVerifyConfig:
+        if (self.card is None) != (self.fingerprint is None):
+            raise ValueError("--card and --fingerprint are given together or not at all")
+        return self

@@ -1,0 +1,154 @@
+"""``offsite report privacy``: one signed report of what audits found, with a page to read it by."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from offsite import __version__
+from offsite.artefacts.job import read_job
+from offsite.audits.gates import Gate
+from offsite.audits.record import BundleAudit, PackageAudit, PluggedAudit, read_audit
+from offsite.console import say
+from offsite.digests import sha256_bytes
+from offsite.errors import BadSchema, ConfigError, WrongBinding
+from offsite.keys.identity import open_identity
+from offsite.privacyreport.config import PrivacyReportConfig
+from offsite.privacyreport.page import page
+from offsite.privacyreport.recompute import Recomputed, recompute, require_claim
+from offsite.privacyreport.record import (
+    PAGE_NAME,
+    REPORT_NAME,
+    SIGN_PURPOSE,
+    SIGNATURES_NAME,
+    Audits,
+    JobFacts,
+    Limits,
+    PrivacyReport,
+    audit_digest,
+    conclude,
+    report_raw,
+)
+from offsite.privacyreport.words import released
+from offsite.sealed.manifest import write_signatures
+from offsite.sealed.release import read_release
+from offsite.staging import refuse_existing, staged_folder
+
+
+def run(config: PrivacyReportConfig) -> dict[str, object]:
+    """Carry out ``offsite report privacy``.
+
+    Raises:
+        ConfigError: when the output exists, two audits are of one kind, or epsilon cannot be recomputed here.
+        ArtefactError: when an input is unsound, they are not about the same, or a claim does not follow from its
+            constants; nothing is written then.
+        BadKey: when the keys do not open.
+    """
+    refuse_existing(config.output)
+    audits = _audits(config.audit)
+    release = None if config.release is None else read_release(config.release)
+    job = None if config.job is None else _job(config.job, audits)
+    limits = _limits(config, audits.package)
+    identity = open_identity(config)
+    issuer = identity.public.fingerprint
+    recomputed = _recomputed(audits.bundle)
+    report = conclude(
+        issuer=issuer,
+        created=int(time.time()),
+        audits=audits,
+        release=release,
+        job=job,
+        limits=limits,
+        recomputed=recomputed,
+        versions={"offsite": __version__},
+    )
+    raw = report_raw(report)
+    with staged_folder(config.output) as stage:
+        (stage / REPORT_NAME).write_bytes(raw)
+        (stage / SIGNATURES_NAME).write_bytes(write_signatures(issuer, identity.sign(SIGN_PURPOSE, raw)))
+        (stage / PAGE_NAME).write_text(page(report), encoding="utf-8")
+    show(report)
+    say(f"{config.output.name}: signed; open {PAGE_NAME} in a browser, or send the folder with offsite seal")
+    return {**told(report, sha256_bytes(raw)), "report": config.output.name}
+
+
+def show(report: PrivacyReport) -> None:
+    """The first line, the gates and the grounds of the release are on stderr."""
+    say(report.headline)
+    if report.release is not None:
+        say(released(report.release, report.digests.audits.get("bundle")))
+    kinds = {"bundle": report.gates.bundle, "plugged in": report.gates.plugged_in, "package": report.gates.package}
+    for kind, gates in kinds.items():
+        for gate in gates:
+            say(f"  {gate.verdict:<15} {kind}, {gate.name}: {gate.told}")
+
+
+def told(report: PrivacyReport, digest: str) -> dict[str, object]:
+    """Return what both verbs say of a report on stdout."""
+    claim = report.privacy.claim if report.privacy is not None else None
+    figures = ("epsilon", "epsilon_rdp", "delta", "epsilon_total", "delta_total", "budget", "num_runs", "unit")
+    return {
+        "accepted_leakage": report.accepted_leakage,
+        "claim": None if claim is None else {name: getattr(claim, name) for name in figures},
+        "created": report.created,
+        "digest": digest,
+        "gates": {
+            "bundle": _verdicts(report.gates.bundle),
+            "package": _verdicts(report.gates.package),
+            "plugged_in": _verdicts(report.gates.plugged_in),
+        },
+        "headline": report.headline,
+        "issuer": report.issuer,
+        "role": report.role,
+    }
+
+
+def _verdicts(gates: tuple[Gate, ...]) -> dict[str, str]:
+    return {gate.name: gate.verdict for gate in gates}
+
+
+def _audits(folders: tuple[Path, ...]) -> Audits:
+    bundle: BundleAudit | None = None
+    plugged: PluggedAudit | None = None
+    package: PackageAudit | None = None
+    seen: set[str] = set()
+    for folder in folders:
+        audit, digest = read_audit(folder)
+        if audit.kind in seen:
+            raise ConfigError(f"--audit: two audits are of kind {audit.kind!r}", hint="give one of each kind at most")
+        seen.add(audit.kind)
+        if audit_digest(audit) != digest:
+            raise BadSchema(f"audit {folder.name!r} is not written in the one form it has", hint="audit anew")
+        if isinstance(audit, BundleAudit):
+            bundle = audit
+        elif isinstance(audit, PluggedAudit):
+            plugged = audit
+        else:
+            package = audit
+    return Audits(bundle=bundle, plugged_in=plugged, package=package)
+
+
+def _job(folder: Path, audits: Audits) -> JobFacts:
+    opened = read_job(folder)
+    job = opened.job
+    for kind, about in audits.about.items():
+        if about != (job.package_digest, job.base_digest):
+            raise WrongBinding(f"the {kind} audit is of another package or base model than job {job.job_id[:12]}")
+    return JobFacts(job_id=job.job_id, digest=opened.digest, owner=job.owner, client=job.client)
+
+
+def _limits(config: PrivacyReportConfig, package: PackageAudit | None) -> Limits:
+    limits = Limits(max_capability=config.max_capability, max_recovery=config.max_recovery, max_union=config.max_union)
+    if package is None and limits != Limits():
+        raise ConfigError("--max-capability, --max-recovery, --max-union: no package audit is among --audit")
+    return limits
+
+
+def _recomputed(bundle: BundleAudit | None) -> Recomputed | None:
+    claim = bundle.run.claim if bundle is not None else None
+    if claim is None:
+        return None
+    say("recomputing epsilon from the run's constants")
+    found = recompute(claim)
+    require_claim(claim, found)
+    return found

@@ -1,0 +1,152 @@
+"""What a privacy report says in words, worked out from its figures: its first line, its grounds, what it does not say.
+
+An auditor's program works the same words out anew and compares them: they are part of the format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from decimal import Decimal
+
+from offsite.audits.gates import WEAK_EPSILON, Gate, Release
+from offsite.audits.record import AnsweredRound, BundleAudit, CanaryAudit, Claim, PackageAudit, PluggedAudit
+
+NOT_PRIVATE = "NOT DIFFERENTIALLY PRIVATE"
+_ELSEWHERE = "on an audit that is not in this report"
+
+
+def headline(
+    bundle: BundleAudit | None, plugged: PluggedAudit | None, package: PackageAudit | None, gates: Iterable[Gate]
+) -> str:
+    """Return the report's first line: whether the run is differentially private, as claimed and as attacked."""
+    if bundle is None and plugged is None:
+        kept = [one.kept for one in package.capabilities if one.name == "perplexity"] if package else []
+        told = f": the emulator has {kept[0]:.2f} of the full model's skill on held-out text" if kept else ""
+        return f"What a package gives away of its model{told}"
+    if bundle is None:
+        return "DIFFERENTIAL PRIVACY NOT SHOWN: this report quotes no run of the client's"
+    claim = bundle.run.claim
+    if claim is None:
+        return f"{NOT_PRIVATE}: nothing bounds what this adapter may reveal of the text it was tuned on"
+    failed = {gate.name: gate.found for gate in gates if gate.verdict == "failed"}
+    if "epsilon" in failed:
+        return (
+            f"CLAIM OF DIFFERENTIAL PRIVACY REFUTED: an attack shows epsilon of at least {failed['epsilon']:.2f}, "
+            f"claimed is {upper(claim.epsilon)}"
+        )
+    if "budget" in failed:
+        return f"PRIVACY BUDGET EXCEEDED: epsilon {upper(claim.epsilon_total)} spent of {claim.budget:.3f}"
+    total = "" if claim.num_runs == 1 else f"; {upper(claim.epsilon_total)} in all of {claim.num_runs} runs"
+    start = f"Differentially private per {unit(claim)}, as claimed"
+    if claim.epsilon > WEAK_EPSILON:
+        start = (
+            f"HARDLY DIFFERENTIALLY PRIVATE, above {WEAK_EPSILON:g} a claim per {unit(claim)} promises next to nothing"
+        )
+    return f"{start}: epsilon {upper(claim.epsilon)} at delta {upper_delta(claim.delta)}{total}"
+
+
+def unit(claim: Claim) -> str:
+    """Return whose influence the claim bounds."""
+    return claim.unit if claim.rows_per_user is None else f"{claim.unit} of at most {claim.rows_per_user} rows"
+
+
+def upper(epsilon: float) -> str:
+    """Return epsilon with three decimals, never less than it is."""
+    return f"{math.ceil(epsilon * 1000 - 1e-6) / 1000:.3f}"
+
+
+def upper_delta(delta: float) -> str:
+    """Return delta with two digits that tell, never less than it is."""
+    digits, exponent = f"{delta:.1e}".split("e")
+    if float(f"{digits}e{exponent}") < delta * (1 - 1e-9):
+        digits = f"{float(digits) + 0.1:.1f}"
+    shown = f"{float(digits):g}e{int(exponent)}"
+    return f"{Decimal(shown):f}" if delta > 1e-7 else shown
+
+
+def not_accounted(claim: Claim) -> str:
+    """Return what no epsilon of the claim's covers."""
+    runs = "1 run is" if claim.num_runs == 1 else f"{claim.num_runs} runs are"
+    return (
+        f"Settings chosen by looking at results (rate, rank, steps, which run to keep) are not accounted for: {runs} "
+        "on record for any of these records, and the total counts what they spent, not what was learned by comparing "
+        "them."
+    )
+
+
+def released(release: Release | None, quoted: str | None) -> str:
+    """Return on what grounds the bundle was let go.
+
+    Args:
+        quoted: digest of the bundle's audit in the report, None where there is none: no gate can be worked out then.
+    """
+    if release is None:
+        return "No release record is in this report: whether the bundle was let go, and on what, it does not say."
+    elsewhere = release.audit is not None and release.audit != quoted
+    verdicts = {gate.verdict for gate in release.gates}
+    if not release.accepted_leakage:
+        return f"Released {_ELSEWHERE}." if elsewhere else "Released after every gate had passed."
+    words = {"failed": "gates failed", "not measurable": "gates could not be measured"}
+    told = " and others ".join(words[verdict] for verdict in ("failed", "not measurable") if verdict in verdicts)
+    where = f", {_ELSEWHERE}" if elsewhere else ""
+    return f"Released although {told.replace('others gates', 'others')}{where}: --accept-leakage was given."
+
+
+def non_claims(
+    bundle: BundleAudit | None, plugged: PluggedAudit | None, package: PackageAudit | None
+) -> tuple[str, ...]:
+    """Return what the report does not say, a sentence each."""
+    found = [
+        "No trusted hardware and no attestation: signatures show whose keys were used, not which program ran or on "
+        "which machine. Figures are as the issuer states them; what follows from others was worked out again.",
+        "An attack that found nothing proves nothing: a better one may find more.",
+    ]
+    if bundle is not None:
+        found += _of_the_data(bundle)
+    if plugged is not None:
+        found.append(
+            "In the full model only canaries were tried: its owner does not have the rows that were trained on."
+        )
+    if any(canaries is not None for canaries in _canaries(bundle, plugged)):
+        found += [
+            "Canaries stand for canaries: rows made up for the purpose. Rows of the data may stand out more, or less.",
+            "Nobody but the client can see whether the canaries it committed to were trained on. Which came first, the "
+            "commitment or the bundle, is in the sealed manifests, and this report does not check it.",
+        ]
+    if package is not None:
+        found += [
+            "Recovery figures hold for the attacks, the text and the numbers of tokens stated. Another attack, or more "
+            "tokens, may regain more.",
+            "Capability holds for the texts and tasks stated; what the package is good for beyond them was not "
+            "measured.",
+        ]
+    return tuple(found)
+
+
+def _of_the_data(bundle: BundleAudit) -> list[str]:
+    claim, answered = bundle.run.claim, bundle.run.round
+    private = (
+        "Without differential privacy no figure here is a bound: each says what one attack found."
+        if claim is None
+        else "Differential privacy covers the adapter's tensors alone: not how long a run took, not metrics told "
+        "beside them, not choices made by looking at several runs."
+    )
+    return [
+        private,
+        *([] if answered is None else [_of_a_round(answered)]),
+        "Figures of the bundle are of the emulator, with and without the adapter. The full model with the same adapter "
+        "may reveal more, or less.",
+        "The scan finds what it looks for in the bundle's bytes, and what is encoded otherwise it does not.",
+    ]
+
+
+def _of_a_round(answered: AnsweredRound) -> str:
+    return (
+        f"The bundle answers round {answered.number} of a federation: what attacks found is what this round added to "
+        "the weights that it began with. What the rounds give away together was not measured."
+    )
+
+
+def _canaries(bundle: BundleAudit | None, plugged: PluggedAudit | None) -> list[CanaryAudit | None]:
+    return [bundle.canaries if bundle else None, plugged.canaries if plugged else None]

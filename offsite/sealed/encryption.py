@@ -1,0 +1,246 @@
+"""Sealing and opening: files in, a folder that only its recipient can read out, and back. Streamed, constant memory.
+
+``docs/format.md`` specifies the folder byte by byte. Every encrypted file is opened once: what is hashed is what is
+decrypted. Plain text has its name only after its last byte was authenticated and its digest fits.
+
+Sources: Cobblestone-256 of https://c2sp.org/chunked-encryption for the payload; RFC 9180 for the wrapped keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.cobblestone import Cobblestone256Decryptor, Cobblestone256Encryptor
+from cryptography.exceptions import InvalidTag
+
+from offsite.errors import BadDigest, BadEncryption, BadSchema, TooLarge
+from offsite.keys.identity import Identity, PublicKeys
+from offsite.sealed.folder import (
+    BUFFER_BYTES,
+    KEYS_FILE,
+    MANIFEST_FILE,
+    PAYLOAD,
+    SIGNATURES_FILE,
+    RawSealed,
+    check_listed,
+    check_payload,
+    opened_file,
+    opened_folder,
+    opened_payload,
+    read_sealed,
+)
+from offsite.sealed.manifest import (
+    SEALED_MANIFEST_LIMIT_BYTES,
+    SIGN_PURPOSE,
+    Kind,
+    SealedFile,
+    SealedManifest,
+    check_names,
+    payload_context,
+    sealed_digest,
+    tensors_digest,
+    write_signatures,
+)
+from offsite.sealed.recipients import read_keys, unwrap_keys, wrap_keys, write_keys
+from offsite.staging import staged_folder
+from offsite.tensors import read_header
+
+__all__ = [
+    "Encrypted",
+    "RawSealed",
+    "check_payload",
+    "decrypt_files",
+    "encrypt_files",
+    "read_sealed",
+    "seal_files",
+    "write_sealed",
+]
+
+
+@dataclass(frozen=True)
+class Encrypted:
+    """Encrypted files in a payload folder, and the data keys that open them, in the same order."""
+
+    files: tuple[SealedFile, ...]
+    keys: tuple[bytes, ...]
+
+    def __repr__(self) -> str:
+        return f"Encrypted({len(self.files)} files)"
+
+
+def seal_files(
+    files: Mapping[str, Path],
+    out: Path,
+    *,
+    kind: Kind,
+    job_id: str,
+    created: int,
+    expires: int,
+    sequence: int,
+    round: int,  # noqa: A002 - the manifest's own word
+    previous: str | None,
+    base_digest: str,
+    package_digest: str,
+    identity: Identity,
+    recipients: Sequence[PublicKeys],
+) -> str:
+    """Write the sealed folder `out`, whole or not at all, and return its digest.
+
+    Args:
+        files: logical name to the file whose bytes it stands for; read once.
+        created, expires: seconds since 1970.
+        previous: digest of what the issuer sealed before in this job and kind; None for the first.
+
+    Raises:
+        ConfigError: when `out` exists.
+        WrongNames: when a logical name is not one that the kind may hold.
+        RunFailed: when the disk is full.
+    """
+    with staged_folder(out) as stage:
+        encrypted = encrypt_files(files, stage, kind=kind, job_id=job_id)
+        manifest = SealedManifest(
+            kind=kind,
+            job_id=job_id,
+            issuer=identity.public.fingerprint,
+            recipients=tuple(keys.fingerprint for keys in recipients),
+            created=created,
+            expires=expires,
+            sequence=sequence,
+            round=round,
+            previous=previous,
+            base_digest=base_digest,
+            package_digest=package_digest,
+            files=encrypted.files,
+        )
+        return write_sealed(stage, manifest, encrypted, identity, recipients)
+
+
+def encrypt_files(files: Mapping[str, Path], folder: Path, *, kind: Kind, job_id: str) -> Encrypted:
+    """Write the payload folder in `folder`: each file under a fresh key, bound to job, kind, name and index."""
+    payload = folder / PAYLOAD
+    payload.mkdir()
+    keys, entries = [], []
+    for index, name in enumerate(sorted(files)):
+        key = Cobblestone256Encryptor.generate_key()
+        encryptor = Cobblestone256Encryptor(key, payload_context(job_id, kind, name, index))
+        plain, sealed, partial = hashlib.sha256(), hashlib.sha256(), payload / f"{index}.partial"
+        num_bytes = sealed_bytes = 0
+        buffer = bytearray(BUFFER_BYTES)
+        with files[name].open("rb", buffering=0) as source, partial.open("xb", buffering=0) as target:
+            while count := source.readinto(buffer):
+                plain.update(memoryview(buffer)[:count])
+                piece = encryptor.update(memoryview(buffer)[:count])
+                sealed.update(piece)
+                _write_all(target.fileno(), piece)
+                num_bytes, sealed_bytes = num_bytes + count, sealed_bytes + len(piece)
+            piece = encryptor.finalize()
+            sealed.update(piece)
+            _write_all(target.fileno(), piece)
+        partial.rename(payload / f"{sealed.hexdigest()}.enc")
+        entries.append(
+            SealedFile(
+                name=name,
+                bytes=num_bytes,
+                sha256="sha256:" + plain.hexdigest(),
+                sealed_bytes=sealed_bytes + len(piece),
+                sealed_sha256="sha256:" + sealed.hexdigest(),
+                tensors_sha256=_tensors_digest(files[name], name),
+            )
+        )
+        keys.append(key)
+    return Encrypted(tuple(entries), tuple(keys))
+
+
+def write_sealed(
+    folder: Path, manifest: SealedManifest, encrypted: Encrypted, identity: Identity, recipients: Sequence[PublicKeys]
+) -> str:
+    """Write manifest, signatures and wrapped keys beside the payload in `folder`; return the sealed digest.
+
+    Raises:
+        WrongNames: when a logical name is not one that the kind may hold.
+        TooLarge: when the manifest would be larger than a recipient reads.
+    """
+    check_names(manifest)
+    raw = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1).encode("ascii") + b"\n"
+    if len(raw) > SEALED_MANIFEST_LIMIT_BYTES:
+        raise TooLarge(f"{MANIFEST_FILE}: {len(raw)} bytes, limit {SEALED_MANIFEST_LIMIT_BYTES}")
+    digest = sealed_digest(raw)
+    (folder / MANIFEST_FILE).write_bytes(raw)
+    signatures = identity.sign(SIGN_PURPOSE, raw)
+    (folder / SIGNATURES_FILE).write_bytes(write_signatures(identity.public.fingerprint, signatures))
+    (folder / KEYS_FILE).write_bytes(write_keys([wrap_keys(encrypted.keys, digest, keys) for keys in recipients]))
+    return digest
+
+
+def decrypt_files(path: Path, raw: RawSealed, manifest: SealedManifest, identity: Identity, out: Path) -> None:
+    """Write every file of the sealed folder into the existing folder `out`, under its logical name, once it agrees.
+
+    A file has its name only after the last byte was authenticated and both digests fit; before that it is called
+    ``NAME.partial``, and on any failure it is removed. The caller publishes `out` when the content is validated.
+
+    Args:
+        raw: what `read_sealed` returned; `manifest` is what `verify_sealed` made of it.
+
+    Raises:
+        WrongRecipient, BadSignature: when `identity` is not who it is sealed for; no payload is read before.
+        WrongNames: when the payload is not exactly the files of the manifest, or not plain files.
+        BadDigest: when a file's size or digest is not the signed one.
+        BadEncryption: when a file does not decrypt.
+        BadSchema: when the wrapped keys or a tensor file's header have the wrong form.
+    """
+    keys = unwrap_keys(read_keys(raw.keys_raw), manifest, raw.digest, identity)
+    with opened_folder(path) as folder, opened_payload(folder, path.name) as payload:
+        check_listed(payload, manifest)
+        for index, (file, key) in enumerate(zip(manifest.files, keys, strict=True)):
+            _decrypt(payload, file, Cobblestone256Decryptor(key, manifest.context(index)), out)
+
+
+def _decrypt(payload: int, file: SealedFile, decryptor: Cobblestone256Decryptor, out: Path) -> None:
+    partial = out / f"{file.name}.partial"
+    try:
+        with opened_file(payload, file.payload_name, file.sealed_bytes) as source, partial.open("xb") as target:
+            try:
+                digests = _pour(source, decryptor, target.fileno(), file.sealed_bytes)
+            except InvalidTag:
+                raise BadEncryption(
+                    f"{file.name!r} does not decrypt: its bytes, order or end were changed",
+                    hint="fetch the sealed folder again",
+                ) from None
+        if digests != (file.sealed_sha256, file.sha256):
+            what = "encrypted file" if digests[0] != file.sealed_sha256 else "content"
+            raise BadDigest(f"{file.name!r}: SHA-256 of its {what} is not the signed one")
+        if _tensors_digest(partial, file.name) != file.tensors_sha256:
+            raise BadSchema(f"{file.name!r} declares other tensors than the manifest says")
+        partial.rename(out / file.name)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _pour(source: int, decryptor: Cobblestone256Decryptor, target: int, num_bytes: int) -> tuple[str, str]:
+    """Decrypt `num_bytes` of `source` to their end; return the digests of what was read and what was written."""
+    sealed, plain = hashlib.sha256(), hashlib.sha256()
+    while num_bytes and (piece := os.read(source, min(num_bytes, BUFFER_BYTES))):
+        num_bytes -= len(piece)
+        sealed.update(piece)
+        clear = decryptor.update(piece)
+        plain.update(clear)
+        _write_all(target, clear)
+    clear = decryptor.finalize()
+    plain.update(clear)
+    _write_all(target, clear)
+    return "sha256:" + sealed.hexdigest(), "sha256:" + plain.hexdigest()
+
+
+def _tensors_digest(path: Path, name: str) -> str | None:
+    return tensors_digest(read_header(path)) if name.endswith(".safetensors") else None
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]

@@ -1,0 +1,319 @@
+"""Text as token batches: read, tokenise with the loss where it belongs, pack, split by document, batch.
+
+Shapes: B = rows in a batch, T = tokens of its longest row. A label of -100 does not count in the loss.
+The label at position t is predicted from the tokens before t, so the first of a row never counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, groupby, islice
+from typing import Literal
+
+import jinja2
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from offsite.errors import ConfigError, DataError
+from offsite.text.records import Record, bundled, read_records, split_by_document
+
+IGNORED = -100
+_ROWS_AT_ONCE = 512
+
+Spans = tuple[tuple[int, int], ...]  # half-open ranges of characters that count in the loss
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids and, position by position, labels (-100 where the loss does not count)."""
+
+    input_ids: list[int] = field(repr=False)
+    labels: list[int] = field(repr=False)
+    document: str = field(default="", repr=False)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Positions that a model is scored on: labels that count, the first position apart."""
+        return len(self.labels) - 1 - self.labels[1:].count(IGNORED) if self.labels else 0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples and what became of the records: how many were truncated, how many dropped by it."""
+
+    examples: list[Example] = field(repr=False)
+    num_truncated: int
+    num_dropped: int
+    num_tokens: int
+    num_loss_tokens: int
+
+
+def encode(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int,
+    on_long: Literal["truncate", "error"] = "truncate",
+    whole_text: bool = False,
+) -> Encoded:
+    """Every record as one example that ends with the end-of-sequence token.
+
+    The loss counts everywhere in running text, on completions only where there are completions, and on
+    the assistant's turns of a chat, which the tokenizer's own template renders. Prompt and completion
+    are tokenised as one text and told apart by character offsets: tokenised alone, a completion would
+    get the word-start mark that SentencePiece puts before every text. A token that straddles the
+    border counts.
+
+    Args:
+        context: longest example in tokens. A longer record is cut at its end and counted; when nothing
+            that counts is left of it, it is dropped and counted as that too.
+        on_long: "error" refuses a longer record instead.
+        whole_text: leave running text whole whatever its length, for `pack` to cut into blocks.
+
+    Raises:
+        DataError: a record is too long under "error"; nothing is left; the chat template is missing,
+            refuses a conversation, or renders earlier turns differently once later ones follow.
+        ConfigError: the tokenizer has no end-of-sequence token or no character offsets.
+    """
+    _check_tokenizer(tokenizer, context)
+    examples: list[Example] = []
+    num_truncated = num_dropped = 0
+    for record, example in _tokenised(records, tokenizer):
+        num_tokens = len(example.input_ids)
+        if num_tokens > context and not (whole_text and _is_running_text(record)):
+            if on_long == "error":
+                raise DataError(
+                    f"{record.place or f'row {record.row}'}: {num_tokens} tokens, the context is {context}",
+                    hint="--on-long truncate cuts such rows and counts them",
+                )
+            num_truncated += 1
+            example = Example(example.input_ids[:context], example.labels[:context], example.document)
+        if example.num_loss_tokens:
+            examples.append(example)
+        else:
+            num_dropped += 1
+    if not examples:
+        raise DataError(
+            f"nothing to learn from: none of {len(records)} rows has a token that counts within {context} tokens",
+            hint="raise the context, or shorten the prompts",
+        )
+    num_tokens = sum(len(example.input_ids) for example in examples)
+    num_loss_tokens = sum(example.num_loss_tokens for example in examples)
+    return Encoded(examples, num_truncated, num_dropped, num_tokens, num_loss_tokens)
+
+
+def pack(examples: Sequence[Example], *, block_tokens: int) -> list[Example]:
+    """Consecutive blocks of `block_tokens` filled across examples; the last holds what remains.
+
+    Examples follow one another without a gap, and attention sees across them. A block in which no label
+    counts is left out.
+    """
+    ids = chain.from_iterable(example.input_ids for example in examples)
+    labels = chain.from_iterable(example.labels for example in examples)
+    blocks = []
+    for block in iter(lambda: list(islice(ids, block_tokens)), []):
+        packed = Example(block, list(islice(labels, block_tokens)))
+        if packed.num_loss_tokens:
+            blocks.append(packed)
+    return blocks
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """One batch, padded on the right: input_ids, labels and attention_mask, each (B, T) int64."""
+    num_tokens = max(len(example.input_ids) for example in examples)
+    input_ids_BT = torch.full((len(examples), num_tokens), pad_id)
+    labels_BT = torch.full((len(examples), num_tokens), IGNORED)
+    mask_BT = torch.zeros((len(examples), num_tokens), dtype=torch.int64)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids_BT[row, :length] = torch.tensor(example.input_ids)
+        labels_BT[row, :length] = torch.tensor(example.labels)
+        mask_BT[row, :length] = 1
+    return {"input_ids": input_ids_BT, "labels": labels_BT, "attention_mask": mask_BT}
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the tokenizer's own, otherwise end-of-sequence (padding is masked either way)."""
+    chosen = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else _eos(tokenizer)
+    return int(chosen)
+
+
+class Batches:
+    """The batch of any step, from the seed and the step's number alone: resuming needs no other state.
+
+    Examples come in an endless stream of seeded permutations, one per epoch, cut into batches of equal
+    size; a batch may span two epochs.
+
+    Args:
+        first_step: step of that stream at which these begin: what earlier runs of the same seed have taken.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], *, batch_size: int, seed: int, pad_id: int, first_step: int = 0
+    ) -> None:
+        if not examples or batch_size < 1:
+            raise ConfigError(f"{len(examples)} examples in batches of {batch_size}, expected at least one of each")
+        self._examples, self._batch_size, self._seed, self._pad_id = examples, batch_size, seed, pad_id
+        self._first_step = first_step
+        self._orders: dict[int, list[int]] = {}
+
+    @property
+    def num_steps_per_epoch(self) -> int:
+        """Steps after which every example has been seen."""
+        return -(-len(self._examples) // self._batch_size)
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The collated batch of `step`, counted from 0."""
+        return collate(self.chosen(step), self._pad_id)
+
+    def num_tokens(self, step: int) -> int:
+        """Tokens of the batch of `step`, padding apart."""
+        return sum(len(example.input_ids) for example in self.chosen(step))
+
+    def chosen(self, step: int) -> list[Example]:
+        """The examples of `step`, counted from 0."""
+        first = (self._first_step + step) * self._batch_size
+        places = (divmod(place, len(self._examples)) for place in range(first, first + self._batch_size))
+        return [self._examples[self._order(epoch)[index]] for epoch, index in places]
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            digest = hashlib.blake2b(f"offsite/v1/batches/{self._seed}/{epoch}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+            self._orders = {  # one earlier epoch is kept for batches that span two
+                **{known: order for known, order in self._orders.items() if known == epoch - 1},
+                epoch: torch.randperm(len(self._examples), generator=generator).tolist(),
+            }
+        return self._orders[epoch]
+
+
+# --- records to tokens
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, context: int) -> None:
+    if context < 2:
+        raise ConfigError(f"context of {context} tokens, expected at least 2")
+    if not tokenizer.is_fast:
+        raise ConfigError("the tokenizer knows no character offsets", hint="save it with its tokenizer.json")
+    _eos(tokenizer)
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no end-of-sequence token", hint="set eos_token in its configuration")
+    return int(tokenizer.eos_token_id)
+
+
+def _is_running_text(record: Record) -> bool:
+    return not record.messages and all(counts for _, counts in record.segments)
+
+
+def _tokenised(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Record, Example]]:
+    eos = _eos(tokenizer)
+    shared = list(range(len(tokenizer)))  # one object per id: a long text then costs 8 bytes a token, not 36
+    for is_chat, group in groupby(records, key=lambda record: bool(record.messages)):
+        while rows := list(islice(group, _ROWS_AT_ONCE)):
+            rendered = [_chat(record, tokenizer) if is_chat else _running(record) for record in rows]
+            encoding = tokenizer(
+                [text for text, _ in rendered],
+                add_special_tokens=not is_chat,  # a chat template writes its own
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            for record, (text, spans), ids, offsets in zip(
+                rows, rendered, encoding["input_ids"], encoding["offset_mapping"], strict=True
+            ):
+                labels = _labels(ids, [end for _, end in offsets], spans, len(text))
+                _end(ids, labels, eos, closed=is_chat, counts=any(end == len(text) for _, end in spans))
+                labels = [shared[label] if label >= 0 else IGNORED for label in labels]
+                yield record, Example([shared[i] for i in ids], labels, record.document)
+
+
+def _labels(ids: Sequence[int], ends: Sequence[int], spans: Spans, length: int) -> list[int]:
+    """Ids where the token's last character lies in a span. Starts are not asked: byte-level tokenizers
+    report them without the spaces before a word."""
+    if spans == ((0, length),):
+        return list(ids)
+    labels = [IGNORED] * len(ids)
+    for a, b in spans:
+        labels = [i if a < end <= b else label for i, end, label in zip(ids, ends, labels, strict=True)]
+    return labels
+
+
+def _end(ids: list[int], labels: list[int], eos: int, *, closed: bool, counts: bool) -> None:
+    """Close with one end-of-sequence token; a chat template may have written it, followed by a line end."""
+    if closed and eos in ids[-2:]:
+        return
+    if ids[-1:] == [eos]:
+        ids.pop()
+        labels.pop()
+    ids.append(eos)
+    labels.append(eos if counts else IGNORED)
+
+
+def _running(record: Record) -> tuple[str, Spans]:
+    text, spans = "", []
+    for segment, counts in record.segments:
+        if counts:
+            spans.append((len(text), len(text) + len(segment)))
+        text += segment
+    return text, tuple(spans)
+
+
+def _chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Spans]:
+    """The conversation as the template renders it, and where the assistant's turns stand in it.
+
+    A turn is what the template adds between asking for it and having it. That finds the turn only if
+    every shorter conversation renders as the beginning of the longer one, which is checked.
+    """
+    messages = [{"role": role, "content": content} for role, content in record.messages]
+    whole = _rendered(record, messages, tokenizer, ask=False)
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _rendered(record, messages[:number], tokenizer, ask=True)
+        after = _rendered(record, messages[: number + 1], tokenizer, ask=False)
+        if not (after.startswith(before) and whole.startswith(after)):
+            raise DataError(
+                f"{record.place}: the chat template renders turn {number + 1} differently when others follow",
+                hint="give one answer per row, or rows of prompt and completion",
+            )
+        spans.append((len(before), len(after)))
+    return whole, tuple(spans)
+
+
+def _rendered(record: Record, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, ask: bool) -> str:
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{record.place}: holds messages, but the model's tokenizer has no chat template",
+            hint="give rows of prompt and completion",
+        )
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except jinja2.TemplateError:  # its message may quote the conversation
+        raise DataError(
+            f"{record.place}: the chat template refuses the conversation",
+            hint="most templates want user and assistant in turn, and some no system message",
+        ) from None
+    return str(rendered)
+
+
+__all__ = [
+    "IGNORED",
+    "Batches",
+    "Encoded",
+    "Example",
+    "Record",
+    "bundled",
+    "collate",
+    "encode",
+    "pack",
+    "pad_id",
+    "read_records",
+    "split_by_document",
+]

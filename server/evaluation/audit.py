@@ -1,0 +1,145 @@
+"""``offsite audit plugged-in``: what an adapter gives away in the full model, by canaries that the client revealed.
+
+The client committed to them before it tuned, so it could not choose them by what its adapter says. What they show is of
+the full model with the adapter in it, which the client never has; no text of the client's is needed for it. That the
+client trained on the canaries as it says cannot be seen: canaries that nobody trained on show nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from offsite.artefacts.owner import OwnerRecord
+from offsite.audits.canaries import CanarySet, Commitment, open_reveal, read_commitment
+from offsite.audits.canaryaudit import CanaryScores, audit_canaries, score_canaries
+from offsite.audits.gates import Gate, plugged_gates
+from offsite.audits.record import PluggedAudit, write_audit
+from offsite.audits.statistics import require_extra
+from offsite.console import say, table
+from offsite.digests import model_digest
+from offsite.errors import WrongBinding
+from offsite.modelling.load import load_model, load_tokenizer
+from offsite.staging import refuse_existing
+from offsite.training.devices import choose_device
+from server.evaluation.auditconfig import AuditPluggedConfig
+from server.evaluation.summary import versions
+from server.plugging.fit import cast_model, fit, plugged
+from server.plugging.plug import accepted, record_of
+from server.registry.intake import read_registered
+from server.registry.registry import Registry
+from server.registry.verify import Verified
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def run(config: AuditPluggedConfig) -> dict[str, object]:
+    """Run the verb: open, score the canaries before and after, write the audit folder, show its figures.
+
+    Raises:
+        ConfigError: when the output exists, the model or the bundle is not found, or SciPy is missing.
+        PolicyError: when the bundle was not accepted.
+        ArtefactError: when the reveal is not what was committed to, or the commitment is of another package or job.
+        DataError: when a canary cannot be scored.
+        RunFailed: when a loss is not finite.
+    """
+    refuse_existing(config.output)
+    require_extra()
+    commitment = read_commitment(config.commitment)
+    with Registry.open(config.registry, config.keys) as registry:
+        entry = accepted(registry, config.id)
+        record = record_of(registry, entry, config.package)
+        require_committed(commitment, package_digest=record.package_digest, job_id=entry.job_id)
+        verified = read_registered(registry, entry, record)
+    canaries = open_reveal(config.reveal, commitment)
+    untuned, tuned = _scores(config, canaries, verified, record)
+    audit = PluggedAudit(
+        bundle_digest=verified.bundle_digest,
+        package_digest=record.package_digest,
+        base_digest=record.base_digest,
+        canaries=audit_canaries(canaries, commitment.digest, tuned=tuned, untuned=untuned, delta=config.delta),
+        versions=versions(),
+    )
+    digest = write_audit(config.output, audit)
+    gates = plugged_gates(audit, config.epsilon, claimed_delta=config.delta)
+    _show(audit, gates)
+    return {"audit": config.output.name, "audit_digest": digest, **_flat(audit, gates)}
+
+
+def require_committed(commitment: Commitment, *, package_digest: str, job_id: str) -> None:
+    """Return only if the canaries were committed to for this package and job.
+
+    Raises:
+        WrongBinding: naming what differs.
+    """
+    for what, stated, wanted in (
+        ("package", commitment.package_digest, package_digest),
+        ("job", commitment.job_id, job_id),
+    ):
+        if stated != wanted:
+            shown = "none" if stated is None else stated[:19]
+            raise WrongBinding(
+                f"the canaries were committed to for {what} {shown}, the bundle is of {wanted[:19]}",
+                hint="give the commitment that came with this job; offsite canaries --job makes it",
+            )
+
+
+def _scores(
+    config: AuditPluggedConfig, canaries: CanarySet, verified: Verified, record: OwnerRecord
+) -> tuple[CanaryScores, CanaryScores]:
+    """Return what the full model says of the canaries, and what it says with the adapter plugged in."""
+    tokenizer = load_tokenizer(config.model)
+    model: PreTrainedModel = load_model(config.model)
+    adapter = fit(model, verified, record, base_digest=model_digest(model))
+    cast_model(model, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    model.to(choose_device(config.device))  # type: ignore[arg-type]
+    untuned = score_canaries(
+        model, tokenizer, canaries, label="full model", extract=False, batch_size=config.batch_size
+    )
+    with plugged(model, adapter) as adapted:
+        tuned = score_canaries(
+            adapted,
+            tokenizer,
+            canaries,
+            label="plugged in",
+            extract=True,
+            batch_size=config.batch_size,
+            num_samples=config.samples,
+            seed=config.seed,
+        )
+    return untuned, tuned
+
+
+def _show(audit: PluggedAudit, gates: tuple[Gate, ...]) -> None:
+    """Attacks and gates are on stderr."""
+    found = audit.canaries
+    lines = [
+        [one.signal, f"{one.auc.value:.3f}", f"{one.auc.low:.3f}-{one.auc.high:.3f}", f"{one.balanced_accuracy:.3f}"]
+        for one in found.membership
+    ]
+    table(f"{found.num_included} of {found.num} canaries were trained on", ["attack", "area", "95%", "accuracy"], lines)
+    if found.bound is not None:
+        say(f"epsilon is at least {found.bound.epsilon:.2f}; the most that could have shown: {found.bound.ceiling:.2f}")
+    if found.exposure is not None:
+        mean = sum(found.exposure.bits) / len(found.exposure.bits)
+        say(f"exposure of secrets: {mean:.2f} of {found.exposure.most_bits:.0f} bits on average")
+    for gate in gates:
+        say(f"{gate.name} {gate.verdict}: {gate.told}")
+
+
+def _flat(audit: PluggedAudit, gates: tuple[Gate, ...]) -> dict[str, object]:
+    found = audit.canaries
+    exposure, bound = found.exposure, found.bound
+    return {
+        "bundle_digest": audit.bundle_digest,
+        "num_canaries": found.num,
+        "num_included": found.num_included,
+        "auc": {one.signal: one.auc.value for one in found.membership},
+        "epsilon_at_least": None if bound is None else bound.epsilon,
+        "epsilon_ceiling": None if bound is None else bound.ceiling,
+        "exposure_bits": None if exposure is None else sum(exposure.bits) / len(exposure.bits),
+        "num_extracted": None if exposure is None else max(exposure.num_extracted_greedy, exposure.num_extracted_top_k),
+        "gates": {gate.name: gate.verdict for gate in gates},
+    }

@@ -1,0 +1,82 @@
+"""The figures an owner chooses by, each defined here and nowhere else. Pure arithmetic on measured numbers.
+
+A *figure* is linear perplexity (not its logarithm) or accuracy; the definitions are the same for both:
+
+- ``recovery_vs_lora``, ``recovery_vs_ceiling``, ``recovery_vs_full``: how much of what a reference gains over the
+  zero-shot model is gained by plugging in. The references are LoRA on the full model, the same adapter tuned on the
+  true middle, and the fully tuned model. 1 is as good as the reference, 0 is no gain, below 0 is harm.
+- ``gap``: emulator-tuned over plugged in. Above 1 in perplexity, the client's own copy is worse than what the owner
+  ends up with.
+- ``capability``: the natural logarithm of the emulator's zero-shot perplexity over the full model's. 0 is an emulator
+  as good as the full model, which gives everything away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from offsite.evaluation.results import Summary
+
+REFERENCES = {"recovery_vs_lora": "lora_full", "recovery_vs_ceiling": "ceiling", "recovery_vs_full": "full"}
+"""Each recovery and the reference row it is measured against."""
+
+
+def recovery(plugged_in: float, zero_shot: float, reference: float | None) -> float | None:
+    """Return (plugged in - zero-shot) / (reference - zero-shot).
+
+    Returns:
+        None when the reference was not run, or does not differ from zero-shot, so that there is nothing to recover.
+    """
+    if reference is None or reference == zero_shot:
+        return None
+    return (plugged_in - zero_shot) / (reference - zero_shot)
+
+
+def gap(emulator_tuned: float, plugged_in: float) -> float | None:
+    """Return emulator-tuned / plugged in; None when plugged in is 0, as an accuracy can be."""
+    return emulator_tuned / plugged_in if plugged_in else None
+
+
+def capability(emulator_zero_shot: float, zero_shot: float) -> float:
+    """Return ln(emulator zero-shot / full zero-shot), both perplexities, in nats per token."""
+    return math.log(emulator_zero_shot / zero_shot)
+
+
+def summarise(values: Mapping[str, float]) -> Summary:
+    """Return mean and sample standard deviation (n - 1) of one figure over named seeds.
+
+    Returns:
+        The deviation is None for a single value.
+    """
+    numbers = list(values.values())
+    mean = math.fsum(numbers) / len(numbers)
+    deviation = None
+    if len(numbers) > 1:
+        deviation = math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1))
+    return Summary(mean=mean, deviation=deviation, values=dict(values))
+
+
+def compare(rows: Mapping[str, Summary]) -> dict[str, Summary | None]:
+    """Return the recoveries and the gap of one figure, seed by seed, with mean and deviation.
+
+    Args:
+        rows: `zero_shot`, `emulator_tuned`, `plugged_in` and whichever of `lora_full`, `ceiling`, `full` were run;
+            seeds are matched by name, and a reference counts by its mean.
+
+    Returns:
+        None for a recovery whose reference was not run, and where a seed's figure is not defined.
+    """
+    plugged_in, tuned = rows["plugged_in"].values, rows["emulator_tuned"].values
+    zero_shot = rows["zero_shot"].mean
+    found: dict[str, Summary | None] = {}
+    for name, row in REFERENCES.items():
+        reference = rows[row].mean if row in rows else None
+        found[name] = _defined({seed: recovery(value, zero_shot, reference) for seed, value in plugged_in.items()})
+    found["gap"] = _defined({seed: gap(tuned[seed], value) for seed, value in plugged_in.items()})
+    return found
+
+
+def _defined(values: Mapping[str, float | None]) -> Summary | None:
+    numbers = {seed: value for seed, value in values.items() if value is not None}
+    return summarise(numbers) if len(numbers) == len(values) else None

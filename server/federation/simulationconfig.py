@@ -1,0 +1,34 @@
+"""Settings of ``offsite federate simulate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from adapters.settings import AdapterShape
+from server.federation.config import RoundsConfig
+
+
+class SimulateConfig(RoundsConfig, AdapterShape):
+    """Settings of ``offsite federate simulate --work DIR --clients NAME=FILE,NAME=FILE``.
+
+    Keys, registry and jobs are made in the work folder.
+    """
+
+    verb: ClassVar[str] = "federate simulate"
+
+    work: Path = Field(description="folder for everybody's keys, rounds and bundles; the same folder goes on")
+    clients: dict[str, str] = Field(description="private text of each client, as NAME=FILE")
+    tune: dict[str, Any] = Field({}, description="settings of offsite tune, the same for all clients")
+    adapter: str = Field("lora", description="adapter that the jobs ask for: blocks, lora, rslora or bitfit")
+    lora_rank: int = Field(8, ge=1, description="rank of a low-rank adapter")
+    max_relative_frobenius: float = Field(1.0, gt=0, le=1e6, description="the jobs' cap on a module's update")
+    max_relative_spectral: float = Field(2.0, gt=0, le=1e6, description="the jobs' cap on its largest singular value")
+
+    @model_validator(mode="after")
+    def _enough_clients(self) -> Self:
+        if len(self.clients) < self.min_clients:
+            raise ValueError(f"--clients: {len(self.clients)} client(s), --min-clients {self.min_clients}")
+        return self

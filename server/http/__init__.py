@@ -1,0 +1,3 @@
+"""What every HTTP server of the owner needs: sockets, TLS, limits on connections and bodies, refusals."""
+
+__all__ = ["bodies", "certificates", "connections", "refusals", "serve"]

@@ -1,0 +1,147 @@
+"""The folder that plugging in writes: an adapter under the full model's own names, or a merged checkpoint.
+
+It stays with the owner. Three forms, each with ``offsite.json``, which binds the base model and every file:
+
+- *peft*: LoRA, rsLoRA and DoRA as a standard PEFT folder, which peft, transformers and vLLM open without offsite;
+- *own*: whole blocks and BitFit as ``adapter.safetensors`` under the full model's tensor names;
+- *merged*: a whole checkpoint with its tokenizer, which needs no base.
+
+On opening: manifest size, format, schema; exact set of files; sizes and digests; the base model's digest; the exact
+set of tensors with shapes and dtypes; finite values. ``adapter_config.json`` is for others: nothing is read from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from offsite.artefacts.bundle import TENSOR_FILE, AdapterSpec
+from offsite.artefacts.manifest import FileEntry, check_files, read_manifest
+from offsite.digests import DIGEST_PATTERN, model_digest
+from offsite.errors import BadDigest, BadSchema, WrongNames
+from offsite.modelling.load import load_model, load_tokenizer
+from offsite.strictjson import Strict
+from offsite.tensors import TensorSpec, read_tensors, torch_dtype
+from server.plugging.fit import Fitted, cast_model, full_name, plain_model, plug, require_base
+from server.registry.config import ID_PATTERN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTED_FORMAT = "offsite/adapted/1"
+PEFT_TENSOR_FILE = "adapter_model.safetensors"
+PEFT_CONFIG_FILE = "adapter_config.json"
+
+_FILES = {
+    "peft": re.compile(r"adapter_model\.safetensors|adapter_config\.json"),
+    "own": re.compile(r"adapter\.safetensors"),
+    "merged": re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.(json|safetensors|jinja|txt|model)"),
+}
+_PEFT_PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+Form = Literal["peft", "own", "merged"]
+
+
+class AdaptedManifest(Strict):
+    """The content of an adapted folder's ``offsite.json``.
+
+    ``base`` is where the full model was found, ``intake`` the id of the bundle in the registry, ``scale`` the share of
+    the bundle's update that was plugged in; ``adapter`` and the tensors are as written, with that share taken.
+    ``sites`` maps the canonical blocks that carry the adapter to the full model's modules, and ``tensors`` declares its
+    tensors under canonical names, in the full model's shapes.
+    """
+
+    format: str = ADAPTED_FORMAT
+    form: Form
+    base: str
+    base_digest: str = Field(pattern=DIGEST_PATTERN)
+    package_digest: str = Field(pattern=DIGEST_PATTERN)
+    bundle_digest: str = Field(pattern=DIGEST_PATTERN)
+    merged_digest: str | None = Field(None, pattern=DIGEST_PATTERN)
+    intake: str | None = Field(None, pattern=ID_PATTERN)
+    scale: float = Field(1.0, gt=0, le=1)
+    adapter: AdapterSpec
+    sites: dict[str, str]
+    tensors: dict[str, TensorSpec]
+    files: dict[str, FileEntry]
+
+
+def open_adapted(path: Path) -> AdaptedManifest:
+    """Return the manifest of the adapted folder at `path` once every file agrees with it; no tensor is read.
+
+    Raises:
+        ArtefactError: with the subclass of the check that failed.
+    """
+    manifest, _ = read_manifest(path, AdaptedManifest, ADAPTED_FORMAT)
+    check_files(path, manifest.files, _FILES[manifest.form])
+    if manifest.form != "merged" and tensor_file(manifest.form) not in manifest.files:
+        raise WrongNames(f"adapted folder {path.name!r} binds no {tensor_file(manifest.form)}")
+    if (manifest.form == "merged") != (manifest.merged_digest is not None):
+        raise BadSchema(f"adapted folder {path.name!r}: a merged_digest belongs to the merged form and to no other")
+    return manifest
+
+
+def load_adapted(
+    path: Path, base: str | None = None, *, dtype: str = "auto", device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the adapted model in evaluation mode, and its tokenizer, once every check has passed.
+
+    Args:
+        path: a folder that ``offsite plug-in`` wrote, in any of its forms.
+        base: the full model; default: where it was when the adapter was plugged in. Not used by a merged folder.
+        dtype: of the parameters; ``auto`` keeps the full model's.
+
+    Raises:
+        ConfigError: when the full model is not found.
+        WrongBinding: when it is another model than the adapter was plugged into.
+        ArtefactError: with the subclass of any other check that failed.
+    """
+    manifest = open_adapted(path)
+    source = str(path) if manifest.form == "merged" else base or manifest.base
+    model = load_model(source)
+    found = model_digest(model)
+    if manifest.form == "merged":
+        if found != manifest.merged_digest:
+            raise BadDigest(f"the tensors of {path.name!r} are not those that were merged")
+    else:
+        require_base(model, found, manifest.base_digest, f"adapter {path.name!r}")
+        model = plain_model(plug(model, _read_fitted(path, manifest)))
+    if dtype != "auto":
+        cast_model(model, torch_dtype(dtype))
+    model.requires_grad_(False)
+    return model.eval().to(device), load_tokenizer(source)  # type: ignore[arg-type]
+
+
+def tensor_file(form: Form) -> str:
+    """Return the name of the tensor file of an adapter folder."""
+    return PEFT_TENSOR_FILE if form == "peft" else TENSOR_FILE
+
+
+def stored_names(form: Form, sites: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """Map canonical tensor names to those in the folder's tensor file.
+
+    Raises:
+        BadSchema: when a name lies in no site or has no PEFT form, or two names meet.
+    """
+    found = {}
+    for name in names:
+        path, part = full_name(name, sites), name.rpartition(".")[2]
+        if form == "peft":
+            if part not in _PEFT_PARTS:
+                raise BadSchema(f"tensor {name!r} has no form in a PEFT folder")
+            path = f"base_model.model.{path.removesuffix(part)}{_PEFT_PARTS[part]}"
+        found[name] = path
+    if len(set(found.values())) != len(found):
+        raise BadSchema("two tensors of the adapter have one place in the full model")
+    return found
+
+
+def _read_fitted(path: Path, manifest: AdaptedManifest) -> Fitted:
+    names = stored_names(manifest.form, manifest.sites, manifest.tensors)
+    expected = {names[name]: spec for name, spec in manifest.tensors.items()}
+    stored = read_tensors(path / tensor_file(manifest.form), expected)
+    return Fitted(manifest.adapter, {name: stored[file] for name, file in names.items()}, manifest.sites)

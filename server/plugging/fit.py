@@ -1,0 +1,231 @@
+"""A verified adapter fitted to the full model: widened to its shapes, put on its own blocks.
+
+Only what ``server/registry/verify.py`` has let through is fitted, to the full model that the package was made of. Only
+what was fitted can be plugged in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from adapters.kinds import Attached, attach
+from adapters.lift import lift
+from adapters.lowrank import quiet_peft
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.owner import OwnerRecord
+from offsite.digests import model_digest
+from offsite.errors import BadSchema, ConfigError, WrongBinding, WrongNames
+from offsite.modelling.blocks import linear_dims
+from offsite.tensors import spec_of
+from server.registry.verify import Verified
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An adapter in the full model's shapes, and where it goes.
+
+    Attributes:
+        tensors: by canonical name (``top.0.mlp.up_proj.lora_A``), on the CPU, in the bundle's dtype, or as `scaled`.
+        sites: canonical block -> module name of the full model, for the blocks that carry the adapter.
+    """
+
+    spec: AdapterSpec
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    sites: Mapping[str, str]
+
+
+def fit(
+    model: PreTrainedModel,
+    verified: Verified,
+    record: OwnerRecord,
+    *,
+    base_digest: str | None = None,
+    scale: float = 1.0,
+) -> Fitted:
+    """Return the adapter fitted to the full model, which is not changed.
+
+    Args:
+        model: the full model in the dtypes of its checkpoint.
+        record: the owner's, of the package that the adapter was tuned on.
+        base_digest: ``offsite.digests.model_digest(model)`` as loaded, if it is known; computed otherwise.
+        scale: of the update, in (0, 1]; see `scaled`.
+
+    Raises:
+        ConfigError: when this kind of adapter cannot be scaled.
+        WrongBinding: when model, adapter and record do not belong together.
+        BadSchema: when the record does not describe the model.
+    """
+    if verified.package_digest != record.package_digest:
+        raise WrongBinding(f"{verified.what} and the owner's record belong to different packages")
+    require_base(model, base_digest or model_digest(model), record.base_digest, verified.what)
+    blocks = dict.fromkeys(_block(name) for name in verified.tensors)
+    sites = {block: record.sites[block] for block in blocks}
+    dims = {name: _dims(model, f"{sites[_block(name)]}.{_inner(name)}") for name in _linears(record, sites)}
+    fitted = Fitted(verified.spec, lift(verified.tensors, record.channels, dims), sites)
+    return fitted if scale == 1 else scaled(model, fitted, scale)
+
+
+def scaled(model: nn.Module, adapter: Fitted, scale: float) -> Fitted:
+    """Return the adapter with `scale` times its update: W + scale (W' - W) for every weight W that it makes W'.
+
+    LoRA and rsLoRA say it in their ``alpha``, and their tensors stay as they came. Of whole blocks and biases the
+    tensors change, and are float32 from then on: a part of a small update is less than bfloat16 can tell. A model in
+    bfloat16 rounds them when they are put on it. No more than 1 is taken: what was verified
+    (``server/registry/verify.py``) holds of a part of the update, not of more than all.
+
+    Args:
+        model: the full model without the adapter; not changed.
+
+    Raises:
+        ConfigError: from `require_scalable`.
+    """
+    require_scalable(adapter.spec, scale)
+    if adapter.spec.kind in ("lora", "rslora"):
+        return replace(adapter, spec=adapter.spec.model_copy(update={"alpha": adapter.spec.alpha * scale}))
+    tensors = {}
+    for name, tensor in adapter.tensors.items():
+        before = model.get_parameter(full_name(name, adapter.sites)).detach().to("cpu", torch.float32)
+        tensors[name] = torch.lerp(before, tensor.float(), scale)
+    return replace(adapter, tensors=tensors)
+
+
+def require_scalable(spec: AdapterSpec, scale: float) -> None:
+    """Return only if such an adapter can be plugged in at that scale.
+
+    Raises:
+        ConfigError: for a scale outside (0, 1], and for DoRA at any but 1: its magnitudes are not a part of an update.
+    """
+    if not 0 < scale <= 1:
+        raise ConfigError(f"--scale: found {scale:g}, expected more than 0 and at most 1")
+    if scale != 1 and spec.kind == "dora":
+        raise ConfigError("--scale: a dora adapter is plugged in whole or not", hint="ask the client for lora")
+
+
+def require_base(model: nn.Module, found: str, expected: str, what: str) -> None:
+    """Return only if the full model's digest is the expected one.
+
+    Raises:
+        WrongBinding: naming both digests.
+    """
+    if found != expected:
+        name = Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or "given")).name
+        raise WrongBinding(
+            f"model {name!r} has digest {found[:19]}, {what} belongs to {expected[:19]}",
+            hint="give the model that the package was made of, in the same dtype",
+        )
+
+
+def plug(model: PreTrainedModel, adapter: Fitted) -> Attached:
+    """Put the adapter on the full model, in place and in evaluation mode; the model keeps its dtypes.
+
+    Tensors that the adapter replaces get storage of their own, so that nothing that shares theirs changes.
+
+    Raises:
+        WrongNames, WrongShape, UnsupportedModel: when exactly these tensors do not fit the model.
+    """
+    _require_modules(model, adapter)
+    before = {id(parameter): parameter.dtype for parameter in model.parameters()}
+    names = {name: spec_of(tensor) for name, tensor in adapter.tensors.items()}
+    attached = attach(model, adapter.spec, adapter.sites, names)
+    replaced = [parameter for parameter in attached.trainable.values() if id(parameter) in before]
+    for parameter in replaced:
+        parameter.data = parameter.data.clone()
+    attached.load(adapter.tensors)
+    for parameter in replaced:
+        parameter.data = parameter.data.to(before[id(parameter)])
+    attached.model.requires_grad_(False)
+    attached.model.eval()
+    return attached
+
+
+@contextmanager
+def plugged(model: PreTrainedModel, adapter: Fitted) -> Iterator[PreTrainedModel]:
+    """Yield the model with the adapter on it; afterwards it is as it was."""
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
+    attached = plug(model, adapter)
+    try:
+        yield plain_model(attached)
+    finally:
+        unplug(attached)
+        for parameter, data in before:
+            parameter.data = data
+
+
+def unplug(attached: Attached) -> None:
+    """Take peft's layers off the model again; parameters that the adapter replaced stay replaced."""
+    if hasattr(attached.model, "unload"):
+        with quiet_peft():
+            attached.model.unload()  # type: ignore[operator]
+
+
+def plain_model(attached: Attached) -> PreTrainedModel:
+    """Return the transformers model that carries the adapter, without peft's wrapper around it."""
+    inner = attached.model
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator,return-value]
+
+
+def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give floating parameters and saved buffers `dtype`, in place; ties between parameters stay.
+
+    What a model derives for itself and never saves (rotary frequencies) keeps its precision.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(dtype))
+
+
+def full_name(name: str, sites: Mapping[str, str]) -> str:
+    """Return a canonical tensor's name in the full model: ``top.0.mlp.up_proj.lora_A`` under its block's module.
+
+    Raises:
+        BadSchema: when its block has no site.
+    """
+    site = sites.get(_block(name))
+    if site is None or not _inner(name):
+        raise BadSchema(f"tensor {name!r} has no place in the full model")
+    return f"{site}.{_inner(name)}"
+
+
+def module_names(names: Iterable[str], sites: Mapping[str, str]) -> list[str]:
+    """Return the full model's names of the modules that hold the named tensors, each once, in order."""
+    return list(dict.fromkeys(full_name(name, sites).rpartition(".")[0] for name in names))
+
+
+def _block(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+def _inner(name: str) -> str:
+    return ".".join(name.split(".")[2:])
+
+
+def _linears(record: OwnerRecord, sites: Mapping[str, str]) -> list[str]:
+    return [name for name in record.layout.linears if _block(name) in sites]
+
+
+def _dims(model: nn.Module, path: str) -> tuple[int, int]:
+    try:
+        return linear_dims(model.get_submodule(path))
+    except (AttributeError, ConfigError):
+        raise BadSchema(f"the owner's record names {path!r}, which is no linear of the full model") from None
+
+
+def _require_modules(model: nn.Module, adapter: Fitted) -> None:
+    present = {name for name, _ in model.named_modules()}
+    for path in module_names(adapter.tensors, adapter.sites):
+        if path not in present:
+            raise WrongNames(f"the adapter has tensors for {path!r}, which is no module of the full model")

@@ -1,0 +1,281 @@
+"""``offsite plug-in``: put an accepted adapter into the full model and write it under the full model's own names.
+
+What is plugged in is named by its id in the registry, and no other way: it was verified when it was taken in
+(``server/registry/verify.py``), and its files are held against the registry's digests as they are read. The full
+model's checkpoint is never touched. What is written is opened again the way its users open it, and its logits on a
+fixed batch are compared with the plugged-in model's before it is published; then the registry is told. A crash in
+between is made good by the same command.
+"""
+
+from __future__ import annotations
+
+import glob
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from adapters.kinds import Attached
+from offsite.artefacts.bundle import TENSOR_FILE
+from offsite.artefacts.manifest import entries, write_manifest
+from offsite.artefacts.owner import OwnerRecord, owner_record_path, read_owner_record
+from offsite.console import say
+from offsite.digests import model_digest
+from offsite.errors import ArtefactError, ConfigError, PolicyError, RunFailed, WrongBinding
+from offsite.faults import reach
+from offsite.modelling.fetch import fetched_folder, known
+from offsite.modelling.load import load_model, load_tokenizer
+from offsite.staging import refuse_existing, staged_folder
+from offsite.tensors import read_tensors, spec_of, write_tensors
+from server.plugging.adapted import AdaptedManifest, Form, load_adapted, open_adapted, stored_names
+from server.plugging.config import PlugConfig
+from server.plugging.fit import Fitted, fit, plain_model, plug, plugged, require_scalable, unplug
+from server.plugging.peftfolder import open_with_peft, write_peft_folder
+from server.plugging.probe import READ_BACK_TOLERANCE, TOLERANCES, deviation, probe_logits
+from server.registry.intake import asked_round, read_registered
+from server.registry.registry import Registry
+from server.registry.rows import Entry, refusal
+from server.registry.verify import Verified
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Fitted", "fit", "load_adapted", "merge", "plug", "plugged", "run"]
+
+PEFT_KINDS = ("lora", "rslora", "dora")
+
+
+def run(config: PlugConfig) -> dict[str, object]:
+    """Run the verb: read, plug in, write, compare, publish, tell the registry.
+
+    Raises:
+        ConfigError: when the model, the bundle or the owner's record is not found, or the output exists.
+        PolicyError: when the bundle was not accepted.
+        ArtefactError: when it was refused, or its files are not those that were verified.
+        RunFailed: when what was written does not compute what the plugged-in model does.
+    """
+    with Registry.open(config.registry, config.keys) as registry, registry.one_plug_in():
+        entry = accepted(registry, config.id)
+        if entry.state == "accepted" and is_of(config.output, entry, config.scale):
+            say(f"{config.output.name} was published before the registry was told; now it is")
+            registry.advance(entry.id, "plugged-in")
+            return _result(config, open_adapted(config.output), None, None)
+        refuse_existing(config.output)
+        record = record_of(registry, entry, config.package)
+        verified = read_registered(registry, entry, record)
+        require_scalable(verified.spec, config.scale)
+        collect_partial(config.output)
+        manifest, effect, error = _plug_in(config, entry, verified, record)
+        reach("plug-published")
+        registry.advance(entry.id, "plugged-in")
+    shown = f"{len(manifest.tensors)} tensors on {len(manifest.sites)} blocks"
+    if manifest.scale != 1:
+        shown += f", {manifest.scale:g} of the update"
+    say(f"{config.output.name}: {_SHOWN[manifest.form]}, {shown}")
+    return _result(config, manifest, effect, error)
+
+
+def accepted(registry: Registry, bundle_id: str) -> Entry:
+    """Return the bundle of that id, which the owner has accepted, and which stands on the package's own weights.
+
+    Raises:
+        ConfigError: when there is none, or it answers a federation's later round.
+        PolicyError: when it was not accepted yet.
+        ArtefactError: with its class, when it was refused.
+    """
+    entry = registry.entry(bundle_id)
+    if entry.state == "refused":
+        raise refusal(entry.reason or "", f"bundle {entry.id} was refused: {entry.message}")
+    if entry.state in ("received", "verified"):
+        hint = f"offsite registry accept {entry.id} --registry {registry.folder}"
+        raise PolicyError(f"bundle {entry.id} is {entry.state}, not accepted", hint=hint)
+    asked = asked_round(registry, entry.job_id, entry.round)
+    if asked is not None and not asked.is_first:
+        raise ConfigError(
+            f"bundle {entry.id} answers round {entry.round} of a federation: it stands on what earlier rounds added",
+            hint="offsite federate serve writes the model with all of them in it",
+        )
+    return entry
+
+
+def record_of(registry: Registry, entry: Entry, package: Path | None) -> OwnerRecord:
+    """Return the owner's record of the package that the bundle was tuned on: the named one's, or the job's.
+
+    Raises:
+        ConfigError, ArtefactError: when it is not there.
+        WrongBinding: when the named package is another.
+    """
+    digest = registry.job(entry.job_id).package_digest
+    path = owner_record_path(registry.package_path(digest) if package is None else package)
+    if package is None and not path.is_file():
+        raise ConfigError(f"owner's record {path.name!r} is not where it was", hint="name the package with --package")
+    record = read_owner_record(path)
+    if record.package_digest != digest:
+        raise WrongBinding(
+            f"bundle {entry.id} was tuned on package {digest[:19]}, not {record.package_digest[:19]}",
+            hint="name the package with --package",
+        )
+    return record
+
+
+def is_of(output: Path, entry: Entry, scale: float) -> bool:
+    """Tell whether a sound adapted folder of this bundle, at this scale, stands at `output`."""
+    if not output.is_dir():
+        return False
+    try:
+        manifest = open_adapted(output)
+    except ArtefactError:
+        return False
+    of_bundle = manifest.intake == entry.id and manifest.bundle_digest == entry.bundle_digest
+    return of_bundle and manifest.scale == scale
+
+
+def collect_partial(output: Path) -> None:
+    """What a plugging in to `output` that was killed left beside it is gone."""
+    for path in output.absolute().parent.glob(f".{glob.escape(output.name)}.*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _plug_in(
+    config: PlugConfig, entry: Entry, verified: Verified, record: OwnerRecord
+) -> tuple[AdaptedManifest, float, float]:
+    """Write the adapted folder, and return its manifest, the adapter's effect and the error of what was read back."""
+    model = load_model(config.model)
+    adapter = fit(model, verified, record, scale=config.scale)
+    before = probe_logits(model, "the full model")
+    attached = plug(model, adapter)
+    expected = probe_logits(plain_model(attached), f"the model with {verified.what} plugged in")
+    effect = deviation(expected, before)
+    with staged_folder(config.output) as stage:
+        base = base_name(config.model)
+        if config.merge:
+            form: Form = "merged"
+            merged = merge(attached)
+            del model, attached
+            error = _require_close(probe_logits(merged, "the merged model"), expected, merged, effect)
+            merged_digest: str | None = _write_merged(stage, merged, config.model)
+            del merged
+        else:
+            form = "peft" if adapter.spec.kind in PEFT_KINDS else "own"
+            merged_digest, error = None, _write_adapter(stage, form, attached, adapter, base, expected)
+        manifest = AdaptedManifest(
+            form=form,
+            base=base,
+            base_digest=record.base_digest,
+            package_digest=record.package_digest,
+            bundle_digest=verified.bundle_digest,
+            merged_digest=merged_digest,
+            intake=entry.id,
+            scale=config.scale,
+            adapter=adapter.spec,
+            sites=dict(adapter.sites),
+            tensors={name: spec_of(tensor) for name, tensor in adapter.tensors.items()},
+            files=entries(stage, [path.name for path in stage.iterdir()]),
+        )
+        write_manifest(stage, manifest)
+        reach("plug-written")
+    return manifest, effect, error
+
+
+_SHOWN: dict[Form, str] = {"peft": "a PEFT folder", "own": "the changed tensors", "merged": "a merged checkpoint"}
+
+
+def base_name(model: str) -> str:
+    """Return where the full model is found again, also by other programs: a folder's absolute path, or a hub id."""
+    folder = Path(model) if Path(model).is_dir() else fetched_folder(model) if model in known() else None
+    return str(folder.resolve()) if folder else model
+
+
+def merge(attached: Attached) -> PreTrainedModel:
+    """Return the full model with the adapter merged into its own weights, in their dtype; `attached` is used up.
+
+    Raises:
+        RunFailed: when a merged weight is not finite.
+    """
+    if not hasattr(attached.model, "merge_and_unload"):
+        return plain_model(attached)
+    try:
+        return attached.model.merge_and_unload(safe_merge=True)  # type: ignore[no-any-return,operator]
+    except ValueError as error:
+        raise RunFailed("a merged weight is not finite in the model's dtype", hint="plug in without --merge") from error
+
+
+def _require_close(found: Tensor, expected: Tensor, merged: PreTrainedModel, effect: float) -> float:
+    """Return the deviation of the merged model's logits.
+
+    Raises:
+        RunFailed: when it is beyond the tolerance of the merged weights' dtype.
+    """
+    error, tolerance = deviation(found, expected), TOLERANCES[merged.dtype]
+    if error > tolerance:
+        raise RunFailed(
+            f"merged logits differ from unmerged ones by {error:.2g}, tolerance {tolerance:.2g} in {merged.dtype}",
+            hint="plug in without --merge, or use a checkpoint in float32",
+        )
+    if error > effect / 2 > 0:
+        say(
+            f"warning: rounding to {merged.dtype} changes the logits by {error:.2g}, the adapter itself by {effect:.2g}"
+        )
+    return error
+
+
+def _write_merged(stage: Path, merged: PreTrainedModel, name: str) -> str:
+    """Write checkpoint and tokenizer, and return the model's digest, once they were read back as they were.
+
+    Raises:
+        RunFailed: when the checkpoint read back is another.
+    """
+    merged.save_pretrained(stage)
+    load_tokenizer(name).save_pretrained(stage)
+    digest, expected = model_digest(merged), probe_logits(merged)
+    read_back = load_model(str(stage))
+    if model_digest(read_back) != digest:
+        raise RunFailed("the merged checkpoint reads back as other tensors than were written")
+    error = deviation(probe_logits(read_back), expected)  # the configuration counts too
+    if error > READ_BACK_TOLERANCE:
+        raise RunFailed(f"the merged checkpoint reads back with logits that differ by {error:.2g}")
+    return digest
+
+
+def _write_adapter(stage: Path, form: Form, attached: Attached, adapter: Fitted, base: str, expected: Tensor) -> float:
+    """Write the adapter alone and return the deviation of its logits when it is opened again.
+
+    Raises:
+        RunFailed: when it computes something else.
+    """
+    model = plain_model(attached)
+    if form == "own":
+        names = stored_names(form, adapter.sites, adapter.tensors)
+        write_tensors(stage / TENSOR_FILE, {names[name]: tensor for name, tensor in adapter.tensors.items()})
+        read_tensors(stage / TENSOR_FILE, {names[name]: spec_of(tensor) for name, tensor in adapter.tensors.items()})
+        return 0.0
+    unplug(attached)
+    write_peft_folder(stage, model, adapter, base=base)
+    error = deviation(probe_logits(open_with_peft(model, stage), "the model opened by peft"), expected)
+    if error > READ_BACK_TOLERANCE:
+        raise RunFailed(f"peft opens the adapter with logits that differ by {error:.2g}", hint="plug in with --merge")
+    return error
+
+
+def _result(
+    config: PlugConfig, manifest: AdaptedManifest, effect: float | None, error: float | None
+) -> dict[str, object]:
+    return {
+        "adapted": config.output.name,
+        "id": config.id,
+        "form": manifest.form,
+        "merged": manifest.form == "merged",
+        "kind": manifest.adapter.kind,
+        "placement": manifest.adapter.placement,
+        "scale": manifest.scale,
+        "num_tensors": len(manifest.tensors),
+        "num_blocks": len(manifest.sites),
+        "num_bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "effect": effect,
+        "deviation": error,
+        "base_digest": manifest.base_digest,
+        "package_digest": manifest.package_digest,
+        "bundle_digest": manifest.bundle_digest,
+        "merged_digest": manifest.merged_digest,
+    }

@@ -1,0 +1,6 @@
+"""The owner's registry: jobs, arriving bundles and what became of them.
+
+What is checked when a bundle arrives is in ``verify``, in one order; ``intake`` carries it out.
+"""
+
+__all__ = ["config", "federations", "intake", "job", "messages", "registry", "rows", "verbs", "verify"]

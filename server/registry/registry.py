@@ -1,0 +1,452 @@
+"""The registry: the owner's models, packages, clients, jobs and bundles, and what became of each bundle.
+
+A bundle goes received -> verified -> accepted -> plugged-in -> served, or is refused. Every step is one transaction
+with its line in the log (``offsite/store.py``), and taking a step again changes nothing. One bundle that is not
+refused may stand for a job, client and round, and a digest stands for one bundle for ever: that is the replay ledger.
+
+The folder holds ``registry.db`` and ``registry.log``; ``registry.id``, after which the head in the keys folder is
+named; ``bundles/ID/``, the plain files of what was verified; ``incoming/``, what is being verified; ``rounds/DIGEST/``
+and ``federations/ID/``, what federations ask and what came of it. Nothing in ``incoming/`` and no bundle without its
+row outlives the next opening.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from offsite.artefacts.job import Job
+from offsite.errors import ArtefactError, BadSchema, ConfigError, PolicyError, Replayed, RunFailed, WrongBinding
+from offsite.staging import staged_file
+from offsite.store import Head, Store, Transaction
+from server.registry.config import ID_PATTERN
+from server.registry.rows import (
+    MIGRATIONS,
+    Entry,
+    Seen,
+    State,
+    Verdict,
+    check_unseen,
+    entry_of,
+    refusal,
+    seen_by,
+    short_id,
+)
+
+if TYPE_CHECKING:
+    from offsite.sealed.manifest import SealedManifest
+
+_PATH: tuple[State, ...] = ("received", "verified", "accepted", "plugged-in", "served")
+_MAX_REFUSALS = 10_000
+
+
+class Registry:
+    """An open registry; safe to share between threads and processes.
+
+    Made by `Registry.open`.
+    """
+
+    def __init__(self, folder: Path, store: Store) -> None:
+        self.folder, self._store = folder, store
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @classmethod
+    def open(cls, folder: Path, keys_folder: Path, *, create: bool = False) -> Self:
+        """Return the registry in `folder`, with whatever an interrupted intake left removed.
+
+        Args:
+            keys_folder: where its head is kept.
+            create: begin one when there is none.
+
+        Raises:
+            ConfigError: when there is no registry, or no keys folder.
+            Replayed: when the database, its log or its head was turned back.
+            RunFailed: when the disk fails.
+        """
+        if not keys_folder.is_dir():
+            raise ConfigError(f"no keys folder named {keys_folder.name!r}", hint="offsite keygen makes one")
+        if not create and not (folder / "registry.id").is_file():
+            raise ConfigError(f"{folder.name!r} is no registry", hint="offsite job create makes one: --registry DIR")
+        try:
+            for part in (folder, folder / "bundles", folder / "incoming", folder / "rounds"):
+                part.mkdir(mode=0o700, parents=True, exist_ok=True)
+            name = _registry_id(folder)
+        except OSError as error:
+            raise RunFailed(f"cannot use registry {folder.name!r}: {(error.strerror or 'i/o error').lower()}") from None
+        registry = cls(folder, Store(folder / "registry.db", MIGRATIONS, anchor=keys_folder / f"registry-{name}.head"))
+        try:
+            registry.collect()
+        except OSError as error:
+            registry.close()
+            raise RunFailed(f"cannot use registry {folder.name!r}: {(error.strerror or 'i/o error').lower()}") from None
+        except BaseException:
+            registry.close()
+            raise
+        return registry
+
+    def close(self) -> None:
+        """The registry is closed."""
+        self._store.close()
+
+    # --- what is registered before a bundle can come
+
+    def add_job(self, job: Job, *, package: Path, client_name: str, now: int | None = None) -> None:
+        """The job is known, and with it its base model, package and client; again changes nothing.
+
+        Args:
+            package: the package's folder, where its tensors and its owner's record are found later.
+
+        Raises:
+            Replayed: when another job has that id.
+        """
+        content, now = job.model_dump_json(), _now(now)
+        with self._store.transaction() as transaction:
+            row = transaction.execute("SELECT content FROM jobs WHERE job_id = ?", (job.job_id,)).fetchone()
+            if row is not None:
+                if row["content"] != content:
+                    raise Replayed(f"job {job.job_id[:12]} is registered with other terms")
+                return
+            put = transaction.execute
+            put("INSERT INTO models VALUES (?, ?) ON CONFLICT DO NOTHING", (job.base_digest, now))
+            put(
+                "INSERT INTO packages VALUES (?, ?, ?, ?)"
+                " ON CONFLICT (package_digest) DO UPDATE SET path = excluded.path",
+                (job.package_digest, job.base_digest, str(package.resolve()), now),
+            )
+            put("INSERT INTO clients VALUES (?, ?, ?) ON CONFLICT DO NOTHING", (job.client, client_name, now))
+            put(
+                "INSERT INTO jobs VALUES (?, ?, ?, ?, ?)",
+                (job.job_id, job.package_digest, job.client, job.expires, content),
+            )
+            transaction.log("job", job=job.job_id, client=job.client, package=job.package_digest, rounds=job.rounds)
+
+    def job(self, job_id: str) -> Job:
+        """Return the job of that id.
+
+        Raises:
+            WrongBinding: when it is not known here.
+        """
+        rows = self._store.rows("SELECT content FROM jobs WHERE job_id = ?", (job_id,))
+        if not rows:
+            raise WrongBinding(f"job {job_id[:12]} is not known to this registry", hint="offsite job create makes jobs")
+        return Job.model_validate_json(rows[0]["content"])
+
+    def jobs_of(self, client: str) -> list[Job]:
+        """Return the jobs of that client, the one that ends last first."""
+        rows = self._store.rows("SELECT content FROM jobs WHERE client = ? ORDER BY expires DESC, job_id", (client,))
+        return [Job.model_validate_json(row["content"]) for row in rows]
+
+    def asked(self, job_id: str, number: int) -> str | None:
+        """Return the digest of the federation's round that was asked of the job, which its bundle must bind, or None.
+
+        Without one, a bundle of that round must bind none.
+        """
+        rows = self._store.rows("SELECT round_digest FROM asked WHERE job_id = ? AND round = ?", (job_id, number))
+        return rows[0]["round_digest"] if rows else None
+
+    def round_folder(self, round_digest: str) -> Path:
+        """Return where the plain files of a federation's round are, for as long as it may be answered."""
+        return self.folder / "rounds" / round_digest.removeprefix("sha256:")
+
+    @property
+    def store(self) -> Store:
+        """The database and its log, for tables that other modules keep (``server/registry/federations.py``)."""
+        return self._store
+
+    def package_path(self, package_digest: str) -> Path:
+        """Return where the package stood when its last job was made.
+
+        Raises:
+            WrongBinding: when no job was made for it.
+        """
+        rows = self._store.rows("SELECT path FROM packages WHERE package_digest = ?", (package_digest,))
+        if not rows:
+            raise WrongBinding(f"package {package_digest[:19]} is not known to this registry")
+        return Path(rows[0]["path"])
+
+    # --- bundles
+
+    def verdict(self, digest: str) -> Verdict | None:
+        """Return what became of the sealed bundle of that digest, or None when it never came."""
+        for row in self._store.rows("SELECT * FROM bundles WHERE digest = ?", (digest,)):
+            reason, message = row["reason"], row["message"] or ""
+            is_final = row["state"] != "received"
+            error = refusal(reason, message) if reason else None
+            return Verdict(row["id"], digest, row["state"], reason, message, True, is_final, error)
+        for row in self._store.rows("SELECT * FROM refusals WHERE digest = ?", (digest,)):
+            reason, message = row["reason"], row["message"]
+            return Verdict(short_id(digest), digest, "refused", reason, message, True, False, refusal(reason, message))
+        return None
+
+    def entry(self, bundle_id: str) -> Entry:
+        """Return the row of the bundle of that id.
+
+        Raises:
+            ConfigError: when the id has another form or is not known.
+        """
+        if not re.fullmatch(ID_PATTERN, bundle_id):
+            raise ConfigError(f"{bundle_id[:40]!r} is no id of a bundle: 16 hex digits", hint="offsite registry list")
+        rows = self._store.rows("SELECT * FROM bundles WHERE id = ?", (bundle_id,))
+        if not rows:
+            raise ConfigError(f"no bundle {bundle_id} in registry {self.folder.name!r}", hint="offsite registry list")
+        return entry_of(rows[0])
+
+    def entries(self) -> list[Entry]:
+        """Return the rows of all bundles, oldest first."""
+        return [entry_of(row) for row in self._store.rows("SELECT * FROM bundles ORDER BY received, rowid")]
+
+    def seen(self, manifest: SealedManifest) -> Seen:
+        """Return what is known of the round and the sequence that the manifest claims."""
+        return seen_by(self._store.rows, manifest)
+
+    def receive(self, manifest: SealedManifest, digest: str, *, now: int | None = None) -> None:
+        """The bundle is known as received and holds its round.
+
+        Raises:
+            Replayed: when another holds the round, or a newer one of the job was received.
+        """
+        now = _now(now)
+        with self._store.transaction() as transaction:
+            check_unseen(manifest, digest, seen_by(lambda *query: transaction.execute(*query).fetchall(), manifest))
+            if transaction.execute("SELECT 1 FROM bundles WHERE id = ?", (short_id(digest),)).fetchone():
+                raise Replayed(f"another bundle has the id {short_id(digest)}")
+            transaction.execute(
+                "INSERT INTO bundles (id, digest, job_id, client, round, sequence, state, received, changed)"
+                " VALUES (?, ?, ?, ?, ?, ?, 'received', ?, ?)",
+                (
+                    short_id(digest), digest, manifest.job_id, manifest.issuer, manifest.round, manifest.sequence,
+                    now, now,
+                ),
+            )  # fmt: skip
+            transaction.execute("DELETE FROM refusals WHERE digest = ?", (digest,))
+            transaction.log("received", digest=digest, job=manifest.job_id, round=manifest.round)
+
+    def forget(self, digest: str) -> None:
+        """A bundle that was received and never verified is not known, and its round is free."""
+        with self._store.transaction() as transaction:
+            gone = transaction.execute("DELETE FROM bundles WHERE digest = ? AND state = 'received'", (digest,))
+            if gone.rowcount:
+                transaction.log("forgotten", digest=digest)
+
+    def verified(
+        self,
+        digest: str,
+        *,
+        bundle_digest: str,
+        tensors_sha256: str,
+        figures: dict[str, object],
+        now: int | None = None,
+    ) -> None:
+        """The bundle is known as verified, with the digests of its plain files."""
+        with self._store.transaction() as transaction:
+            done = transaction.execute(
+                "UPDATE bundles SET state = 'verified', changed = ?, bundle_digest = ?, tensors_sha256 = ?, figures = ?"
+                " WHERE digest = ? AND state = 'received'",
+                (_now(now), bundle_digest, tensors_sha256, json.dumps(figures, sort_keys=True), digest),
+            )
+            if done.rowcount:  # otherwise the owner has refused it meanwhile
+                transaction.log("verified", digest=digest, bundle=bundle_digest)
+
+    def note_refusal(self, digest: str, error: ArtefactError, *, is_final: bool, now: int | None = None) -> None:
+        """The refusal is in the registry and in the log.
+
+        Args:
+            is_final: it follows from what the client signed, so the same digest is refused for ever. Otherwise it
+                may come from the way here: the digest is checked anew when it comes again.
+        """
+        reason, message, now = type(error).__name__, str(error)[:500], _now(now)
+        with self._store.transaction() as transaction:
+            if is_final:
+                transaction.execute(
+                    "UPDATE bundles SET state = 'refused', changed = ?, reason = ?, message = ? WHERE digest = ?",
+                    (now, reason, message, digest),
+                )
+            else:
+                transaction.execute("DELETE FROM bundles WHERE digest = ? AND state = 'received'", (digest,))
+                transaction.execute(
+                    "INSERT INTO refusals VALUES (?, ?, ?, ?, 1) ON CONFLICT (digest) DO UPDATE SET"
+                    " reason = excluded.reason, message = excluded.message, refused = excluded.refused,"
+                    " times = times + 1",
+                    (digest, reason, message, now),
+                )
+                transaction.execute(
+                    "DELETE FROM refusals WHERE rowid IN"
+                    " (SELECT rowid FROM refusals ORDER BY refused DESC, rowid DESC LIMIT -1 OFFSET ?)",
+                    (_MAX_REFUSALS,),
+                )
+            transaction.log("refused", digest=digest, check=reason)
+
+    def advance(self, bundle_id: str, to: State, *, now: int | None = None) -> Entry:
+        """The bundle is in state `to`; one that is there, or further, is left as it is.
+
+        Raises:
+            ConfigError: when there is no such bundle.
+            ArtefactError: with its class, when it was refused.
+            PolicyError: when a state before `to` was left out.
+        """
+        entry = self.entry(bundle_id)
+        with self._store.transaction() as transaction:
+            state: State = transaction.execute("SELECT state FROM bundles WHERE id = ?", (bundle_id,)).fetchone()[0]
+            if state == "refused":
+                raise refusal(entry.reason or "ArtefactError", entry.message or f"bundle {bundle_id} was refused")
+            if _PATH.index(state) + 1 == _PATH.index(to):
+                self._set(transaction, entry, to, _now(now))
+            elif _PATH.index(state) < _PATH.index(to):
+                before = _PATH[_PATH.index(to) - 1]
+                raise PolicyError(
+                    f"bundle {bundle_id} is {state}, {before} comes first",
+                    hint=f"offsite registry accept {bundle_id}" if before == "accepted" else "offsite registry list",
+                )
+        return self.entry(bundle_id)
+
+    def refuse(self, bundle_id: str, *, now: int | None = None) -> Entry:
+        """The bundle is refused for good and its files are gone; its round is free for another.
+
+        Raises:
+            ConfigError: when there is no such bundle.
+            PolicyError: when it is plugged in already, or a plugging in is under way.
+        """
+        entry = self.entry(bundle_id)
+        with self.one_plug_in(wait=False) as mine, self._store.transaction() as transaction:
+            if not mine:
+                raise PolicyError(
+                    f"bundle {bundle_id} may be the one that is being plugged in", hint="wait until it is"
+                )
+            state = transaction.execute("SELECT state FROM bundles WHERE id = ?", (bundle_id,)).fetchone()[0]
+            if state in ("plugged-in", "served"):
+                raise PolicyError(
+                    f"bundle {bundle_id} is {state}", hint="delete the adapted model; the registry keeps what was done"
+                )
+            if state != "refused":
+                transaction.execute(
+                    "UPDATE bundles SET reason = 'PolicyError', message = 'refused by the owner' WHERE id = ?",
+                    (bundle_id,),
+                )
+                self._set(transaction, entry, "refused", _now(now))
+        shutil.rmtree(self.bundle_folder(bundle_id), ignore_errors=True)
+        return self.entry(bundle_id)
+
+    def bundle_folder(self, bundle_id: str) -> Path:
+        """Return where the plain files of a verified bundle are."""
+        return self.folder / "bundles" / bundle_id
+
+    def _set(self, transaction: Transaction, entry: Entry, to: State, now: int) -> None:
+        transaction.execute("UPDATE bundles SET state = ?, changed = ? WHERE id = ?", (to, now, entry.id))
+        transaction.log(to, digest=entry.digest)
+
+    def refusals(self) -> list[Verdict]:
+        """Return what was refused on arrival and may come again, newest first."""
+        rows = self._store.rows("SELECT * FROM refusals ORDER BY refused DESC, rowid DESC LIMIT 100")
+        return [
+            Verdict(short_id(row["digest"]), row["digest"], "refused", row["reason"], row["message"]) for row in rows
+        ]
+
+    # --- log, and what a crash leaves
+
+    def log(self, event: str, **fields: object) -> None:
+        """One line more is in the log."""
+        with self._store.transaction() as transaction:
+            transaction.log(event, **fields)
+
+    def verify_log(self) -> Head:
+        """Return the log's head once every line follows from the one before.
+
+        Raises:
+            BadDigest: naming the first line that does not.
+        """
+        self._store.verify_log()
+        return self._store.head
+
+    def one_intake(self, *, wait: bool = True) -> AbstractContextManager[bool]:
+        """One intake at a time, of all threads and processes, so that memory and disk stay bounded.
+
+        Yields whether it is this one's turn, which with `wait` it always is.
+        """
+        return self._turn("intake.lock", wait)
+
+    def one_plug_in(self, *, wait: bool = True) -> AbstractContextManager[bool]:
+        """One plugging in at a time, during which nothing is refused; yields as `one_intake`."""
+        return self._turn("plug-in.lock", wait)
+
+    def one_federation(self) -> AbstractContextManager[bool]:
+        """One run of a federation at a time; yields as `one_intake`."""
+        return self._turn("federation.lock", wait=False)
+
+    @contextmanager
+    def _turn(self, name: str, wait: bool) -> Iterator[bool]:
+        handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+        finally:
+            os.close(handle)
+
+    def collect(self) -> None:
+        """What an interrupted intake or refusal left is gone, unless an intake is under way."""
+        with self.one_intake(wait=False) as mine:
+            if mine:
+                self.collect_locked()
+
+    def collect_locked(self) -> None:
+        """As `collect`, for whoever holds `one_intake`."""
+        for path in (*(self.folder / "incoming").iterdir(), *self.folder.glob(".registry.id.*.partial")):
+            _remove(path)
+        for row in self._store.rows("SELECT digest FROM bundles WHERE state = 'received'"):
+            self.forget(row["digest"])
+        kept = {row["id"] for row in self._store.rows("SELECT id FROM bundles WHERE state <> 'refused'")}
+        for path in (self.folder / "bundles").iterdir():
+            if path.name not in kept:
+                _remove(path)
+
+
+def _now(now: int | None) -> int:
+    return int(time.time()) if now is None else now
+
+
+def _registry_id(folder: Path) -> str:
+    """Return the name that a registry is given once, and by which its head is found.
+
+    Raises:
+        Replayed: when the folder holds a registry without one.
+    """
+    path = folder / "registry.id"
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if not path.exists():
+            if (folder / "registry.db").exists() or (folder / "registry.log").exists():
+                raise Replayed(f"registry {folder.name!r} has lost its registry.id", hint="put a copy of it back")
+            with staged_file(path) as stage:
+                stage.write_text(secrets.token_hex(16) + "\n", encoding="ascii")
+        with path.open("rb") as file:
+            found = file.read(64).decode("ascii", "replace").strip()
+    finally:
+        os.close(handle)
+    if not re.fullmatch(r"[0-9a-f]{32}", found):
+        raise BadSchema(f"registry.id of {folder.name!r} is damaged", hint="put a copy of it back")
+    return found
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

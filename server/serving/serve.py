@@ -1,0 +1,168 @@
+"""``offsite serve``: an adapted model behind the OpenAI interface, until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from offsite.console import say
+from offsite.errors import ConfigError
+from server.http.serve import is_loopback, listen, signals_end, url_of
+from server.serving.app import build_app
+from server.serving.config import ServeConfig
+from server.serving.engine import Engine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KEY_VARIABLE = "OFFSITE_API_KEY"
+
+_GRACE_SECONDS = 10
+
+
+class Process(uvicorn.Server):
+    """A uvicorn server whose answers under way break off when it is told to stop."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                ws="none",
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=_GRACE_SECONDS,
+            )
+        )
+        self._engine: Engine = app.state.engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop taking connections, and break off what is under way."""
+        self._engine.stop()
+        super().handle_exit(sig, frame)
+
+
+def read_key(key_file: Path | None) -> tuple[str, bool]:
+    """Return the bearer key and whether it is fresh: from `key_file`, else OFFSITE_API_KEY, else random.
+
+    Raises:
+        ConfigError: the file cannot be read, or the key is empty or not one printable ASCII word.
+    """
+    if key_file is not None:
+        origin = f"key file {key_file.name!r}"
+        try:
+            key = key_file.read_text(encoding="ascii").strip()
+        except OSError as error:
+            raise ConfigError(f"cannot read {origin}: {(error.strerror or 'unknown').lower()}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{origin} is not ASCII text") from None
+    elif KEY_VARIABLE in os.environ:
+        origin, key = KEY_VARIABLE, os.environ[KEY_VARIABLE].strip()
+    else:
+        return secrets.token_urlsafe(32), True
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(f"{origin} does not hold one word of printable ASCII", hint="openssl rand -hex 32 makes one")
+    return key, False
+
+
+def load_served(config: ServeConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Return the model on its device in eval mode, its tokenizer, and the name it is served under.
+
+    Raises:
+        ConfigError: the device does not exist; told before anything is loaded.
+        ArtefactError: `adapted` was rejected.
+    """
+    device = _device(config.device)
+    from server.plugging.plug import load_adapted
+
+    model, tokenizer = load_adapted(config.adapted, base=config.base)
+    model.to(device)  # type: ignore[arg-type]
+    model.eval()
+    return model, tokenizer, config.model_id or config.adapted.resolve().name
+
+
+def _device(name: str) -> str:
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if has_gpu else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ConfigError(f"--device {name!r} is no torch device", hint="--device cpu works anywhere") from None
+    if kind == "cuda" and not has_gpu:
+        raise ConfigError(f"--device {name!r}: there is no GPU here", hint="--device cpu works anywhere")
+    return name
+
+
+def serve(config: ServeConfig) -> dict[str, object]:
+    """Serve until Ctrl-C or SIGTERM, then return what was done.
+
+    Raises:
+        ConfigError: the host or the key is unusable.
+        RunFailed: the port cannot be had.
+        ArtefactError: `adapted` was rejected.
+        PolicyError: the registry that was named does not know it as plugged in.
+    """
+    began = time.monotonic()
+    key, is_fresh = read_key(config.key_file)
+    sock = listen(config.host, config.port)
+    with sock:
+        model, tokenizer, model_id = load_served(config)
+        app = build_app(
+            model,
+            tokenizer,
+            model_id=model_id,
+            key=key,
+            context=config.context,
+            limit_tokens=config.limit_tokens,
+            limit_waiting=config.limit_waiting,
+            limit_bytes=config.limit_bytes,
+        )
+        if config.registry is not None:
+            mark_served(config.adapted, config.registry, config.keys)
+        sock.listen()  # from here connections wait in the kernel's queue
+        url = url_of(sock)
+        _announce(config, url, model_id, key if is_fresh else None)
+        process = Process(app)
+        with signals_end(process):
+            process.run(sockets=[sock])
+    engine: Engine = app.state.engine
+    return {"model": model_id, "url": url, "seconds": round(time.monotonic() - began, 1), **engine.counts.as_dict()}
+
+
+run = serve  # the name that every verb's module gives its function
+
+
+def mark_served(adapted: Path, registry: Path, keys: Path) -> None:
+    """The registry knows that the bundle in `adapted` is served; again changes nothing.
+
+    Raises:
+        ConfigError: there is no registry, or it does not know the bundle.
+        PolicyError: the bundle is not plugged in, as far as the registry knows.
+    """
+    from server.plugging.adapted import open_adapted
+    from server.registry.registry import Registry
+
+    intake = open_adapted(adapted).intake
+    if intake is None:
+        raise ConfigError(f"{adapted.name!r} does not name the bundle it holds", hint="leave --registry out")
+    with Registry.open(registry, keys) as opened:
+        opened.advance(intake, "served")
+
+
+def _announce(config: ServeConfig, url: str, model_id: str, fresh_key: str | None) -> None:
+    if not is_loopback(config.host):
+        say(f"warning: {config.host} can be reached from other machines, without encryption; put TLS in front")
+    say(f"serving {model_id!r} at {url}/v1; Ctrl-C ends it")
+    if fresh_key is not None:
+        say(f"key (shown once): {fresh_key}")

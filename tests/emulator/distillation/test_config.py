@@ -1,0 +1,73 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from emulator.distillation.config import DistillConfig
+from offsite.config import build
+from offsite.errors import ConfigError
+
+GOOD = {"model": "m", "output": "out", "public": "text.txt"}
+
+
+def test_defaults_are_width_with_distillation() -> None:
+    config = build(DistillConfig, flags=GOOD)
+    assert (config.method, config.width, config.channels, config.blocks) == ("width", 0.33, "obs", None)
+    assert (config.bottom, config.top, config.public) == (2, 2, Path("text.txt"))
+    assert config.steps > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "drop", "blocks": "8"},
+        {"method": "drop", "blocks": "8", "choice": "influence", "steps": "0"},
+        {"method": "drop", "blocks": "8", "steps": "0", "public": None},
+        {"method": "keep-all", "steps": "0", "public": None},
+        {"method": "width", "width": "1", "steps": "0"},
+        {"channels": "activation", "refit": "false"},
+        {"learning_rate": "1e-3", "kl_weight": "0"},
+    ],
+)
+def test_what_goes_together(changes: dict[str, str | None]) -> None:
+    flags = {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
+    assert build(DistillConfig, flags=flags).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"public": None}, "--public is missing: --steps above 0 and method width need public text"),
+        ({"public": None, "steps": "0"}, "--public is missing: method width needs public text"),
+        ({"public": None, "steps": "0", "method": "drop", "blocks": "3", "choice": "influence"}, "--choice influence"),
+        ({"method": "drop"}, "--blocks is missing"),
+        ({"method": "drop", "blocks": "3", "width": "0.5"}, "--width belongs to method width, not to drop"),
+        ({"method": "drop", "blocks": "3", "channels": "obs"}, "--channels belongs to method width, not to drop"),
+        ({"refit": "false"}, "--channels obs leaves out what refitting makes up for"),
+        ({"blocks": "3"}, "--blocks belongs to method drop, not to width"),
+        ({"method": "keep-all"}, "nothing to distil"),
+        ({"width": "1"}, "nothing to distil"),
+        ({"method": "shrink"}, "unknown method 'shrink', expected one of drop, keep-all, width"),
+        ({"width": "0"}, "--width: "),
+        ({"width": "1.5"}, "--width: "),
+        ({"method": "drop", "blocks": "0"}, "--blocks: "),
+        ({"steps": "0", "resume": True}, "nothing to resume"),
+        ({"hidden_weight": "0", "kl_weight": "0"}, "nothing to learn"),
+        ({"top": "0"}, "--top: "),
+        ({"model": None}, "MODEL is missing"),
+        ({"learning_rate": "fast"}, "--learning-rate: "),
+        ({"learning_rate": "inf"}, "--learning-rate: "),
+        ({"batch_size": "2", "accumulate": "3"}, "--accumulate 3: a batch of 2 cannot be cut into more parts"),
+    ],
+)
+def test_contradictions_give_one_line(changes: dict[str, object], message: str) -> None:
+    flags = {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
+    with pytest.raises(ConfigError, match=message) as caught:
+        build(DistillConfig, flags=flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_need_no_torch() -> None:
+    code = "import sys, emulator.distillation.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

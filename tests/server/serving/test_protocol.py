@@ -1,0 +1,173 @@
+"""What a request may hold, and how a refusal names what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.serving.protocol import _NEUTRAL, ApiError, ChatAsk, CompletionAsk, Reply, Usage, parse
+
+SECRET = "the patient's name"
+
+
+def completion(**fields):
+    return parse(json.dumps({"model": "m", "prompt": "p", **fields}).encode(), CompletionAsk)
+
+
+def chat(**fields):
+    turns = {"messages": [{"role": "user", "content": "hello"}]}
+    return parse(json.dumps({"model": "m", **turns, **fields}).encode(), ChatAsk)
+
+
+@pytest.mark.parametrize(
+    ("value", "prompts"),
+    [
+        ("p", ("p",)),
+        ("", ("",)),
+        (None, ("",)),
+        (["p", "q"], ("p", "q")),
+        ([1, 2], ((1, 2),)),
+        ([[1, 2], [3]], ((1, 2), (3,))),
+    ],
+)
+def test_a_prompt_is_text_or_tokens_or_a_list_of_either(value, prompts):
+    assert completion(prompt=value).prompt == prompts
+
+
+def test_unknown_fields_and_those_that_change_nothing_are_ignored():
+    neutral = {"n": 1, "echo": False, "logprobs": None, "logit_bias": {}, "presence_penalty": 0, "tools": []}
+    ask = completion(user="u", store=True, metadata={"a": 1}, **neutral)
+    assert (ask.stop, ask.temperature, ask.num_tokens) == ((), None, 16)
+    assert chat(logprobs=False, response_format={"type": "text"}).num_tokens is None
+
+
+def test_limits_of_both_spellings():
+    assert completion(max_tokens=3).num_tokens == 3
+    assert chat(max_tokens=3).num_tokens == 3
+    assert chat(max_tokens=3, max_completion_tokens=4).num_tokens == 4
+
+
+def test_text_parts_are_joined_and_developers_are_the_system():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    ask = chat(messages=[{"role": "developer", "content": parts}, {"role": "user", "content": "", "name": "x"}])
+    assert [message.for_template for message in ask.messages] == [
+        {"role": "system", "content": "ab"},
+        {"role": "user", "content": ""},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"best_of": 2}, "best_of"),
+        ({"echo": True}, "echo"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"suffix": "x"}, "suffix"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"tools": [{}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(fields, param):
+    for make in (completion, chat):
+        with pytest.raises(ApiError) as caught:
+            make(**fields)
+        error = caught.value.body["error"]
+        assert (caught.value.status, error["param"], error["code"]) == (400, param, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": None}, "model"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [SECRET] * 65}, "prompt"),
+        ({"prompt": {SECRET: 1}}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": [SECRET, 1]}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ],
+)
+def test_wrong_fields_are_named_and_never_repeated(fields, param):
+    with pytest.raises(ApiError) as caught:
+        completion(**fields)
+    error = caught.value.body["error"]
+    assert (caught.value.status, error["param"]) == (400, param)
+    assert error["message"].startswith(f"{param}: ")
+    assert SECRET not in str(caught.value.body)
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        ("hello", "messages"),
+        ([{"role": "user"}], "messages.0.content"),
+        ([{"role": "wizard", "content": SECRET}], "messages.0.role"),
+        ([{"role": "user", "content": None}], "messages.0.content"),
+        ([{"role": "user", "content": []}], "messages.0.content"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": SECRET}}]}], "messages.0.content"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages.0.content"),
+    ],
+)
+def test_wrong_messages_are_named_and_never_repeated(messages, param):
+    with pytest.raises(ApiError) as caught:
+        chat(messages=messages)
+    assert caught.value.body["error"]["param"] == param
+    assert SECRET not in str(caught.value.body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"\xff", b'{"model": "m", "temperature": NaN}', b'"m"', b"[]", b"[" * 5000, b'{"model":"\\ud800"}'],
+)
+def test_what_is_not_a_json_object_is_refused(body):
+    with pytest.raises(ApiError, match="the body"):
+        parse(body, CompletionAsk)
+
+
+FIELDS = sorted({*CompletionAsk.model_fields, *ChatAsk.model_fields, *_NEUTRAL, "role", "content", "type", "text"})
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+ANY_JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=5),
+    max_leaves=15,
+)
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), ANY_JSON, max_size=6))
+def test_any_json_is_a_request_or_a_refusal(fields):
+    for cls, usual in (CompletionAsk, {}), (ChatAsk, {"messages": [{"role": "user", "content": "x"}]}):
+        try:
+            found = parse(json.dumps({"model": "m", **usual, **fields}).encode(), cls)
+        except ApiError as refusal:
+            found = refusal
+        assert getattr(found, "status", 400) == 400
+
+
+def test_usage_is_in_a_stream_only_when_asked_for():
+    told = Reply("m", is_chat=False, wants_usage=True)
+    assert '"usage":null' in told.part(0, "a", None)
+    assert '"prompt_tokens":2,"completion_tokens":3,"total_tokens":5' in told.closing(Usage(2, 3))
+    assert told.closing(Usage(2, 3)).endswith("data: [DONE]\n\n")
+    assert "usage" not in Reply("m", is_chat=True).part(0, "a", "stop")
