@@ -358,7 +358,7 @@ def _command(name: str, verb: Verb, arguments: list[str]) -> Callable[..., int]:
             launch = _resolve("offsite.training.processes:launch")
             return int(launch(config.launch, arguments))  # type: ignore[attr-defined]
         if getattr(config, "sealed_off", False):
-            _resolve("client.tuning.sealedoff:enter")(
+            _resolve("client.tuning.sandbox:enter")(
                 config
             )  # before the function's module loads torch and starts threads
         result = _resolve(verb.function)(config)

@@ -674,7 +674,7 @@ class Federated:
 
     def round(self, federation: Any, number: int, *, names: tuple[str, ...] = NAMES, **changes: Any) -> Any:
         """Ask, answer and close one round."""
-        from offsite.exchange.parcel import pack
+        from offsite.exchange.packing import pack
 
         asked = federation.ask(number)
         for name in names:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.kills import work
 from benchmarks.record import environment
-from client.exchange.http import Courier
+from client.exchange.http import ExchangeClient
 from client.exchange.verbs import _awaited, _upload
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.job import Job
@@ -210,10 +210,10 @@ def push(url: str, owner: str, one: Push) -> tuple[str, str, float]:
     began = time.monotonic()
     raw = read_sealed(one.sealed)
     manifest = parse_strict(raw.manifest_raw, SealedManifest, "manifest.json", {})
-    with Courier(url, one.client, owner, patience_seconds=300, timeout_seconds=120) as courier:
+    with ExchangeClient(url, one.client, owner, patience_seconds=300, timeout_seconds=120) as exchange:
         try:
-            status, _ = _upload(courier, one.sealed, raw, manifest)
-            status = _awaited(courier, status, 600)
+            status, _ = _upload(exchange, one.sealed, raw, manifest)
+            status = _awaited(exchange, status, 600)
             outcome = f"refused, {status.reason}" if status.state == "refused" else status.state
         except ArtefactError as error:
             outcome = f"refused, {type(error).__name__}"

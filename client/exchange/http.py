@@ -54,7 +54,7 @@ class _TryAgain(Exception):
         self.pause_seconds = pause_seconds
 
 
-class Courier:
+class ExchangeClient:
     """A connection to the exchange at `url`, which is `owner`'s.
 
     Args:

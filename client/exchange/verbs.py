@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from client.exchange.config import ExchangeConfig, PullConfig, PushConfig, StatusConfig
-from client.exchange.http import Courier, WrongOffset, plain
+from client.exchange.http import ExchangeClient, WrongOffset, plain
 from offsite import errors
 from offsite.console import Progress, say, table
 from offsite.digests import sha256_file
@@ -53,13 +53,13 @@ def pull_run(config: PullConfig) -> dict[str, object]:
     refuse_existing(config.output)
     trust, identity = TrustStore(config.keys), open_identity(config)
     owner = owner_of(config.owner, trust)
-    with courier_of(config, identity, owner) as courier:
-        offer = _chosen(courier.ask("GET", "/v1/sealed", Offers).offers, config)
+    with exchange_client(config, identity, owner) as exchange:
+        offer = _chosen(exchange.ask("GET", "/v1/sealed", Offers).offers, config)
         say(f"{offer.kind} {offer.digest[:16]} of job {offer.job_id[:12]}: {offer.bytes:,} bytes")
         if offer.bytes > config.limit_bytes:
             raise TooLarge(f"this {offer.kind} has {offer.bytes} bytes, --limit-bytes {config.limit_bytes}")
         manifest, num_resumed = fetch_offer(
-            courier, offer, config.output, trust=trust, own=identity.public.fingerprint, limit_bytes=config.limit_bytes
+            exchange, offer, config.output, trust=trust, own=identity.public.fingerprint, limit_bytes=config.limit_bytes
         )
     return {
         "bytes": sum(file.sealed_bytes for file in manifest.files),
@@ -73,7 +73,7 @@ def pull_run(config: PullConfig) -> dict[str, object]:
 
 
 def fetch_offer(
-    courier: Courier, offer: OfferSummary, out: Path, *, trust: TrustStore, own: str, limit_bytes: int
+    exchange: ExchangeClient, offer: OfferSummary, out: Path, *, trust: TrustStore, own: str, limit_bytes: int
 ) -> tuple[SealedManifest, int]:
     """Write the sealed folder `out`, whole or not at all; return what its owner signed, and the bytes resumed.
 
@@ -85,19 +85,19 @@ def fetch_offer(
         RunFailed: the exchange cannot be reached, or the disk is full; `out`.work keeps what arrived.
     """
     raw = RawSealed(
-        manifest_raw=courier.fetch(f"/v1/sealed/{offer.digest}/{MANIFEST_FILE}", SEALED_MANIFEST_LIMIT_BYTES),
-        signatures_raw=courier.fetch(f"/v1/sealed/{offer.digest}/{SIGNATURES_FILE}", SIGNATURES_LIMIT_BYTES),
-        keys_raw=courier.fetch(f"/v1/sealed/{offer.digest}/{KEYS_FILE}", KEYS_LIMIT_BYTES),
+        manifest_raw=exchange.fetch(f"/v1/sealed/{offer.digest}/{MANIFEST_FILE}", SEALED_MANIFEST_LIMIT_BYTES),
+        signatures_raw=exchange.fetch(f"/v1/sealed/{offer.digest}/{SIGNATURES_FILE}", SIGNATURES_LIMIT_BYTES),
+        keys_raw=exchange.fetch(f"/v1/sealed/{offer.digest}/{KEYS_FILE}", KEYS_LIMIT_BYTES),
     )
     now = int(time.time())
     manifest = verify_sealed(
         raw.manifest_raw, raw.signatures_raw, lambda issuer: trust.require(issuer, now=now), now=now
     )
-    _check_offer(manifest, raw, offer, courier.owner, own, limit_bytes)
-    return manifest, _download(courier, offer.digest, raw, manifest, out)
+    _check_offer(manifest, raw, offer, exchange.owner, own, limit_bytes)
+    return manifest, _download(exchange, offer.digest, raw, manifest, out)
 
 
-def hand_in(courier: Courier, sealed: Path, *, verdict_seconds: float) -> tuple[Status, int]:
+def hand_in(exchange: ExchangeClient, sealed: Path, *, verdict_seconds: float) -> tuple[Status, int]:
     """The sealed bundle or note is with the owner; return what became of it, and how many bytes were sent now.
 
     An earlier try that broke off is gone on with.
@@ -109,8 +109,8 @@ def hand_in(courier: Courier, sealed: Path, *, verdict_seconds: float) -> tuple[
     raw = read_sealed(sealed)
     manifest = parse_strict(raw.manifest_raw, SealedManifest, MANIFEST_FILE, {})
     check_payload(sealed, manifest)
-    status, num_sent = _upload(courier, sealed, raw, manifest)
-    status = _awaited(courier, status, verdict_seconds)
+    status, num_sent = _upload(exchange, sealed, raw, manifest)
+    status = _awaited(exchange, status, verdict_seconds)
     if status.state == "refused":
         raise _refusal(status)
     return status, num_sent
@@ -133,8 +133,8 @@ def push_run(config: PushConfig) -> dict[str, object]:
     owner = owner_of(manifest.recipients[0], trust)
     if config.owner not in (None, owner):
         raise WrongRecipient(f"{config.sealed.name!r} is sealed for {owner}, not for --owner")
-    with courier_of(config, identity, owner) as courier:
-        status, num_sent = hand_in(courier, config.sealed, verdict_seconds=config.verdict_seconds)
+    with exchange_client(config, identity, owner) as exchange:
+        status, num_sent = hand_in(exchange, config.sealed, verdict_seconds=config.verdict_seconds)
     if status.state == "verifying":
         say("the owner's checks are not done yet; exchange status will tell")
     else:
@@ -152,18 +152,18 @@ def status_run(config: StatusConfig) -> dict[str, object]:
     trust = TrustStore(config.keys)
     digest, recipient = (None, None) if config.sealed is None else _named(config.sealed)
     owner = owner_of(config.owner or recipient, trust)
-    with courier_of(config, open_identity(config), owner) as courier:
+    with exchange_client(config, open_identity(config), owner) as exchange:
         if digest is None:
-            return _listed(courier.ask("GET", "/v1/sealed", Offers).offers)
-        status = courier.ask("GET", f"/v1/bundles/{digest}", Status)
+            return _listed(exchange.ask("GET", "/v1/sealed", Offers).offers)
+        status = exchange.ask("GET", f"/v1/bundles/{digest}", Status)
     reason = f": {plain(status.reason)}: {plain(status.message)}" if status.reason else ""
     say(f"{status.state}{reason}")
     return _told(status)
 
 
-def courier_of(config: ExchangeConfig, identity: Identity, owner: str) -> Courier:
+def exchange_client(config: ExchangeConfig, identity: Identity, owner: str) -> ExchangeClient:
     """Return a connection to the exchange of that owner, which is not opened yet."""
-    return Courier(
+    return ExchangeClient(
         config.url,
         identity,
         owner,
@@ -219,7 +219,7 @@ def _check_offer(
         raise TooLarge(f"this {manifest.kind} has {num_bytes} bytes, --limit-bytes {limit_bytes}")
 
 
-def _download(courier: Courier, digest: str, raw: RawSealed, manifest: SealedManifest, out: Path) -> int:
+def _download(exchange: ExchangeClient, digest: str, raw: RawSealed, manifest: SealedManifest, out: Path) -> int:
     """Write the folder `out`; return how many of its bytes were there from an earlier try."""
     work = out.with_name(f"{out.name}.work")
     total = sum(file.sealed_bytes for file in manifest.files)
@@ -231,7 +231,7 @@ def _download(courier: Courier, digest: str, raw: RawSealed, manifest: SealedMan
         for file in manifest.files:
             target = work / PAYLOAD / file.payload_name
             path = f"/v1/sealed/{digest}/{PAYLOAD}/{file.payload_name}"
-            courier.download(path, target, file.sealed_bytes, _shown(bar, done))
+            exchange.download(path, target, file.sealed_bytes, _shown(bar, done))
             done += file.sealed_bytes
             if sha256_file(target) != file.sealed_sha256:
                 target.unlink()
@@ -274,24 +274,24 @@ def _prepare(work: Path, raw: RawSealed, manifest: SealedManifest) -> int:
     return sum(path.stat().st_size for path in (work / PAYLOAD).iterdir())
 
 
-def _upload(courier: Courier, sealed: Path, raw: RawSealed, manifest: SealedManifest) -> tuple[Status, int]:
+def _upload(exchange: ExchangeClient, sealed: Path, raw: RawSealed, manifest: SealedManifest) -> tuple[Status, int]:
     """Send what the exchange does not have; return its answer to the whole, and how many bytes were sent."""
     body, num_sent = declare(raw), 0
     sizes = {file.payload_name: file.sealed_bytes for file in manifest.files}
     bar = Progress(sum(sizes.values()), "push")
     for _ in range(_MAX_ROUNDS):
-        status = courier.ask("POST", "/v1/bundles", Status, body)
+        status = exchange.ask("POST", "/v1/bundles", Status, body)
         if status.state != "receiving":
             break
         done = 0
         for name, size in sorted(sizes.items()):
             begun = status.parts[name].offset if name in status.parts else 0
             num_sent += _send(
-                courier, raw, sealed / PAYLOAD / name, (begun, size), status.part_bytes, _shown(bar, done)
+                exchange, raw, sealed / PAYLOAD / name, (begun, size), status.part_bytes, _shown(bar, done)
             )
             done += size
         try:
-            status = courier.ask("POST", f"{_address(raw)}/complete", Status)
+            status = exchange.ask("POST", f"{_address(raw)}/complete", Status)
         except WrongOffset:
             continue  # bytes are missing there: ask how far it has come
         break
@@ -302,7 +302,7 @@ def _upload(courier: Courier, sealed: Path, raw: RawSealed, manifest: SealedMani
 
 
 def _send(
-    courier: Courier,
+    exchange: ExchangeClient,
     raw: RawSealed,
     path: Path,
     span: tuple[int, int],
@@ -321,7 +321,7 @@ def _send(
                 raise BadDigest(f"{path.name[:16]} became shorter while it was sent")
             address = f"{_address(raw)}/{PAYLOAD}/{path.name}/{offset}"
             try:
-                status = courier.ask("PUT", address, Status, part)
+                status = exchange.ask("PUT", address, Status, part)
             except WrongOffset as moved:
                 num_moves += 1
                 if moved.offset is None or num_moves > _MAX_ROUNDS:
@@ -337,12 +337,12 @@ def _send(
     return num_sent
 
 
-def _awaited(courier: Courier, status: Status, verdict_seconds: float) -> Status:
+def _awaited(exchange: ExchangeClient, status: Status, verdict_seconds: float) -> Status:
     until, pause_seconds = time.monotonic() + verdict_seconds, _POLL_SECONDS
     while status.state in ("verifying", "received") and time.monotonic() < until:
         time.sleep(pause_seconds)
         pause_seconds = min(1.5 * pause_seconds, _LONGEST_POLL_SECONDS)
-        status = courier.ask("GET", f"/v1/bundles/{status.digest}", Status)
+        status = exchange.ask("GET", f"/v1/bundles/{status.digest}", Status)
     if status.state == "receiving":
         raise RunFailed("the exchange could not verify the bundle", hint="push again; it goes on where it was")
     return status

@@ -25,7 +25,7 @@ from client.federation.member import Member
 from offsite.config import build
 from offsite.console import say
 from offsite.errors import BadSchema, ConfigError, OffsiteError
-from offsite.exchange.parcel import RAW, pack, unpack
+from offsite.exchange.packing import RAW, pack, unpack
 
 SETTINGS = "client"
 """Key of the node's configuration under which the client's own settings file is named."""

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from client.exchange.http import Courier
-from client.exchange.verbs import courier_of, fetch_offer, hand_in, owner_of
+from client.exchange.http import ExchangeClient
+from client.exchange.verbs import exchange_client, fetch_offer, hand_in, owner_of
 from client.federation.config import JoinConfig
 from client.federation.member import Member
 from offsite.console import say
@@ -45,8 +45,8 @@ def join_run(config: JoinConfig) -> dict[str, object]:
     if owner != member.job.owner:
         raise WrongBinding("the job is from another owner than --owner")
     say(f"joined as {member.job.client[:9]}; waiting for rounds of job {member.job.job_id[:12]}")
-    with courier_of(config, member.identity, owner) as courier:
-        numbers = _Loop(config, member, courier, trust).run()
+    with exchange_client(config, member.identity, owner) as exchange:
+        numbers = _Loop(config, member, exchange, trust).run()
     say(f"the federation is finished; {len(numbers)} round(s) were answered from here")
     return {"job_id": member.job.job_id, "answered": sorted(numbers), "num_rounds": len(numbers)}
 
@@ -54,8 +54,8 @@ def join_run(config: JoinConfig) -> dict[str, object]:
 class _Loop:
     """Looks for the newest round of the job, and answers it, until one says that it was the last."""
 
-    def __init__(self, config: JoinConfig, member: Member, courier: Courier, trust: TrustStore) -> None:
-        self._config, self._member, self._courier, self._trust = config, member, courier, trust
+    def __init__(self, config: JoinConfig, member: Member, exchange: ExchangeClient, trust: TrustStore) -> None:
+        self._config, self._member, self._exchange, self._trust = config, member, exchange, trust
         self._heard = time.monotonic()
         self._handled: set[str] = set()
 
@@ -91,7 +91,7 @@ class _Loop:
         return None if newest is None or newest.digest in self._handled else newest
 
     def _offers(self) -> list[OfferSummary]:
-        offers = self._patiently(lambda: self._courier.ask("GET", "/v1/sealed", Offers)).offers
+        offers = self._patiently(lambda: self._exchange.ask("GET", "/v1/sealed", Offers)).offers
         return [one for one in offers if one.job_id == self._member.job.job_id]
 
     def _answer(self, pulled: Path) -> int | None:
@@ -111,7 +111,7 @@ class _Loop:
         if round_.manifest.secure is not None:
             self._hand_in_note(sealed, number)
             return number
-        status, _ = self._patiently(lambda: hand_in(self._courier, sealed, verdict_seconds=_VERDICT_SECONDS))
+        status, _ = self._patiently(lambda: hand_in(self._exchange, sealed, verdict_seconds=_VERDICT_SECONDS))
         say(f"round {number} of {round_.manifest.num_rounds}: {status.state} by the owner")
         shutil.rmtree(pulled, ignore_errors=True)
         return number
@@ -130,7 +130,7 @@ class _Loop:
     def _hand_in_note(self, sealed: Path, number: int) -> None:
         """The message is with the owner, unless it takes none of that round any more."""
         try:
-            self._patiently(lambda: hand_in(self._courier, sealed, verdict_seconds=_VERDICT_SECONDS))
+            self._patiently(lambda: hand_in(self._exchange, sealed, verdict_seconds=_VERDICT_SECONDS))
         except ArtefactError as error:
             say(f"secure round {number}: the owner does not take this client's message: {error}")
 
@@ -143,7 +143,7 @@ class _Loop:
         own, limit = self._member.job.client, self._config.limit_bytes
         try:
             self._patiently(
-                lambda: fetch_offer(self._courier, offer, out, trust=self._trust, own=own, limit_bytes=limit)
+                lambda: fetch_offer(self._exchange, offer, out, trust=self._trust, own=own, limit_bytes=limit)
             )
         except ArtefactError:
             if any(one.digest == offer.digest for one in self._offers()):

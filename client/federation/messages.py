@@ -39,7 +39,7 @@ flower_supernode()
 """Program that is Flower's SuperNode and ends with the process whose number is its first word."""
 
 
-class Desk:
+class MessageHandler:
     """Answers what a SuperNode on this machine received, one message after another, in this process.
 
     It hashes the app that came with a message and refuses all but the pinned one. It installs, opens and imports none:

@@ -54,7 +54,7 @@ def node_run(config: NodeConfig) -> dict[str, object]:
     if config.root_certificate is not None and not config.root_certificate.is_file():
         raise ConfigError(f"no file named {config.root_certificate.name!r}", hint="check --root-certificate")
     try:
-        from client.federation.messages import SUPERNODE, Desk
+        from client.federation.messages import SUPERNODE, MessageHandler
     except ImportError as error:
         raise ConfigError(
             f"this version of flwr is not one that a node of offsite knows: no {error.name}",
@@ -66,15 +66,15 @@ def node_run(config: NodeConfig) -> dict[str, object]:
         secret, port = secrets.token_bytes(_SECRET_BYTES), config.port or _free_port()
         write_private(folder / "secret", secret)
         supernode = open_things.enter_context(_supernode(config, folder, port, SUPERNODE))
-        desk = Desk(f"{_HOST}:{port}", secret=secret, pin=config.app, settings=settings)
-        open_things.callback(desk.close)
+        handler = MessageHandler(f"{_HOST}:{port}", secret=secret, pin=config.app, settings=settings)
+        open_things.callback(handler.close)
         say(f"node of {member.job.client[:9]} for {config.superlink}; answers app {config.app[:12]}; Ctrl-C ends it")
         try:
             while (code := supernode.poll()) is None:
-                if not desk.answer_next():
+                if not handler.answer_next():
                     time.sleep(_POLL_SECONDS)
         except KeyboardInterrupt:
-            return {"answered": desk.num_answered, "refused": desk.num_refused}
+            return {"answered": handler.num_answered, "refused": handler.num_refused}
     raise RunFailed(
         f"Flower's SuperNode ended with exit code {code}; what it says is above",
         hint="its 305 is a key that the owner has not registered, or a SuperLink that is not to be reached",

@@ -23,8 +23,8 @@ from client.tuning.config import TuneConfig
 from client.tuning.data import TrainingText, prepare, require_fit, say_text
 from client.tuning.rounds import Begun, answered, begin, first_step, grow, round_for, start_seed, with_proximal
 from client.tuning.runrecord import Planted, planted_for, read_as, record_of, text_settings
+from client.tuning.sandbox import require_quiet, sealing
 from client.tuning.scan import Scan, losses_in, require_clean, scan_bundle, texts_of
-from client.tuning.sealedoff import require_quiet, sealing
 from offsite.artefacts.bundle import Bundle, write_bundle
 from offsite.artefacts.job import Job, read_job
 from offsite.artefacts.package import Package, open_package

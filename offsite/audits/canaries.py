@@ -27,7 +27,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, model_validator
 
 from offsite.artefacts.job import JOB_ID_PATTERN
-from offsite.audits.words import WORDS
+from offsite.audits.wordlist import WORDS
 from offsite.digests import DIGEST_PATTERN, sha256_bytes
 from offsite.errors import ArtefactError, BadDigest, BadSchema, PolicyError, TooLarge, WrongBinding, WrongNames
 from offsite.staging import staged_file, staged_folder

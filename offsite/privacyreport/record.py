@@ -29,8 +29,8 @@ from offsite.audits.record import (
 from offsite.digests import sha256_bytes
 from offsite.errors import ArtefactError, BadSchema, BadSignature, WrongBinding
 from offsite.keys.identity import Signatures
+from offsite.privacyreport.consistency import require_sound
 from offsite.privacyreport.recompute import Recomputed
-from offsite.privacyreport.sound import require_sound
 from offsite.privacyreport.words import headline, non_claims, not_accounted
 from offsite.sealed.manifest import REPORT_LIMIT_BYTES, SIGNATURES_LIMIT_BYTES, Fingerprint, Second, read_signatures
 from offsite.strictjson import Strict, parse_strict

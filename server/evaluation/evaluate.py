@@ -37,9 +37,9 @@ from offsite.staging import refuse_existing, staged_folder
 from offsite.text.batches import Encoded, Example, encode, pack, pad_id
 from offsite.text.records import Record, read_records
 from offsite.training.devices import choose_device
+from server.evaluation.candidates import Candidate, Candidates, open_candidates
 from server.evaluation.config import EvaluateConfig, named_paths
 from server.evaluation.metrics import capability, compare, summarise
-from server.evaluation.rows import Entrant, Entrants, open_entrants
 from server.evaluation.summary import crossings, flat, parameters, read_outcomes, reproduce, show, versions
 from server.plugging.fit import Fitted, cast_model, fit, plugged, require_base, require_scalable
 
@@ -110,10 +110,10 @@ def run(config: EvaluateConfig) -> dict[str, object]:
     began = time.monotonic()
     refuse_existing(config.output)
     _require_files(config)
-    entrants = open_entrants(config)
-    for entrant in entrants.bundles.values():
-        require_scalable(entrant.verified.spec, config.scale)
-    bundles = {seed: entrant.bundle for seed, entrant in entrants.bundles.items()}
+    candidates = open_candidates(config)
+    for candidate in candidates.bundles.values():
+        require_scalable(candidate.verified.spec, config.scale)
+    bundles = {seed: candidate.bundle for seed, candidate in candidates.bundles.items()}
     runs = read_outcomes(named_paths(config.outcome))
     records = read_records(
         config.data, fields=config.fields, document_field=config.document_field, separator=config.separator
@@ -123,10 +123,10 @@ def run(config: EvaluateConfig) -> dict[str, object]:
     bf16 = config.precision == "bf16"
     ruler = Ruler(tokenizer, examples, config.task, config.task_limit, config.batch_size, bf16)
     device = choose_device(config.device)
-    found = measure(config, entrants, ruler, device)
+    found = measure(config, candidates, ruler, device)
     rows, tasks = to_rows(found.scores)
     settings, command = reproduce(config)
-    method = entrants.package.manifest.method
+    method = candidates.package.manifest.method
     results = Results(
         model=Path(config.model).name,
         base_digest=found.base_digest,
@@ -139,10 +139,10 @@ def run(config: EvaluateConfig) -> dict[str, object]:
         tasks=tasks,
         task_metrics=task_metrics(rows),
         parameters=found.counts,
-        **crossings(entrants.package, bundles),
+        **crossings(candidates.package, bundles),
         references={
-            row: tuple(entrant.bundle.digest for entrant in seeds.values())
-            for row, seeds in entrants.references.items()
+            row: tuple(candidate.bundle.digest for candidate in seeds.values())
+            for row, seeds in candidates.references.items()
         },
         runs=runs,
         answers=found.answers,
@@ -162,7 +162,7 @@ def run(config: EvaluateConfig) -> dict[str, object]:
     return {"results": config.output.name, **flat(results)}
 
 
-def measure(config: EvaluateConfig, entrants: Entrants, ruler: Ruler, device: torch.device) -> Measured:
+def measure(config: EvaluateConfig, candidates: Candidates, ruler: Ruler, device: torch.device) -> Measured:
     """Return every row's scores, one model in memory at a time.
 
     Raises:
@@ -171,14 +171,14 @@ def measure(config: EvaluateConfig, entrants: Entrants, ruler: Ruler, device: to
     """
     model = load_model(config.model)
     digest = model_digest(model)
-    require_base(model, digest, entrants.record.base_digest, f"package {entrants.package.path.name!r}")
-    counts = parameters(model, entrants.record, entrants.package, next(iter(entrants.bundles.values())).bundle)
+    require_base(model, digest, candidates.record.base_digest, f"package {candidates.package.path.name!r}")
+    counts = parameters(model, candidates.record, candidates.package, next(iter(candidates.bundles.values())).bundle)
     cast_model(model, ruler.dtype)
     model.to(device)  # type: ignore[arg-type]
-    scores, answers = measure_full(model, entrants, ruler, digest, config)
+    scores, answers = measure_full(model, candidates, ruler, digest, config)
     del model
-    emulator = entrants.package.load_model(dtype=str(ruler.dtype).removeprefix("torch."), device=str(device))
-    return Measured(digest, counts, scores | measure_emulator(emulator, entrants, ruler), answers)
+    emulator = candidates.package.load_model(dtype=str(ruler.dtype).removeprefix("torch."), device=str(device))
+    return Measured(digest, counts, scores | measure_emulator(emulator, candidates, ruler), answers)
 
 
 def held_out(
@@ -200,20 +200,22 @@ def held_out(
 
 
 def measure_full(
-    model: PreTrainedModel, entrants: Entrants, ruler: Ruler, digest: str, config: EvaluateConfig
+    model: PreTrainedModel, candidates: Candidates, ruler: Ruler, digest: str, config: EvaluateConfig
 ) -> tuple[dict[RowName, dict[str, Score]], tuple[Answer, ...]]:
     """Return the scores of every row that is the full model, by row and seed, and the answers before and after."""
     scores: dict[RowName, dict[str, Score]] = {"zero_shot": {ONCE: ruler.score(model, "zero-shot")}}
     before = [continuation(model, ruler.tokenizer, prompt, config.answer_tokens) for prompt in config.prompt]
     after: list[str] = []
-    candidates: list[tuple[RowName, str, Entrant]] = [
-        ("plugged_in", seed, entrant) for seed, entrant in entrants.bundles.items()
+    to_measure: list[tuple[RowName, str, Candidate]] = [
+        ("plugged_in", seed, candidate) for seed, candidate in candidates.bundles.items()
     ]
-    for row, seeds in entrants.references.items():
-        candidates += [(row, seed, entrant) for seed, entrant in seeds.items()]
-    for row, seed, entrant in candidates:
+    for row, seeds in candidates.references.items():
+        to_measure += [(row, seed, candidate) for seed, candidate in seeds.items()]
+    for row, seed, candidate in to_measure:
         scale = config.scale if row == "plugged_in" else 1.0
-        with plugged(model, fit(model, entrant.verified, entrant.record, base_digest=digest, scale=scale)) as adapted:
+        with plugged(
+            model, fit(model, candidate.verified, candidate.record, base_digest=digest, scale=scale)
+        ) as adapted:
             scores.setdefault(row, {})[seed] = ruler.score(adapted, f"{row.replace('_', ' ')}, {seed}")
             if row == "plugged_in" and not after:
                 after = [continuation(adapted, ruler.tokenizer, text, config.answer_tokens) for text in config.prompt]
@@ -221,14 +223,16 @@ def measure_full(
     return scores, tuple(Answer(prompt=prompt, before=one, after=two) for prompt, one, two in triples)
 
 
-def measure_emulator(emulator: PreTrainedModel, entrants: Entrants, ruler: Ruler) -> dict[RowName, dict[str, Score]]:
+def measure_emulator(
+    emulator: PreTrainedModel, candidates: Candidates, ruler: Ruler
+) -> dict[RowName, dict[str, Score]]:
     """Return the scores of the package's model as sent and with each bundle's adapter on it."""
     scores: dict[RowName, dict[str, Score]] = {
         "emulator_zero_shot": {ONCE: ruler.score(emulator, "emulator zero-shot")}
     }
     scores["emulator_tuned"] = {}
-    for seed, entrant in entrants.bundles.items():
-        adapter = Fitted(entrant.verified.spec, entrant.verified.tensors, entrants.package.layout.blocks)
+    for seed, candidate in candidates.bundles.items():
+        adapter = Fitted(candidate.verified.spec, candidate.verified.tensors, candidates.package.layout.blocks)
         with plugged(emulator, adapter) as tuned:
             scores["emulator_tuned"][seed] = ruler.score(tuned, f"emulator tuned, {seed}")
     return scores

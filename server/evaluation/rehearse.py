@@ -32,10 +32,10 @@ from offsite.staging import refuse_existing, staged_file
 from offsite.strictjson import Strict
 from offsite.text.records import Record, read_records, split_by_document, write_records
 from offsite.training.devices import choose_device
+from server.evaluation.candidates import Candidates, open_candidates
 from server.evaluation.config import EvaluateConfig
 from server.evaluation.evaluate import ONCE, Ruler, data_of, held_out, measure_emulator
 from server.evaluation.rehearseconfig import RehearseConfig
-from server.evaluation.rows import Entrants, open_entrants
 from server.evaluation.summary import reproduce, versions
 from server.plugging.fit import cast_model, fit, plugged, require_base
 
@@ -105,8 +105,8 @@ def run(config: RehearseConfig) -> dict[str, object]:
     del model  # while clients are played, theirs is the memory
     bundles = _tuned(config, known, package.digest, work)
     measuring = _measuring(config, [f"{name}={path}" for name, path in bundles.items()])
-    entrants = open_entrants(measuring)
-    trials, zero_shot, emulator_zero_shot = _trials(config, entrants, ruler, digest)
+    candidates = open_candidates(measuring)
+    trials, zero_shot, emulator_zero_shot = _trials(config, candidates, ruler, digest)
     settings, command = reproduce(config)
     found = Rehearsal(
         model=Path(config.model).name,
@@ -223,7 +223,7 @@ def _settings(config: RehearseConfig) -> list[str]:
 
 
 def _trials(
-    config: RehearseConfig, entrants: Entrants, ruler: Ruler, digest: str
+    config: RehearseConfig, candidates: Candidates, ruler: Ruler, digest: str
 ) -> tuple[tuple[Trial, ...], float, float]:
     """Return every trial that gave a number, and the perplexities of the full model and of the emulator as they are.
 
@@ -236,9 +236,9 @@ def _trials(
     model.to(device)  # type: ignore[arg-type]
     zero_shot = ruler.score(model, "zero-shot")["perplexity"]
     scores: dict[tuple[str, float], float] = {}
-    for name, entrant in entrants.bundles.items():
+    for name, candidate in candidates.bundles.items():
         for scale in config.scales:
-            adapter = fit(model, entrant.verified, entrant.record, base_digest=digest, scale=scale)
+            adapter = fit(model, candidate.verified, candidate.record, base_digest=digest, scale=scale)
             try:
                 with plugged(model, adapter) as adapted:
                     scores[name, scale] = ruler.score(adapted, f"{scale:g} of rate {name}")["perplexity"]
@@ -247,8 +247,8 @@ def _trials(
     del model
     if not scores:
         raise RunFailed("no rate and share gave a number in the full model", hint="try a lower --learning-rate")
-    emulator = entrants.package.load_model(dtype="float32", device=str(device))
-    tuned = measure_emulator(emulator, entrants, ruler)
+    emulator = candidates.package.load_model(dtype="float32", device=str(device))
+    tuned = measure_emulator(emulator, candidates, ruler)
     trials = tuple(
         Trial(
             learning_rate=float(name),

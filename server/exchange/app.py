@@ -29,9 +29,9 @@ from offsite.exchange.requests import PROTOCOL, PROTOCOL_HEADER, SignedRequest
 from offsite.exchange.wire import DECLARATION_LIMIT_BYTES, Offers, Part, Status, read_declaration
 from offsite.keys.identity import FINGERPRINT_PATTERN
 from offsite.sealed.folder import MANIFEST_FILE
-from server.exchange.authentication import Denials, Gate
+from server.exchange.authentication import Authenticator, Denials
 from server.exchange.outbox import Outbox
-from server.exchange.submissions import Desk
+from server.exchange.submissions import Submissions
 from server.exchange.uploads import Upload, UploadStore
 from server.http.bodies import Bodies, BodyChanged, refuse_body
 from server.http.refusals import Refusal, busy, denied, not_found, of_artefact
@@ -102,19 +102,19 @@ class Exchange:
     def __init__(
         self,
         *,
-        gate: Gate,
+        authenticator: Authenticator,
         denials: Denials,
         bodies: Bodies,
         outbox: Outbox,
         uploads: UploadStore,
-        desk: Desk,
+        submissions: Submissions,
         limit_part_bytes: int,
         limit_waiting: int,
         idle_seconds: float,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._gate, self._denials, self._bodies = gate, denials, bodies
-        self._outbox, self._uploads, self._desk = outbox, uploads, desk
+        self._authenticator, self._denials, self._bodies = authenticator, denials, bodies
+        self._outbox, self._uploads, self._submissions = outbox, uploads, submissions
         self._limit_part_bytes, self._limit_waiting = limit_part_bytes, limit_waiting
         self._idle_seconds, self._clock = idle_seconds, clock
         self._intakes: dict[str, asyncio.Future[Status]] = {}
@@ -167,7 +167,7 @@ class Exchange:
         if known is not None and known.state != "receiving":
             return _json(known)
         self._recent.pop((signed.key, digest), None)
-        manifest = await asyncio.to_thread(self._desk.check, raw, signed.key, int(self._clock()))
+        manifest = await asyncio.to_thread(self._submissions.check, raw, signed.key, int(self._clock()))
         parts = (raw.manifest_raw, raw.signatures_raw, raw.keys_raw)
         upload = await asyncio.to_thread(self._uploads.declare, digest, manifest, parts)
         return _json(self._receiving(upload))
@@ -242,7 +242,7 @@ class Exchange:
         if not has_body:
             refuse_body(request)
         try:
-            return self._gate.check(request)
+            return self._authenticator.check(request)
         except ArtefactError as error:
             await self._deny(request, type(error).__name__, str(error))
             raise denied() from None
@@ -271,7 +271,9 @@ class Exchange:
         upload = self._uploads.get(digest, client)
         if upload is not None and digest in self._intakes:
             return Status(digest=digest, state="verifying")
-        verdict = await asyncio.to_thread(self._desk.verdict, digest, client) if _DIGEST.fullmatch(digest) else None
+        verdict = (
+            await asyncio.to_thread(self._submissions.verdict, digest, client) if _DIGEST.fullmatch(digest) else None
+        )
         if verdict is not None or upload is None:
             return verdict
         return await asyncio.to_thread(self._receiving, upload)
@@ -291,7 +293,7 @@ class Exchange:
         """Runs in the pool: nothing is appended meanwhile, and afterwards the upload's room is free."""
         self._uploads.close(upload)
         try:
-            found = self._desk.take_in(upload.folder, upload.digest, int(self._clock()))
+            found = self._submissions.take_in(upload.folder, upload.digest, int(self._clock()))
         except BaseException:
             self._uploads.reopen(upload)
             raise
@@ -312,7 +314,7 @@ class Exchange:
             self.counts.num_bundles_taken_in += 1
 
     async def _log(self, event: str, **fields: object) -> None:
-        await asyncio.to_thread(self._desk.log, event, **fields)
+        await asyncio.to_thread(self._submissions.log, event, **fields)
 
     @asynccontextmanager
     async def _life(self, _: FastAPI) -> AsyncIterator[None]:

@@ -168,7 +168,7 @@ class Denials:
         self._num_left_out = 0
 
 
-class Gate:
+class Authenticator:
     """Checks a request before anything of it is used.
 
     Args:

@@ -19,10 +19,10 @@ from offsite.errors import ConfigError, RunFailed
 from offsite.keys.identity import Identity, open_identity
 from offsite.keys.trust import TrustStore
 from server.exchange.app import Exchange
-from server.exchange.authentication import Denials, Gate, Nonces, Peers, Rates
+from server.exchange.authentication import Authenticator, Denials, Nonces, Peers, Rates
 from server.exchange.config import CertificateConfig, ServeExchangeConfig
 from server.exchange.outbox import Outbox
-from server.exchange.submissions import Desk
+from server.exchange.submissions import Submissions
 from server.exchange.uploads import Quotas, UploadStore
 from server.http.bodies import Bodies
 from server.http.certificates import CERTIFICATE_NAME, PRIVATE_KEY_NAME, server_context, write_certificate
@@ -95,17 +95,17 @@ def opened_exchange(config: ServeExchangeConfig, identity: Identity) -> Iterator
         uploads = UploadStore(state / "uploads", quotas)
         nonces = Nonces(state / "nonces.db")
         open_things.callback(nonces.close)
-        desk = Desk(registry, identity, TrustStore(config.keys), peers.require)
+        submissions = Submissions(registry, identity, TrustStore(config.keys), peers.require)
         rates = Rates(per_second=config.limit_rate, burst=_BURST * config.limit_rate)
         yield Exchange(
-            gate=Gate(owner=own, lookup=peers.require, nonces=nonces, rates=rates),
-            denials=Denials(desk.log),
+            authenticator=Authenticator(owner=own, lookup=peers.require, nonces=nonces, rates=rates),
+            denials=Denials(submissions.log),
             bodies=Bodies(
                 num_slots=config.limit_bodies, grace_seconds=config.body_seconds, bytes_per_second=config.min_rate
             ),
             outbox=outbox,
             uploads=uploads,
-            desk=desk,
+            submissions=submissions,
             limit_part_bytes=config.limit_part_bytes,
             limit_waiting=config.limit_waiting,
             idle_seconds=config.idle_hours * 3600,

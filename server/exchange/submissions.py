@@ -16,13 +16,13 @@ from offsite.sealed.manifest import SealedManifest, verify_sealed
 from offsite.strictjson import parse_object
 from offsite.tensors import TensorSpec
 from server.registry.intake import take_in
-from server.registry.messages import NoteBox
+from server.registry.messages import MessageStore
 from server.registry.registry import Registry
 from server.registry.rows import Verdict, check_unseen
 from server.registry.verify import adapter_tensors, verify_envelope, verify_sizes
 
 
-class Desk:
+class Submissions:
     """One registry, asked by clients. Every method may be called from several threads at once.
 
     Args:
@@ -37,7 +37,7 @@ class Desk:
         lookup: Callable[[str, int], PublicKeys],
     ) -> None:
         self._registry, self._identity, self._trust, self._lookup = registry, identity, trust, lookup
-        self._notes = NoteBox(registry)
+        self._notes = MessageStore(registry)
         self._tensors: dict[str, dict[str, TensorSpec]] = {}
 
     def check(self, raw: RawSealed, client: str, now: int) -> SealedManifest:

@@ -34,7 +34,7 @@ from offsite.artefacts.round import ROUND_FORMAT, Round, RoundManifest, open_rou
 from offsite.console import muted, say
 from offsite.digests import sha256_file
 from offsite.errors import ArtefactError, BadDigest, ConfigError, Expired, RunFailed, Untrusted, WrongBinding
-from offsite.exchange.parcel import unpack
+from offsite.exchange.packing import unpack
 from offsite.exchange.verbs import seal_run
 from offsite.faults import reach
 from offsite.keys.identity import Identity

@@ -27,7 +27,7 @@ from offsite import errors
 from offsite.config import build
 from offsite.console import say
 from offsite.errors import ArtefactError, ConfigError, Expired, OffsiteError, RunFailed, Untrusted
-from offsite.exchange.parcel import RAW, pack
+from offsite.exchange.packing import RAW, pack
 from offsite.keys.identity import open_identity
 from server.aggregation.secagg import ServerRound
 from server.federation.config import FederationConfig
@@ -35,7 +35,7 @@ from server.federation.federation import Federation, opened_federation
 from server.federation.results import finish, require_output, require_own, watch_of
 from server.federation.securerounds import SecureRounds
 from server.registry.federations import Finished
-from server.registry.messages import NoteBox
+from server.registry.messages import MessageStore
 
 SETTINGS = "federation"
 """Key of the run's configuration under which the owner's settings file is named."""
@@ -411,7 +411,7 @@ class ExchangeGrid(_OwnGrid):
             return self._reply(message, RecordDict({"taken": ConfigRecord({"by": "registry"})}))
         awaits = message.content.get("awaits")
         step = awaits.get("note") if isinstance(awaits, ConfigRecord) else 0
-        notes = NoteBox(self._federation.registry).of(participant.job.job_id, number)
+        notes = MessageStore(self._federation.registry).of(participant.job.job_id, number)
         if not isinstance(step, int) or len(notes) <= step:
             return None
         return self._reply(message, RecordDict({"sealed": _arrays(pack(notes[step]))}))

@@ -18,7 +18,7 @@ from adapters.vector import length, update_from
 from offsite.artefacts.round import open_round
 from offsite.console import muted, say
 from offsite.errors import RunFailed, WrongBinding
-from offsite.exchange.parcel import unpack
+from offsite.exchange.packing import unpack
 from offsite.exchange.verbs import open_sealed, seal_run
 from offsite.sealed.config import SealConfig
 from offsite.sealed.ledger import Ledger
@@ -28,7 +28,7 @@ from server.aggregation.secagg import ServerRound, Total
 from server.federation.federation import Federation
 from server.federation.state import SHARED, Told
 from server.registry.federations import Finished
-from server.registry.messages import NoteBox
+from server.registry.messages import MessageStore
 
 _SLACK_BYTES = 2**21  # of a sealed folder beside its payload
 
@@ -156,4 +156,4 @@ class SecureRounds:
         for one in self._federation.participants.values():
             for path in self._federation.outbox.glob(f"note-{one.job.job_id[:12]}-*"):
                 shutil.rmtree(path, ignore_errors=True)
-        NoteBox(self._federation.registry).clear(number)
+        MessageStore(self._federation.registry).clear(number)

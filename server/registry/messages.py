@@ -18,7 +18,7 @@ from server.registry.registry import Registry
 _MOST = 16  # of one client in one round; the protocol has five, one of which is large
 
 
-class NoteBox:
+class MessageStore:
     """The notes of one registry: ``notes/JOB/ROUND-SEQUENCE``, each a sealed folder."""
 
     def __init__(self, registry: Registry) -> None:

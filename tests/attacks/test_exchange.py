@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from client.exchange.http import Courier
+from client.exchange.http import ExchangeClient
 from offsite.errors import ArtefactError, Replayed, Untrusted, WrongBinding
 from offsite.exchange import requests
 from offsite.exchange.requests import sign_request
@@ -37,8 +37,10 @@ def send(live, headers, method="GET", path="/v1/sealed", body=b""):
         return client.request(method, live.url + path, headers=headers, content=body or None)
 
 
-def courier(live, **changes):
-    return Courier(live.url, live.client.identity, live.owner.fingerprint, **{"patience_seconds": 30.0, **changes})
+def dialled(live, **changes):
+    return ExchangeClient(
+        live.url, live.client.identity, live.owner.fingerprint, **{"patience_seconds": 30.0, **changes}
+    )
 
 
 def raw_exchange(live, head, body=b"", *, pause_seconds=0.0, wait_seconds=10.0):
@@ -138,7 +140,7 @@ def test_what_is_sealed_for_another_is_nowhere(live_exchange, make_job, make_par
     live_exchange.offer("package", make_job(), recipients=[other.public])
     digest = read_sealed(live_exchange.outbox / "package").digest.removeprefix("sha256:")
     live_exchange.start()
-    with courier(live_exchange) as asked:
+    with dialled(live_exchange) as asked:
         assert asked.ask("GET", "/v1/sealed", Offers).offers == ()
         for path in (f"/v1/sealed/{digest}/manifest.json", f"/v1/sealed/{'0' * 64}/manifest.json"):
             with pytest.raises(ArtefactError, match="nothing at this address for you"):
@@ -194,7 +196,7 @@ def pushed(live, sealed):
 
     raw = read_sealed(sealed)
     manifest = SealedManifest.model_validate_json(raw.manifest_raw)
-    with courier(live, patience_seconds=60.0) as asked:
+    with dialled(live, patience_seconds=60.0) as asked:
         try:
             status, _ = _upload(asked, sealed, raw, manifest)
             return _awaited(asked, status, 60.0)
@@ -278,7 +280,7 @@ def test_row_27_bodies_of_another_form_are_refused_unread(live_exchange, make_jo
     sealed = live_exchange.seal(tmp_path / "sealed", live_exchange.add(make_job()))
     exchange = live_exchange.start()
     raw = read_sealed(sealed)
-    with courier(live_exchange) as asked:
+    with dialled(live_exchange) as asked:
         status = asked.ask("POST", "/v1/bundles", Status, declare(raw))
     name = next(iter(status.parts))
     path = "/v1/bundles" if method == "POST" else f"/v1/bundles/{status.digest}/payload/{name}/0"
@@ -312,7 +314,7 @@ def test_row_27_an_upload_declared_larger_than_the_job_allows_is_refused_at_once
     signatures = client.identity.sign(SIGN_PURPOSE, manifest)
     (sealed / "signatures.json").write_bytes(write_signatures(client.fingerprint, signatures))
     live_exchange.start()
-    with courier(live_exchange) as asked, pytest.raises(ArtefactError, match="10000000000"):
+    with dialled(live_exchange) as asked, pytest.raises(ArtefactError, match="10000000000"):
         asked.ask("POST", "/v1/bundles", Status, declare(read_sealed(sealed)))
     assert not uploaded_bytes(live_exchange)
 
@@ -322,7 +324,7 @@ def test_row_27_parts_beyond_the_declared_size_or_out_of_place_are_refused(live_
 
     sealed = live_exchange.seal(tmp_path / "sealed", live_exchange.add(make_job()))
     live_exchange.start()
-    with courier(live_exchange) as asked:
+    with dialled(live_exchange) as asked:
         status = asked.ask("POST", "/v1/bundles", Status, declare(read_sealed(sealed)))
         name, part = next(iter(status.parts.items()))
         path = f"/v1/bundles/{status.digest}/payload/{name}"
@@ -375,7 +377,7 @@ def test_row_37_another_version_of_the_protocol_is_named_by_both_sides(live_exch
     monkeypatch.setattr(requests, "PROTOCOL", other)
     monkeypatch.setattr("client.exchange.http.PROTOCOL", other)
     with (
-        courier(live_exchange) as asked,
+        dialled(live_exchange) as asked,
         pytest.raises(WrongBinding, match=f"protocol 1, this offsite protocol {other}"),
     ):
         asked.ask("GET", f"/v{other}/sealed", Offers)
@@ -398,7 +400,7 @@ def test_row_37_what_is_no_exchange_is_named(live_exchange, tmp_path):
         thread.start()
         live_exchange.url = f"http://127.0.0.1:{other.server_port}"
         try:
-            with courier(live_exchange) as asked, pytest.raises(WrongBinding, match="no offsite exchange"):
+            with dialled(live_exchange) as asked, pytest.raises(WrongBinding, match="no offsite exchange"):
                 asked.ask("GET", "/v1/sealed", Offers)
         finally:
             other.shutdown()
@@ -407,7 +409,7 @@ def test_row_37_what_is_no_exchange_is_named(live_exchange, tmp_path):
 
 def test_row_36_a_clock_that_is_off_is_named_to_its_owner_alone(live_exchange):
     live_exchange.start()
-    with courier(live_exchange, clock=lambda: time.time() - 86400) as asked, pytest.raises(Untrusted) as caught:
+    with dialled(live_exchange, clock=lambda: time.time() - 86400) as asked, pytest.raises(Untrusted) as caught:
         asked.ask("GET", "/v1/sealed", Offers)
     assert "clock" in caught.value.hint
     assert re.search(r"(86400|86399) seconds", caught.value.hint)

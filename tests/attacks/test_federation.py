@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters.updates import combined, dense
 from client.federation.flower import arrays_of
-from offsite.exchange.parcel import RAW, pack
+from offsite.exchange.packing import RAW, pack
 from offsite.exchange.verbs import seal_run
 from offsite.sealed.config import SealConfig
 from server.federation.federation import SHARED

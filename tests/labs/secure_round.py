@@ -10,7 +10,7 @@ import torch
 from adapters.kinds import declared
 from adapters.vector import vector_of
 from offsite.artefacts.bundle import open_bundle
-from offsite.exchange.parcel import pack
+from offsite.exchange.packing import pack
 from server.federation.securerounds import SecureRounds
 
 SECURE = {"secure": True, "share_a": True, "clip": 3.0, "threshold": 2}

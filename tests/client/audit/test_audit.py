@@ -22,7 +22,7 @@ from offsite.artefacts.bundle import AdapterSpec, write_bundle
 from offsite.audits.canaries import CanarySet, CanaryText, Secret, write_canaries
 from offsite.audits.gates import bundle_gates
 from offsite.audits.record import AUDIT_NAME, quoted, read_audit, read_run, run_path, write_run
-from offsite.audits.words import WORDS
+from offsite.audits.wordlist import WORDS
 from offsite.digests import sha256_file
 from offsite.text.records import read_records
 

@@ -18,7 +18,7 @@ from offsite.audits.record import read_audit
 from offsite.audits.scores import score_rows
 from offsite.config import build
 from offsite.errors import ConfigError, PolicyError, WrongBinding
-from offsite.exchange.parcel import pack
+from offsite.exchange.packing import pack
 from offsite.privacyreport.words import non_claims
 from offsite.sealed.release import read_release, release_path
 

@@ -13,7 +13,7 @@ from client.tuning.data import prepare, rows_drawn, split_records
 from client.tuning.runrecord import read_as, record_of, text_settings
 from offsite.audits.canaries import CanarySet, CanaryText, Secret, records_of
 from offsite.audits.record import AnsweredRound, Claim, Run
-from offsite.audits.words import WORDS
+from offsite.audits.wordlist import WORDS
 from offsite.errors import WrongBinding
 from offsite.text.batches import encode
 from offsite.text.records import Record, read_records

@@ -125,12 +125,12 @@ def test_a_bundle_is_pushed_once_and_again_is_the_same_answer(capsys, live_excha
 
 
 def test_a_push_goes_on_after_either_side_stopped(capsys, live_exchange, make_job, tmp_path, monkeypatch):
-    from client.exchange.http import Courier
+    from client.exchange.http import ExchangeClient
 
     sealed = live_exchange.seal(tmp_path / "sealed", live_exchange.add(make_job()))
     total = sum(path.stat().st_size for path in (sealed / "payload").iterdir())
     live_exchange.start(limit_part_bytes=1000)
-    ask, parts = Courier.ask, []
+    ask, parts = ExchangeClient.ask, []
 
     def broken(self, method, path, cls, body=b""):
         if method == "PUT":
@@ -139,7 +139,7 @@ def test_a_push_goes_on_after_either_side_stopped(capsys, live_exchange, make_jo
                 raise KeyboardInterrupt
         return ask(self, method, path, cls, body)
 
-    monkeypatch.setattr(Courier, "ask", broken)
+    monkeypatch.setattr(ExchangeClient, "ask", broken)
     assert cli.run(["exchange", "push", live_exchange.url, str(sealed), *live_exchange.flags()]) == 130
     capsys.readouterr()
     live_exchange.stop()
@@ -151,11 +151,11 @@ def test_a_push_goes_on_after_either_side_stopped(capsys, live_exchange, make_jo
 
 
 def test_a_push_begins_a_file_anew_when_the_exchange_lost_it(capsys, live_exchange, make_job, tmp_path, monkeypatch):
-    from client.exchange.http import Courier
+    from client.exchange.http import ExchangeClient
 
     sealed = live_exchange.seal(tmp_path / "sealed", live_exchange.add(make_job()))
     live_exchange.start(limit_part_bytes=1000)
-    ask, parts = Courier.ask, []
+    ask, parts = ExchangeClient.ask, []
 
     def lossy(self, method, path, cls, body=b""):
         if method == "PUT":
@@ -166,7 +166,7 @@ def test_a_push_begins_a_file_anew_when_the_exchange_lost_it(capsys, live_exchan
                     payload.write_bytes(b"")
         return ask(self, method, path, cls, body)
 
-    monkeypatch.setattr(Courier, "ask", lossy)
+    monkeypatch.setattr(ExchangeClient, "ask", lossy)
     code, told, err = push(capsys, live_exchange, sealed)
     assert (code, told["state"]) == (0, "verified"), err
 

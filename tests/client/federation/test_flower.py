@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 import client.federation.flower as module
 from client.federation.flower import SETTINGS, arrays_of
 from offsite.errors import DataError
-from offsite.exchange.parcel import pack
+from offsite.exchange.packing import pack
 from server.federation.flower import in_process
 
 

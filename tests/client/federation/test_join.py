@@ -12,7 +12,7 @@ import client.federation.join as module
 from client.federation.config import JoinConfig
 from offsite.config import build
 from offsite.errors import ArtefactError, PolicyError, RunFailed, WrongBinding
-from offsite.exchange.parcel import pack
+from offsite.exchange.packing import pack
 from offsite.exchange.wire import Offers
 from offsite.keys.trust import TrustStore
 from server.exchange.outbox import Outbox
@@ -33,7 +33,7 @@ class Line:
     def ask(self, _method, _path, _cls):
         return Offers(offers=tuple(offer.summary() for offer in self.outbox.offers(self.key)))
 
-    def fetch(self, _courier, offer, out, *, trust, own, limit_bytes):
+    def fetch(self, _exchange, offer, out, *, trust, own, limit_bytes):
         assert own == self.key
         self.before_fetch()
         found = [one for one in self.outbox.offers(self.key) if one.digest == offer.digest]
@@ -42,7 +42,7 @@ class Line:
         self.fetched += 1
         shutil.copytree(found[0].folder, out)
 
-    def hand_in(self, _courier, sealed, *, verdict_seconds):
+    def hand_in(self, _exchange, sealed, *, verdict_seconds):
         verdict = self.federation.take_in(pack(sealed))
         self.handed.append(sealed.parent.name)
         if self.key in self.federation.answers(self.number):

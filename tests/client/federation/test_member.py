@@ -23,7 +23,7 @@ from offsite.errors import (
     WrongBinding,
     WrongRecipient,
 )
-from offsite.exchange.parcel import pack
+from offsite.exchange.packing import pack
 from offsite.keys.trust import TrustStore
 
 

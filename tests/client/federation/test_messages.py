@@ -1,4 +1,4 @@
-"""Flower's own Runtime API of a SuperNode on loopback, with one message in it, and the desk that answers."""
+"""Flower's own Runtime API of a SuperNode on loopback, with one message in it, and the handler that answers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.start_client_internal import _insert_message
 
-from client.federation import messages as desk
-from client.federation.messages import Desk
+from client.federation import messages as handler
+from client.federation.messages import MessageHandler
 
 SECRET, FAB = b"a secret", b"bytes that no unzipper has seen"
 PIN = hashlib.sha256(FAB).hexdigest()
@@ -81,7 +81,7 @@ def supernode():
 
 @pytest.fixture
 def make_desk(supernode, tmp_path, monkeypatch):
-    """A desk before a stand-in for the app, which notes where its settings are said to be."""
+    """A handler before a stand-in for the app, which notes where its settings are said to be."""
     seen, made = [], []
     app = ClientApp()
 
@@ -92,10 +92,12 @@ def make_desk(supernode, tmp_path, monkeypatch):
             raise ValueError("red apple")
         return Message(RecordDict({"hello": ConfigRecord({"client": "anna"})}), reply_to=message)
 
-    monkeypatch.setattr(desk, "app", app)
+    monkeypatch.setattr(handler, "app", app)
 
-    def make(secret: bytes = SECRET) -> Desk:
-        made.append(Desk(f"127.0.0.1:{supernode.port}", secret=secret, pin=PIN, settings=tmp_path / "member.json"))
+    def make(secret: bytes = SECRET) -> MessageHandler:
+        made.append(
+            MessageHandler(f"127.0.0.1:{supernode.port}", secret=secret, pin=PIN, settings=tmp_path / "member.json")
+        )
         made[-1].seen = seen
         return made[-1]
 

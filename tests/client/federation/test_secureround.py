@@ -309,8 +309,8 @@ def test_a_refusal_does_not_end_the_client_but_its_part_in_the_round(federated, 
     carried.until(1)
     anna, handed = federated.member("anna"), []
     loop = object.__new__(federate._Loop)
-    loop._member, loop._courier, loop._patiently = anna, None, lambda work: work()
-    monkeypatch.setattr(federate, "hand_in", lambda _courier, sealed, **_: handed.append(sealed))
+    loop._member, loop._exchange, loop._patiently = anna, None, lambda work: work()
+    monkeypatch.setattr(federate, "hand_in", lambda _exchange, sealed, **_: handed.append(sealed))
     pulled = tmp_path / "pulled"
     shutil.copytree(carried.owner.note_for(federated.key("anna"), 1, 1, b"{}"), pulled)
     assert loop._followed(pulled) == 1

@@ -29,7 +29,7 @@ from offsite.audits.canaries import (
     words_of,
     write_canaries,
 )
-from offsite.audits.words import WORDS
+from offsite.audits.wordlist import WORDS
 from offsite.errors import ArtefactError, BadDigest, BadSchema, ConfigError, TooLarge, WrongBinding, WrongNames
 from offsite.exchange.verbs import read_content
 from offsite.strictjson import write_compact

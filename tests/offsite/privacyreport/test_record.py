@@ -20,6 +20,7 @@ from offsite.audits.record import write_audit
 from offsite.errors import ArtefactError, BadSchema, BadSignature, ConfigError, WrongBinding
 from offsite.keys.identity import Signatures
 from offsite.privacyreport import recompute
+from offsite.privacyreport.consistency import require_sound
 from offsite.privacyreport.page import page
 from offsite.privacyreport.record import (
     Audits,
@@ -31,7 +32,6 @@ from offsite.privacyreport.record import (
     report_raw,
     schema,
 )
-from offsite.privacyreport.sound import require_sound
 from offsite.privacyreport.words import NOT_PRIVATE, released, upper, upper_delta
 from offsite.sealed.manifest import write_signatures
 from offsite.strictjson import write_compact

@@ -15,9 +15,9 @@ from offsite.errors import ConfigError, DataError, PolicyError, RunFailed, Wrong
 from offsite.evaluation.measure import perplexity
 from offsite.evaluation.results import read_logs, read_results
 from offsite.text.batches import encode, pack, read_records
+from server.evaluation.candidates import read_own
 from server.evaluation.config import EvaluateConfig
 from server.evaluation.evaluate import held_out, run
-from server.evaluation.rows import read_own
 from server.plugging.fit import fit, plugged
 
 TEXTS = [f"the patient number {number} has a fever of {37 + number / 10} degrees and a cough" for number in range(12)]

@@ -185,13 +185,13 @@ def test_dora_is_tried_whole(rehearse, in_this_process, texts):
 def test_what_ended_well_is_not_done_again_and_what_changed_is(rehearse, in_this_process, texts, monkeypatch):
     rates = ["--learning-rate", "0.01", "--learning-rate", "0.02"]
     with monkeypatch.context() as patched:
-        patched.setattr("server.evaluation.rehearse.open_entrants", _interrupted)
+        patched.setattr("server.evaluation.rehearse.open_candidates", _interrupted)
         assert rehearse(*rates)[0] == 130
     assert not (texts / "found.json").exists()
     assert set(in_this_process) == {"tune-0.01", "tune-0.02"}
     in_this_process.clear()
     with monkeypatch.context() as patched:
-        patched.setattr("server.evaluation.rehearse.open_entrants", _interrupted)
+        patched.setattr("server.evaluation.rehearse.open_candidates", _interrupted)
         assert rehearse(*rates[:2], "--learning-rate", "0.03")[0] == 130
     assert set(in_this_process) == {"tune-0.03"}
     in_this_process.clear()
@@ -201,7 +201,7 @@ def test_what_ended_well_is_not_done_again_and_what_changed_is(rehearse, in_this
 
 def test_other_text_is_tuned_on_again(rehearse, in_this_process, texts, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("server.evaluation.rehearse.open_entrants", _interrupted)
+        patched.setattr("server.evaluation.rehearse.open_candidates", _interrupted)
         assert rehearse("--learning-rate", "0.01")[0] == 130
     in_this_process.clear()
     with (texts / "public.jsonl").open("a") as out:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from client.exchange.http import Courier
+from client.exchange.http import ExchangeClient
 from offsite import cli, faults
 from offsite.errors import BadKey, ConfigError, Replayed, RunFailed, TooLarge, Untrusted
 from offsite.exchange.requests import SignedRequest
@@ -181,11 +181,11 @@ def test_a_pinned_certificate_is_trusted_and_no_other(live_exchange, tmp_path):
     live_exchange.start(tls=context)
     url = live_exchange.url.replace("http:", "https:")
     me = (live_exchange.client.identity, live_exchange.owner.fingerprint)
-    with Courier(url, *me, certificate=tmp_path / "tls" / "certificate.pem") as courier:
-        assert courier.ask("GET", "/v1/sealed", Offers).offers == ()
+    with ExchangeClient(url, *me, certificate=tmp_path / "tls" / "certificate.pem") as exchange:
+        assert exchange.ask("GET", "/v1/sealed", Offers).offers == ()
     for wrong in (tmp_path / "other" / "certificate.pem", None):
-        with Courier(url, *me, certificate=wrong) as courier, pytest.raises(Untrusted, match="TLS certificate"):
-            courier.ask("GET", "/v1/sealed", Offers)
+        with ExchangeClient(url, *me, certificate=wrong) as exchange, pytest.raises(Untrusted, match="TLS certificate"):
+            exchange.ask("GET", "/v1/sealed", Offers)
     key.chmod(0o644)
     with pytest.raises(BadKey, match="open to others"):
         server_context(tmp_path / "tls" / "certificate.pem", key)
@@ -225,8 +225,8 @@ def test_the_verb_says_where_it_serves_and_ends_cleanly(live_exchange, number):
     )
     line = process.stderr.readline()
     url = line.split(" at ")[1].split(";")[0]
-    with Courier(url, live_exchange.client.identity, live_exchange.owner.fingerprint) as courier:
-        assert courier.ask("GET", "/v1/sealed", Offers).offers == ()
+    with ExchangeClient(url, live_exchange.client.identity, live_exchange.owner.fingerprint) as exchange:
+        assert exchange.ask("GET", "/v1/sealed", Offers).offers == ()
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")

@@ -12,7 +12,7 @@ from adapters.updates import combined, dense, to_tensors
 from offsite.artefacts.job import Job
 from offsite.artefacts.round import open_round
 from offsite.errors import BadDigest, ConfigError, NormTooLarge, RunFailed, WrongBinding
-from offsite.exchange.parcel import pack
+from offsite.exchange.packing import pack
 from offsite.keys.trust import TrustStore
 from server.federation.federation import SHARED
 from server.plugging.config import PlugConfig

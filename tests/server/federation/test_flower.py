@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 import server.federation.flower as module
 from offsite.errors import ConfigError, RunFailed
-from offsite.exchange.parcel import pack
+from offsite.exchange.packing import pack
 from server.federation.flower import ExchangeGrid, InProcessGrid, OffsiteStrategy, in_process, main, run
 
 

@@ -9,7 +9,7 @@ import torch
 from adapters.updates import dense, update_of
 from offsite.digests import sha256_file
 from offsite.errors import ArtefactError, ConfigError, Replayed, RunFailed, TooLarge, Untrusted, WrongBinding
-from offsite.exchange.parcel import pack
+from offsite.exchange.packing import pack
 from offsite.exchange.verbs import seal_run
 from offsite.faults import ROUND_POINTS, set_hook
 from offsite.secagg.terms import read_terms

@@ -29,7 +29,7 @@ from offsite.errors import (
     WrongShape,
 )
 from offsite.modelling.load import load_model
-from server.evaluation.rows import read_own
+from server.evaluation.candidates import read_own
 from server.plugging.config import PlugConfig
 from server.plugging.plug import fit, load_adapted, merge, plug, plugged, run
 from server.plugging.probe import deviation

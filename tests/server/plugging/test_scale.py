@@ -14,7 +14,7 @@ from offsite.cli import run as cli
 from offsite.errors import ConfigError
 from offsite.evaluation.results import read_results
 from offsite.modelling.load import load_model
-from server.evaluation.rows import read_own
+from server.evaluation.candidates import read_own
 from server.plugging.adapted import load_adapted, open_adapted
 from server.plugging.config import PlugConfig
 from server.plugging.fit import fit, full_name, plug, plugged

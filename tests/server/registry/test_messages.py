@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from client.exchange.http import Courier
+from client.exchange.http import ExchangeClient
 from client.exchange.verbs import hand_in
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.job import JOB_NAME
@@ -33,7 +33,7 @@ from offsite.secagg.fixedpoint import TensorShape
 from offsite.secagg.terms import make_terms
 from offsite.strictjson import write_compact
 from server.registry.federations import FederationStore, is_finished
-from server.registry.messages import NoteBox
+from server.registry.messages import MessageStore
 
 SHAPES = (TensorShape(name="b", shape=(200, 100)),)
 """So that a masked vector is larger than any other message."""
@@ -81,14 +81,14 @@ class Owner:
         return self.live.seal(self.folder / f"note-{number}.sealed", job or self.job, bundle=plain, **stated)
 
     def hand_in(self, sealed, party=None):
-        with Courier(
+        with ExchangeClient(
             self.live.url,
             (party or self.live.client).identity,
             self.live.owner.fingerprint,
             patience_seconds=5.0,
             timeout_seconds=5.0,
-        ) as courier:
-            return hand_in(courier, sealed, verdict_seconds=20.0)[0]
+        ) as exchange:
+            return hand_in(exchange, sealed, verdict_seconds=20.0)[0]
 
     def kept(self):
         return [path for path in (self.live.registry_folder / "notes").rglob("*") if path.name == "manifest.json"]
@@ -110,11 +110,11 @@ def test_messages_are_kept_as_they_came_in_the_order_of_their_client(owner):
     for one in (sealed[1], sealed[0], sealed[2], sealed[1]):  # again is no second one
         assert owner.hand_in(one).state == "accepted"
     with owner.live.registry() as registry:
-        found = NoteBox(registry).of(owner.job.job_id, 1)
+        found = MessageStore(registry).of(owner.job.job_id, 1)
         assert [digest_of(path) for path in found] == [digest_of(one) for one in sealed]
         assert [path.name for path in found[0].rglob("*.enc")] == [path.name for path in sealed[0].rglob("*.enc")]
         assert [*registry.entries(), *(registry.folder / "bundles").iterdir()] == []
-        assert NoteBox(registry).of(owner.job.job_id, 2) == NoteBox(registry).of("0" * 32, 1) == []
+        assert MessageStore(registry).of(owner.job.job_id, 2) == MessageStore(registry).of("0" * 32, 1) == []
 
 
 def test_what_is_no_message_of_that_client_s_round_is_refused_before_its_payload_comes(owner, make_job, monkeypatch):
@@ -181,7 +181,7 @@ def test_a_round_that_is_closed_takes_no_more(owner):
         assert not is_finished(registry, store.id, 1)
         store.finish(1, {"used": []})
         assert is_finished(registry, store.id, 1)
-        NoteBox(registry).clear(1)
+        MessageStore(registry).clear(1)
     with pytest.raises(WrongBinding, match="is closed"):
         owner.hand_in(owner.note())
     assert owner.kept() == []
@@ -191,7 +191,7 @@ def test_a_payload_that_is_not_what_was_signed(owner):
     sealed = owner.note(b"x" * 100)
     payload = next((sealed / "payload").iterdir())
     with owner.live.registry() as registry:
-        box = NoteBox(registry)
+        box = MessageStore(registry)
         manifest = SealedManifest.model_validate_json((sealed / "manifest.json").read_bytes())
         box.check(manifest, owner.job)
         sound = payload.read_bytes()

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-import client.tuning.sealedoff as module
+import client.tuning.sandbox as module
 from client.tuning.config import TuneConfig
-from client.tuning.sealedoff import (
+from client.tuning.sandbox import (
     Seal,
     enter,
     figures,
@@ -313,7 +313,7 @@ BARS = """
 import multiprocessing, sys
 from pathlib import Path
 from client.tuning.config import TuneConfig
-from client.tuning.sealedoff import enter, require_quiet
+from client.tuning.sandbox import enter, require_quiet
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
     here = Path(sys.argv[1])
@@ -387,7 +387,7 @@ PROBE = """
 import contextlib, ctypes, json, os, shutil, socket, sqlite3, subprocess, sys, tempfile, threading, urllib.request
 from pathlib import Path
 from client.tuning.config import TuneConfig
-from client.tuning.sealedoff import _STATE, enter
+from client.tuning.sandbox import _STATE, enter
 from offsite.errors import PolicyError
 
 here = Path(sys.argv[1])
@@ -505,27 +505,27 @@ def probe(tmp_path):
 
 
 USER_FIRST = """
-import client.tuning.sealedoff, os
-real = client.tuning.sealedoff._unshare
+import client.tuning.sandbox, os
+real = client.tuning.sandbox._unshare
 def without_right(flags):
-    if flags == client.tuning.sealedoff._NEW_NET:
+    if flags == client.tuning.sandbox._NEW_NET:
         raise PermissionError(1, "unshare")
     real(flags)
-client.tuning.sealedoff._unshare = without_right
+client.tuning.sandbox._unshare = without_right
 """
 NO_NAMESPACE = """
-import client.tuning.sealedoff
+import client.tuning.sandbox
 def refused(flags):
     raise PermissionError(1, "unshare")
-client.tuning.sealedoff._unshare = refused
+client.tuning.sandbox._unshare = refused
 """
 HALF_WAY = """
-import client.tuning.sealedoff, os
+import client.tuning.sandbox, os
 def half_way(flags):
     assert os.getpid() != PARENT, "the process itself went half-way"
     raise PermissionError(1, "uid_map")
 PARENT = os.getpid()
-client.tuning.sealedoff._unshare = half_way
+client.tuning.sandbox._unshare = half_way
 """
 HOOK_ALONE = "an audit hook alone denies connections and writes"
 

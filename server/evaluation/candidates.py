@@ -24,7 +24,7 @@ from server.registry.verify import Verified, expected_tensors, verify_own
 
 
 @dataclass(frozen=True)
-class Entrant:
+class Candidate:
     """One bundle, its adapter as verified, and the record of the package it was tuned on."""
 
     bundle: Bundle
@@ -33,7 +33,7 @@ class Entrant:
 
 
 @dataclass(frozen=True)
-class Entrants:
+class Candidates:
     """The artefacts to be compared: opened, bound to each other, their tensors known to be sound.
 
     Attributes:
@@ -43,11 +43,11 @@ class Entrants:
 
     package: Package
     record: OwnerRecord
-    bundles: Mapping[str, Entrant]
-    references: Mapping[RowName, Mapping[str, Entrant]]
+    bundles: Mapping[str, Candidate]
+    references: Mapping[RowName, Mapping[str, Candidate]]
 
 
-def open_entrants(config: EvaluateConfig) -> Entrants:
+def open_candidates(config: EvaluateConfig) -> Candidates:
     """Return package, bundles and references once they are known to belong together, without a model.
 
     Raises:
@@ -56,9 +56,9 @@ def open_entrants(config: EvaluateConfig) -> Entrants:
     """
     package = open_package(config.package)
     record = read_owner_record(owner_record_path(config.package))
-    bundles = {name: _entrant(config, path, record) for name, path in named_paths(config.bundle)}
+    bundles = {name: _candidate(config, path, record) for name, path in named_paths(config.bundle)}
     first = next(iter(bundles.values())).bundle
-    for bundle in (entrant.bundle for entrant in bundles.values()):
+    for bundle in (candidate.bundle for candidate in bundles.values()):
         bundle.bind(package_digest=package.digest, base_digest=package.manifest.base_digest)
         if bundle.manifest.adapter != first.manifest.adapter:
             raise ConfigError(
@@ -66,16 +66,16 @@ def open_entrants(config: EvaluateConfig) -> Entrants:
                 hint="several bundles are several seeds of one adapter; evaluate each adapter by itself",
             )
     known = [read_owner_record(owner_record_path(path)) for path in config.reference_package]
-    references: dict[RowName, dict[str, Entrant]] = {}
+    references: dict[RowName, dict[str, Candidate]] = {}
     for row, path in named_paths(config.reference):
         bundle = open_bundle(path)
         matching = [found for found in known if found.package_digest == bundle.manifest.package_digest]
         reference = matching[0] if matching else find_record(bundle)
-        entrant = Entrant(bundle, read_own(bundle, reference), reference)
+        candidate = Candidate(bundle, read_own(bundle, reference), reference)
         _require_reference(row, bundle, reference, record, first)
         seeds = references.setdefault(cast(RowName, row), {})
-        seeds[path.name if path.name not in seeds else f"{path.name}-{len(seeds) + 1}"] = entrant
-    return Entrants(package, record, bundles, references)
+        seeds[path.name if path.name not in seeds else f"{path.name}-{len(seeds) + 1}"] = candidate
+    return Candidates(package, record, bundles, references)
 
 
 def read_own(bundle: Bundle, record: OwnerRecord) -> Verified:
@@ -99,15 +99,15 @@ def find_record(bundle: Bundle) -> OwnerRecord:
     return find_owner_record(bundle.manifest.package_digest, None, [folder, Path.cwd(), folder.parent])
 
 
-def _entrant(config: EvaluateConfig, path: Path, record: OwnerRecord) -> Entrant:
+def _candidate(config: EvaluateConfig, path: Path, record: OwnerRecord) -> Candidate:
     bundle_id = registered_id(path)
     if bundle_id is None or config.registry is None:
         bundle = open_bundle(path)
-        return Entrant(bundle, read_own(bundle, record), record)
+        return Candidate(bundle, read_own(bundle, record), record)
     with Registry.open(config.registry, config.keys) as registry:
         entry = accepted(registry, bundle_id)
         verified = read_registered(registry, entry, record)
-        return Entrant(open_bundle(registry.bundle_folder(entry.id)), verified, record)
+        return Candidate(open_bundle(registry.bundle_folder(entry.id)), verified, record)
 
 
 _FITS: dict[str, tuple[str, Callable[[Bundle, Bundle], bool]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from offsite.errors import ConfigError, TooLarge, WrongNames
-from offsite.exchange.parcel import pack, unpack
+from offsite.exchange.packing import pack, unpack
 from offsite.sealed.manifest import MAX_FILES
 
 NAME = "payload/" + "a" * 64 + ".enc"
