@@ -1,5 +1,19 @@
-"""The trainable parts: kinds of adapter, where they sit, and their canonical tensor names."""
+"""The trainable parts: kinds of adapter, where they sit, their canonical tensor names, and what they change.
+
+A new kind is a module here with two functions for ``kinds.register_kind``.
+"""
 
 OFFSITE_ROLE = "adapters"
 
-__all__ = ["OFFSITE_ROLE"]
+__all__ = [
+    "OFFSITE_ROLE",
+    "kinds",
+    "lift",
+    "lowrank",
+    "norms",
+    "rates",
+    "rounds",
+    "settings",
+    "updates",
+    "vector",
+]

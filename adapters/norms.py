@@ -1,4 +1,4 @@
-"""Norms of what an adapter really changes: of each module's effective update, beside the base weight's own.
+"""Frobenius and spectral norms of what an adapter changes in each module, beside those of the base weight.
 
 For a low-rank adapter that is scale * B @ A, through QR of both factors: (k A, B / k) is the same update and gets the
 same verdict, and no dense matrix is formed. DoRA also rescales the weight, so its update is dense. For whole blocks

@@ -1,4 +1,4 @@
-"""What of an adapter is summed up in secret: numbers that may be added, and what their mean makes of the model.
+"""The vector that secure aggregation sums: which numbers of an adapter may be added, and what their mean changes.
 
 Of a LoRA whose factors A all clients share, that is the factors B: the mean of B A is the mean of B times A. Of whole
 blocks and BitFit it is what the tensors differ from the weights they began with.

@@ -1,4 +1,4 @@
-"""The data side: open a package, read private data, tune an adapter, write the bundle."""
+"""The client's side: open a package, read private text, tune an adapter, audit what it gives away, hand it in."""
 
 OFFSITE_ROLE = "client"
 

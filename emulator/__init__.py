@@ -1,4 +1,4 @@
-"""The owner's factory: choose blocks, compress the middle, distil it, write the package."""
+"""The owner's side before sending: compress the middle, distil it, mark the package, measure what it gives away."""
 
 OFFSITE_ROLE = "emulator"
 

@@ -1,4 +1,4 @@
-"""The shared core of offsite-tuning: it knows blocks, texts, artefacts and errors, and no role.
+"""The core that all roles share: text, training, models, artefacts, audits, keys, sealing, reports, the command line.
 
 An *owner* distils an *emulator* of a model's middle and ships it with the trainable ends as a
 *package*; a *client* tunes an *adapter* on private data and returns a *bundle*; the owner plugs the
@@ -12,4 +12,17 @@ __version__ = "0.1.0"
 
 OFFSITE_ROLE = "offsite"
 
-__all__ = ["OFFSITE_ROLE", "__version__"]
+__all__ = [
+    "OFFSITE_ROLE",
+    "__version__",
+    "config",
+    "console",
+    "digests",
+    "errors",
+    "faults",
+    "stages",
+    "staging",
+    "store",
+    "strictjson",
+    "tensors",
+]

@@ -1,4 +1,4 @@
-"""Verbs run as processes of their own, each once: what a demonstration is made of.
+"""Verbs run as processes of their own, each once: for the demo, rehearsals, and realigning between rounds.
 
 A stage that ended well leaves a note, ``NOTES/<name>.json``, with its words, its inputs' digests and its outcome. It is
 not run again while all of these and what it left still stand.

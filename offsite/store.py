@@ -1,4 +1,4 @@
-"""State that must not be lost, torn or turned back: a SQLite database, a hash-chained log, and a head kept elsewhere.
+"""A SQLite database with a hash-chained log: state that must not be lost, torn or turned back to an older copy.
 
 Three files hold the state. The *database* (WAL, ``synchronous=FULL``) is the truth. The *log* beside it says in order
 what happened: one JSON object a line, each with the SHA-256 of the line before it. The *head* - number and hash of the

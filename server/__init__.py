@@ -1,4 +1,4 @@
-"""The owner's side on return: plug a bundle in, evaluate what came of it, serve it."""
+"""The owner's side on return: check bundles, plug them in, evaluate, serve; run the exchange and federations."""
 
 OFFSITE_ROLE = "server"
 

@@ -1,4 +1,4 @@
-"""A data owner's answer to one round: open it, tune on it, seal the bundle. The same on every way a round may come.
+"""A client's answer to one round of a federation: open it, tune on it, seal the bundle, however the round came.
 
 What belongs to a round lies in ``WORK/round-NNNN``: ``round``, the opened one; ``bundle.work``, checkpoints while it is
 tuned; ``bundle``; ``audit``, where one is asked for; ``sealed``, what goes back. Whatever is there already is not done

@@ -1,4 +1,4 @@
-"""What tuning has spent of each data set's privacy budget, kept by the client and nobody else.
+"""The privacy budget ledger: what tuning has spent of each data set's budget, kept by the client and nobody else.
 
 A run is charged in full before its first step; resuming it charges nothing more. Runs that share a record share a
 budget: their privacy loss on it adds up, whatever else is in the files. The budget is set by the first run and can only

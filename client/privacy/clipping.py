@@ -1,4 +1,4 @@
-"""Sums of gradients, each of one privacy unit and clipped to a norm: by hooks, by ghost clipping, or one by one.
+"""Clipped gradients: sums over privacy units, each clipped to a norm, by hooks, by ghost clipping, or one by one.
 
 A unit is one example, or all rows of one user. Its gradient is that of the mean over its rows of the row's mean loss
 per counted token; units whose gradient is not finite contribute zero. Whatever the engine, the sum over a set of units

@@ -1,4 +1,4 @@
-"""Differentially private tuning: what a run of `offsite tune --dp` draws, adds and may say.
+"""DP-SGD: how a run of `offsite tune --dp` draws rows, clips, adds noise, and what it may say of itself.
 
 A step draws every privacy unit by its own coin (Poisson), sums the clipped gradients of those drawn
 (`client.privacy.clipping`), adds Gaussian noise of `sigma * clip`, divides by a constant and lets AdamW follow; a step

@@ -1,4 +1,4 @@
-"""What is looked for in a bundle before it gets its name: nothing of the client's text, machine or run may be in it.
+"""The scan of a bundle before it gets its name: nothing of the client's text, machine or run may be in it.
 
 A bundle is built from an allow-list, so nothing should ever be found; this reads every byte that would leave and checks
 that. It knows literal text, in UTF-8 and UTF-16. It does not know text that was encoded, encrypted or spread over

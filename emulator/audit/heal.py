@@ -1,4 +1,4 @@
-"""Healing a broken model: what of it learns, and the loss that it learns by."""
+"""The attack that heals a package's model on public text: which of its weights learn, and by which loss."""
 
 from __future__ import annotations
 

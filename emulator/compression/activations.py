@@ -1,4 +1,4 @@
-"""What passes through a model's blocks during a forward pass, seen by hooks that leave nothing behind."""
+"""Forward passes: what goes into and out of a model's blocks, seen by hooks that are taken off again, and logits."""
 
 from __future__ import annotations
 

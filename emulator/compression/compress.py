@@ -1,7 +1,8 @@
 """Making the middle smaller, before any training: from the full model to an emulator, by a method's name.
 
-A method is a function registered under a name. To add one, write a module with such a function, import it where
-the verb should know it, and let it refuse what it cannot do with `ConfigError` or `UnsupportedModel`.
+A method is a function registered under a name. To add one, write a module with such a function in this folder, and
+let it refuse what it cannot do with `ConfigError` or `UnsupportedModel`. For ``--method``, name it in ``methods.py``
+too, and import the module in ``emulator/distillation/distill.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An emulator's middle learns, on public text, to stand in for the full model's."""
+"""Distillation: an emulator's middle is trained on public text to imitate the full model's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an emulator to what leaves and what stays: the package, and the owner's record beside it."""
+"""Writing the package, which leaves, and the owner's record beside it, which stays."""
 
 from __future__ import annotations
 

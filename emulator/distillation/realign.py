@@ -1,4 +1,4 @@
-"""``offsite realign``: the emulator stands in for the middle of the model that a federation's rounds have made.
+"""``offsite realign``: distil the emulator again, towards the model that a federation's rounds have made.
 
 The full model has what the rounds added, and so has the emulator; its middle learns on public text to follow, from
 where it was. What leaves is the difference of the middle's weights, and how far off the emulator was before and after.

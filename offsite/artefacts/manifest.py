@@ -1,4 +1,4 @@
-"""``offsite.json``: the signed-to-be statement of an artefact, and the exact set of files it binds."""
+"""``offsite.json``: the manifest of an artefact, which binds exactly the files beside it by size and SHA-256."""
 
 from __future__ import annotations
 

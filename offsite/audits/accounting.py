@@ -1,4 +1,4 @@
-"""What a run spends: epsilon of a Poisson-subsampled Gaussian mechanism, by accountants that must agree.
+"""Privacy accounting: epsilon of a Poisson-subsampled Gaussian mechanism, by accountants that must agree.
 
 The number of record is PLD (dp-accounting); PRV (Opacus) is faster and calibrates; RDP is told beside them because
 other reports use it, and is never used to decide. Neighbouring data sets differ by one unit added or removed.

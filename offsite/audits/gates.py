@@ -1,4 +1,4 @@
-"""Whether what an audit measured is good enough to let something leave. Each limit is defined here and nowhere else.
+"""Gates: the limits that an audit's figures must keep before something leaves. Each is defined here and nowhere else.
 
 A gate *passed*, *failed*, or was *not measurable* (nothing was measured, or too little to tell); only the first lets a
 bundle go without ``--accept-leakage``. Gates are worked out from an audit's figures each time they are asked.

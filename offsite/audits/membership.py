@@ -1,4 +1,4 @@
-"""An attack on membership as an audit states it: from scores of rows to `offsite.audits.record.Membership`."""
+"""Membership attacks as an audit records them: from scores of rows to `offsite.audits.record.Membership`."""
 
 from __future__ import annotations
 

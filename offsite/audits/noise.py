@@ -1,4 +1,4 @@
-"""Chance from the operating system: coins and Gaussian noise that no seed leads to.
+"""Coins and Gaussian noise drawn from the operating system: there is no seed that would lead to them.
 
 Whoever knows the noise of a private release can take it off again, so nothing here can be reproduced, stored or
 resumed. Tests that need one outcome replace `_entropy`.

@@ -1,4 +1,4 @@
-"""What an attack on membership shows: its ROC curve and rates with intervals, and the exposure of a planted secret.
+"""Statistics of membership attacks: ROC curves and rates with intervals, and the exposure of a planted secret.
 
 An attack gives every text a score; a higher one means that it takes the text for a member, one that was trained on.
 Members and non-members must be exchangeable but for that: split by chance, never old text against new. Scores are 1-d

@@ -1,4 +1,4 @@
-"""What a causal language model goes on with, for many beginnings at once.
+"""Continuations sampled from a causal language model, for many prompts at once.
 
 Prompts of one length go together, so that no padding stands before a token: what comes out does not depend on which
 prompts were given beside it, but for rounding.

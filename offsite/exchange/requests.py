@@ -1,4 +1,4 @@
-"""How a client signs what it asks of an exchange, and how the exchange checks it; both sides use this file.
+"""Signed HTTP requests: how a client signs what it asks of an exchange, and how the exchange checks it.
 
 A request carries its signer's fingerprint, the time, a nonce, the SHA-256 of its body and both signatures in headers.
 Signed are, line by line: protocol, method, path, the owner it is meant for, signer, body digest, time and nonce. All

@@ -1,4 +1,4 @@
-"""What client and exchange say to each other besides sealed files: small JSON messages of protocol 1, both strict.
+"""The exchange's protocol 1: its routes, and the JSON messages of client and server besides sealed files.
 
 ::
 

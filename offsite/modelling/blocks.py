@@ -1,4 +1,4 @@
-"""What this project knows about architectures: block stacks, the linears in a block, its MLP.
+"""Facts about architectures: where a model's stack of blocks is, the linears in a block, its MLP.
 
 A model is read by its structure, never by its class. A *stack* is an ``nn.ModuleList`` whose items are all
 ``transformers.modeling_layers.GradientCheckpointingLayer``. The naming facts that no structure shows (which

@@ -1,4 +1,4 @@
-"""A configuration for fewer blocks, and the proof that every kept block is built as it was.
+"""A configuration for fewer blocks, and the check that every kept block is built as it was.
 
 Depth shows in a configuration in five ways: the depth itself, lists with one entry per block, lists of block
 numbers, "the first k blocks" counters, and per-block overrides. All are edited together on a copy. Rules that no

@@ -1,4 +1,4 @@
-"""Whether an audit's figures can be what they say: what follows from others among them is worked out again.
+"""Consistency of an audit's figures: those that follow from others are worked out again and must agree.
 
 Curves rise from nothing to all; areas, accuracies and hit rates lie within what the curves allow, which are thinned;
 intervals of hit rates, bounds on epsilon and kept capabilities are those of the counts and scores stated; no count is

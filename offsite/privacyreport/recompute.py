@@ -1,4 +1,4 @@
-"""What a claim of differential privacy comes to when it is worked out again from its own constants.
+"""Epsilon of a claim of differential privacy, worked out again from the constants that the claim states.
 
 Nothing here trusts the epsilon that is claimed. It needs the extra ``privacy``, and refuses to go on without it.
 """

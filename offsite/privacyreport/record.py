@@ -1,4 +1,4 @@
-"""The report an auditor reads: ``report.json``, signed. Read this file to know what it may say, and what it is held to.
+"""The signed privacy report, ``report.json``. Read this file to know what it may say, and what it is held to.
 
 A party makes one of its audits. What follows from their figures (first line, gates, digests, what is not claimed) is
 worked out by `conclude`; a verifier does so again and accepts nothing else. ``report.html`` is made from

@@ -1,4 +1,4 @@
-"""What this party sealed and opened, so that nothing old, replayed or forked is taken for new: on both sides alike.
+"""The replay ledger: what this party sealed and opened, so that nothing old, replayed or forked is taken for new.
 
 The ledger lies in the keys folder as ``ledger.db`` with a hash-chained ``ledger.log`` and a ``ledger.head``; an older
 copy of any one of them is noticed when it is opened (``offsite/store.py``). A whole folder turned back together is not:

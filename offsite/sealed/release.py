@@ -1,4 +1,4 @@
-"""What `offsite seal` asks before it lets go: the gates of a bundle, and the limits that an owner sets for a package.
+"""What may leave: `offsite seal` holds a bundle to its gates here, and a package to the limits that its owner set.
 
 A bundle whose gates did not all pass goes only with ``--accept-leakage``. What it went on is recorded beside the sealed
 folder, from where reports take it.

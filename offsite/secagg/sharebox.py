@@ -1,4 +1,4 @@
-"""Shares on their way from one client to another, past an owner who carries them and must not read them.
+"""Encrypted shares from one client to another: the owner carries them and cannot read them.
 
 A box holds the receiver's shares of the sender's two secrets. Its key comes from an X25519 agreement of keys made for
 this round and is bound by HKDF-SHA256 to the federation, the round, the sender and the receiver in that order, so that

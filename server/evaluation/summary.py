@@ -1,4 +1,4 @@
-"""What stands around the measured figures: artefacts, counts, versions, the command; and the table people read."""
+"""What an evaluation records beside its figures (artefacts, counts, versions, command), and the table people read."""
 
 from __future__ import annotations
 

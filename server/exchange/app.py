@@ -1,5 +1,4 @@
-"""The exchange's routes, as ``offsite/exchange/wire.py`` lists them: sealed folders out, sealed bundles in, for signed
-requests.
+"""The exchange's HTTP routes, as ``offsite/exchange/wire.py`` lists them, as an ASGI application.
 
 No name from the wire becomes a path: folders are found by digest among those that are there, files among those that a
 signed manifest lists.

@@ -1,4 +1,4 @@
-"""Who is let in: signed requests of trusted parties, each once and not too many; the owner's log says who was not."""
+"""Authentication: signed requests of trusted parties, each once and not too many; the owner's log lists the rest."""
 
 from __future__ import annotations
 

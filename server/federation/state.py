@@ -1,4 +1,4 @@
-"""What a closed round of a federation leaves: the sum so far, and what is told of the round."""
+"""The state of a federation after a closed round: the sum so far, and what is told of the round."""
 
 from __future__ import annotations
 

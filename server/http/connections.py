@@ -1,4 +1,4 @@
-"""Connections that cannot be held for nothing: uvicorn's HTTP/1.1 protocol with limits that it does not have.
+"""Limits on connections: uvicorn's HTTP/1.1 protocol, with bounds on time and number that it does not have.
 
 A connection is broken off when a request's head does not arrive in time, when bytes keep coming that belong to no
 request, when the other side does not take what is sent to it, and when there are too many connections. How long a body

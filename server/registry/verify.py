@@ -1,4 +1,4 @@
-"""What a bundle must pass before it may be plugged in. No I/O: bytes, rows and tensors in, one type or an error out.
+"""The checks that an arriving bundle must pass, in order. No I/O: bytes, rows and tensors in, one type or an error out.
 
 In this order:
 

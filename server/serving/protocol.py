@@ -1,4 +1,4 @@
-"""The OpenAI wire: what a request may hold, what a reply looks like, how a refusal reads.
+"""OpenAI's requests and replies: what a request may hold, what a reply looks like, how a refusal reads.
 
 Clients send many fields; those unknown here are ignored. Known fields that this server cannot honour are
 refused unless they hold a value that changes nothing (`_NEUTRAL`): silently dropping them would give
