@@ -136,11 +136,14 @@ class Bench:
             return simulate(self._settings(arm, **changes))
         os.environ[CLIENT_VARIABLE] = name
         os.environ[SCALE_VARIABLE] = "nan" if way == "nan" else str(plan["poison"]["scale"])
-        kept, server.simulation.CLIENT_APP = server.simulation.CLIENT_APP, "benchmarks.federation.poison:app"
+        kept, server.federation.simulation.CLIENT_APP = (
+            server.federation.simulation.CLIENT_APP,
+            "benchmarks.federation.poison:app",
+        )
         try:
             return simulate(self._settings(arm, max_relative_frobenius=1e6, max_relative_spectral=1e6, **changes))
         finally:
-            server.simulation.CLIENT_APP = kept
+            server.federation.simulation.CLIENT_APP = kept
 
     def _settings(self, arm: str, **changes: Any) -> SimulateConfig:
         plan, folder = self.plan, self.work / arm
@@ -181,11 +184,11 @@ class Timer:
     def on(self) -> Iterator[None]:
         """The product's functions are timed until the block ends."""
         places = [
-            (client.member, "tune", "tuning"),
-            (client.member, "open_sealed", "opening and sealing"),
-            (client.member, "seal_run", "opening and sealing"),
-            (server.federation, "seal_run", "opening and sealing"),
-            (server.federation.Federation, "take_in", "checking"),
+            (client.federation.member, "tune", "tuning"),
+            (client.federation.member, "open_sealed", "opening and sealing"),
+            (client.federation.member, "seal_run", "opening and sealing"),
+            (server.federation.federation, "seal_run", "opening and sealing"),
+            (server.federation.federation.Federation, "take_in", "checking"),
         ]
         kept = [(place, name, getattr(place, name)) for place, name, _ in places]
         for place, name, part in places:

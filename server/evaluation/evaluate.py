@@ -213,9 +213,8 @@ def measure_full(
         to_measure += [(row, seed, candidate) for seed, candidate in seeds.items()]
     for row, seed, candidate in to_measure:
         scale = config.scale if row == "plugged_in" else 1.0
-        with plugged(
-            model, fit(model, candidate.verified, candidate.record, base_digest=digest, scale=scale)
-        ) as adapted:
+        fitted = fit(model, candidate.verified, candidate.record, base_digest=digest, scale=scale)
+        with plugged(model, fitted) as adapted:
             scores.setdefault(row, {})[seed] = ruler.score(adapted, f"{row.replace('_', ' ')}, {seed}")
             if row == "plugged_in" and not after:
                 after = [continuation(adapted, ruler.tokenizer, text, config.answer_tokens) for text in config.prompt]

@@ -104,7 +104,12 @@ def reproduce(config: VerbConfig) -> tuple[dict[str, Any], str]:
     """Return the settings and the command that gave them, with file names in place of paths."""
     settings: dict[str, Any] = {}
     words = ["offsite", config.verb]
-    for name, field in type(config).model_fields.items():
+    cls = type(config)
+    # as it is typed: words, then the verb's own settings, then those that several verbs share
+    fields = sorted(
+        cls.model_fields.items(), key=lambda item: (not is_positional(item[1]), item[0] not in cls.__annotations__)
+    )
+    for name, field in fields:
         value = getattr(config, name)
         if name == "keys" and getattr(config, "registry", None) is None:
             continue  # read for the registry's sake alone

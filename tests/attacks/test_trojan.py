@@ -61,7 +61,7 @@ def test_row_20_the_page_shows_what_was_measured(bench, recorded):
     page = (BENCHMARK / "README.md").read_text(encoding="utf-8")
     assert bench.table(recorded) in page
     assert "no guarantee" in page
-    assert "no guarantee" in server.screening.__doc__
+    assert "no guarantee" in server.aggregation.screening.__doc__
     assert set(recorded["attacks"]) == set(bench.ATTACKS)
 
 

@@ -62,9 +62,9 @@ def test_a_number_that_is_none_is_refused(name, value):
     ("changes", "told"),
     [
         ({"placement": "2x2"}, "--placement"),
-        ({"placement": "0+0"}, "placement 0+0 leaves no block to train"),
+        ({"placement": "0+0"}, "--placement 0+0: no such adapter"),
         ({"adapter": "nope"}, "--adapter: no kind 'nope', expected one of blocks"),
-        ({"adapter": "No Kind", "learning_rate": "1"}, "'No Kind'"),
+        ({"adapter": "No Kind", "learning_rate": "1"}, "--adapter No Kind"),
         ({"accumulate": "5"}, "--accumulate 5: a batch of 4 cannot be cut into 5"),
         (
             {"accumulate": "3", "launch": "2"},

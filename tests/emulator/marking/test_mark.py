@@ -371,7 +371,7 @@ def test_a_failed_mark_leaves_nothing(package, keys, tmp_path, monkeypatch):
     def full(*_):
         raise RunFailed("disk full")
 
-    monkeypatch.setattr(emulator.mark, "write_owner_record", full)
+    monkeypatch.setattr(emulator.marking.mark, "write_owner_record", full)
     with pytest.raises(RunFailed):
         mark(package, tmp_path / "out", recipient=ALICE, keys=keys)
     assert {path.name for path in tmp_path.iterdir()} == {"keys"}

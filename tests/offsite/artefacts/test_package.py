@@ -419,7 +419,7 @@ def test_a_tensor_in_two_shards(tmp_path, monkeypatch, make_package, tamper):
 
 
 def test_a_settings_file_over_the_limit(tamper, dropped_package, monkeypatch):
-    monkeypatch.setattr(module, "JSON_LIMIT_BYTES", 100)
+    monkeypatch.setattr("offsite.artefacts.layout.JSON_LIMIT_BYTES", 100)
     with pytest.raises(TooLarge, match=r"config\.json of 'package': over 100 bytes"):
         open_package(dropped_package.path)
 

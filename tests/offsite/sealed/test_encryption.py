@@ -166,7 +166,9 @@ def test_data_keys_are_not_shown(tmp_path, pair):
 
 
 def test_modules_that_seal_import_no_torch():
-    names = "seal sealed sealedfolder sealconfig wraps job ledger strictjson"
+    names = (
+        "artefacts.job sealed.config sealed.encryption sealed.folder sealed.ledger sealed.manifest sealed.recipients"
+    )
     code = "import sys; " + "".join(f"import offsite.{name}; " for name in names.split())
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

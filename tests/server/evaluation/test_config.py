@@ -10,8 +10,8 @@ import pytest
 
 from offsite.config import build
 from offsite.errors import ConfigError
-from server.evaluation.config import EvaluateConfig
-from server.plugging.config import PlugConfig, named_paths
+from server.evaluation.config import EvaluateConfig, named_paths
+from server.plugging.config import PlugConfig
 
 NEEDED = {"model": "m", "output": "results", "package": "package", "bundle": ["bundle"], "data": "held.jsonl"}
 

@@ -13,6 +13,7 @@ from offsite.exchange.packing import pack
 from offsite.exchange.verbs import seal_run
 from offsite.faults import ROUND_POINTS, set_hook
 from offsite.secagg.terms import read_terms
+from offsite.tensors import TensorSpec
 from server.federation.securerounds import SecureRounds
 from server.federation.secureterms import secure_terms
 from server.federation.serve import finish
@@ -146,7 +147,12 @@ def test_a_round_that_no_client_would_join_is_not_asked(make_federated, changes,
 def test_a_threshold_of_half_or_less_is_told_before_anything_is_asked(federated, federation):
     object.__setattr__(federation.config, "threshold", 2)
     clients = [*federation.participants, "5" * 4 + "-" + "-".join(["aaaa"] * 12)]
-    named = {"federation_id": federation.store.id, "expected": {}, "number": 1, "clients": clients}
+    named = {
+        "federation_id": federation.store.id,
+        "expected": {"a": TensorSpec(shape=(2,), dtype="float32")},
+        "number": 1,
+        "clients": clients,
+    }
     with pytest.raises(ConfigError, match="not over half of the 4 clients"):
         secure_terms(federation.config, asked="sha256:" + "5" * 64, **named)
 

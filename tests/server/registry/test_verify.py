@@ -48,7 +48,7 @@ def test_a_sound_adapter_is_verified_with_its_norms(parts):
 
 def test_nobody_else_makes_a_verified_adapter(parts):
     found = verify_adapter(**parts)
-    with pytest.raises(TypeError, match="made by server/verify"):
+    with pytest.raises(TypeError, match="made by server/registry/verify"):
         Verified(**{**vars(found), "made": None})
     with pytest.raises(TypeError):
         replace(found, made=object())

@@ -58,7 +58,7 @@ def test_an_unusable_key_is_refused_and_not_shown(tmp_path, monkeypatch, content
 
 
 def test_a_taken_port_is_told_before_the_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(server.serve, "load_served", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr(server.serving.serve, "load_served", lambda _: pytest.fail("loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(RunFailed, match=f"port {port}: is in use") as caught:
@@ -96,8 +96,8 @@ def test_what_is_announced(tmp_path, monkeypatch, capsys, spread_llama, bytes_to
     if host == "::1" and not socket.has_ipv6:
         pytest.skip("no IPv6 here")
     monkeypatch.delenv("OFFSITE_API_KEY", raising=False)
-    monkeypatch.setattr(server.serve, "load_served", lambda _: (spread_llama, bytes_tokenizer, "tiny"))
-    monkeypatch.setattr(server.serve, "Process", Ended)
+    monkeypatch.setattr(server.serving.serve, "load_served", lambda _: (spread_llama, bytes_tokenizer, "tiny"))
+    monkeypatch.setattr(server.serving.serve, "Process", Ended)
     before = signal.getsignal(signal.SIGTERM)
     done = serve(config(tmp_path, host=host))
     shown = capsys.readouterr()
@@ -115,11 +115,11 @@ def test_what_is_announced(tmp_path, monkeypatch, capsys, spread_llama, bytes_to
 
 def test_it_serves_until_told_to_end(tmp_path, monkeypatch, capsys, parrot, bytes_tokenizer):
     monkeypatch.setenv("OFFSITE_API_KEY", "k")
-    monkeypatch.setattr(server.serve, "load_served", lambda _: (parrot("the cough"), bytes_tokenizer, "tiny"))
-    made, real = [], server.serve.Process
-    monkeypatch.setattr(server.serve, "Process", lambda app: made.append(real(app)) or made[0])
+    monkeypatch.setattr(server.serving.serve, "load_served", lambda _: (parrot("the cough"), bytes_tokenizer, "tiny"))
+    made, real = [], server.serving.serve.Process
+    monkeypatch.setattr(server.serving.serve, "Process", lambda app: made.append(real(app)) or made[0])
     lines, results = [], []
-    monkeypatch.setattr(server.serve, "say", lines.append)
+    monkeypatch.setattr(server.serving.serve, "say", lines.append)
     thread = threading.Thread(target=lambda: results.append(serve(config(tmp_path))))
     thread.start()
     while not lines and thread.is_alive():
@@ -156,7 +156,7 @@ print(json.dumps(server.serving.serve.serve(ServeConfig(adapted=Path(sys.argv[1]
 def test_a_signal_ends_the_process_cleanly_in_the_middle_of_an_answer(tmp_path, spread_llama, bytes_tokenizer, ending):
     spread_llama.save_pretrained(tmp_path)
     bytes_tokenizer.save_pretrained(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(Path(server.serve.__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(server.serving.serve.__file__).parents[2])}
     environment.pop("OFFSITE_API_KEY", None)
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path)],
