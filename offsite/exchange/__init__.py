@@ -3,4 +3,4 @@
 What may leave is decided in ``verbs``, before anything is encrypted.
 """
 
-__all__ = ["parcel", "requests", "verbs", "wire"]
+__all__ = ["packing", "requests", "verbs", "wire"]
