@@ -129,7 +129,7 @@ def test_the_folder_holds_everything_but_paths_and_text(
     assert results.package.files.keys() == dropped_package.manifest.files.keys()
     assert results.parameters.emulator * 4 == results.parameters.middle * 3  # three middle blocks of four
     assert results.command.startswith(f"offsite evaluate {llama_folder.name} --output results --package package")
-    assert f"--bundle seed0=seed0 --data {text_file.name} --block-tokens 64 --prompt 'the patient'" in results.command
+    assert f"--bundle seed0=seed0 --data {text_file.name} --prompt 'the patient'" in results.command
     raw = (folder / "results.json").read_text()
     assert str(tmp_path) not in raw
     assert "/" not in raw.replace("offsite/results/1", "").replace("tokens/s", "")
