@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from emulator.compression.activations import Batch
 from emulator.compression.choose import by_influence, measure_influences, uniform
+from emulator.compression.finished import FinishedBlocks
 from emulator.compression.methods import METHODS
 from emulator.compression.width import activities, eliminate, narrow, num_kept, refit, strongest
+from offsite.console import progress
 from offsite.errors import ConfigError
 from offsite.modelling.blocks import find_mlp, linear_names
 from offsite.modelling.split import Plan, extract
@@ -33,6 +35,7 @@ class Recipe:
         channels: ``obs`` or ``activation``, how ``width`` chooses them.
         refit: whether ``width`` fits the kept channels' outgoing weights to the whole MLP's output.
         calibration: public text, ``input_ids`` and ``attention_mask`` of (batch, tokens) int64 each.
+        finished: where ``width`` keeps each block that it is done with, and finds those of a broken run.
     """
 
     blocks: int | None = None
@@ -41,6 +44,7 @@ class Recipe:
     channels: str = "obs"
     refit: bool = True
     calibration: Sequence[Batch] = field(default=(), repr=False)
+    finished: FinishedBlocks = field(default=FinishedBlocks(None, ""), repr=False)
 
 
 @dataclass(frozen=True)
@@ -133,14 +137,26 @@ def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
     blocks = middle_blocks(emulator, plan)
     channels = {}
     products = (recipe.refit or recipe.channels == "obs") and recipe.width < 1
-    found = activities(model, full_blocks, recipe.calibration, products=products)
-    for number, (block, full_block, num, activity) in enumerate(zip(blocks, full_blocks, wanted, found, strict=True)):
-        if num < find_mlp(full_block).num_channels:
-            chosen = choices[recipe.channels](full_block, activity, num)
+    narrower = [i for i, num in enumerate(wanted) if num < find_mlp(full_blocks[i]).num_channels]
+    before = {i: found for i in narrower if (found := recipe.finished.channels(i)) is not None}
+    left = [i for i in narrower if i not in before]
+    for number, kept_before in before.items():
+        narrow(blocks[number], kept_before)
+        recipe.finished.restore(number, blocks[number])
+        channels[f"middle.{number}"] = kept_before
+    with progress(len(narrower), "choosing channels, blocks", start=len(before)) as bar:
+        if before:
+            bar.update(len(before))
+        found = activities(model, [full_blocks[i] for i in left], recipe.calibration, products=products) if left else ()
+        for done, (number, activity) in enumerate(zip(left, found, strict=True), start=len(before) + 1):
+            block, full_block = blocks[number], full_blocks[number]
+            chosen = choices[recipe.channels](full_block, activity, wanted[number])
             narrow(block, chosen)
             if recipe.refit:
                 refit(block, full_block, chosen, activity)
+            recipe.finished.keep(number, chosen, block, full_block)
             channels[f"middle.{number}"] = tuple(chosen)
+            bar.update(done)
     return Compressed(emulator, kept, channels, adaptable(blocks), {"width": recipe.width}, middle_whole=not channels)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from emulator.compression.activations import Batch, forward, on_device, real_tokens, seen_by
+from offsite.console import Progress, progress
 from offsite.errors import ConfigError
 from offsite.modelling.blocks import find_mlp, hidden_of, outgoing_weight, slice_mlp
 
@@ -94,12 +95,15 @@ def activities(
     largest = 4 * max(widths) * (max(widths) if products else 1)
     at_once = max(1, MOMENTS_LIMIT_BYTES // largest)
     for first in range(0, len(blocks), at_once):
-        yield from _activities(model, blocks[first : first + at_once], batches, products)
+        group = blocks[first : first + at_once]
+        with progress(len(batches), f"reading calibration text for {len(group)} blocks, batches") as bar:
+            found = _activities(model, group, batches, products, bar)
+        yield from found
 
 
 @torch.no_grad()
 def _activities(
-    model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch], products: bool
+    model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch], products: bool, bar: Progress
 ) -> list[Activity]:
     device = next(model.parameters()).device
     mlps = [find_mlp(block) for block in blocks]
@@ -112,7 +116,7 @@ def _activities(
     def see(number: int, activation: Tensor, _output: Any) -> None:
         inside[number] = activation
 
-    for batch in batches:
+    for read, batch in enumerate(batches, start=1):
         here = on_device(batch, device)
         real_BT = real_tokens(here)
 
@@ -129,6 +133,7 @@ def _activities(
 
         with seen_by(outputs, see), seen_by(blocks, add):
             forward(model, here)
+        bar.update(read)
     return [Activity(one / all_, moment / all_) for one, moment, all_ in zip(sums, moments, total, strict=True)]
 
 

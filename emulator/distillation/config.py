@@ -125,8 +125,8 @@ class DistillConfig(TextSettings):
             if needed:
                 verb = "needs" if len(needed) == 1 else "need"
                 found.append(f"--public is missing: {' and '.join(needed)} {verb} public text")
-        if self.resume and self.steps == 0:
-            found.append("--resume: nothing to resume with --steps 0")
+        if self.resume and self.steps == 0 and self.method != "width":
+            found.append(f"--resume: nothing to resume with --method {self.method} --steps 0")
         if self.steps > 0 and self.accumulate > self.batch_size:
             found.append(f"--accumulate {self.accumulate}: a batch of {self.batch_size} cannot be cut into more parts")
         if self.hidden_weight == 0 and self.kl_weight == 0 and self.steps > 0:

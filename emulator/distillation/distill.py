@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emulator.compression.compress import Compressed, Recipe, compress, middle_blocks
+from emulator.compression.finished import FinishedBlocks
 from emulator.distillation.config import DistillConfig
 from emulator.distillation.imitation import Distilled, distill
 from emulator.distillation.launched import in_processes
@@ -28,11 +29,12 @@ from emulator.distillation.public import PublicText, prepare
 from emulator.distillation.publish import publish, read_terms
 from offsite.artefacts.package import Package
 from offsite.console import say
-from offsite.digests import model_digest
+from offsite.digests import model_digest, sha256_bytes
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.modelling.split import Plan, make_plan
 from offsite.staging import refuse_existing
 from offsite.text.records import read_records
+from offsite.training.checkpoints import require_work
 from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
 from offsite.training.processes import Processes, is_launched, world
@@ -56,11 +58,13 @@ def run(config: DistillConfig) -> dict[str, object]:
         return in_processes(config)
     began, terms = time.monotonic(), read_terms(config.terms)
     processes = replace(world(), device=choose_device(config.device))
+    if processes.is_main:  # before it writes anything there itself
+        require_work(_work(config), resume=config.resume)
     torch.manual_seed(config.seed)
     owned = _open(config)
     text = _public_text(config, owned)
     _place(owned.full, config, processes)
-    compressed = compress(owned.full, owned.plan, config.method, _recipe(config, text))
+    compressed = compress(owned.full, owned.plan, config.method, _recipe(config, text, owned, processes))
     sizes = _sizes(owned, compressed)
     if processes.is_main:
         say("distill: middle of {:,} parameters, emulator of {:,}".format(*sizes.values()))
@@ -84,6 +88,7 @@ class _Owned:
 
 
 def _open(config: DistillConfig) -> _Owned:
+    say(f"loading {Path(config.model).name!r}")
     full = load_model(config.model)
     plan = make_plan(full, num_bottom=config.bottom, num_top=config.top)
     dtype = str(full.dtype).removeprefix("torch.")
@@ -93,6 +98,7 @@ def _open(config: DistillConfig) -> _Owned:
 def _public_text(config: DistillConfig, owned: _Owned) -> PublicText | None:
     if config.public is None:
         return None
+    say("reading the public text")
     return prepare(
         read_records(
             config.public, fields=config.fields, document_field=config.document_field, separator=config.separator
@@ -117,8 +123,10 @@ def _place(full: PreTrainedModel, config: DistillConfig, processes: Processes) -
         full.to(processes.device)  # type: ignore[arg-type]
 
 
-def _recipe(config: DistillConfig, text: PublicText | None) -> Recipe:
+def _recipe(config: DistillConfig, text: PublicText | None, owned: _Owned, processes: Processes) -> Recipe:
     calibration = () if text is None else text.calibration
+    depends = [owned.digest, str(owned.full.dtype), config.bottom, config.top, config.width, config.channels]
+    depends += [config.refit, None if text is None else text.digest, len(calibration), config.batch_size, config.seed]
     return Recipe(
         blocks=config.blocks,
         choice=config.choice,
@@ -126,6 +134,11 @@ def _recipe(config: DistillConfig, text: PublicText | None) -> Recipe:
         channels=config.channels,
         refit=config.refit,
         calibration=calibration,
+        finished=FinishedBlocks(
+            _work(config) / "compression",
+            sha256_bytes(json.dumps(depends).encode()),
+            writes=processes.is_main,
+        ),
     )
 
 
@@ -168,7 +181,7 @@ def _distilled(
         loop,
         weights=Weights(config.hidden_weight, config.kl_weight, config.kl_share),
         work=_work(config),
-        resume=config.resume,
+        resume=True,  # what the folder holds is of this run: that was asked before anything was loaded
         binding={"full model": owned.digest, "emulator": _identity(config, compressed)},
         processes=processes,
     )
@@ -198,7 +211,7 @@ def _published(
     )
     if distilled is not None:
         (_work(config) / "log.jsonl").replace(config.output.with_name(config.output.name + ".log.jsonl"))
-        shutil.rmtree(_work(config))
+    shutil.rmtree(_work(config), ignore_errors=True)
     say(f"distill: {config.output.name} of {package.num_bytes:,} bytes is written")
     say(f"distill: keep {config.output.name}.owner.json: plug-in needs it, and it is not to be sent")
     return package

@@ -52,7 +52,7 @@ def test_what_goes_together(changes: dict[str, str | None]) -> None:
         ({"width": "0"}, "--width: "),
         ({"width": "1.5"}, "--width: "),
         ({"method": "drop", "blocks": "0"}, "--blocks: "),
-        ({"steps": "0", "resume": True}, "nothing to resume"),
+        ({"method": "drop", "blocks": "2", "steps": "0", "resume": True}, "nothing to resume"),
         ({"hidden_weight": "0", "kl_weight": "0"}, "nothing to learn"),
         ({"top": "0"}, "--top: "),
         ({"model": None}, "MODEL is missing"),

@@ -287,3 +287,75 @@ def test_an_error_in_several_processes_is_one_line(model_folder, public_file, tm
     lines = [line for line in ended.stderr.splitlines() if "error" in line]
     assert lines == ["offsite: error: asked to keep 9 blocks of the middle, which has 4"]
     assert list(tmp_path.iterdir()) == []
+
+
+def _narrowed(monkeypatch: pytest.MonkeyPatch, *, stop_at: int | None = None) -> list[int]:
+    """Count the blocks whose channels are chosen; Ctrl-C comes while block number `stop_at` is refitted."""
+    from emulator.compression import compress as module
+
+    done: list[int] = []
+    made = module.refit
+
+    def refit(*words: object) -> None:
+        if len(done) == stop_at:
+            raise KeyboardInterrupt
+        made(*words)
+        done.append(len(done))
+
+    monkeypatch.setattr(module, "refit", refit)
+    return done
+
+
+@pytest.mark.parametrize("steps", ["0", "2"])
+def test_choosing_channels_goes_on_where_it_was_broken_off(
+    model_folder, public_file, tmp_path: Path, monkeypatch, steps: str
+) -> None:
+    given = {"public": str(public_file), "steps": steps, "width": "0.5"}
+    with monkeypatch.context() as patched:
+        everything = _narrowed(patched)
+        whole = run(settings(model_folder, tmp_path / "whole", **given))
+    with monkeypatch.context() as patched:
+        _narrowed(patched, stop_at=1)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings(model_folder, tmp_path / "broken", **given))
+    assert len(list((tmp_path / "broken.work" / "compression").iterdir())) == 1
+    with pytest.raises(ConfigError, match="unfinished run"):
+        run(settings(model_folder, tmp_path / "broken", **given))
+    with monkeypatch.context() as patched:
+        rest = _narrowed(patched)
+        again = run(settings(model_folder, tmp_path / "broken", **given, resume=True))
+    assert len(rest) == len(everything) - 1
+    assert again["package_digest"] == whole["package_digest"]
+    assert not (tmp_path / "broken.work").exists()
+
+
+@pytest.mark.parametrize("change", [{"width": "0.25"}, {"channels": "activation"}, {"calibration_tokens": "16"}])
+def test_blocks_chosen_under_other_settings_are_chosen_again(
+    model_folder, public_file, tmp_path: Path, monkeypatch, change: dict[str, str]
+) -> None:
+    given = {"public": str(public_file), "steps": "0", "width": "0.5"}
+    with monkeypatch.context() as patched:
+        _narrowed(patched, stop_at=1)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings(model_folder, tmp_path / "out", **given))
+    found = run(settings(model_folder, tmp_path / "out", resume=True, **{**given, **change}))
+    assert found["package_digest"] == run(settings(model_folder, tmp_path / "new", **{**given, **change}))["package_digest"]
+
+
+def test_a_kept_block_that_cannot_be_read_is_chosen_again(model_folder, public_file, tmp_path: Path, monkeypatch) -> None:
+    given = {"public": str(public_file), "steps": "0", "width": "0.5"}
+    with monkeypatch.context() as patched:
+        _narrowed(patched, stop_at=1)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings(model_folder, tmp_path / "out", **given))
+    (kept,) = (tmp_path / "out.work" / "compression").iterdir()
+    kept.write_bytes(kept.read_bytes()[:40])
+    found = run(settings(model_folder, tmp_path / "out", resume=True, **given))
+    assert found["package_digest"] == run(settings(model_folder, tmp_path / "new", **given))["package_digest"]
+
+
+def test_progress_is_told_from_the_beginning(model_folder, public_file, tmp_path: Path, capsys) -> None:
+    run(settings(model_folder, tmp_path / "package", public=str(public_file), steps="0", width="0.5"))
+    told = capsys.readouterr().err
+    places = [told.index(part) for part in ("loading", "reading the public text", "reading calibration text", "choosing")]
+    assert places == sorted(places)

@@ -1,0 +1,79 @@
+"""Blocks whose channels are chosen and refitted, kept on disk as each is finished, so that a broken run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from offsite.console import say
+from offsite.staging import staged_file
+
+_BINDING, _CHANNELS = "binding", "channels"
+
+
+class FinishedBlocks:
+    """Finished blocks of one run in a folder; without a folder nothing is kept.
+
+    Args:
+        folder: made when the first block is kept; None keeps nothing.
+        binding: names all that the result depends on; a block that was kept under another one is done again.
+        writes: whether this process keeps what it finishes; of several that do the same work, one does.
+    """
+
+    def __init__(self, folder: Path | None, binding: str, *, writes: bool = True) -> None:
+        self._folder, self._binding, self._writes = folder, binding, writes
+
+    def channels(self, number: int) -> tuple[int, ...] | None:
+        """Return the channels that block `number` keeps, if it was finished; its tensors are then in the same file."""
+        path = self._path(number)
+        if path is None or not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                stated = file.metadata() or {}
+            if stated.get(_BINDING) == self._binding:
+                return tuple(json.loads(stated[_CHANNELS]))
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            say(f"{path.name} cannot be read; that block is done again")
+        return None
+
+    def restore(self, number: int, block: nn.Module) -> None:
+        """`block`, narrowed already, holds the tensors that were kept of block `number`."""
+        path = self._path(number)
+        if path is None:
+            return
+        own = block.state_dict()
+        with torch.no_grad(), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                tensor = file.get_tensor(name)
+                module, _, leaf = name.rpartition(".")
+                held = getattr(block.get_submodule(module), leaf)
+                held.data = tensor.to(device=own[name].device, dtype=own[name].dtype)
+
+    def keep(self, number: int, channels: Sequence[int], block: nn.Module, full_block: nn.Module) -> None:
+        """Block `number` is on disk: its channels, and those of its tensors that are not the full block's own.
+
+        Raises:
+            RunFailed: when the disk is full.
+        """
+        path = self._path(number)
+        if path is None or not self._writes:
+            return
+        before = full_block.state_dict()
+        changed = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in block.state_dict().items()
+            if name not in before or tensor.data_ptr() != before[name].data_ptr()
+        }
+        stated = {_BINDING: self._binding, _CHANNELS: json.dumps(list(channels))}
+        with staged_file(path, replace=True) as stage:
+            stage.write_bytes(save(changed, metadata=stated))
+
+    def _path(self, number: int) -> Path | None:
+        return None if self._folder is None else self._folder / f"block-{number:04d}.safetensors"
