@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,16 @@ def muted() -> Iterator[None]:
         yield
     finally:
         _muted.reset(token)
+
+
+def utc(seconds: float) -> str:
+    """Return a time of seconds since 1970 as people read it: ``2026-12-30 06:24 UTC``."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def say_next(*words: object) -> None:
+    """One line is on stderr: the command that comes next, as it can be typed; words in capitals are to be filled in."""
+    say(f"next: {shlex.join(str(word) for word in words)}")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

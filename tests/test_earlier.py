@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import tarfile
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
-
-from offsite import cli
-
-ARCHIVE = Path(__file__).parent / "vectors" / "loop" / "parties.tar.gz"
-PASSPHRASE = "correct horse battery staple"
+from two_parties import TwoParties
 
 
 @pytest.fixture
 def parties(tmp_path, monkeypatch, capsys):
-    """The two parties' folders, and a way to run a verb in one of them: returns what it printed."""
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
-    for party in ("owner", "client"):  # the modes of folders are not taken out of an archive
-        (tmp_path / party / "keys").chmod(0o700)
-    monkeypatch.setenv("OFFSITE_PASSPHRASE", PASSPHRASE)
-
-    def run(party: str, words: str) -> dict[str, object]:
-        monkeypatch.chdir(tmp_path / party)
-        capsys.readouterr()
-        code = cli.run(words.split())
-        shown = capsys.readouterr()
-        assert code == 0, shown.err
-        return json.loads(shown.out.splitlines()[-1])
-
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    return SimpleNamespace(run=run, figures=figures, owner=tmp_path / "owner", client=tmp_path / "client")
+    return TwoParties(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters.kinds import Attached, attach, declared
+from adapters.rates import LEARNING_RATES
 from client.privacy.run import PrivateRun, private_binding, private_run
 from client.tuning.config import TuneConfig
 from client.tuning.data import TrainingText, prepare, require_fit, say_text
@@ -31,9 +33,9 @@ from offsite.artefacts.package import Package, open_package
 from offsite.artefacts.round import Round
 from offsite.audits.accounting import require_extra
 from offsite.audits.record import run_path, write_run
-from offsite.console import say
+from offsite.console import say, say_next, utc
 from offsite.digests import sha256_file
-from offsite.errors import ConfigError, RunFailed, WrongBinding
+from offsite.errors import ConfigError, Expired, RunFailed, WrongBinding
 from offsite.evaluation.measure import perplexity
 from offsite.staging import refuse_existing
 from offsite.tensors import TensorSpec, torch_dtype
@@ -44,6 +46,9 @@ from offsite.training.devices import choose_device
 from offsite.training.loop import Outcome, train
 from offsite.training.processes import is_launched, world
 from offsite.training.step import StepLoss, Stepper, uses_bf16
+
+_NEAR_SECONDS = 3 * 86400
+"""A job that ends sooner is said to."""
 
 if TYPE_CHECKING:
     from offsite.artefacts.bundle import AdapterSpec
@@ -129,6 +134,8 @@ def tune(
         except RunFailed:
             return math.inf  # the loop says at which step, and what is kept
 
+    first = evaluate() if private is not None else None  # of others the loop takes it, and keeps it for a resumed run
+    model.train()
     outcome = train(
         model,
         attached.trainable,
@@ -139,6 +146,7 @@ def tune(
         resume=resume,
         label=label,
         evaluate=evaluate if private is None else None,
+        evaluate_before=True,
         keep_best=private is None,
         shard_blocks=attached.blocks,
         binding=binding,
@@ -151,7 +159,7 @@ def tune(
         private.require_moved(before, outcome.tensors)
         found = evaluate()
         best = (found, [(outcome.steps, found)]) if math.isfinite(found) else (None, [])
-        outcome = replace(outcome, best_loss=best[0], evaluations=best[1])
+        outcome = replace(outcome, best_loss=best[0], evaluations=best[1], before_loss=first)
     return outcome
 
 
@@ -182,12 +190,19 @@ def run(config: TuneConfig) -> dict[str, object]:
     package = open_package(config.package)
     job = job_for(config.job, package) if config.job is not None else None
     if job is not None:
+        require_in_time(job, now=time.time())
         config = config.under(job.adapter)
     round_ = round_for(config, package, job)
     if round_ is not None:
         config = config.within(round_.manifest)
     if job is not None and job.learning_rate is not None:
         config = _advised(config, job)
+    if world().is_main and config.is_far_beyond_usual():
+        usual = LEARNING_RATES[config.adapter]
+        say(
+            f"warning: learning rate {config.rate():g} is {config.rate() / usual:.0f} times the usual {usual:g} of "
+            f"{config.adapter}: it can make things worse, or learn rows by heart"
+        )
     planted = planted_for(config, package, job)
     spec = config.spec()
     names = declared(spec, package.layout, package.block_tensors())
@@ -273,6 +288,7 @@ def run(config: TuneConfig) -> dict[str, object]:
         )
     planted.mark(config, bundle=bundle.digest)
     _finish(config.output, work)
+    _say_outcome(config, outcome)
     result = _result(bundle, text, outcome) | {"scan": scans[0].model_dump()}
     return result | ({} if guarantee is None else {"privacy": guarantee})
 
@@ -292,6 +308,7 @@ def _release(
     """
     require_quiet()
     losses = [outcome.first_loss, outcome.final_loss, *(loss for _, loss in outcome.evaluations)]
+    losses += [] if outcome.before_loss is None else [outcome.before_loss]
     scan = scan_bundle(
         stage,
         texts=texts_of(text.read),
@@ -324,6 +341,23 @@ def job_for(folder: Path, package: Package) -> Job:
                 hint="give the job that came with this package",
             )
     return job
+
+
+def require_in_time(job: Job, *, now: float) -> None:
+    """Return only if the owner still takes a bundle of the job; an end that is near is said.
+
+    Args:
+        now: seconds since 1970.
+
+    Raises:
+        Expired: when nothing that is tuned now would be taken.
+    """
+    if now > job.expires:
+        raise Expired(
+            f"job {job.job_id[:12]} expired on {utc(job.expires)}", hint="ask the owner for a new job before tuning"
+        )
+    if job.expires - now < _NEAR_SECONDS and world().is_main:
+        say(f"job {job.job_id[:12]} ends on {utc(job.expires)}: a bundle handed in later is not taken")
 
 
 def loop_settings(config: TuneConfig, text: TrainingText) -> LoopConfig:
@@ -369,9 +403,6 @@ def _advised(config: TuneConfig, job: Job) -> TuneConfig:
         say(f"the job advises learning rate {job.learning_rate:g}; {why}")
     elif world().is_main:
         say(f"learning rate {found.rate():g}, as the job advises; --learning-rate takes another")
-        if found.is_far_beyond_usual():
-            usual = config.rate()
-            say(f"warning: {usual:g} is usual for {config.adapter}; a higher rate can make it learn rows by heart")
     return found
 
 
@@ -417,6 +448,25 @@ def _binding(config: TuneConfig, package: Package, planted: Planted, begun: Begu
     shared |= {} if begun.round is None else {"round": begun.round.digest}
     bound = {"package": package.digest, "data": sha256_file(config.data), **{k: str(v) for k, v in shared.items()}}
     return bound if config.dp is None else bound | private_binding(config.dp)
+
+
+def _say_outcome(config: TuneConfig, outcome: Outcome) -> None:
+    """What the run was worth is said, loudly when it made things worse, and what comes next."""
+    best, before = outcome.best_loss, outcome.before_loss
+    if best is not None and before is not None:
+        say(f"best validation loss {best:.4f} at step {outcome.best_step}, before tuning {before:.4f}")
+        if not best < before:
+            say("WARNING: tuning made it worse. This bundle is of no use to the owner; it was written all the same.")
+            say(f"  try a lower --learning-rate: {config.rate() / 10:g} instead of {config.rate():g}, or more data")
+    if config.round is None:
+        job = ["--job", "JOB"] if config.job is None else ["--job", config.job]
+        beside = config.output.with_name
+        if config.canaries is not None or config.audit_share:
+            planted = [] if config.canaries is None else ["--canaries", config.canaries]
+            audit = ["offsite", "audit", "bundle", config.package, config.output, "--data", config.data, *planted]
+            say_next(*audit, "-o", beside(f"{config.output.name}-audit"))
+        else:
+            say_next("offsite", "seal", config.output, *job, "-o", beside(f"{config.output.name}.sealed"))
 
 
 def _finish(output: Path, work: Path) -> None:

@@ -138,7 +138,7 @@ def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
     channels = {}
     products = (recipe.refit or recipe.channels == "obs") and recipe.width < 1
     narrower = [i for i, num in enumerate(wanted) if num < find_mlp(full_blocks[i]).num_channels]
-    before = {i: found for i in narrower if (found := recipe.finished.channels(i)) is not None}
+    before = {i: known for i in narrower if (known := recipe.finished.channels(i)) is not None}
     left = [i for i in narrower if i not in before]
     for number, kept_before in before.items():
         narrow(blocks[number], kept_before)

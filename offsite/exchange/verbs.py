@@ -20,7 +20,7 @@ from offsite.artefacts.job import JOB_NAME, Job, OpenedJob, read_job
 from offsite.artefacts.manifest import MANIFEST_NAME
 from offsite.artefacts.package import Package
 from offsite.artefacts.round import Round
-from offsite.console import say
+from offsite.console import say, utc
 from offsite.errors import ArtefactError, BadDigest, ConfigError, Expired, WrongBinding
 from offsite.evaluation.results import RESULTS_NAME, read_results
 from offsite.keys.identity import Identity, load_identity, open_identity, read_passphrase
@@ -95,7 +95,7 @@ def seal_run(config: SealConfig, *, identity: Identity | None = None) -> dict[st
             f"the key {own[:9]} may not seal a {content.kind} of job {job.job_id[:12]}", hint="give the right --keys"
         )
     if now > job.expires:
-        raise Expired(f"job {job.job_id[:12]} expired {now - job.expires} seconds ago", hint="agree on a new job")
+        raise Expired(f"job {job.job_id[:12]} expired on {utc(job.expires)}", hint="agree on a new job")
     check_content(content, job)
     grounds = require_gates(config, content.kind, content.digest)
     recipient = TrustStore(config.keys).require(str(job.other_party(own)), now=now)

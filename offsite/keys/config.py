@@ -31,6 +31,15 @@ class KeysConfig(VerbConfig):
     def _home(cls, path: object, info: ValidationInfo) -> object:
         return home_expanded(path, info)
 
+    def key_words(self, *, opens: bool = True) -> list[str]:
+        """Return the flags by which another command uses the same keys; none for the usual ones.
+
+        Args:
+            opens: whether that command signs or decrypts.
+        """
+        usual = self.keys == DEFAULT_KEYS.expanduser()
+        return [] if usual else ["--keys", str(self.keys)]
+
 
 class IdentityConfig(KeysConfig):
     """Base of verbs that sign or decrypt, and so need the passphrase."""
@@ -40,6 +49,11 @@ class IdentityConfig(KeysConfig):
         description="file with the passphrase, mode 0600; default: the environment variable OFFSITE_PASSPHRASE, "
         "else it is asked for",
     )
+
+    def key_words(self, *, opens: bool = True) -> list[str]:
+        """Return the flags by which another command uses the same keys, and if it `opens` them, the same passphrase."""
+        file = self.passphrase_file if opens else None
+        return super().key_words() + ([] if file is None else ["--passphrase-file", str(file)])
 
 
 class KeygenConfig(VerbConfig):

@@ -33,6 +33,9 @@ PEM_LIMIT_BYTES = 16 * 2**10
 # 16 MiB and about 0.1 s a guess; 2**15 is more than the openssl command agrees to read.
 SCRYPT_COST, SCRYPT_BLOCKS, SCRYPT_PASSES = 2**14, 8, 2
 
+PASSPHRASE_FLOOR = 8
+"""Powers of ten of guesses that a new passphrase must withstand by `require_strong`'s estimate."""
+_LOOKED_AT = 72  # characters: the estimate takes time that grows with their square
 _PASSPHRASE_FILE = "passphrase file"  # noqa: S105 - what it is called
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _HOW = f"--passphrase-file FILE, the environment variable {PASSPHRASE_VARIABLE}, or a terminal to type it on"
@@ -104,22 +107,58 @@ def write_private(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def require_strong(passphrase: bytes) -> int:
+    """Return how many guesses, as a power of ten, the passphrase is estimated to withstand, once that is enough.
+
+    Whoever copies a key file can try passphrases at will; scrypt makes each try slow, and no more. Of a long
+    passphrase the first characters are looked at, so the estimate is then too low rather than too high.
+
+    Raises:
+        ConfigError: when it is estimated to fall within ten to the power of `PASSPHRASE_FLOOR` guesses.
+
+    Source: zxcvbn (Wheeler, USENIX Security 2016), https://github.com/dropbox/zxcvbn.
+    """
+    from zxcvbn import zxcvbn
+
+    estimate = float(zxcvbn(passphrase.decode("utf-8", "surrogateescape")[:_LOOKED_AT])["guesses_log10"])
+    if estimate < PASSPHRASE_FLOOR:
+        raise ConfigError(
+            f"the passphrase is too weak: about 10^{estimate:.0f} guesses find it, "
+            f"expected at least 10^{PASSPHRASE_FLOOR}",
+            hint="four or more words that have nothing to do with each other, or 12 random characters",
+        )
+    return int(estimate)
+
+
 def check_folder(folder: Path) -> None:
     """Return only if `folder` is one that nobody but its owner may change or look into.
 
     Raises:
-        ConfigError: when there is no such folder.
+        ConfigError: when there is no such folder, with the place that was looked at.
         BadKey: when its group or others have any right to it.
     """
     if not folder.is_dir():
-        raise ConfigError(
-            f"no keys folder named {folder.name!r}", hint="make keys with 'offsite keygen', or name another with --keys"
-        )
+        raise ConfigError(f"no keys folder at {_for_people(folder)}", hint=_other_keys(folder))
     if stat.S_IMODE(folder.stat().st_mode) & _OTHERS:
         raise BadKey(
             f"keys folder {folder.name!r} is open to others",
             hint="chmod 700 it, and think about who may have read or changed what is in it",
         )
+
+
+def _for_people(folder: Path) -> str:
+    """Return the place as it can be typed: from the home folder where it is below it."""
+    whole = Path(os.path.abspath(folder))  # noqa: PTH100 - without following links
+    home = Path.home()
+    return repr(f"~/{whole.relative_to(home)}" if whole.is_relative_to(home) else str(whole))
+
+
+def _other_keys(missing: Path) -> str:
+    """Return what to do about a missing keys folder; who has keys nearby is not sent to make others."""
+    near = [Path(name) for name in ("keys", "../keys") if Path(name, "card.json").is_file() and Path(name) != missing]
+    if near:
+        return f"there are keys in {str(near[0])!r}: add --keys {near[0]}"
+    return "name the folder of your keys with --keys; who has none yet makes them with 'offsite keygen'"
 
 
 def encrypt_pkcs8(plain: bytes, passphrase: bytes) -> bytes:

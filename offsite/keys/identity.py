@@ -41,6 +41,7 @@ from offsite.keys.files import (
     parse_keys,
     read_passphrase,
     read_private,
+    require_strong,
     write_private,
 )
 from offsite.staging import refuse_existing, staged_folder
@@ -351,9 +352,11 @@ def run(config: KeygenConfig) -> dict[str, object]:
     """Carry out ``offsite keygen``."""
     refuse_existing(config.output)
     passphrase = read_passphrase(config.passphrase_file, confirm=True)
+    strength = require_strong(passphrase)
     identity = generate(config.name, days=config.days)
     save_identity(config.output, identity, passphrase)
     public, card = identity.public, config.output / CARD_NAME
+    say(f"passphrase: about 10^{strength} guesses by estimate")
     say(f"fingerprint of {public.name}: {public.fingerprint}")
     say(f"send {card} to the other party, and the fingerprint over another channel")
     return {

@@ -19,6 +19,7 @@ from offsite.artefacts.job import JOB_ID_PATTERN, JOB_LIMIT_BYTES, JOB_NAME, LAT
 from offsite.artefacts.manifest import MANIFEST_LIMIT_BYTES, MANIFEST_NAME
 from offsite.artefacts.package import FILE_NAMES as PACKAGE_FILES
 from offsite.artefacts.round import FILE_NAMES as ROUND_FILES
+from offsite.console import utc
 from offsite.digests import DIGEST_PATTERN, sha256_bytes
 from offsite.errors import BadSchema, BadSignature, Expired, TooLarge, WrongBinding, WrongNames, WrongRecipient
 from offsite.keys.identity import FINGERPRINT_PATTERN, PublicKeys, Signatures
@@ -184,13 +185,11 @@ def verify_sealed(
     check_names(manifest)
     if manifest.created > now + MAX_SKEW_SECONDS:
         raise Expired(
-            f"this {manifest.kind} is dated {manifest.created - now} seconds in the future",
+            f"this {manifest.kind} is dated {utc(manifest.created)}, which is still to come",
             hint="compare the clocks of both sides",
         )
     if now > manifest.expires + MAX_SKEW_SECONDS:
-        raise Expired(
-            f"this {manifest.kind} expired {now - manifest.expires} seconds ago", hint="ask its issuer to seal it anew"
-        )
+        raise Expired(f"this {manifest.kind} expired on {utc(manifest.expires)}", hint="ask its issuer to seal it anew")
     return manifest
 
 

@@ -59,6 +59,7 @@ class State(BaseModel):
     peak_bytes: int = 0
     first_loss: float | None = None
     final_loss: float | None = None
+    before_loss: float | None = None
     evaluations: list[tuple[int, float]] = Field(default_factory=list)
     updates: dict[str, int] = Field(default_factory=dict)
 

@@ -72,6 +72,7 @@ class Outcome:
     best_loss: float | None
     evaluations: list[tuple[int, float]]
     tensors: dict[str, Tensor] = field(repr=False)
+    before_loss: float | None = None
 
     def figures(self) -> dict[str, object]:
         """Return everything but the tensors, as JSON takes it."""
@@ -89,6 +90,7 @@ def train(
     resume: bool,
     label: str,
     evaluate: Callable[[], float] | None = None,
+    evaluate_before: bool = False,
     keep_best: bool = True,
     shard_blocks: Sequence[nn.Module] = (),
     binding: Mapping[str, str] | None = None,
@@ -112,6 +114,7 @@ def train(
         resume: go on from the newest checkpoint in `work`; begin when there is none.
         label: what the progress line calls this.
         evaluate: returns a loss, the lower the better; called on every process.
+        evaluate_before: evaluate once before the first step too; it is told, and is no candidate for what is kept.
         keep_best: end with the weights of the lowest evaluation.
         shard_blocks: the modules that `shard` gathers one at a time.
         binding: what else a resumed run must share, such as the digests of model and data.
@@ -136,7 +139,9 @@ def train(
     held = _sharded(model, trainable, names, shard_blocks, processes)
     stepper = make_stepper(model, held, step_loss, config, processes)
     state = State(settings={**config.binding(), "keep_best": keep_best, **(binding or {})})
-    run = _Run(model, held, batches, stepper, config, work, evaluate, keep_best, processes, state, label)
+    run = _Run(
+        model, held, batches, stepper, config, work, evaluate, evaluate_before, keep_best, processes, state, label
+    )
     with torch.random.fork_rng(devices=[stepper.device] if stepper.device.type == "cuda" else []):
         if resume:
             run.resume()
@@ -168,6 +173,7 @@ class _Run:
     config: LoopConfig
     work: Path
     evaluate: Callable[[], float] | None
+    evaluate_before: bool
     keep_best: bool
     processes: Processes
     state: State
@@ -193,6 +199,8 @@ class _Run:
 
     def go(self) -> None:
         """The last step is done and has its checkpoint."""
+        if self.evaluate is not None and self.evaluate_before and self.state.step == 0:
+            self.state.before_loss = self._measured(self.evaluate)
         began, earlier = time.monotonic(), self.state.seconds
         with self._journal() as log, self._progress() as bar, stop_on_interrupt() as stop:
             while self.state.step < self.config.steps:
@@ -232,6 +240,7 @@ class _Run:
             best_loss=best[1] if best else None,
             evaluations=list(state.evaluations),
             tensors=gather(self.trainable, self.processes),
+            before_loss=state.before_loss,
         )
 
     def _advance(self) -> _Record:
@@ -256,17 +265,21 @@ class _Run:
 
     def _evaluated(self, evaluate: Callable[[], float]) -> float:
         """Return the evaluation of this step, noted in the state; the best weights are on disk."""
+        loss = self._measured(evaluate)
+        self.state.evaluations.append((self.state.step, loss))
+        if self._has_best() and self.state.best == (self.state.step, loss):
+            tensors = gather(self.trainable, self.processes)
+            if self.processes.is_main:
+                checkpoints.write_best(self.work, tensors)
+        return loss
+
+    def _measured(self, evaluate: Callable[[], float]) -> float:
         modes = [(module, module.training) for module in self.model.modules()]
         loss = self.processes.from_main(evaluate())
         for module, mode in modes:
             module.training = mode
         with self._hint():
             require_finite("evaluation loss", loss, self.state.step)
-        self.state.evaluations.append((self.state.step, loss))
-        if self._has_best() and self.state.best == (self.state.step, loss):
-            tensors = gather(self.trainable, self.processes)
-            if self.processes.is_main:
-                checkpoints.write_best(self.work, tensors)
         return loss
 
     def _has_best(self) -> bool:

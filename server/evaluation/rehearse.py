@@ -19,10 +19,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from adapters.kinds import declared
+from adapters.settings import ADAPTER_FIELDS
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.artefacts.package import open_package
-from offsite.console import say, table
+from offsite.config import flag_name
+from offsite.console import say, say_next, table
 from offsite.digests import DIGEST_PATTERN, model_digest, sha256_file
 from offsite.errors import BadSchema, ConfigError, DataError, RunFailed
 from offsite.evaluation.results import Data
@@ -126,7 +128,7 @@ def run(config: RehearseConfig) -> dict[str, object]:
     with staged_file(config.output) as stage:
         stage.write_text(json.dumps(found.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(work)
-    _show(found)
+    _show(config, found)
     best = found.best
     return {
         "rehearsal": config.output.name,
@@ -261,7 +263,7 @@ def _trials(
     return trials, zero_shot, tuned["emulator_zero_shot"][ONCE]["perplexity"]
 
 
-def _show(found: Rehearsal) -> None:
+def _show(config: RehearseConfig, found: Rehearsal) -> None:
     """The table and what to do next are on stderr."""
     lines = [
         [f"{one.learning_rate:g}", f"{one.scale:g}", f"{one.emulator_tuned:,.2f}", f"{one.plugged_in:,.2f}",
@@ -275,5 +277,9 @@ def _show(found: Rehearsal) -> None:
     if best.plugged_in >= found.zero_shot:
         say("warning: no rate and share made the full model better on this text; the package does not carry over to it")
         return
-    share = "" if best.scale == 1 else f", then plug in with --scale {best.scale:g}"
-    say(f"next: offsite job create ... --learning-rate {best.learning_rate:g}{share}")
+    if best.scale != 1:
+        say(f"plug in what comes back with --scale {best.scale:g}")
+    spec = {flag_name(name): getattr(config, name) for name in ADAPTER_FIELDS if name in config.model_fields_set}
+    shape = [word for pair in spec.items() for word in pair]
+    say_next("offsite", "job", "create", config.package, "--client", "FINGERPRINT", "--registry", "registry", *shape,
+             "--learning-rate", f"{best.learning_rate:g}", "-o", "job")  # fmt: skip

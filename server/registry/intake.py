@@ -25,7 +25,7 @@ from offsite.artefacts.manifest import MANIFEST_NAME
 from offsite.artefacts.owner import OwnerRecord, owner_record_path, read_owner_record
 from offsite.artefacts.package import Package, open_package
 from offsite.artefacts.round import Round, open_round
-from offsite.console import say
+from offsite.console import say, say_next
 from offsite.digests import sha256_bytes
 from offsite.errors import ArtefactError, BadDigest, BadSchema, ConfigError, RunFailed, WrongBinding
 from offsite.faults import reach
@@ -71,7 +71,8 @@ def run(config: IntakeConfig) -> dict[str, object]:
     else:
         say(f"{verdict.id}: signature, recipient, job, round, names, shapes, values and norms are in order")
     if verdict.state == "verified":
-        say(f"next: offsite registry accept {verdict.id} --registry {config.registry}")
+        accept = ["offsite", "registry", "accept", verdict.id, "--registry", config.registry]
+        say_next(*accept, *config.key_words(opens=False))
     return {
         "id": verdict.id,
         "digest": verdict.digest,

@@ -8,7 +8,7 @@ import time
 from offsite.artefacts.job import Job, Policy, write_job
 from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.artefacts.package import open_package
-from offsite.console import say
+from offsite.console import say, say_next
 from offsite.errors import BadSchema, ConfigError
 from offsite.keys.files import check_folder, read_limited
 from offsite.keys.identity import CARD_LIMIT_BYTES, CARD_NAME, read_card
@@ -61,7 +61,10 @@ def run(config: JobCreateConfig) -> dict[str, object]:
         registry.add_job(job, package=config.package, client_name=client.name, now=now)
     digest = write_job(config.output, job)
     say(f"{config.output.name}: {num_tensors} tensors of {spec.kind}, {config.rounds} round(s), for {client.name}")
-    say(f"next: offsite seal {config.output} -o {config.output}.sealed, and the package with --job {config.output}")
+    keys = config.key_words()
+    say_next("offsite", "seal", config.output, *keys, "-o", f"{config.output}.sealed")
+    sealed = config.package.with_name(f"{config.package.name}.sealed")
+    say_next("offsite", "seal", config.package, "--job", config.output, *keys, "-o", sealed)
     return {
         "job": config.output.name,
         "job_id": job.job_id,

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Self
 
 from offsite.artefacts.job import Job
 from offsite.errors import ArtefactError, BadSchema, ConfigError, PolicyError, Replayed, RunFailed, WrongBinding
+from offsite.keys.files import check_folder
 from offsite.staging import staged_file
 from offsite.store import Head, Store, Transaction
 from server.registry.config import ID_PATTERN
@@ -78,7 +79,7 @@ class Registry:
             RunFailed: when the disk fails.
         """
         if not keys_folder.is_dir():
-            raise ConfigError(f"no keys folder named {keys_folder.name!r}", hint="offsite keygen makes one")
+            check_folder(keys_folder)  # refuses it
         if not create and not (folder / "registry.id").is_file():
             raise ConfigError(f"{folder.name!r} is no registry", hint="offsite job create makes one: --registry DIR")
         try:

@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict
 
-from offsite.console import say, table
+from offsite.console import say, say_next, table
 from server.registry.config import (
     LogVerifyConfig,
     RegistryAcceptConfig,
@@ -50,7 +50,9 @@ def accept_run(config: RegistryAcceptConfig) -> dict[str, object]:
     """Carry out ``offsite registry accept``."""
     with _opened(config) as registry:
         entry = registry.advance(config.id, "accepted")
-    say(f"{entry.id} is {entry.state}; next: offsite plug-in MODEL {entry.id} --registry {config.registry} -o ADAPTED")
+    say(f"{entry.id} is {entry.state}")
+    plug_in = ["offsite", "plug-in", "MODEL", entry.id, "--registry", config.registry]
+    say_next(*plug_in, *config.key_words(), "-o", f"adapted-{entry.id}")
     return _shown(entry)
 
 

@@ -339,10 +339,15 @@ def test_blocks_chosen_under_other_settings_are_chosen_again(
         with pytest.raises(KeyboardInterrupt):
             run(settings(model_folder, tmp_path / "out", **given))
     found = run(settings(model_folder, tmp_path / "out", resume=True, **{**given, **change}))
-    assert found["package_digest"] == run(settings(model_folder, tmp_path / "new", **{**given, **change}))["package_digest"]
+    assert (
+        found["package_digest"]
+        == run(settings(model_folder, tmp_path / "new", **{**given, **change}))["package_digest"]
+    )
 
 
-def test_a_kept_block_that_cannot_be_read_is_chosen_again(model_folder, public_file, tmp_path: Path, monkeypatch) -> None:
+def test_a_kept_block_that_cannot_be_read_is_chosen_again(
+    model_folder, public_file, tmp_path: Path, monkeypatch
+) -> None:
     given = {"public": str(public_file), "steps": "0", "width": "0.5"}
     with monkeypatch.context() as patched:
         _narrowed(patched, stop_at=1)
@@ -357,5 +362,7 @@ def test_a_kept_block_that_cannot_be_read_is_chosen_again(model_folder, public_f
 def test_progress_is_told_from_the_beginning(model_folder, public_file, tmp_path: Path, capsys) -> None:
     run(settings(model_folder, tmp_path / "package", public=str(public_file), steps="0", width="0.5"))
     told = capsys.readouterr().err
-    places = [told.index(part) for part in ("loading", "reading the public text", "reading calibration text", "choosing")]
+    places = [
+        told.index(part) for part in ("loading", "reading the public text", "reading calibration text", "choosing")
+    ]
     assert places == sorted(places)
