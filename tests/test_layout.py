@@ -109,6 +109,20 @@ def test_a_face_says_what_is_inside_and_lists_what_others_import(folder: str) ->
     assert set(listed) - defined == {name for name, others in users.items() if others}
 
 
+def test_names_are_imported_from_where_they_are_defined() -> None:
+    """No module hands on what it imported itself: a reader finds a name in the file that an import names."""
+    brought: dict[str, set[str]] = {}  # what a module has from others of the five packages
+    taken: list[tuple[str, str, str]] = []
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.module in modules():
+                    brought.setdefault(module, set()).update(alias.asname or alias.name for alias in node.names)
+                    taken += [(module, node.module, alias.name) for alias in node.names]
+    assert [each for each in taken if each[2] in brought.get(each[1], ())] == []
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_nothing_lies_deeper_than_one_folder(package: str) -> None:
     deeper = [path for path in (ROOT / package).rglob("*.py") if len(path.relative_to(ROOT).parts) > 3]
