@@ -65,3 +65,17 @@ def test_a_name_on_the_page_is_where_it_says(name: str) -> None:
     home = getattr(found, "__module__", None)
     if home is not None and home.partition(".")[0] in PACKAGES:  # not one that the module itself imports
         assert home == ".".join(parts[:where])
+
+
+def test_the_changelog_says_where_modules_went() -> None:
+    unreleased = (ROOT / "CHANGELOG.md").read_text().split("\n## [")[1]
+    rows = re.findall(r"^  \| (`[a-z].*`) \| (.*) \|$", unreleased, re.M)
+    assert len(rows) > 20
+    for was, now in rows:
+        package = was[1:].partition(".")[0]
+        found = re.findall(rf"`({package}(?:\.\w+)+)`", now)
+        if now.startswith("the same in"):
+            names = [name.removeprefix(f"{package}.") for name in re.findall(r"`([\w.]+)`", was)]
+            found += [f"{found[0]}.{name}" for name in names]
+        assert found
+        assert [name for name in found if not is_module(name.split("."))] == []
