@@ -25,7 +25,7 @@ def test_the_map_names_files_and_functions() -> None:
     assert len(DRAWINGS) == 2
 
 
-@pytest.mark.parametrize(("path", "function"), NAMED, ids=":".join)
+@pytest.mark.parametrize(("path", "function"), NAMED, ids=str)
 def test_what_the_map_names_is_there(path: str, function: str) -> None:
     assert (ROOT / path).exists()
     if function:
