@@ -34,7 +34,7 @@ SHORTER = {
     "steps=200": "steps=2",
     "block_tokens=256, batch_size=4, validation=0.1": "block_tokens=64, batch_size=1, validation=0.002",
 }
-PAGES = sorted(DOCS.glob("**/*.md")) + [*ROOT.glob("*.md")]
+PAGES = [*sorted(DOCS.glob("**/*.md")), *sorted(ROOT.glob("*.md"))]
 PAGES += [page for name in ("benchmarks", "examples", "tests") for page in sorted((ROOT / name).glob("**/README.md"))]
 
 
