@@ -1,3 +1,3 @@
 """The page of a run, made from what ``offsite evaluate`` wrote."""
 
-__all__ = ["charts", "config", "markup", "numbers", "page"]
+__all__ = ["charts", "config", "drawing", "engine", "numbers", "page"]
