@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from offsite.report.charts import Curve, ticks
-from offsite.report.drawing import WIDTH, Rectangle, Circle, Cross, Drawing, Line, Point, Polyline, Shape, Text
+from offsite.report.drawing import WIDTH, Circle, Cross, Drawing, Line, Point, Polyline, Rectangle, Shape, Text
 
 _LEFT, _RIGHT, _TOP, _BELOW = 58, WIDTH - 16, 34, 44
 MOST_STEMS = 48
@@ -87,9 +87,7 @@ def exposure(after: Sequence[float], before: Sequence[float], *, most: float, ti
             from_ = axes.y(before[number] if before else 0.0)
             drawn.append(Line.down(axes.x(place), from_, axes.y(after[number]), "stem client"))
         drawn += [Circle(axes.x(place), axes.y(bits), 4, "hollow") for place, bits in enumerate(first)]
-        drawn += [
-            Circle(axes.x(place), axes.y(after[number]), 4.5, "dot client") for place, number in enumerate(order)
-        ]
+        drawn += [Circle(axes.x(place), axes.y(after[number]), 4.5, "dot client") for place, number in enumerate(order)]
     else:
         drawn.append(_path(list(enumerate(first)), axes, "line before"))
         drawn.append(_path([(place, after[number]) for place, number in enumerate(order)], axes, "line s2"))
