@@ -78,7 +78,7 @@ def curves(lines: Sequence[Curve], *, title: str, height: int = 230) -> Drawing:
     for tick in ticks(low, high, 5):
         drawn.append(Line.across(left, right, y(tick), "grid"))
         drawn.append(Text(f"{tick:.4g}", left - 8, y(tick) + 4, "axis", "end"))
-    for tick in ticks(first, last, 6):
+    for tick in filter(float.is_integer, map(float, ticks(first, last, 6))):  # there is no step 1.5
         drawn.append(Text(f"{tick:,.0f}", x(tick), bottom + 20, "axis", "middle"))
     drawn.append(Text("step", left - 8, bottom + 20, "axis", "end"))
     for line in lines:

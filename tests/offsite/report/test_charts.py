@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offsite.report.charts import Curve, Dot, curves, dots, log_ticks, smooth, ticks
+from offsite.report.drawing import Text
 from offsite.report.engine import environment
 
 POSITIVE = st.floats(1e-2, 1e6)
@@ -73,6 +74,16 @@ def test_a_curve_of_one_point_or_constant_value_is_drawn():
         drawn = svg(curves([Curve("a", points, "raw")], title="x"))
         assert "nan" not in drawn
         assert "inf" not in drawn
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 4), (0, 3), (1, 2), (1, 200)])
+def test_steps_are_whole_and_said_once(first, last):
+    points = tuple((float(step), 1.0 / (step + 1)) for step in range(first, last + 1))
+    drawn = curves([Curve("a", points, "raw")], title="x").shapes
+    said = [shape.text for shape in drawn if isinstance(shape, Text) and shape.anchor == "middle"]
+    assert said == sorted(set(said), key=int)
+    assert set(said) <= {str(step) for step in range(first, last + 1)}
+    assert len(said) > 1
 
 
 def test_smoothing_keeps_constants_and_length():
