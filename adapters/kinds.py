@@ -3,7 +3,7 @@
 A kind is two functions. ``declare`` is pure: from the package's layout and declared tensors it derives the exact
 names, shapes and dtypes that a bundle must hold, so that an intake needs no model. ``attach`` puts the adapter on a
 model at given *sites* (canonical block -> module name): the emulator's on the client's side, the full model's on the
-owner's. New kinds register by name.
+owner's. New kinds register by name (`register_kind`); for the verbs, ``_BUILT_IN`` says which module to import.
 """
 
 from __future__ import annotations

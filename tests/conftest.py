@@ -652,7 +652,7 @@ class Federated:
         tensors = {name: size * torch.randn(one.shape, generator=generator) for name, one in expected.items()}
         if spec.kind in ("blocks", "bitfit"):
             from adapters.norms import base_tensors
-            from server.registry.intake import grown
+            from adapters.rounds import grown
 
             base = grown(base_tensors(self.package, list(expected)), round_)
             tensors = {name: base[name] + tensor for name, tensor in tensors.items()}

@@ -9,6 +9,7 @@ import ast
 import re
 import tomllib
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,20 @@ def test_a_face_says_what_is_inside_and_lists_what_others_import(folder: str) ->
     assert set(listed) - defined == {name for name, others in users.items() if others}
 
 
+def test_names_are_imported_from_where_they_are_defined() -> None:
+    """No module hands on what it imported itself: a reader finds a name in the file that an import names."""
+    brought: dict[str, set[str]] = {}  # what a module has from others of the five packages
+    taken: list[tuple[str, str, str]] = []
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.module in modules():
+                    brought.setdefault(module, set()).update(alias.asname or alias.name for alias in node.names)
+                    taken += [(module, node.module, alias.name) for alias in node.names]
+    assert [each for each in taken if each[2] in brought.get(each[1], ())] == []
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_nothing_lies_deeper_than_one_folder(package: str) -> None:
     deeper = [path for path in (ROOT / package).rglob("*.py") if len(path.relative_to(ROOT).parts) > 3]
@@ -140,3 +155,41 @@ def test_the_import_contract_orders_the_packages_and_forbids_circles() -> None:
     circles = next(each for each in contracts() if each["type"] == "acyclic_siblings")
     assert set(circles["ancestors"]) == set(PACKAGES)
     assert "ignore_imports" not in circles
+
+
+def layers(package: str) -> dict[str, int]:
+    """Return for each folder the line of the contract that it stands on; greater is lower."""
+    (found,) = (each for each in contracts() if each.get("containers") == [package])
+    lines = [re.split(r"\s*[|:]\s*", layer) for layer in found["layers"]]
+    return {name: number for number, names in enumerate(lines) for name in names}
+
+
+def arrows(drawing: str) -> set[tuple[str, str]]:
+    """Return the pairs of names that the arrows of a Mermaid flowchart connect, chains and ``&`` taken apart."""
+    found = set()
+    for line in drawing.splitlines():
+        chain = [re.findall(r"(\w+)(?:\[[^]]*\])?(?: &|$)", part.strip()) for part in line.split("-->")]
+        found |= {(a, b) for left, right in pairwise(chain) for a in left for b in right}
+    return found
+
+
+def test_the_map_draws_every_folder_and_no_arrow_back() -> None:
+    drawing = re.findall(r"^```mermaid\n(.*?)^```$", (ROOT / "docs" / "architecture.md").read_text(), re.M | re.S)[0]
+    drawn = {name for arrow in arrows(drawing) for name in arrow}
+    assert drawn == {folder.replace(".", "_") for folder in folders()}
+    order = dict.fromkeys(ROLES, 0) | {"adapters": 1, "offsite": 2}
+    for upper, lower in arrows(drawing):
+        if "_" in upper:
+            package, _, name = upper.partition("_")
+            assert lower.startswith(f"{package}_")
+            assert layers(package)[name] < layers(package)[lower.partition("_")[2]], (upper, lower)
+        else:
+            assert order[upper] < order[lower]
+
+
+def test_the_readme_names_every_folder() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for package in PACKAGES:
+        (told,) = re.findall(rf"^\| `{package}/` \|.*$", text, re.M)
+        within = {folder.partition(".")[2] for folder in folders() if folder.startswith(f"{package}.")}
+        assert set(re.findall(r"`(\w+)`", told)) == within, package

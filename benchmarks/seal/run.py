@@ -155,7 +155,8 @@ def _seal(work: Path, name: str, one: Any, two: Any) -> None:
 
 
 def _open(work: Path, name: str, one: Any, two: Any) -> None:
-    from offsite.sealed.encryption import decrypt_files, read_sealed
+    from offsite.sealed.encryption import decrypt_files
+    from offsite.sealed.folder import read_sealed
     from offsite.sealed.manifest import verify_sealed
     from offsite.staging import staged_folder
 

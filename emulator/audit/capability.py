@@ -24,8 +24,9 @@ from offsite.audits.record import Capability
 from offsite.console import progress
 from offsite.digests import sha256_bytes
 from offsite.errors import ConfigError, DataError
-from offsite.evaluation.measure import multiple_choice_task, perplexity, run_tasks
+from offsite.evaluation.measure import perplexity
 from offsite.evaluation.results import Results
+from offsite.evaluation.tasks import multiple_choice_task, run_tasks
 from offsite.text.batches import IGNORED, Example, encode, pack, pad_id
 from offsite.text.records import Record, read_rows
 
@@ -219,7 +220,7 @@ def require_same(results: Results, *, package_digest: str, data_sha256: str, tex
 def task_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Path], *, batch_size: int, limit: int
 ) -> dict[str, dict[str, float]]:
-    """Return every task's metrics by its name, as `offsite.evaluation.measure.run_tasks` does.
+    """Return every task's metrics by its name, as `offsite.evaluation.tasks.run_tasks` does.
 
     Raises:
         ConfigError: when the ``eval`` extra is missing or a task file asks for more than local data.

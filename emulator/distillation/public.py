@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emulator.compression.activations import Batch
 from offsite.errors import ConfigError
-from offsite.text.batches import Batches, Example, Record, collate, encode, pack, pad_id, split_by_document
+from offsite.text.batches import Batches, Example, collate, encode, pack, pad_id
+from offsite.text.records import Record, split_by_document
 
 
 @dataclass(frozen=True)

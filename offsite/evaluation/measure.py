@@ -1,4 +1,4 @@
-"""How good a model is: perplexity on held-out text, and tasks from local files.
+"""Perplexity of a causal language model on held-out text, measured where the loss counts.
 
 Shapes: B = rows in a batch, T = tokens of its longest row, N = positions that count, V = vocabulary.
 """
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offsite.errors import ConfigError, DataError, RunFailed
-from offsite.evaluation.tasks import TaskSpec, generation_task, multiple_choice_task, run_tasks
 from offsite.text.batches import IGNORED, Example, collate
 
 _POSITIONS_AT_ONCE = 1024
@@ -134,11 +133,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 __all__ = [
     "Perplexity",
-    "TaskSpec",
     "evaluating",
-    "generation_task",
     "logits_at",
-    "multiple_choice_task",
     "perplexity",
-    "run_tasks",
 ]

@@ -23,13 +23,14 @@ from offsite.artefacts.round import Round
 from offsite.console import say, utc
 from offsite.errors import ArtefactError, BadDigest, ConfigError, Expired, WrongBinding
 from offsite.evaluation.results import RESULTS_NAME, read_results
-from offsite.keys.identity import Identity, load_identity, open_identity, read_passphrase
+from offsite.keys.files import read_passphrase
+from offsite.keys.identity import Identity, load_identity, open_identity
 from offsite.keys.trust import TrustStore
 from offsite.privacyreport.record import PAGE_NAME, read_form
 from offsite.privacyreport.record import SIGNATURES_NAME as REPORT_SIGNATURES
 from offsite.sealed.config import OpenConfig, RewrapConfig, SealConfig
-from offsite.sealed.encryption import check_payload, decrypt_files, encrypt_files, read_sealed, write_sealed
-from offsite.sealed.folder import KEYS_FILE, MANIFEST_FILE, PAYLOAD, SIGNATURES_FILE
+from offsite.sealed.encryption import decrypt_files, encrypt_files, write_sealed
+from offsite.sealed.folder import KEYS_FILE, MANIFEST_FILE, PAYLOAD, SIGNATURES_FILE, check_payload, read_sealed
 from offsite.sealed.ledger import Admission, Ledger
 from offsite.sealed.manifest import (
     NOTE_NAME,

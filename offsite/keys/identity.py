@@ -62,7 +62,6 @@ __all__ = [
     "load_identity",
     "open_identity",
     "read_card",
-    "read_passphrase",
     "run",
     "save_identity",
 ]

@@ -1,4 +1,4 @@
-"""The privacy report's charts as inline SVG, in the look of the run's page: colours come from the page's CSS."""
+"""The privacy report's charts, in the look of the run's page."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from offsite.report.charts import WIDTH, Curve, px, svg, ticks
-from offsite.report.markup import Markup, el, join
+from offsite.report.charts import Curve, ticks
+from offsite.report.drawing import WIDTH, Circle, Cross, Drawing, Line, Point, Polyline, Rectangle, Shape, Text
 
 _LEFT, _RIGHT, _TOP, _BELOW = 58, WIDTH - 16, 34, 44
 MOST_STEMS = 48
@@ -35,7 +35,7 @@ class _Axes:
     bottom: float
 
 
-def roc(lines: Sequence[Curve], *, title: str, floor: float, limit: tuple[float, float] | None) -> Markup:
+def roc(lines: Sequence[Curve], *, title: str, floor: float, limit: tuple[float, float] | None) -> Drawing:
     """Return hits against false alarms, both on logarithmic axes from `floor` to 1; chance is the diagonal.
 
     Args:
@@ -49,21 +49,21 @@ def roc(lines: Sequence[Curve], *, title: str, floor: float, limit: tuple[float,
         height - _BELOW,
     )
     rates = [(10.0**-power, f"{100 * 10.0**-power:g}%") for power in range(decades, -1, -1)]
-    drawn = [_across(axes, rate, shown) for rate, shown in rates] + [_up(axes, rate, shown) for rate, shown in rates]
-    drawn.append(_titles("false alarms", "hits", axes))
+    drawn = [shape for rate, shown in rates for shape in _across(axes, rate, shown)]
+    drawn += [shape for rate, shown in rates for shape in _up(axes, rate, shown)]
+    drawn += _titles("false alarms", "hits", axes)
     drawn.append(_path([(floor, floor), (1, 1)], axes, "chance"))
     if floor < 0.01:
-        mark = px(axes.x(0.01))
-        drawn.append(el("line", x1=mark, x2=mark, y1=4, y2=axes.bottom, class_="reference"))
+        drawn.append(Line.down(axes.x(0.01), 4, axes.bottom, "reference"))
     if limit is not None:
         x, y = axes.x(limit[0]), axes.y(limit[1])
-        drawn.append(el("path", d=f"M{px(x - 5)} {px(y)}H{px(x + 5)}M{px(x)} {px(y - 5)}V{px(y + 5)}", class_="limit"))
-        drawn.append(el("text", f"limit {limit[1]:.0%}", x=px(x - 9), y=px(y - 6), text_anchor="end", class_="axis"))
+        drawn.append(Cross(x, y, 5, "limit"))
+        drawn.append(Text(f"limit {limit[1]:.0%}", x - 9, y - 6, "axis", "end"))
     drawn += [_path(line.points, axes, f"line {line.css}") for line in lines]
-    return svg(drawn, height, title)
+    return Drawing(title, height, tuple(drawn))
 
 
-def exposure(after: Sequence[float], before: Sequence[float], *, most: float, title: str) -> Markup:
+def exposure(after: Sequence[float], before: Sequence[float], *, most: float, title: str) -> Drawing:
     """Return the bits of each secret in the order of `after`, with those before tuning, under the most there could be.
 
     A few secrets are stems from before to after; many are two curves, each in its own order.
@@ -76,29 +76,25 @@ def exposure(after: Sequence[float], before: Sequence[float], *, most: float, ti
         lambda bits: height - _BELOW - bits / highest * (height - _BELOW - _TOP),
         height - _BELOW,
     )
-    drawn = [_across(axes, bits, f"{bits:g}") for bits in ticks(0, highest, 5)]
-    drawn.append(_titles("secrets, most exposed first", "bits", axes))
-    drawn.append(_level(axes, most, f"most there could be: {most:.1f}", _LEFT + 8))
+    drawn = [shape for bits in ticks(0, highest, 5) for shape in _across(axes, bits, f"{bits:g}")]
+    drawn += _titles("secrets, most exposed first", "bits", axes)
+    drawn += _level(axes, most, f"most there could be: {most:.1f}", _LEFT + 8)
     stems = len(after) <= MOST_STEMS and len(before) in (0, len(after))
     order = sorted(range(len(after)), key=lambda number: (-after[number], number))
     first = [before[number] for number in order] if stems and before else sorted(before, reverse=True)
     if stems:
         for place, number in enumerate(order):
-            x, top = px(axes.x(place)), px(axes.y(after[number]))
-            from_ = px(axes.y(before[number] if before else 0.0))
-            drawn.append(el("line", x1=x, x2=x, y1=from_, y2=top, class_="stem client"))
-        drawn += [el("circle", cx=px(axes.x(n)), cy=px(axes.y(b)), r=4, class_="hollow") for n, b in enumerate(first)]
-        drawn += [
-            el("circle", cx=px(axes.x(place)), cy=px(axes.y(after[number])), r=4.5, class_="dot client")
-            for place, number in enumerate(order)
-        ]
+            from_ = axes.y(before[number] if before else 0.0)
+            drawn.append(Line.down(axes.x(place), from_, axes.y(after[number]), "stem client"))
+        drawn += [Circle(axes.x(place), axes.y(bits), 4, "hollow") for place, bits in enumerate(first)]
+        drawn += [Circle(axes.x(place), axes.y(after[number]), 4.5, "dot client") for place, number in enumerate(order)]
     else:
         drawn.append(_path(list(enumerate(first)), axes, "line before"))
         drawn.append(_path([(place, after[number]) for place, number in enumerate(order)], axes, "line s2"))
-    return svg(drawn, height, title)
+    return Drawing(title, height, tuple(drawn))
 
 
-def spent(points: Sequence[tuple[float, float]], *, claimed: float, budget: float, total: float, title: str) -> Markup:
+def spent(points: Sequence[Point], *, claimed: float, budget: float, total: float, title: str) -> Drawing:
     """Return epsilon over steps, against what is claimed, what all runs spent and what they may."""
     height, highest, last = (
         270,
@@ -110,20 +106,20 @@ def spent(points: Sequence[tuple[float, float]], *, claimed: float, budget: floa
         lambda value: height - _BELOW - value / highest * (height - _BELOW - _TOP),
         height - _BELOW,
     )
-    drawn = [_across(axes, value, f"{value:g}") for value in ticks(0, highest, 5)]
-    drawn += [_up(axes, step, f"{step:,.0f}") for step in ticks(0, last, 6)]
-    drawn.append(_titles("steps", "epsilon", axes))
+    drawn = [shape for value in ticks(0, highest, 5) for shape in _across(axes, value, f"{value:g}")]
+    drawn += [shape for step in ticks(0, last, 6) for shape in _up(axes, step, f"{step:,.0f}")]
+    drawn += _titles("steps", "epsilon", axes)
     levels: dict[float, list[str]] = {}
     for value, name in ((claimed, "claimed"), (total, "all runs"), (budget, "budget")):
         levels.setdefault(round(value, 3), []).append(name)
     for place, (value, names) in enumerate(levels.items()):  # beside each other: two may lie close
-        drawn.append(_level(axes, value, f"{', '.join(names)} {value:.2f}", _LEFT + 8 + 210 * place))
+        drawn += _level(axes, value, f"{', '.join(names)} {value:.2f}", _LEFT + 8 + 210 * place)
     drawn.append(_path([(0.0, 0.0), *points], axes, "line s1"))
-    drawn += [el("circle", cx=px(axes.x(s)), cy=px(axes.y(v)), r=3, class_="dot owner") for s, v in points]
-    return svg(drawn, height, title)
+    drawn += [Circle(axes.x(step), axes.y(value), 3, "dot owner") for step, value in points]
+    return Drawing(title, height, tuple(drawn))
 
 
-def recovery(lines: Sequence[Curve], *, title: str, limit: float | None) -> Markup:
+def recovery(lines: Sequence[Curve], *, title: str, limit: float | None) -> Drawing:
     """Return the share of lost capability regained against tokens, on a logarithmic axis with none at its left end."""
     height = 290
     tokens = [num for line in lines for num, _ in line.points if num > 0] or [1.0]
@@ -136,24 +132,21 @@ def recovery(lines: Sequence[Curve], *, title: str, limit: float | None) -> Mark
         lambda share: height - _BELOW - (share - low) / (high - low) * (height - _BELOW - _TOP),
         height - _BELOW,
     )
-    drawn = [_across(axes, share, f"{share:g}") for share in ticks(low, high, 5)]
+    drawn = [shape for share in ticks(low, high, 5) for shape in _across(axes, share, f"{share:g}")]
     if start > _LEFT:
-        drawn.append(_up(axes, 0, "0"))
+        drawn += _up(axes, 0, "0")
     marks = [10.0**power for power in range(math.ceil(least - 1e-9), math.floor(most + 1e-9) + 1)] or [min(tokens)]
-    drawn += [_up(axes, num, _short(num)) for num in marks]
-    drawn.append(_titles("tokens", "share regained", axes))
+    drawn += [shape for num in marks for shape in _up(axes, num, _short(num))]
+    drawn += _titles("tokens", "share regained", axes)
     if limit is not None:
-        drawn.append(_level(axes, limit, f"limit {limit:.2f}", _LEFT + 8))
+        drawn += _level(axes, limit, f"limit {limit:.2f}", _LEFT + 8)
     for line in lines:
         drawn.append(_path(line.points, axes, f"line {line.css}"))
-        drawn += [
-            el("circle", cx=px(axes.x(n)), cy=px(axes.y(share)), r=3, class_=f"mark {line.css}")
-            for n, share in line.points
-        ]
-    return svg(drawn, height, title)
+        drawn += [Circle(axes.x(num), axes.y(share), 3, f"mark {line.css}") for num, share in line.points]
+    return Drawing(title, height, tuple(drawn))
 
 
-def bars(groups: Sequence[tuple[str, Sequence[Bar]]], *, title: str, limit: float | None) -> Markup:
+def bars(groups: Sequence[tuple[str, Sequence[Bar]]], *, title: str, limit: float | None) -> Drawing:
     """Return groups of bars from 0 (chance) to 1 (the full model), the figures at their right."""
     shares = [bar.share for _, group in groups for bar in group] + ([] if limit is None else [limit])
     low, high = min(0.0, *shares), max(1.0, *shares)
@@ -164,66 +157,52 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]], *, title: str, limit: floa
         lambda place: place,
         height - 26,
     )
-    drawn = [_up(axes, share, f"{share:g}") for share in ticks(low, high, 5)]
-    zero = px(axes.x(0))
-    drawn.append(el("line", x1=zero, x2=zero, y1=4, y2=axes.bottom, class_="axis-line"))
+    drawn = [shape for share in ticks(low, high, 5) for shape in _up(axes, share, f"{share:g}")]
+    drawn.append(Line.down(axes.x(0), 4, axes.bottom, "axis-line"))
     if limit is not None:
-        mark = px(axes.x(limit))
-        drawn.append(el("line", x1=mark, x2=mark, y1=4, y2=axes.bottom, class_="reference"))
+        drawn.append(Line.down(axes.x(limit), 4, axes.bottom, "reference"))
     top = 4.0
     for name, group in groups:
-        drawn.append(el("text", name, x=4, y=px(top + 14), class_="label strong halo"))
+        drawn.append(Text(name, 4, top + 14, "label strong halo"))
         top += 20
         for bar in group:
-            drawn.append(_bar(bar, axes, top, left))
+            drawn += _bar(bar, axes, top, left)
             top += _BAR + _GAP
         top += _GROUP
-    return svg(drawn, height, title)
+    return Drawing(title, height, tuple(drawn))
 
 
-def _bar(bar: Bar, axes: _Axes, top: float, left: float) -> Markup:
+def _bar(bar: Bar, axes: _Axes, top: float, left: float) -> list[Shape]:
     from_, to = sorted((axes.x(0), axes.x(bar.share)))
-    middle = px(top + _BAR / 2 + 4.5)
-    return join(
-        el("text", bar.label, x=left - 12, y=middle, text_anchor="end", class_="label"),
-        el("rect", x=px(from_), y=px(top), width=px(max(to - from_, 1.5)), height=_BAR, rx=2, class_=f"bar {bar.css}"),
-        el("text", bar.shown, x=WIDTH - 4, y=middle, text_anchor="end", class_="value"),
-    )
+    middle = top + _BAR / 2 + 4.5
+    return [
+        Text(bar.label, left - 12, middle, "label", "end"),
+        Rectangle(from_, top, max(to - from_, 1.5), _BAR, f"bar {bar.css}"),
+        Text(bar.shown, WIDTH - 4, middle, "value", "end"),
+    ]
 
 
-def _path(points: Sequence[tuple[float, float]], axes: _Axes, css: str) -> Markup:
-    return el("polyline", points=" ".join(f"{px(axes.x(x))},{px(axes.y(y))}" for x, y in points), class_=css)
+def _path(points: Sequence[Point], axes: _Axes, css: str) -> Polyline:
+    return Polyline(tuple((axes.x(x), axes.y(y)) for x, y in points), css)
 
 
-def _across(axes: _Axes, value: float, shown: str) -> Markup:
+def _across(axes: _Axes, value: float, shown: str) -> list[Shape]:
     y = axes.y(value)
-    return join(
-        el("line", x1=_LEFT, x2=_RIGHT, y1=px(y), y2=px(y), class_="grid"),
-        el("text", shown, x=_LEFT - 8, y=px(y + 4), text_anchor="end", class_="axis"),
-    )
+    return [Line.across(_LEFT, _RIGHT, y, "grid"), Text(shown, _LEFT - 8, y + 4, "axis", "end")]
 
 
-def _up(axes: _Axes, value: float, shown: str) -> Markup:
-    x = px(axes.x(value))
-    return join(
-        el("line", x1=x, x2=x, y1=4, y2=px(axes.bottom), class_="grid"),
-        el("text", shown, x=x, y=px(axes.bottom + 18), text_anchor="middle", class_="axis"),
-    )
+def _up(axes: _Axes, value: float, shown: str) -> list[Shape]:
+    x = axes.x(value)
+    return [Line.down(x, 4, axes.bottom, "grid"), Text(shown, x, axes.bottom + 18, "axis", "middle")]
 
 
-def _titles(across: str, up: str, axes: _Axes) -> Markup:
-    return join(
-        el("text", across, x=_RIGHT, y=px(axes.bottom + 36), text_anchor="end", class_="axis"),
-        el("text", up, x=4, y=_TOP - 20, class_="axis halo"),
-    )
+def _titles(across: str, up: str, axes: _Axes) -> list[Shape]:
+    return [Text(across, _RIGHT, axes.bottom + 36, "axis", "end"), Text(up, 4, _TOP - 20, "axis halo")]
 
 
-def _level(axes: _Axes, value: float, shown: str, x: float) -> Markup:
+def _level(axes: _Axes, value: float, shown: str, x: float) -> list[Shape]:
     y = axes.y(value)
-    return join(
-        el("line", x1=_LEFT, x2=_RIGHT, y1=px(y), y2=px(y), class_="reference"),
-        el("text", shown, x=px(x), y=px(y - 5), class_="axis halo"),
-    )
+    return [Line.across(_LEFT, _RIGHT, y, "reference"), Text(shown, x, y - 5, "axis halo")]
 
 
 def _short(num: float) -> str:

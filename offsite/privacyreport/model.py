@@ -1,60 +1,71 @@
-"""The privacy report's section on the model: what a package gives away of it, and what attacks regained."""
+"""What a package gives away of its model, and what attacks regained, as plain data for the page."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from offsite.audits.record import Capability, PackageAudit, Recovery, Similarity, Union
+from offsite.audits.record import Capability, PackageAudit, Recovery
 from offsite.privacyreport.charts import Bar, bars, recovery
 from offsite.privacyreport.record import Limits
 from offsite.report.charts import Curve
-from offsite.report.markup import Markup, el, join
-from offsite.report.numbers import NONE, count, number
+from offsite.report.drawing import Drawing
+from offsite.report.numbers import number
 
 
-def package(audit: PackageAudit | None, limits: Limits) -> Markup | None:
+@dataclass(frozen=True)
+class CapabilityRow:
+    """A line of the table of capabilities: chance, full, emulator, emulator tuned, plugged in, share kept."""
+
+    name: str
+    metric: str
+    figures: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class RecoveryRow:
+    """A line of the table of attacks: what each trained, on how much, and what it came to."""
+
+    name: str
+    trained: int
+    tokens: int
+    perplexity: float
+    regained: float
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What attacks regained from the package, as a table and drawn; ``legend`` is (name, class) of each line."""
+
+    attacks: tuple[RecoveryRow, ...]
+    legend: tuple[tuple[str, str], ...]
+    drawing: Drawing
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a package gives away of its full model; ``recovered`` is None where no attack was run."""
+
+    audit: PackageAudit
+    method: str
+    capability: Drawing
+    capabilities: tuple[CapabilityRow, ...]
+    recovered: Recovered | None
+
+
+def package(audit: PackageAudit | None, limits: Limits) -> Package | None:
     """Return what the package gives away of its full model."""
     if audit is None:
         return None
     settings = ", ".join(f"{name} {value}" for name, value in audit.method.settings.items())
-    share = audit.emulator_parameters / audit.middle_parameters
-    told = (
-        f"In place of the middle's {count(audit.middle_parameters)} parameters the package holds "
-        f"{count(audit.emulator_parameters)} ({share:.0%}), made by the method {audit.method.name}"
-        f"{f' ({settings})' if settings else ''}."
-    )
-    return join(
-        el("h2", "What the package gives away of the model"),
-        el("p", el("bdi", told)),
-        _capabilities(audit.capabilities, limits),
-        _recovery(audit.recovery, audit.recovery_text, limits),
-        _similarity(audit.similarity),
-        _union(audit.union),
-    )
-
-
-def _capabilities(found: tuple[Capability, ...], limits: Limits) -> Markup:
-    groups = [(f"{one.name} ({_words(one.metric)}, {one.num_rows:,} rows)", _bars(one)) for one in found]
-    limit = limits.max_capability
-    caption = (
-        "Skill: 0 is chance, 1 is the full model; for perplexity in nats per token, against a model of single words' "
-        "frequencies. At the right the figures themselves."
-        f"{'' if limit is None else f' The dashed line is the limit set for perplexity, {limit:g}.'}"
-    )
-    head = el("tr", el("th", ""), *(el("th", title, class_="number") for title in _COLUMNS))
-    lines = [
-        el(
-            "tr",
-            el("th", el("bdi", one.name), el("small", _words(one.metric), class_="scope"), scope="row"),
-            *(el("td", NONE if value is None else number(value), class_="number") for value in _values(one)),
-        )
-        for one in found
-    ]
-    return join(
-        el("h3", "What the client can do with it"),
-        el("figure", bars(groups, title="capability", limit=limit), el("figcaption", caption)),
-        el("div", el("table", el("thead", head), el("tbody", *lines)), class_="scroll"),
+    groups = [(f"{one.name} ({_words(one.metric)}, {one.num_rows:,} rows)", _bars(one)) for one in audit.capabilities]
+    return Package(
+        audit=audit,
+        method=f"{audit.method.name} ({settings})" if settings else audit.method.name,
+        capability=bars(groups, title="capability", limit=limits.max_capability),
+        capabilities=tuple(_capability(one) for one in audit.capabilities),
+        recovered=_recovered(audit.recovery, limits) if audit.recovery else None,
     )
 
 
@@ -62,11 +73,9 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-_COLUMNS = ("chance", "full", "emulator", "emulator, tuned", "plugged in", "share kept")
-
-
-def _values(one: Capability) -> tuple[float | None, ...]:
-    return one.chance, one.full, one.emulator, one.emulator_tuned, one.plugged_in, one.kept
+def _capability(one: Capability) -> CapabilityRow:
+    figures = (one.chance, one.full, one.emulator, one.emulator_tuned, one.plugged_in, one.kept)
+    return CapabilityRow(one.name, _words(one.metric), figures)
 
 
 def _bars(one: Capability) -> list[Bar]:
@@ -102,81 +111,23 @@ def _skill(one: Capability) -> Callable[[float | None], float | None]:
     return skill
 
 
-def _recovery(found: tuple[Recovery, ...], text: str, limits: Limits) -> Markup:
-    title = el("h3", "What attacks regained from the package alone")
-    if not found:
-        return join(title, el("p", "No attack was run."))
+def _recovered(found: tuple[Recovery, ...], limits: Limits) -> Recovered:
     curves = [
         Curve(_words(one.attack), tuple((float(p.num_tokens), p.regained) for p in one.points), f"s{n % 5 + 1}")
         for n, one in enumerate(found)
     ]
-    head = el("tr", el("th", "attack"), *(el("th", title, class_="number") for title in _RECOVERED))
-    lines = [
-        el(
-            "tr",
-            el("th", _words(one.attack), scope="row"),
-            el("td", count(one.trained_parameters), class_="number"),
-            el("td", f"{max(point.num_tokens for point in one.points):,}", class_="number"),
-            el("td", number(min(point.perplexity for point in one.points)), class_="number"),
-            el("td", f"{one.best:.3f}", class_="number"),
+    rows = [
+        RecoveryRow(
+            name=_words(one.attack),
+            trained=one.trained_parameters,
+            tokens=max(point.num_tokens for point in one.points),
+            perplexity=min(point.perplexity for point in one.points),
+            regained=one.best,
         )
         for one in found
     ]
-    limit = limits.max_recovery
-    caption = join(
-        "Share of the capability lost by compressing that an attack had regained, against tokens it had trained on",
-        join(" (", el("bdi", text), ")") if text else "",
-        "; 0 is the package as sent, 1 the full model.",
-        "" if limit is None else f" Dashed: the limit set, {limit:g}.",
+    return Recovered(
+        attacks=tuple(rows),
+        legend=tuple((curve.name, curve.css) for curve in curves),
+        drawing=recovery(curves, title="share regained against tokens", limit=limits.max_recovery),
     )
-    return join(
-        title,
-        el("p", *(el("span", curve.name, class_=curve.css) for curve in curves), class_="note legend"),
-        el("figure", recovery(curves, title="share regained against tokens", limit=limit), el("figcaption", caption)),
-        el("div", el("table", el("thead", head), el("tbody", *lines)), class_="scroll"),
-    )
-
-
-_RECOVERED = ("trained", "tokens", "best perplexity", "most regained")
-
-
-def _similarity(found: Similarity) -> Markup:
-    whole, rows = found.num_verbatim / found.num_parameters, found.num_verbatim_by_row / found.num_parameters
-    told = (
-        f"Of the package's {count(found.num_parameters)} parameters, {count(found.num_verbatim)} ({whole:.1%}) are the "
-        f"full model's own bit for bit, as whole tensors; {count(found.num_verbatim_by_row)} ({rows:.1%}) row by row."
-    )
-    if found.num_within_rounding is not None:
-        near = found.num_within_rounding / found.num_parameters
-        told += f" To within one step of bfloat16, as a mark moves them, {near:.1%} are."
-    parts = [el("h3", "What of it is the model's own"), el("p", told)]
-    if found.blocks:
-        head = el("tr", el("th", "block of the package"), *(el("th", t, class_="number") for t in _ALIKE))
-        lines = [
-            el(
-                "tr",
-                el("td", el("code", one.block)),
-                el("td", f"{one.cosine:.3f}", class_="number"),
-                el("td", f"{one.cka:.3f}", class_="number"),
-            )
-            for one in found.blocks
-        ]
-        note = (
-            "How like the block of the full model that it is most like: 1 is the same. Which one that is stays there."
-        )
-        table = el("table", el("thead", head), el("tbody", *lines))
-        parts += [el("div", table, class_="scroll"), el("p", note, class_="note")]
-    return join(*parts)
-
-
-_ALIKE = ("cosine of weights", "CKA of hidden states")
-
-
-def _union(found: Union | None) -> Markup | None:
-    if found is None:
-        return None
-    told = (
-        f"This package holds {found.share_single:.1%} of the middle's parameters; {found.num_packages} packages of "
-        f"this model hold {found.share_union:.1%} of them together."
-    )
-    return join(el("h3", "Together with other packages"), el("p", told))

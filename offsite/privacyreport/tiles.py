@@ -5,11 +5,13 @@ from __future__ import annotations
 from offsite.audits.record import BundleAudit, CanaryAudit, PackageAudit
 from offsite.privacyreport.record import PrivacyReport
 from offsite.privacyreport.words import upper, upper_delta
-from offsite.report.markup import Markup, el
+
+MOST = 6
+"""So many tiles are shown at most."""
 
 
-def tiles(report: PrivacyReport) -> Markup:
-    """Return what a reader looks for first, as far as it was measured."""
+def tiles(report: PrivacyReport) -> list[tuple[str, str]]:
+    """Return the figures that a reader looks for first, as far as they were measured, and what each is."""
     audits = report.audits
     found: list[tuple[str, str]] = []
     if report.privacy is not None:
@@ -23,8 +25,7 @@ def tiles(report: PrivacyReport) -> Markup:
         found += _of_canaries(audits.plugged_in.canaries, "with the full model")
     if audits.package is not None:
         found += _of_package(audits.package)
-    shown = (el("div", el("dt", what), el("dd", figure), class_="tile") for figure, what in found[:6])
-    return el("dl", *shown, class_="tiles four" if len(found) <= 4 else "tiles")
+    return found[:MOST]
 
 
 def _of_bundle(audit: BundleAudit) -> list[tuple[str, str]]:

@@ -1,7 +1,4 @@
-"""Two charts as inline SVG: figures as dots on a logarithmic axis, and loss curves. Colours come from the page's CSS.
-
-Coordinates are CSS pixels of a drawing 720 wide that scales with the page.
-"""
+"""Two charts of the run's page: figures as dots on a logarithmic axis, and loss curves; and the ticks of any axis."""
 
 from __future__ import annotations
 
@@ -9,9 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from offsite.report.markup import Markup, el, join
+from offsite.report.drawing import WIDTH, Circle, Drawing, Line, Point, Polyline, Shape, Text
 
-WIDTH = 720
 _ROW = 34
 _LABELS = 168
 _RIGHT = 84
@@ -32,11 +28,11 @@ class Curve:
     """One line of a chart: (step, value) in order, and the CSS class that draws it."""
 
     name: str
-    points: tuple[tuple[float, float], ...]
+    points: tuple[Point, ...]
     css: str
 
 
-def dots(rows: Sequence[Dot], *, title: str, reference: float | None = None) -> Markup:
+def dots(rows: Sequence[Dot], *, title: str, reference: float | None = None) -> Drawing:
     """Return a chart with one row per figure, every seed a dot, their mean a larger one, on a logarithmic axis.
 
     Args:
@@ -51,15 +47,18 @@ def dots(rows: Sequence[Dot], *, title: str, reference: float | None = None) -> 
         return _LABELS + share * (WIDTH - _LABELS - _RIGHT)
 
     bottom = height - 26
-    drawn = [_grid(x(tick), bottom, shown) for tick, shown in log_ticks(low, high)]
+    drawn: list[Shape] = []
+    for tick, shown in log_ticks(low, high):
+        drawn.append(Line.down(x(tick), 4, bottom, "grid"))
+        drawn.append(Text(shown, x(tick), bottom + 18, "axis", "middle"))
     if reference is not None:
-        drawn.append(el("line", x1=px(x(reference)), x2=px(x(reference)), y1=4, y2=bottom, class_="reference"))
+        drawn.append(Line.down(x(reference), 4, bottom, "reference"))
     for number, row in enumerate(rows):
-        drawn.append(_dot_row(row, x, _ROW * number + 20, reference))
-    return svg(drawn, height, title)
+        drawn += _dot_row(row, x, _ROW * number + 20, reference)
+    return Drawing(title, height, tuple(drawn))
 
 
-def curves(lines: Sequence[Curve], *, title: str, height: int = 230) -> Markup:
+def curves(lines: Sequence[Curve], *, title: str, height: int = 230) -> Drawing:
     """Return a line chart over steps, with a linear axis from just below the lowest value."""
     points = [point for line in lines for point in line.points]
     last = max(step for step, _ in points)
@@ -75,22 +74,22 @@ def curves(lines: Sequence[Curve], *, title: str, height: int = 230) -> Markup:
     def y(value: float) -> float:
         return bottom - (value - low) / (high - low) * (bottom - top)
 
-    drawn: list[Markup] = []
+    drawn: list[Shape] = []
     for tick in ticks(low, high, 5):
-        drawn.append(el("line", x1=left, x2=right, y1=px(y(tick)), y2=px(y(tick)), class_="grid"))
-        drawn.append(el("text", f"{tick:.4g}", x=left - 8, y=px(y(tick) + 4), text_anchor="end", class_="axis"))
-    for tick in ticks(first, last, 6):
-        drawn.append(el("text", f"{tick:,.0f}", x=px(x(tick)), y=bottom + 20, text_anchor="middle", class_="axis"))
-    drawn.append(el("text", "step", x=left - 8, y=bottom + 20, text_anchor="end", class_="axis"))
+        drawn.append(Line.across(left, right, y(tick), "grid"))
+        drawn.append(Text(f"{tick:.4g}", left - 8, y(tick) + 4, "axis", "end"))
+    for tick in filter(float.is_integer, map(float, ticks(first, last, 6))):  # there is no step 1.5
+        drawn.append(Text(f"{tick:,.0f}", x(tick), bottom + 20, "axis", "middle"))
+    drawn.append(Text("step", left - 8, bottom + 20, "axis", "end"))
     for line in lines:
-        shown = " ".join(f"{px(x(step))},{px(y(value))}" for step, value in line.points)
-        drawn.append(el("polyline", points=shown, class_=line.css))
-        if len(line.points) <= 40:
-            drawn += [el("circle", cx=px(x(s)), cy=px(y(v)), r=2.4, class_=f"{line.css} mark") for s, v in line.points]
-    return svg(drawn, height, title)
+        placed = tuple((x(step), y(value)) for step, value in line.points)
+        drawn.append(Polyline(placed, line.css))
+        if len(placed) <= 40:
+            drawn += [Circle(*point, 2.4, f"{line.css} mark") for point in placed]
+    return Drawing(title, height, tuple(drawn))
 
 
-def smooth(points: Sequence[tuple[float, float]], *, share: float = 0.05) -> tuple[tuple[float, float], ...]:
+def smooth(points: Sequence[Point], *, share: float = 0.05) -> tuple[Point, ...]:
     """Return a centred moving average over `share` of the points, at least one; ends use what there is."""
     half = int(len(points) * share / 2)
     found = []
@@ -128,33 +127,14 @@ def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     return [(value, f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}") for value in kept]
 
 
-def _grid(x: float, bottom: float, shown: str) -> Markup:
-    return join(
-        el("line", x1=px(x), x2=px(x), y1=4, y2=px(bottom), class_="grid"),
-        el("text", shown, x=px(x), y=px(bottom + 18), text_anchor="middle", class_="axis"),
-    )
-
-
-def _dot_row(row: Dot, x: Callable[[float], float], y: float, reference: float | None) -> Markup:
+def _dot_row(row: Dot, x: Callable[[float], float], y: float, reference: float | None) -> list[Shape]:
     """The row's label, a thin line from the reference to the mean, a dot per seed, the mean and its text."""
     mean = x(math.fsum(row.values) / len(row.values))
-    drawn = [el("text", row.label, x=_LABELS - 14, y=px(y + 4), text_anchor="end", class_="label")]
+    drawn: list[Shape] = [Text(row.label, _LABELS - 14, y + 4, "label", "end")]
     if reference is not None:
-        drawn.append(el("line", x1=px(x(reference)), x2=px(mean), y1=px(y), y2=px(y), class_=f"stem {row.css}"))
+        drawn.append(Line.across(x(reference), mean, y, f"stem {row.css}"))
     if len(row.values) > 1:
-        drawn += [el("circle", cx=px(x(value)), cy=px(y), r=3, class_=f"seed {row.css}") for value in row.values]
-    drawn.append(el("circle", cx=px(mean), cy=px(y), r=6, class_=f"dot {row.css}"))
-    drawn.append(el("text", row.shown, x=WIDTH - 4, y=px(y + 4), text_anchor="end", class_="value"))
-    return join(*drawn)
-
-
-def svg(drawn: Sequence[Markup], height: int, title: str) -> Markup:
-    """Return the drawing as one element that scales with the page and is told by its title."""
-    return el(
-        "svg", el("title", title), *drawn, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=title, class_="chart"
-    )
-
-
-def px(value: float) -> str:
-    """Return a coordinate with at most one decimal."""
-    return f"{value:.1f}".removesuffix(".0")
+        drawn += [Circle(x(value), y, 3, f"seed {row.css}") for value in row.values]
+    drawn.append(Circle(mean, y, 6, f"dot {row.css}"))
+    drawn.append(Text(row.shown, WIDTH - 4, y + 4, "value", "end"))
+    return drawn

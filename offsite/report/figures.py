@@ -1,13 +1,14 @@
-"""The report's figures: the rows as chart and table, what they come to, answers, and the runs' curves."""
+"""The run's figures as plain data: the rows as chart and table, what they come to, and the runs' curves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from offsite.evaluation.results import ROWS, LogRecord, Results, RowName
+from offsite.evaluation.results import ROWS, LogRecord, Results, RowName, Summary
 from offsite.report.charts import Curve, Dot, curves, dots, smooth
-from offsite.report.markup import Markup, el, join
-from offsite.report.numbers import MINUS, NONE, number, size, spread
+from offsite.report.drawing import Drawing, Point
+from offsite.report.numbers import MINUS, number, size
 
 CSS: dict[RowName, str] = {
     "zero_shot": "owner",
@@ -39,10 +40,108 @@ METRICS = {
 }
 
 
-def table(results: Results) -> Markup:
-    """Return the chart and the table of all rows."""
-    tasks = [(task, metric) for task, row in results.rows["zero_shot"].tasks.items() for metric in row]
-    zero_shot = results.rows["zero_shot"].perplexity.mean
+@dataclass(frozen=True)
+class MeasuredRow:
+    """A line of the table: one model's perplexity, then its figure in every task's metric."""
+
+    name: str
+    about: str
+    css: str
+    strong: bool
+    figures: tuple[Summary, ...]
+    num_seeds: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Every row that was measured, drawn and in figures."""
+
+    drawing: Drawing
+    columns: tuple[str, ...]
+    rows: tuple[MeasuredRow, ...]
+    has_seeds: bool
+
+    @classmethod
+    def of(cls, results: Results) -> Measured:
+        """Return the chart and the table of all rows."""
+        tasks = [(task, metric) for task, row in results.rows["zero_shot"].tasks.items() for metric in row]
+        rows = [
+            MeasuredRow(
+                name=NAMES[name],
+                about=ROWS[name],
+                css=CSS[name],
+                strong=name == "plugged_in",
+                figures=(row.perplexity, *(row.tasks[task][metric] for task, metric in tasks)),
+                num_seeds=len(row.perplexity.values),
+            )
+            for name, row in results.rows.items()
+        ]
+        return cls(
+            drawing=_dots(results),
+            columns=("perplexity", *(f"{task} {metric}" for task, metric in tasks), "seeds"),
+            rows=tuple(rows),
+            has_seeds=any(row.num_seeds > 1 for row in rows),
+        )
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What the rows come to: a figure, None where it was not run, and its definition."""
+
+    name: str
+    what: str
+    figure: Summary | None
+
+
+@dataclass(frozen=True)
+class InTasks:
+    """The metrics by task: a line for every metric of a task."""
+
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, tuple[Summary | None, ...]], ...]
+
+
+@dataclass(frozen=True)
+class RunCurve:
+    """The loss of one run, drawn, and what the run did."""
+
+    name: str
+    drawing: Drawing
+    ran: str
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs whose logs are at hand, and lines about those without one."""
+
+    curves: tuple[RunCurve, ...]
+    alone: tuple[str, ...]
+
+    @classmethod
+    def of(cls, results: Results, logs: Mapping[str, Sequence[LogRecord]]) -> Runs:
+        """Return a chart per log that holds a loss, and the figures of every run."""
+        drawn = [_curve(name, records, results.runs.get(name, {})) for name, records in logs.items()]
+        alone = tuple(f"{name}: {_ran(figures)}" for name, figures in results.runs.items() if name not in logs)
+        return cls(tuple(curve for curve in drawn if curve is not None), alone)
+
+
+def comes_to(results: Results) -> list[Metric]:
+    """Return recoveries, gap and capability, each with its definition."""
+    return [Metric(name, what, results.metrics.get(name)) for name, what in METRICS.items()]
+
+
+def in_tasks(results: Results) -> InTasks:
+    """Return the same in the tasks' metrics; no line where no task was scored."""
+    names = tuple(name for name in METRICS if name != "capability")
+    lines = tuple(
+        (f"{task} {metric}", tuple(figures.get(name) for name in names))
+        for task, metrics in results.task_metrics.items()
+        for metric, figures in metrics.items()
+    )
+    return InTasks(names, lines)
+
+
+def _dots(results: Results) -> Drawing:
     drawn = [
         Dot(
             NAMES[name],
@@ -52,100 +151,10 @@ def table(results: Results) -> Markup:
         )
         for name, row in results.rows.items()
     ]
-    columns = ["perplexity", *(f"{task} {metric}" for task, metric in tasks), "seeds"]
-    titles = (el("th", column, class_="number") for column in columns)
-    head = el("tr", el("th", ""), el("th", "", class_="about"), *titles)
-    lines = []
-    for name, row in results.rows.items():
-        cells = [spread(row.perplexity), *(spread(row.tasks[task][metric]) for task, metric in tasks)]
-        lines.append(
-            el(
-                "tr",
-                el("th", NAMES[name], el("small", ROWS[name], class_="narrow"), class_=f"key {CSS[name]}", scope="row"),
-                el("td", ROWS[name], class_="about"),
-                *(el("td", cell, class_="number") for cell in cells),
-                el("td", len(row.perplexity.values), class_="number"),
-                class_="strong" if name == "plugged_in" else None,
-            )
-        )
-    caption = (
-        "Perplexity, on a logarithmic axis; the dashed line is zero-shot, small dots are seeds. Green is what the "
-        "owner runs, orange what the client can run, hollow are references that the owner tuned for comparison."
-    )
-    note = "± is the sample standard deviation over seeds; nothing else that could vary was varied."
-    several = any(len(row.perplexity.values) > 1 for row in results.rows.values())
-    return join(
-        el("h2", "What was measured"),
-        el(
-            "figure",
-            dots(drawn, title="perplexity of every row", reference=zero_shot),
-            el("figcaption", caption),
-        ),
-        el("div", el("table", el("thead", head), el("tbody", *lines)), class_="scroll"),
-        el("p", note, class_="note") if several else None,
-    )
+    return dots(drawn, title="perplexity of every row", reference=results.rows["zero_shot"].perplexity.mean)
 
 
-def figures(results: Results) -> Markup:
-    """Return recoveries, gap and capability, each with its definition."""
-    found = []
-    for name, what in METRICS.items():
-        figure = results.metrics.get(name)
-        shown = spread(figure) if figure else el("span", "not run", class_="deviation")
-        found += [el("dt", shown, el("span", name, class_="name")), el("dd", what)]
-    parts = [el("h2", "What it comes to"), el("dl", *found, class_="figures")]
-    if results.task_metrics:
-        parts.append(_task_figures(results))
-    return join(*parts)
-
-
-def _task_figures(results: Results) -> Markup:
-    names = [name for name in METRICS if name != "capability"]
-    lines = [
-        el(
-            "tr",
-            el("th", f"{task} {metric}", scope="row"),
-            *(el("td", spread(figures[name]) if figures.get(name) else NONE, class_="number") for name in names),
-        )
-        for task, metrics in results.task_metrics.items()
-        for metric, figures in metrics.items()
-    ]
-    head = el("tr", el("th", ""), *(el("th", name, class_="number") for name in names))
-    return join(
-        el("h3", "The same in accuracy, where higher is better"),
-        el("div", el("table", el("thead", head), el("tbody", *lines)), class_="scroll"),
-    )
-
-
-def answers(results: Results) -> Markup | None:
-    """Return the prompts and how the model went on before and after; nothing when there were none."""
-    if not results.answers:
-        return None
-    parts = [
-        el("h2", "Before and after"),
-        el("p", "How the full model goes on from a prompt, greedily, without and with the adapter.", class_="note"),
-    ]
-    for answer in results.answers:
-        before = el("div", el("b", "zero-shot"), answer.before.strip() or "(nothing)")
-        after = el("div", el("b", "plugged in"), answer.after.strip() or "(nothing)", class_="after")
-        parts += [el("blockquote", answer.prompt), el("div", before, after, class_="answers")]
-    return join(*parts)
-
-
-def curves_of(results: Results, logs: Mapping[str, Sequence[LogRecord]]) -> Markup | None:
-    """Return a chart per log and the figures of every run; nothing when there were none."""
-    drawn = [_curve(name, records, results.runs.get(name, {})) for name, records in logs.items()]
-    shown = [figure for figure in drawn if figure is not None]
-    alone = [name for name in results.runs if name not in logs]
-    if not shown and not alone:
-        return None
-    legend = el("p", el("span", "training loss"), el("span", "loss held out", class_="evaluated"), class_="note legend")
-    listed = el("ul", *(el("li", f"{name}: {_ran(results.runs[name])}") for name in alone)) if alone else None
-    intro = "Every run in the unit of its own objective. A client's log is here only if it was handed over."
-    return join(el("h2", "The runs"), el("p", intro, class_="note"), legend if shown else None, *shown, listed)
-
-
-def _curve(name: str, records: Sequence[LogRecord], run: Mapping[str, float]) -> Markup | None:
+def _curve(name: str, records: Sequence[LogRecord], run: Mapping[str, float]) -> RunCurve | None:
     training = _points(records, "loss")
     held_out = _points(records, "evaluation_loss")
     lines = []
@@ -155,9 +164,7 @@ def _curve(name: str, records: Sequence[LogRecord], run: Mapping[str, float]) ->
         lines.append(Curve("held out", held_out, "evaluated"))
     if not lines:
         return None
-    figures = {**_from_log(records), **run}
-    caption = join(el("b", name), ": ", _ran(figures))
-    return el("figure", curves(lines, title=f"loss of {name} by step"), el("figcaption", caption))
+    return RunCurve(name, curves(lines, title=f"loss of {name} by step"), _ran({**_from_log(records), **run}))
 
 
 def _from_log(records: Sequence[LogRecord]) -> dict[str, float]:
@@ -166,7 +173,7 @@ def _from_log(records: Sequence[LogRecord]) -> dict[str, float]:
     return {key: float(value) for key, value in found.items() if value is not None}
 
 
-def _points(records: Sequence[LogRecord], key: str) -> tuple[tuple[float, float], ...]:
+def _points(records: Sequence[LogRecord], key: str) -> tuple[Point, ...]:
     pairs = [(record["step"], record.get(key)) for record in records]
     return tuple((float(step), float(value)) for step, value in pairs if step is not None and value is not None)
 

@@ -1,23 +1,10 @@
-"""Numbers as people read them, in the report."""
+"""Numbers as people read them, in the pages."""
 
 from __future__ import annotations
 
-from offsite.evaluation.results import Summary
-from offsite.report.markup import Markup, el, join
-
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
-NONE = Markup("\N{EN DASH}")
-
-
-def spread(figure: Summary | None) -> Markup:
-    """Return mean and, where there are several seeds, deviation."""
-    if figure is None:
-        return NONE
-    mean = number(figure.mean)
-    if figure.deviation is None:
-        return join(mean)
-    return join(mean, el("span", f" ± {figure.deviation:.2g}", class_="deviation"))
+NONE = "\N{EN DASH}"
 
 
 def number(value: float) -> str:
@@ -26,6 +13,31 @@ def number(value: float) -> str:
         return f"{value:.2g}".replace("-", MINUS)
     digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:,.{digits}f}".replace("-", MINUS)
+
+
+def whole(value: float) -> str:
+    """Return the number without decimals, as 40,800."""
+    return f"{value:,.0f}"
+
+
+def fixed(value: float, digits: int) -> str:
+    """Return the number with that many decimals, as 0.850."""
+    return f"{value:.{digits}f}"
+
+
+def general(value: float) -> str:
+    """Return the number as short as it is exact to six digits, as 0.5."""
+    return f"{value:g}"
+
+
+def rough(value: float) -> str:
+    """Return the number with two digits that tell, as 0.12."""
+    return f"{value:.2g}"
+
+
+def percent(value: float, digits: int = 0) -> str:
+    """Return a share with that many decimals, as 33%."""
+    return f"{value:.{digits}%}"
 
 
 def count(number: float) -> str:

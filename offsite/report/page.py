@@ -1,22 +1,21 @@
 """``offsite report run``: one page from the folder that ``evaluate`` wrote. It loads nothing and runs nothing.
 
 The page says what was measured and what the files hold, and no more: neither that something is safe nor that it
-could not be found out.
+could not be found out. ``templates/run/page.html.jinja`` lays it out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 
 from offsite import __version__
 from offsite.console import say
 from offsite.evaluation.results import LogRecord, Results, Summary, read_logs, read_results
 from offsite.report.config import ReportConfig
-from offsite.report.facts import crossed, limits, reproduce
-from offsite.report.figures import answers, curves_of, figures, table
-from offsite.report.markup import Markup, el, join
-from offsite.report.numbers import NONE, TIMES, count, number, size
+from offsite.report.engine import render
+from offsite.report.facts import Crossed, facts, limits, one_flag_a_line
+from offsite.report.figures import Measured, Runs, comes_to, in_tasks
+from offsite.report.numbers import NONE, TIMES, number, size
 from offsite.staging import refuse_existing, staged_file
 
 
@@ -38,58 +37,34 @@ def run(config: ReportConfig) -> dict[str, object]:
 
 def page(results: Results, logs: Mapping[str, Sequence[LogRecord]]) -> str:
     """Return the whole page as one HTML document that refers to nothing outside itself."""
-    style = (files("offsite") / "report.css").read_text(encoding="utf-8")
-    title = f"{results.model}, plugged in: perplexity {number(results.rows['plugged_in'].perplexity.mean)}"
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
-        el("meta", name="generator", content=f"offsite {__version__}"),
-        el("title", title),
-        el("style", Markup(style)),
-    )
-    body = el(
-        "main",
-        _header(results),
-        table(results),
-        figures(results),
-        answers(results),
-        curves_of(results, logs),
-        crossed(results),
-        limits(results),
-        reproduce(results),
-        el("footer", f"Made by offsite {__version__} from results.json. This page loads nothing and runs no script."),
-    )
-    return f"<!doctype html>\n{el('html', head, el('body', body), lang='en')}\n"
+    values = {
+        "adapter": _kind(results),
+        "comes_to": comes_to(results),
+        "command": one_flag_a_line(results.command),
+        "crossed": Crossed.of(results),
+        "facts": facts(results),
+        "head": _head(results),
+        "in_tasks": in_tasks(results),
+        "limits": limits(results),
+        "measured": Measured.of(results),
+        "num_seeds": len(results.bundles),
+        "results": results,
+        "runs": Runs.of(results, logs),
+        "version": __version__,
+    }
+    return render("run/page.html.jinja", values)
 
 
-def _header(results: Results) -> Markup:
-    rows, counts = results.rows, results.parameters
-    before, after = rows["zero_shot"].perplexity.mean, rows["plugged_in"].perplexity.mean
-    seeds = len(results.bundles)
-    part = "it " if results.scale == 1 else f"{results.scale:g} of its update "
-    lead = (
-        f"The owner of {results.model} ({count(counts.full)} parameters) sent a client a package: the model's two "
-        f"ends, and an emulator of {count(counts.emulator)} parameters in place of its middle of "
-        f"{count(counts.middle)}. "
-        f"The client tuned an adapter on text of its own beside that emulator and returned the adapter alone "
-        f"({_kind(results)}, {count(counts.adapter)} parameters{f', {seeds} seeds' if seeds > 1 else ''}). "
-        f"The owner put {part}into the full model. Every row below was measured on {results.data.name}, "
-        f"{results.data.num_tokens:,} tokens; in perplexity, lower is better."
-    )
-    tiles = [
+def _head(results: Results) -> list[tuple[str, str]]:
+    """The figures of the tiles, and what each is."""
+    before, after = (results.rows[name].perplexity.mean for name in ("zero_shot", "plugged_in"))
+    returned = sum(bundle.num_bytes for bundle in results.bundles.values()) / len(results.bundles)
+    return [
         (f"{number(before)} \N{RIGHTWARDS ARROW} {number(after)}", "perplexity of the full model, before and after"),
         _worth(results),
         (_times(results.metrics.get("gap")), "the client's copy over the owner's model, in perplexity"),
-        (size(_returned(results)), f"came back, for {size(results.package.num_bytes)} that went out"),
+        (size(returned), f"came back, for {size(results.package.num_bytes)} that went out"),
     ]
-    return join(
-        el("div", "offsite · evaluation", class_="kicker"),
-        el("h1", f"What plugging in was worth to {results.model}"),
-        el("p", lead, class_="lead"),
-        el("dl", *(el("div", el("dt", what), el("dd", shown), class_="tile") for shown, what in tiles), class_="tiles"),
-    )
 
 
 def _worth(results: Results) -> tuple[str, str]:
@@ -117,7 +92,3 @@ def _kind(results: Results) -> str:
     if adapter.kind in ("lora", "rslora", "dora"):
         return f"{adapter.kind} of rank {adapter.rank} on {where}, {adapter.targets}"
     return f"{'whole' if adapter.kind == 'blocks' else adapter.kind}: {where}"
-
-
-def _returned(results: Results) -> float:
-    return sum(bundle.num_bytes for bundle in results.bundles.values()) / len(results.bundles)

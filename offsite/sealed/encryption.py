@@ -28,11 +28,9 @@ from offsite.sealed.folder import (
     SIGNATURES_FILE,
     RawSealed,
     check_listed,
-    check_payload,
     opened_file,
     opened_folder,
     opened_payload,
-    read_sealed,
 )
 from offsite.sealed.manifest import (
     SEALED_MANIFEST_LIMIT_BYTES,
@@ -52,11 +50,8 @@ from offsite.tensors import read_header
 
 __all__ = [
     "Encrypted",
-    "RawSealed",
-    "check_payload",
     "decrypt_files",
     "encrypt_files",
-    "read_sealed",
     "seal_files",
     "write_sealed",
 ]

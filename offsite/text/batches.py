@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from offsite.errors import ConfigError, DataError
-from offsite.text.records import Record, bundled, read_records, split_by_document
+from offsite.text.records import Record
 
 IGNORED = -100
 _ROWS_AT_ONCE = 512
@@ -308,12 +308,8 @@ __all__ = [
     "Batches",
     "Encoded",
     "Example",
-    "Record",
-    "bundled",
     "collate",
     "encode",
     "pack",
     "pad_id",
-    "read_records",
-    "split_by_document",
 ]

@@ -18,7 +18,7 @@ import torch
 from offsite.console import progress, say
 from offsite.digests import model_digest, sha256_file
 from offsite.errors import ConfigError
-from offsite.evaluation.measure import multiple_choice_task, perplexity, run_tasks
+from offsite.evaluation.measure import perplexity
 from offsite.evaluation.results import (
     LOGS_NAME,
     ROWS,
@@ -32,6 +32,7 @@ from offsite.evaluation.results import (
     read_log,
     write_results,
 )
+from offsite.evaluation.tasks import multiple_choice_task, run_tasks
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import refuse_existing, staged_folder
 from offsite.text.batches import Encoded, Example, encode, pack, pad_id

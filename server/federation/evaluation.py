@@ -20,7 +20,8 @@ from offsite.staging import staged_folder
 from offsite.text.batches import Example, encode, pack, pad_id
 from offsite.text.records import read_records
 from server.federation.config import FederationConfig
-from server.federation.federation import SHARED, Federation
+from server.federation.federation import Federation
+from server.federation.state import SHARED
 from server.plugging.adapted import AdaptedManifest
 from server.plugging.fit import cast_model, require_base
 from server.plugging.plug import base_name

@@ -28,9 +28,9 @@ from offsite.modelling.fetch import fetched_folder, known
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import refuse_existing, staged_folder
 from offsite.tensors import read_tensors, spec_of, write_tensors
-from server.plugging.adapted import AdaptedManifest, Form, load_adapted, open_adapted, stored_names
+from server.plugging.adapted import AdaptedManifest, Form, open_adapted, stored_names
 from server.plugging.config import PlugConfig
-from server.plugging.fit import Fitted, fit, plain_model, plug, plugged, require_scalable, unplug
+from server.plugging.fit import Fitted, fit, plain_model, plug, require_scalable, unplug
 from server.plugging.peftfolder import open_with_peft, write_peft_folder
 from server.plugging.probe import READ_BACK_TOLERANCE, TOLERANCES, deviation, probe_logits
 from server.registry.intake import asked_round, read_registered
@@ -41,7 +41,7 @@ from server.registry.verify import Verified
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Fitted", "fit", "load_adapted", "merge", "plug", "plugged", "run"]
+__all__ = ["merge", "run"]
 
 PEFT_KINDS = ("lora", "rslora", "dora")
 

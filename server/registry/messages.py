@@ -8,8 +8,7 @@ from pathlib import Path
 from offsite.artefacts.job import Job
 from offsite.artefacts.round import open_round
 from offsite.errors import Replayed, TooLarge, WrongBinding
-from offsite.sealed.encryption import check_payload
-from offsite.sealed.folder import PAYLOAD
+from offsite.sealed.folder import PAYLOAD, check_payload
 from offsite.sealed.manifest import SealedManifest, bind, sealed_size
 from offsite.secagg.terms import ENVELOPE_BYTES, read_terms
 from server.registry.federations import is_finished

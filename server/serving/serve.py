@@ -83,7 +83,7 @@ def load_served(config: ServeConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
         ArtefactError: `adapted` was rejected.
     """
     device = _device(config.device)
-    from server.plugging.plug import load_adapted
+    from server.plugging.adapted import load_adapted
 
     model, tokenizer = load_adapted(config.adapted, base=config.base)
     model.to(device)  # type: ignore[arg-type]

@@ -17,8 +17,8 @@ from client.federation.flower import arrays_of
 from offsite.exchange.packing import RAW, pack
 from offsite.exchange.verbs import seal_run
 from offsite.sealed.config import SealConfig
-from server.federation.federation import SHARED
 from server.federation.flower import InProcessGrid, OffsiteStrategy
+from server.federation.state import SHARED
 
 HONEST, BAD = ("anna", "bert"), "cora"
 

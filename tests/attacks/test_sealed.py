@@ -39,7 +39,8 @@ from offsite.exchange import verbs as sealing
 from offsite.exchange.verbs import open_sealed
 from offsite.keys.trust import TrustStore
 from offsite.sealed import encryption as seal
-from offsite.sealed.encryption import read_sealed, seal_files
+from offsite.sealed.encryption import seal_files
+from offsite.sealed.folder import read_sealed
 from offsite.sealed.ledger import Ledger
 from offsite.sealed.manifest import (
     SIGN_PURPOSE,

@@ -34,7 +34,8 @@ SHORTER = {
     "steps=200": "steps=2",
     "block_tokens=256, batch_size=4, validation=0.1": "block_tokens=64, batch_size=1, validation=0.002",
 }
-PAGES = sorted(DOCS.glob("**/*.md")) + [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+PAGES = [*sorted(DOCS.glob("**/*.md")), *sorted(ROOT.glob("*.md"))]
+PAGES += [page for name in ("benchmarks", "examples", "tests") for page in sorted((ROOT / name).glob("**/README.md"))]
 
 
 def fenced(text: str, language: str) -> list[str]:
@@ -126,7 +127,7 @@ def test_the_three_walkthroughs(tmp_path: Path) -> None:
     assert "accepted leakage: True" in printed
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_block_is_one_that_bash_or_python_reads(page: Path) -> None:
     for block in fenced(page.read_text(), "sh"):
         subprocess.run(["bash", "-n", "-c", block], check=True)
@@ -134,7 +135,7 @@ def test_every_block_is_one_that_bash_or_python_reads(page: Path) -> None:
         compile(block, page.name, "exec")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_flag_in_a_command_is_one_of_its_verbs(page: Path) -> None:
     text = page.read_text().replace("\\\n", " ")
     commands = re.findall(r"(?:^|[`$( ])offsite ([a-z-]+)((?: [^`\n|&;]*)?)", text, re.M)
@@ -150,7 +151,7 @@ def test_every_flag_in_a_command_is_one_of_its_verbs(page: Path) -> None:
         assert not unknown, f"offsite {name}{rest}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_link_and_path_is_there(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):

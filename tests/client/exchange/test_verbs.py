@@ -10,7 +10,7 @@ import pytest
 
 from offsite import cli
 from offsite.keys.trust import TrustStore
-from offsite.sealed.encryption import check_payload, read_sealed
+from offsite.sealed.folder import check_payload, read_sealed
 from offsite.sealed.manifest import verify_sealed
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from client.tuning.config import LEARNING_RATES, TuneConfig
+from adapters.rates import LEARNING_RATES
+from client.tuning.config import TuneConfig
 from offsite.artefacts.bundle import DISCLOSABLE, AdapterSpec
 from offsite.artefacts.job import Job
 from offsite.config import build

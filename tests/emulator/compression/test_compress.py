@@ -3,7 +3,7 @@ import torch
 
 from emulator.compression import compress as module
 from emulator.compression.compress import Recipe, compress, keep_all, register_compressor
-from emulator.distillation.config import METHODS
+from emulator.compression.methods import METHODS
 from offsite.errors import ConfigError
 from offsite.modelling.blocks import attention_linears, linear_names
 from offsite.modelling.split import make_plan

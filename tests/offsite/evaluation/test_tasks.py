@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from offsite.errors import ConfigError, DataError, OffsiteError, RunFailed
-from offsite.evaluation.measure import generation_task, multiple_choice_task, run_tasks
+from offsite.evaluation.tasks import generation_task, multiple_choice_task, run_tasks
 
 # the harness and the data library it needs, as they are imported
 pytestmark = [

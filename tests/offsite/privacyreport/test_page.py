@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
+from page_lab import EVIL, Outline, given, hostile
 
 from offsite.artefacts.layout import Method
 from offsite.audits.gates import Release, bundle_gates, unmeasured
 from offsite.audits.record import Run, ScanFigures
+from offsite.digests import sha256_bytes
+from offsite.privacyreport import page as module
 from offsite.privacyreport.charts import MOST_STEMS, Bar, bars, exposure, recovery, roc, spent
 from offsite.privacyreport.page import page
-from offsite.privacyreport.record import Limits, audit_digest, parse_report, report_raw
+from offsite.privacyreport.record import JobFacts, Limits, audit_digest, parse_report, report_raw
 from offsite.report.charts import Curve
+from offsite.report.engine import environment, render
 
 
 def _loaded(name):
@@ -87,6 +95,25 @@ def test_the_same_report_the_same_bytes_and_from_the_json_alone():
     text = page(report)
     assert text == page(parse_report(report_raw(report)))
     assert text.count("<h1") == 1
+
+
+def test_rendering_again_gives_the_same_bytes_here_and_in_another_process():
+    report = s.report(bundle=PRIVATE, release=release(PRIVATE), **OWNERS)
+    once = page(report)
+    environment.cache_clear()
+    assert page(report) == once
+    lines = [
+        "import sys",
+        "from offsite.digests import sha256_bytes",
+        "from offsite.privacyreport.page import page",
+        "from offsite.privacyreport.record import parse_report",
+        "print(sha256_bytes(page(parse_report(sys.stdin.buffer.read())).encode()))",
+    ]
+    for seed in ("1", "2"):  # the order of sets and of whatever is hashed
+        command = [sys.executable, "-c", "\n".join(lines)]
+        environ = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run(command, input=report_raw(report), env=environ, capture_output=True, check=True)
+        assert done.stdout.decode().strip() == sha256_bytes(once.encode())
 
 
 @pytest.mark.parametrize(
@@ -258,6 +285,34 @@ def test_nothing_in_the_audits_becomes_markup():
     assert text == page(parse_report(report_raw(report)))
 
 
+def full():
+    """Reports with something in every place of the page: of a private run, and of one that leaked."""
+    job = JobFacts(job_id=s.JOB, digest=s.OTHER, owner=s.ISSUER, client=s.ISSUER)
+    similar = s.package_audit().similarity.model_copy(update={"num_within_rounding": 70_000_000})
+    owners = {**OWNERS, "package": s.package_audit(similarity=similar)}
+    return [
+        s.report(bundle=PRIVATE, release=release(PRIVATE), job=job, **owners),
+        s.report(bundle=LEAKY, release=release(None), job=job, **owners),
+    ]
+
+
+@pytest.mark.parametrize("report", full(), ids=["private", "leaky"])
+def test_no_string_that_reaches_the_template_becomes_markup(report, monkeypatch):
+    template, values = given(monkeypatch, module, report)
+    plain, read = Outline(render(template, values)), Outline(render(template, hostile(values)))
+    assert read.tags == plain.tags
+    assert sum(said.count(EVIL) for said in read.said if said) > 400
+    assert {"script", "figure", "svg", "bdi"} - {tag for tag, _ in plain.tags} == {"script"}
+
+
+def test_a_value_that_is_missing_stops_the_page(monkeypatch):
+    template, values = given(monkeypatch, module, full()[0])
+    assert len(values) > 8
+    for name in values:
+        with pytest.raises(UndefinedError, match=f"'{name}' is undefined"):
+            render(template, {key: value for key, value in values.items() if key != name})
+
+
 def test_every_digest_is_on_the_page():
     report = s.report(bundle=PRIVATE, release=release(PRIVATE), **OWNERS)
     shown = Page(page(report)).text
@@ -272,6 +327,10 @@ def test_every_digest_is_on_the_page():
 # --- the charts
 
 
+def svg(chart, *figures, **settings):
+    return environment().get_template("drawing.svg.jinja").module.svg(chart(*figures, **settings))
+
+
 def numbers(markup, attribute):
     return [float(value) for value in re.findall(rf'{attribute}="(-?[\d.]+)"', markup)]
 
@@ -283,7 +342,7 @@ def polyline(markup, css):
 
 def test_the_roc_shows_low_false_alarms_chance_and_the_one_percent_mark():
     line = Curve("loss", ((0.0, 0.0), (0.0, 0.01), (0.001, 0.1), (0.01, 0.5), (1.0, 1.0)), "s1")
-    drawn = roc([line], title="t", floor=1e-3, limit=(0.01, 0.03))
+    drawn = svg(roc, [line], title="t", floor=1e-3, limit=(0.01, 0.03))
     chance, found = polyline(drawn, "chance"), polyline(drawn, "line s1")
     assert chance[0] == found[0]  # both start in the corner
     assert chance[1] == found[-1]
@@ -295,45 +354,45 @@ def test_the_roc_shows_low_false_alarms_chance_and_the_one_percent_mark():
     assert mark == pytest.approx(found[3][0], abs=0.1)
     assert 'class="limit"' in drawn
     assert all(text in drawn for text in ("0.1%", "1%", "10%", "100%", "limit 3%"))
-    assert "limit" not in roc([line], title="t", floor=1e-3, limit=None)
+    assert "limit" not in svg(roc, [line], title="t", floor=1e-3, limit=None)
 
 
 def test_exposure_draws_each_secret_or_curves_of_many():
-    few = exposure([1.0, 5.0, 3.0], [0.5, 0.0, 0.2], most=10.0, title="t")
+    few = svg(exposure, [1.0, 5.0, 3.0], [0.5, 0.0, 0.2], most=10.0, title="t")
     assert few.count("<circle") == 6
     after = list(map(float, re.findall(r'cy="([\d.]+)" r="4.5"', few)))
     assert after == sorted(after)  # the most exposed first, and highest
     assert "most there could be: 10.0" in few
-    many = exposure([float(n % 7) for n in range(MOST_STEMS + 1)], [0.0] * 5, most=10.0, title="t")
+    many = svg(exposure, [float(n % 7) for n in range(MOST_STEMS + 1)], [0.0] * 5, most=10.0, title="t")
     assert "<circle" not in many
     assert many.count("<polyline") == 2
-    assert exposure([0.0], [], most=0.0, title="t").count("<circle") == 1
+    assert svg(exposure, [0.0], [], most=0.0, title="t").count("<circle") == 1
 
 
 def test_epsilon_ends_where_it_is_claimed_and_levels_that_are_one_are_drawn_once():
     points = [(1.0, 0.5), (2.0, 0.8), (4.0, 1.2)]
-    drawn = spent(points, claimed=1.2, budget=2.0, total=1.2, title="t")
+    drawn = svg(spent, points, claimed=1.2, budget=2.0, total=1.2, title="t")
     assert drawn.count('class="reference"') == 2
     assert "claimed, all runs 1.20" in drawn
     assert "budget 2.00" in drawn
     ends = polyline(drawn, "line s1")[-1][1]
     assert ends in numbers(drawn, "y1")
-    assert len(spent([(1.0, 0.0)], claimed=0.0, budget=0.0, total=0.0, title="t")) > 100
+    assert len(svg(spent, [(1.0, 0.0)], claimed=0.0, budget=0.0, total=0.0, title="t")) > 100
 
 
 def test_recovery_puts_no_tokens_at_the_left_and_the_rest_by_their_logarithm():
     line = Curve("heal", ((0.0, -0.1), (100.0, 0.1), (1000.0, 0.2), (10_000.0, 0.5)), "s1")
-    drawn = recovery([line], title="t", limit=0.4)
+    drawn = svg(recovery, [line], title="t", limit=0.4)
     x = [point[0] for point in polyline(drawn, "line s1")]
     assert x[2] - x[1] == pytest.approx(x[3] - x[2], abs=0.2)
     assert x[0] < x[1]
     assert "limit 0.40" in drawn
-    assert recovery([Curve("one", ((500.0, 1.2),), "s1")], title="t", limit=None).count("<circle") == 1
-    assert recovery([Curve("none", ((0.0, 0.0),), "s1")], title="t", limit=None).count("<circle") == 1
+    assert svg(recovery, [Curve("one", ((500.0, 1.2),), "s1")], title="t", limit=None).count("<circle") == 1
+    assert svg(recovery, [Curve("none", ((0.0, 0.0),), "s1")], title="t", limit=None).count("<circle") == 1
 
 
 def test_bars_begin_at_chance_whichever_way_they_go():
-    drawn = bars([("one", [Bar("a", 1.0, "9", "owner"), Bar("b", -0.5, "7", "client")])], title="t", limit=0.7)
+    drawn = svg(bars, [("one", [Bar("a", 1.0, "9", "owner"), Bar("b", -0.5, "7", "client")])], title="t", limit=0.7)
     zero = float(re.search(r'<line x1="([\d.]+)"[^>]*class="axis-line"', drawn).group(1))
     starts, widths = numbers(drawn, "rect x"), numbers(drawn, '(?<=[0-9]" )width')
     assert starts[0] == pytest.approx(zero, abs=0.1)

@@ -11,8 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offsite.report.charts import Curve, Dot, curves, dots, log_ticks, smooth, ticks
+from offsite.report.drawing import Text
+from offsite.report.engine import environment
 
 POSITIVE = st.floats(1e-2, 1e6)
+
+
+def svg(drawing):
+    return environment().get_template("drawing.svg.jinja").module.svg(drawing)
 
 
 @given(st.floats(-1e6, 1e6), POSITIVE)
@@ -52,22 +58,32 @@ def test_logarithmic_ticks_of_a_wide_and_a_narrow_range():
 
 def test_dots_lie_on_a_logarithmic_axis_with_equal_ratios_equally_far():
     rows = [Dot(name, (value,), name, "owner") for name, value in (("a", 5.0), ("b", 10.0), ("c", 20.0))]
-    drawn = dots(rows, title="x", reference=10.0)
+    drawn = svg(dots(rows, title="x", reference=10.0))
     centres = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', drawn)]
     assert centres[1] - centres[0] == pytest.approx(centres[2] - centres[1], abs=0.2)
     assert f'x1="{centres[1]:g}" x2="{centres[1]:g}"' in drawn
 
 
 def test_equal_figures_still_make_a_chart():
-    drawn = dots([Dot("a", (5.0, 5.0), "5", "owner")], title="x")
+    drawn = svg(dots([Dot("a", (5.0, 5.0), "5", "owner")], title="x"))
     assert drawn.count("<circle") == 3
 
 
 def test_a_curve_of_one_point_or_constant_value_is_drawn():
     for points in (((1.0, 2.0),), ((1.0, 2.0), (2.0, 2.0))):
-        drawn = curves([Curve("a", points, "raw")], title="x")
+        drawn = svg(curves([Curve("a", points, "raw")], title="x"))
         assert "nan" not in drawn
         assert "inf" not in drawn
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 4), (0, 3), (1, 2), (1, 200)])
+def test_steps_are_whole_and_said_once(first, last):
+    points = tuple((float(step), 1.0 / (step + 1)) for step in range(first, last + 1))
+    drawn = curves([Curve("a", points, "raw")], title="x").shapes
+    said = [shape.text for shape in drawn if isinstance(shape, Text) and shape.anchor == "middle"]
+    assert said == sorted(set(said), key=int)
+    assert set(said) <= {str(step) for step in range(first, last + 1)}
+    assert len(said) > 1
 
 
 def test_smoothing_keeps_constants_and_length():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from offsite.evaluation.results import Summary
-from offsite.report.numbers import MINUS, count, number, size, spread
+from offsite.report.numbers import MINUS, count, fixed, general, number, percent, rough, size, whole
 
 
 @pytest.mark.parametrize(
@@ -39,7 +38,9 @@ def test_parameters_and_bytes():
     assert [size(n) for n in (12, 658_923, 45.7e6)] == [f"12{space}bytes", f"659{space}kB", f"45.7{space}MB"]
 
 
-def test_spread_has_a_deviation_where_there_are_seeds():
-    assert spread(Summary(mean=9.3, deviation=None, values={"a": 9.3})) == "9.30"
-    assert "± 0.12" in spread(Summary(mean=9.3, deviation=0.123, values={"a": 9.3}))
-    assert spread(None) == "\N{EN DASH}"
+def test_plain_forms():
+    assert [whole(n) for n in (12, 40_800, 181_034.4)] == ["12", "40,800", "181,034"]
+    assert [fixed(0.85, 3), fixed(9.966, 1)] == ["0.850", "10.0"]
+    assert [general(n) for n in (0.5, 1.0, 0.7)] == ["0.5", "1", "0.7"]
+    assert [rough(n) for n in (0.123, 0.02)] == ["0.12", "0.02"]
+    assert [percent(0.33), percent(0.0312, 1), percent(0.5, 2)] == ["33%", "3.1%", "50.00%"]

@@ -7,12 +7,16 @@ import math
 from html.parser import HTMLParser
 
 import pytest
+from jinja2 import UndefinedError
+from page_lab import EVIL, Outline, given, hostile
 
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.manifest import FileEntry
 from offsite.errors import ArtefactError, BadSchema, ConfigError, DataError, WrongBinding
 from offsite.evaluation.results import Answer, Crossing, Data, Parameters, Results, Row, Summary, write_results
+from offsite.report import page as module
 from offsite.report.config import ReportConfig
+from offsite.report.engine import environment, render
 from offsite.report.page import page, run
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -193,6 +197,43 @@ def test_nothing_in_the_results_becomes_markup():
     assert not any(name == "onload" for name, _ in shown.attributes)
     assert "<script" not in text
     assert shown.text.count(evil) > 15
+
+
+def full():
+    """Results with something in every place of the page."""
+    several = figure(0.2, 0.3, deviation=0.05)
+    rows = {name: row.model_copy(update={"tasks": {"arc": {"acc": several}}}) for name, row in sample().rows.items()}
+    runs = {"distill": {"steps": 300, "best_loss": 0.2}}
+    return sample(rows=rows, task_metrics={"arc": {"acc": {"gap": several}}}, scale=0.5, runs=runs)
+
+
+def test_no_string_that_reaches_the_template_becomes_markup(monkeypatch):
+    template, values = given(monkeypatch, module, full(), sample_logs())
+    plain, read = Outline(render(template, values)), Outline(render(template, hostile(values)))
+    assert read.tags == plain.tags
+    assert sum(said.count(EVIL) for said in read.said if said) > 150
+    assert {"script", "figure", "svg", "blockquote"} - {tag for tag, _ in plain.tags} == {"script"}
+
+
+def test_a_value_that_is_missing_stops_the_page(monkeypatch):
+    template, values = given(monkeypatch, module, full(), sample_logs())
+    assert len(values) > 10
+    for name in values:
+        with pytest.raises(UndefinedError, match=f"'{name}' is undefined"):
+            render(template, {key: value for key, value in values.items() if key != name})
+
+
+def test_the_same_results_the_same_bytes():
+    once = page(full(), sample_logs())
+    environment.cache_clear()
+    assert page(full(), sample_logs()) == once
+
+
+def test_figures_over_seeds_have_a_deviation():
+    text = page(full(), {})
+    assert '<td class="number">0.250<span class="deviation"> ± 0.05</span></td>' in text
+    assert '<td class="number">18.3</td>' in text
+    assert '<td class="number">\N{EN DASH}</td>' in text
 
 
 def test_it_claims_no_more_than_was_measured():

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offsite.errors import ConfigError, RunFailed, TooLarge, WrongNames
-from offsite.sealed.encryption import check_payload, decrypt_files, encrypt_files, read_sealed, seal_files
+from offsite.sealed.encryption import decrypt_files, encrypt_files, seal_files
+from offsite.sealed.folder import check_payload, read_sealed
 from offsite.sealed.manifest import sealed_size, tensors_digest, verify_sealed
 from offsite.tensors import TensorSpec
 

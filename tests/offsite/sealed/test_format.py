@@ -211,7 +211,8 @@ def identity_of(who):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_offsite_still_opens_the_vectors(tmp_path, name):
-    from offsite.sealed.encryption import decrypt_files, read_sealed
+    from offsite.sealed.encryption import decrypt_files
+    from offsite.sealed.folder import read_sealed
     from offsite.sealed.manifest import verify_sealed
 
     raw = read_sealed(VECTORS / name)

@@ -17,9 +17,9 @@ from offsite.errors import (
     WrongNames,
     WrongRecipient,
 )
+from offsite.keys.trust import MAX_SKEW_SECONDS
 from offsite.sealed.manifest import (
     KINDS,
-    MAX_SKEW_SECONDS,
     SEALED_MANIFEST_LIMIT_BYTES,
     SIGN_PURPOSE,
     SUITE,

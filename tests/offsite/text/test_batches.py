@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from offsite.errors import ConfigError, DataError
-from offsite.text.batches import IGNORED, Batches, Encoded, Example, Record, collate, encode, pack, pad_id
+from offsite.text.batches import IGNORED, Batches, Encoded, Example, collate, encode, pack, pad_id
+from offsite.text.records import Record
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"

@@ -14,7 +14,8 @@ from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.errors import ConfigError, DataError, PolicyError, RunFailed, WrongBinding
 from offsite.evaluation.measure import perplexity
 from offsite.evaluation.results import read_logs, read_results
-from offsite.text.batches import encode, pack, read_records
+from offsite.text.batches import encode, pack
+from offsite.text.records import read_records
 from server.evaluation.candidates import read_own
 from server.evaluation.config import EvaluateConfig
 from server.evaluation.evaluate import held_out, run

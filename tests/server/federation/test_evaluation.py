@@ -14,7 +14,7 @@ from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.digests import model_digest
 from offsite.errors import ArtefactError, ConfigError, NotFinite, WrongNames, WrongShape
 from server.federation.evaluation import Watch, better, grown_model, state_digest, write_adapted
-from server.federation.federation import SHARED
+from server.federation.state import SHARED
 from server.plugging.adapted import open_adapted
 from server.plugging.fit import fit, plugged
 from server.registry.verify import adapter_tensors, verify_own

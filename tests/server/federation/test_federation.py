@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from adapters.norms import adapted_names, base_tensors
+from adapters.rounds import grown
 from adapters.updates import combined, dense, to_tensors
 from offsite.artefacts.job import Job
 from offsite.artefacts.round import open_round
 from offsite.errors import BadDigest, ConfigError, NormTooLarge, RunFailed, WrongBinding
 from offsite.exchange.packing import pack
 from offsite.keys.trust import TrustStore
-from server.federation.federation import SHARED
+from server.federation.state import SHARED
 from server.plugging.config import PlugConfig
 from server.plugging.plug import run as plug
-from server.registry.intake import asked_round, grown
+from server.registry.intake import asked_round
 from server.registry.verify import adapter_tensors, expected_tensors, verify_adapter
 
 

@@ -14,9 +14,9 @@ from offsite.exchange.verbs import seal_run
 from offsite.faults import ROUND_POINTS, set_hook
 from offsite.secagg.terms import read_terms
 from offsite.tensors import TensorSpec
+from server.federation.results import finish
 from server.federation.securerounds import SecureRounds
 from server.federation.secureterms import secure_terms
-from server.federation.serve import finish
 from server.federation.state import SHARED
 
 

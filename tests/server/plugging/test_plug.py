@@ -30,8 +30,10 @@ from offsite.errors import (
 )
 from offsite.modelling.load import load_model
 from server.evaluation.candidates import read_own
+from server.plugging.adapted import load_adapted
 from server.plugging.config import PlugConfig
-from server.plugging.plug import fit, load_adapted, merge, plug, plugged, run
+from server.plugging.fit import fit, plug, plugged
+from server.plugging.plug import merge, run
 from server.plugging.probe import deviation
 from server.registry.registry import Registry
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from offsite.errors import RunFailed
+from server.http.serve import listen
 from server.serving.app import build_app
-from server.serving.serve import Process, listen
+from server.serving.serve import Process
 
 KEY = "a-key-for-tests"
 FEVER = "the patient has a fever"

@@ -17,8 +17,9 @@ from pydantic import ValidationError
 
 import server.serving.serve
 from offsite.errors import ConfigError, RunFailed
+from server.http.serve import listen
 from server.serving.config import ServeConfig
-from server.serving.serve import listen, load_served, read_key, serve
+from server.serving.serve import load_served, read_key, serve
 
 
 def config(tmp_path, **fields):
