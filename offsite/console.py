@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+
+PLAYED = "OFFSITE_PLAYED"
+"""Environment variable that says to a verb that it is a stage of another one."""
 
 _LINE_EVERY_SECONDS = 10.0
 
@@ -37,7 +41,12 @@ def utc(seconds: float) -> str:
 
 
 def say_next(*words: object) -> None:
-    """One line is on stderr: the command that comes next, as it can be typed; words in capitals are to be filled in."""
+    """One line is on stderr: the command that comes next, as it can be typed; words in capitals are to be filled in.
+
+    Of a verb that another one plays as a stage, nothing: there the stages say what comes next.
+    """
+    if PLAYED in os.environ:
+        return
     say(f"next: {shlex.join(str(word) for word in words)}")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from offsite import __version__
-from offsite.console import say
+from offsite.console import PLAYED, say
 from offsite.errors import RunFailed
 from offsite.staging import staged_file
 
@@ -129,7 +129,8 @@ def _environment(num_running: int) -> dict[str, str]:
     Threads that spin instead made a tuning step 2.5 times slower on two cores that something else was using too.
     """
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(max(1, num_cores // num_running)), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    threads = {"OMP_NUM_THREADS": str(max(1, num_cores // num_running)), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**threads, **os.environ, PLAYED: "1"}
 
 
 def _finish(stage: Stage, code: int, notes: Path) -> None:

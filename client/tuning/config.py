@@ -166,7 +166,8 @@ class TuneConfig(AdapterSettings, TextSettings):
 
     def is_far_beyond_usual(self) -> bool:
         """Tell whether the rate is far beyond what this kind of adapter is tuned with."""
-        return self.rate() > _FAR * LEARNING_RATES[self.adapter]
+        usual = LEARNING_RATES.get(self.adapter)  # of a kind that was registered from outside none is known
+        return usual is not None and self.rate() > _FAR * usual
 
     def within(self, manifest: RoundManifest) -> TuneConfig:
         """Return these settings with what a federation's round asks for: adapter, steps, rate.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from two_parties import TwoParties
@@ -18,8 +19,11 @@ def parties(tmp_path, monkeypatch, capsys):
 TUNE = "tune package --data private.jsonl --block-tokens 64 --steps 4 --adapter lora -o out --learning-rate"
 
 
-def test_it_is_said_loudly_with_both_losses(parties):
-    found = parties.run("client", f"{TUNE} 300")
+def test_it_is_said_loudly_with_both_losses(parties, monkeypatch):
+    losses = iter([2.0, 3.5, 3.25, 3.75, 4.0])  # before tuning, and after each of four steps
+    monkeypatch.setattr("client.tuning.tune.perplexity", lambda *_, **__: SimpleNamespace(loss=next(losses)))
+    found = parties.run("client", f"{TUNE} 5 --evaluate-every 1")
+    assert (found["before_loss"], found["best_loss"], found["best_step"]) == (2.0, 3.25, 2)
     assert found["best_loss"] > found["before_loss"]
     said = f"best validation loss {found['best_loss']:.4f} at step {found['best_step']}, "
     assert f"{said}before tuning {found['before_loss']:.4f}" in parties.told

@@ -51,6 +51,7 @@ def in_this_process(monkeypatch):
         played[stage.name] = list(stage.words)
         with pytest.MonkeyPatch.context() as patched, (notes / f"{stage.name}.out").open("w") as out:
             patched.chdir(stage.party)
+            patched.setenv("OFFSITE_PLAYED", "1")
             with contextlib.redirect_stdout(out):
                 return Ended(cli(list(stage.words)))
 
@@ -148,8 +149,11 @@ def test_it_says_what_to_do_with_the_best(rehearse, in_this_process, texts):
     found = Rehearsal.model_validate_json((texts / "found.json").read_bytes())
     assert {one.scale for one in found.trials} == {1.0, 0.75, 0.5}
     assert best["plugged_in"] < best["zero_shot"]  # of text it was tuned on, to be sure of it
-    share = "" if best["scale"] == 1 else f", then plug in with --scale {best['scale']:g}"
-    assert f"job create ... --learning-rate 0.01{share}" in " ".join(err.split())
+    assert (f"--scale {best['scale']:g}" in err) is (best["scale"] != 1)
+    (command,) = [line for line in err.splitlines() if line.startswith("next: offsite job create ")]
+    assert "--client FINGERPRINT --registry registry" in command
+    assert command.endswith(" --learning-rate 0.01 -o job")
+    assert "--adapter lora" in command
 
 
 def test_a_package_that_carries_nothing_over_is_said_to(rehearse, in_this_process, monkeypatch):
