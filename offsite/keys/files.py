@@ -147,10 +147,9 @@ def check_folder(folder: Path) -> None:
 
 
 def _for_people(folder: Path) -> str:
-    """Return the place as it can be typed: from the home folder where it is below it."""
-    whole = Path(os.path.abspath(folder))  # noqa: PTH100 - without following links
+    """Return the place as it was typed, or from the home folder on: the usual one was not typed at all."""
     home = Path.home()
-    return repr(f"~/{whole.relative_to(home)}" if whole.is_relative_to(home) else str(whole))
+    return repr(f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder))
 
 
 def _other_keys(missing: Path) -> str:

@@ -55,5 +55,5 @@ def test_who_has_keys_here_is_told_to_name_them(parties):
 def test_who_has_none_is_told_how_to_make_them(parties):
     (parties.owner / "keys").rename(parties.owner / "elsewhere")
     parties.run("owner", "registry list --registry registry --keys gone", code=2)
-    assert f"no keys folder at {str(parties.owner / 'gone')!r}" in parties.told
+    assert "no keys folder at 'gone'" in parties.told
     assert "offsite keygen" in parties.told

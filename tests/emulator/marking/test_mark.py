@@ -437,7 +437,7 @@ REFUSALS = {
     "mark package --keys keys -o out": (2, "--recipient is missing"),
     f"mark package --recipient {ALICE} --keys keys -o package": (2, "output 'package' already exists"),
     f"mark package --recipient {ALICE} --keys keys -o taken": (2, "output 'taken.owner.json' already exists"),
-    f"mark package --recipient {ALICE} --keys nokeys -o out": (2, "no keys folder named 'nokeys'"),
+    f"mark package --recipient {ALICE} --keys nokeys -o out": (2, "no keys folder at 'nokeys'"),
     f"mark package --recipient {ALICE} --keys open -o out": (3, "keys folder 'open' is open to others"),
     f"mark shipped --recipient {ALICE} --keys keys -o out": (3, "no owner's record 'shipped.owner.json'"),
     f"mark foreign --recipient {ALICE} --keys keys -o out": (3, "'foreign.owner.json' is the record of another"),
