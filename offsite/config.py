@@ -23,6 +23,7 @@ OUTPUT: JsonDict = {"short": "-o"}
 REPEATED: JsonDict = {"repeated": True}
 """How a setting is typed: as a word, in field order; by a short flag, too; more than once."""
 
+NEEDED: JsonDict = {"panel": "Needed"}
 USUAL: JsonDict = {"panel": "Usual"}
 DATA: JsonDict = {"panel": "Data"}
 COMPRESSION: JsonDict = {"panel": "Compression"}
@@ -37,14 +38,13 @@ NETWORK: JsonDict = {"panel": "Network"}
 LIMITS: JsonDict = {"panel": "Limits"}
 MACHINE: JsonDict = {"panel": "Machine"}
 KEYS: JsonDict = {"panel": "Keys"}
-"""Where a setting stands in ``--help``; what must be given stands first, whatever it says."""
+"""Where a setting stands in ``--help``; what must be given stands in the first panel by itself."""
 
-NEEDED = "Needed"
-PANELS = (
-    NEEDED,
-    *(str(one["panel"]) for one in (USUAL, DATA, COMPRESSION, ADAPTER, TRAINING, ROUNDS, COMBINING, MEASURING)),
-    *(str(one["panel"]) for one in (ATTACK, PRIVACY, NETWORK, LIMITS, MACHINE, KEYS)),
+_IN_ORDER: tuple[JsonDict, ...] = (
+    *(NEEDED, USUAL, DATA, COMPRESSION, ADAPTER, TRAINING, ROUNDS, COMBINING),
+    *(MEASURING, ATTACK, PRIVACY, NETWORK, LIMITS, MACHINE, KEYS),
 )
+PANELS = tuple(str(one["panel"]) for one in _IN_ORDER)
 """The panels of ``--help``, in their order."""
 
 
@@ -109,7 +109,7 @@ def is_positional(field: FieldInfo) -> bool:
 
 def panel_of(field: FieldInfo) -> str:
     """Return the panel of ``--help`` that shows the field."""
-    return NEEDED if field.is_required() else str(declared(field).get("panel", USUAL["panel"]))
+    return str((NEEDED if field.is_required() else USUAL | declared(field))["panel"])
 
 
 def declared(field: FieldInfo) -> JsonDict:

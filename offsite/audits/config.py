@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from offsite.config import PRIVACY, USUAL, VerbConfig
+from offsite.config import PRIVACY, VerbConfig
 
 
 class PackageGates(VerbConfig):
@@ -35,5 +35,5 @@ class LeakageSettings(VerbConfig):
     accept_leakage: bool = Field(
         False,
         description="let a bundle go although a gate failed, or not all was measured on it; reports show that",
-        json_schema_extra=USUAL,
+        json_schema_extra=PRIVACY,
     )

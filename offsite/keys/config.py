@@ -45,7 +45,7 @@ class PassphraseConfig(VerbConfig):
     )
 
 
-class IdentityConfig(KeysConfig, PassphraseConfig):
+class IdentityConfig(PassphraseConfig, KeysConfig):
     """Base of verbs that sign or decrypt with this party's keys."""
 
 

@@ -12,7 +12,7 @@ from offsite.config import KEYS, OUTPUT, POSITIONAL, USUAL
 from offsite.keys.config import IdentityConfig
 
 
-class SealConfig(IdentityConfig, LeakageSettings, PackageGates):
+class SealConfig(IdentityConfig, PackageGates, LeakageSettings):
     """Settings of ``offsite seal INPUT -o SEALED --job JOB``."""
 
     verb: ClassVar[str] = "seal"

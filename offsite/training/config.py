@@ -58,7 +58,7 @@ class SeedSettings(VerbConfig):
     seed: int = Field(0, ge=0, description="seed of everything random in the run", json_schema_extra=MACHINE)
 
 
-class TrainingSettings(DeviceSettings, SeedSettings):
+class TrainingSettings(SeedSettings, DeviceSettings):
     """Base of verbs that train."""
 
     batch_size: int = Field(4, ge=1, description="sequences per optimiser step", json_schema_extra=TRAINING)

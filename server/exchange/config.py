@@ -8,12 +8,11 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from offsite.config import LIMITS, NETWORK, OUTPUT, REPEATED, USUAL, VerbConfig
-from offsite.keys.config import IdentityConfig
 from server.http.config import ListenSettings
-from server.registry.config import RegistryConfig
+from server.registry.config import OwnRegistryConfig
 
 
-class ServeExchangeConfig(IdentityConfig, RegistryConfig, ListenSettings):
+class ServeExchangeConfig(OwnRegistryConfig, ListenSettings):
     """Settings of ``offsite exchange serve --registry DIR --outbox DIR``."""
 
     verb: ClassVar[str] = "exchange serve"

@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 
 from offsite.artefacts.round import MAX_STEPS
 from offsite.config import COMBINING, MEASURING, NETWORK, OUTPUT, PRIVACY, ROUNDS, USUAL
-from offsite.keys.config import NAME_PATTERN, IdentityConfig
+from offsite.keys.config import NAME_PATTERN
 from offsite.modelling.config import ModelFlag
 from offsite.text.config import BlockSettings
 from server.exchange.config import ServeExchangeConfig
-from server.registry.config import RegistryConfig
+from server.registry.config import OwnRegistryConfig
 
 Rule = Literal["mean", "trimmed-mean", "median", "krum", "multi-krum"]
 
@@ -199,7 +199,7 @@ class RoundsConfig(ModelFlag, BlockSettings):
         return self.model_dump(mode="json", include=set(_FIXED))
 
 
-class FederationConfig(RoundsConfig, IdentityConfig, RegistryConfig):
+class FederationConfig(RoundsConfig, OwnRegistryConfig):
     """The same, and this owner's keys, registry and jobs."""
 
     verb: ClassVar[str] = "federate serve"

@@ -71,7 +71,11 @@ class RegisteredConfig(RegistryConfig):
     id: str = Field(description="id of a bundle, as intake said", json_schema_extra=POSITIONAL)
 
 
-class IntakeConfig(IdentityConfig, RegistryConfig):
+class OwnRegistryConfig(IdentityConfig, RegistryConfig):
+    """What every verb needs that takes bundles in: the registry, and this owner's keys with their passphrase."""
+
+
+class IntakeConfig(OwnRegistryConfig):
     """Settings of ``offsite intake SEALED --registry DIR``."""
 
     verb: ClassVar[str] = "intake"
