@@ -79,7 +79,7 @@ def _app(chosen: str | None, arguments: list[str]) -> Any:
     """Return the Typer application; only the chosen verb's settings are imported."""
     import typer
 
-    from offsite.commands.pages import WIDTH, GroupPage, VerbPage
+    from offsite.commands.pages import WIDTH, GroupPage
 
     app = typer.Typer(
         name="offsite",
@@ -102,10 +102,7 @@ def _app(chosen: str | None, arguments: list[str]) -> Any:
                 app.add_typer(groups[group[0]], name=group[0])
             target = groups[group[0]]
         if name == chosen:
-            settings = _resolve(verb.settings)
-            target.command(word, cls=VerbPage, context_settings={"obj": settings}, help=verb.summary)(
-                _command(name, verb, settings, arguments)
-            )
+            _add(target, name, verb, arguments)
         else:
             target.command(word, help=verb.summary)(_placeholder)
     return app
@@ -161,6 +158,17 @@ def _placeholder() -> None:
     pass  # stands for a verb that was not called; its help is the summary alone
 
 
+def _add(app: Any, name: str, verb: Verb, arguments: list[str]) -> None:
+    """The application has the verb, with its settings for flags."""
+    from offsite.commands.settings import VerbPage
+
+    cls = _resolve(verb.settings)
+    word = name.split()[-1]
+    app.command(word, cls=VerbPage, context_settings={"obj": cls}, help=verb.summary)(
+        _command(name, verb, cls, arguments)
+    )
+
+
 def _command(name: str, verb: Verb, cls: type[VerbConfig], arguments: list[str]) -> Callable[..., int]:
     """Return a function whose signature Typer turns into the verb's flags."""
     from offsite.config import build, is_positional
@@ -182,9 +190,8 @@ def _command(name: str, verb: Verb, cls: type[VerbConfig], arguments: list[str])
             launch = _resolve("offsite.training.processes:launch")
             return int(launch(config.launch, arguments))  # type: ignore[attr-defined]
         if getattr(config, "sealed_off", False):
-            _resolve("client.tuning.sandbox:enter")(
-                config
-            )  # before the function's module loads torch and starts threads
+            enter = _resolve("client.tuning.sandbox:enter")
+            enter(config)  # before the function's module loads torch and starts threads
         result = _resolve(verb.function)(config)
         if _speaks():
             print(json.dumps(result, sort_keys=True, allow_nan=False), flush=True)
@@ -197,22 +204,21 @@ def _flags(cls: type[VerbConfig]) -> list[inspect.Parameter]:
     """Return a parameter for the verb's words, one for each of its flags, and one for ``--config``."""
     import typer
 
-    from offsite.commands.completion import Value
-    from offsite.commands.pages import CONFIG, explained, metavar, spellings
+    from offsite.commands.settings import CONFIG, explained, metavar, spellings, value
     from offsite.config import declared, is_positional
 
-    words = typer.Argument(hidden=True, click_type=Value(Path))
+    words = typer.Argument(hidden=True, click_type=value(Path))
     parameters = [_parameter("words", list[str] | None, words)]
     for field, info in cls.model_fields.items():
         if is_positional(info):
             continue
         kind: Any = list[str] if declared(info).get("repeated") else str
-        given: dict[str, Any] = {"metavar": metavar(info.annotation), "click_type": Value(info.annotation)}
+        given: dict[str, Any] = {"metavar": metavar(info.annotation), "click_type": value(info.annotation)}
         if info.annotation is bool:
             kind, given = bool, {}
         option = typer.Option(*spellings(field, info), help=explained(info), show_default=False, **given)
         parameters.append(_parameter(field, kind | None, option))
-    option = typer.Option("--config", help=CONFIG[1], click_type=Value(Path), show_default=False)
+    option = typer.Option("--config", help=CONFIG[1], click_type=value(Path), show_default=False)
     parameters.append(_parameter("config_file", str | None, option))
     return parameters
 

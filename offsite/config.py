@@ -55,7 +55,14 @@ class VerbConfig(BaseModel):
     What several verbs take is declared once, in a class that they inherit.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=False, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        validate_default=False,
+        allow_inf_nan=False,
+        defer_build=True,  # --help needs no validator, and a base never does
+    )
     verb: ClassVar[str]
 
 

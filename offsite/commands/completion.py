@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, get_args
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class, shell_complete
 
-from offsite.commands.pages import choices
 from offsite.errors import ConfigError
 
 VARIABLE = "_OFFSITE_COMPLETE"
@@ -50,16 +47,12 @@ class Value(click.ParamType):
 
     name = "text"
 
-    def __init__(self, kind: Any) -> None:
-        self.words: Sequence[str] = choices(kind)
-        self.is_file = _holds_path(kind)
+    def __init__(self, words: Sequence[str] = (), *, is_file: bool = False) -> None:
+        self.words = words
+        self.is_file = is_file
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the choices that begin so; a mark for the shell to complete files."""
         if self.is_file:
             return [CompletionItem(incomplete, type="file")]
         return [CompletionItem(word) for word in self.words if word.startswith(incomplete)]
-
-
-def _holds_path(kind: Any) -> bool:
-    return kind is Path or any(_holds_path(part) for part in get_args(kind))

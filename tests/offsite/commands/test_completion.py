@@ -100,7 +100,8 @@ def test_a_shell_without_a_script_is_refused(capsys):
 
 def test_bash_completes_by_the_script(tmp_path):
     """The shell itself: evaluate the script, press the key, see what it offers."""
-    press = "COMPREPLY=(); COMP_WORDS=({words}); COMP_CWORD={at}; _offsite_completion offsite; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    press = "COMPREPLY=(); COMP_WORDS=({words}); COMP_CWORD={at}; _offsite_completion offsite; "
+    press += "printf '%s\\n' \"${{COMPREPLY[@]}}\""
     lines = [
         'eval "$(offsite --show-completion bash)"',
         "complete -p offsite",
@@ -135,6 +136,5 @@ def test_completing_imports_the_verbs_settings_alone():
         "assert 'emulator.distillation.distill' not in sys.modules",
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, capture_output=True, text=True)
-    assert set(done.stdout.split()) == {
-        f"plain,--{name}" for name in ("batch-size", "block-tokens", "blocks", "bottom")
-    }
+    flags = {line.removeprefix("plain,--") for line in done.stdout.split()}
+    assert flags == {"batch-size", "block-tokens", "blocks", "bottom"}

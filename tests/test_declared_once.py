@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 
 from offsite import cli
@@ -38,7 +39,7 @@ def declarations() -> dict[tuple[str, str, str], set[str]]:
     settings = [cli._resolve(verb.settings) for verb in cli.VERBS.values()]
     found: dict[tuple[str, str, str], set[str]] = defaultdict(set)
     for cls in {part for one in settings for part in one.__mro__ if issubclass(part, VerbConfig)}:
-        for name in cls.__dict__.get("__annotations__", {}).keys() & cls.model_fields.keys():
+        for name in inspect.get_annotations(cls).keys() & cls.model_fields.keys():
             field = cls.model_fields[name]
             found[name, str(field.annotation), repr(field.default)].add(cls.__qualname__)
     return found
