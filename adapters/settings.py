@@ -7,10 +7,12 @@ from typing import Literal
 from pydantic import Field
 
 from offsite.artefacts.bundle import AdapterSpec
-from offsite.config import VerbConfig
+from offsite.config import ADAPTER, TRAINING, VerbConfig
 from offsite.errors import ConfigError
+from offsite.text.config import TextSettings
+from offsite.training.config import TrainingSettings
 
-__all__ = ["ADAPTER_FIELDS", "AdapterSettings", "AdapterShape"]
+__all__ = ["ADAPTER_FIELDS", "AdapterSettings", "AdapterShape", "TuningSettings"]
 
 ADAPTER_FIELDS = {
     "adapter": "kind",
@@ -27,18 +29,30 @@ ADAPTER_FIELDS = {
 class AdapterShape(VerbConfig):
     """What an adapter is, but for its rank: a federation has another setting of that name."""
 
-    adapter: str = Field("blocks", description="kind of adapter: blocks, lora, rslora, dora or bitfit")
-    placement: str = Field("2+2", description="blocks of the bottom and top end that carry it, as 2+2 or 0+2, or all")
-    targets: Literal["all-linear", "attention", "mlp"] = Field("all-linear", description="LoRA: modules that carry it")
-    alpha: float = Field(16.0, gt=0, description="LoRA: scale, divided by the rank (rsLoRA: by its root)")
-    dropout: float = Field(0.0, ge=0, lt=1, description="LoRA: dropout before the adapter")
-    adapter_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the bundle's tensors")
+    adapter: str = Field(
+        "blocks", description="kind of adapter: blocks, lora, rslora, dora or bitfit", json_schema_extra=ADAPTER
+    )
+    placement: str = Field(
+        "2+2",
+        description="blocks of the bottom and top end that carry it, as 2+2 or 0+2, or all",
+        json_schema_extra=ADAPTER,
+    )
+    targets: Literal["all-linear", "attention", "mlp"] = Field(
+        "all-linear", description="LoRA: modules that carry it", json_schema_extra=ADAPTER
+    )
+    alpha: float = Field(
+        16.0, gt=0, description="LoRA: scale, divided by the rank (rsLoRA: by its root)", json_schema_extra=ADAPTER
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="LoRA: dropout before the adapter", json_schema_extra=ADAPTER)
+    adapter_dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="dtype of the bundle's tensors", json_schema_extra=ADAPTER
+    )
 
 
 class AdapterSettings(AdapterShape):
     """Base of verbs that describe an adapter."""
 
-    rank: int = Field(8, ge=1, le=4096, description="LoRA: rank")
+    rank: int = Field(8, ge=1, le=4096, description="LoRA: rank", json_schema_extra=ADAPTER)
 
     def spec(self) -> AdapterSpec:
         """Return the adapter these settings describe.
@@ -53,3 +67,15 @@ class AdapterSettings(AdapterShape):
                 f"--adapter {self.adapter} --placement {self.placement}: no such adapter",
                 hint="--placement is BOTTOM+TOP, as 2+2, or all",
             ) from None
+
+
+class TuningSettings(AdapterSettings, TextSettings, TrainingSettings):
+    """Base of verbs that tune an adapter on text: a client's, and its owner's rehearsal of one."""
+
+    validation: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="share of the documents held out to choose the checkpoint",
+        json_schema_extra=TRAINING,
+    )

@@ -1,4 +1,4 @@
-"""The command line: a table from verb to settings and function, resolved only when a verb is called.
+"""The command line: from typed words to a verb's settings and function, resolved only when the verb is called.
 
 People read stderr; the last line of stdout is one JSON object. Exit codes are in ``offsite/errors.py``.
 """
@@ -12,222 +12,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from offsite.commands.verbs import GROUPS, VERBS, Verb, verb_of
 from offsite.errors import ConfigError, OffsiteError
 
+if TYPE_CHECKING:
+    from offsite.config import VerbConfig
 
-@dataclass(frozen=True)
-class Verb:
-    """One verb: a line for ``--help``, where its settings are and where its function is."""
-
-    summary: str
-    settings: str
-    function: str
-
-
-VERBS: dict[str, Verb] = {
-    "fetch": Verb(
-        "get the demo's 135M model and convert it once",
-        "offsite.modelling.config:FetchConfig",
-        "offsite.modelling.fetch:run",
-    ),
-    "distill": Verb(
-        "owner: make a package (emulator, ends) of a model",
-        "emulator.distillation.config:DistillConfig",
-        "emulator.distillation.distill:run",
-    ),
-    "mark": Verb(
-        "owner: mark a package for one recipient, to trace a leak",
-        "emulator.marking.config:MarkConfig",
-        "emulator.marking.mark:run",
-    ),
-    "trace": Verb(
-        "owner: find whose marked package a model comes from",
-        "emulator.marking.config:TraceConfig",
-        "emulator.marking.leak:run",
-    ),
-    "audit package": Verb(
-        "owner: measure what a package gives away of the model",
-        "emulator.audit.config:AuditPackageConfig",
-        "emulator.audit.audit:run",
-    ),
-    "inspect": Verb(
-        "anyone: show what a package or bundle holds, verified",
-        "offsite.artefacts.config:InspectConfig",
-        "offsite.artefacts.inspect:run",
-    ),
-    "tune": Verb(
-        "client: tune an adapter on private data", "client.tuning.config:TuneConfig", "client.tuning.tune:run"
-    ),
-    "canaries": Verb(
-        "client: make up rows that show what tuning gives away",
-        "client.audit.canaryconfig:CanaryConfig",
-        "client.audit.canaries:run",
-    ),
-    "audit bundle": Verb(
-        "client: measure what a bundle gives away of its data",
-        "client.audit.config:AuditBundleConfig",
-        "client.audit.audit:run",
-    ),
-    "audit plugged-in": Verb(
-        "owner: measure what an adapter gives away in the full model, by the client's canaries",
-        "server.evaluation.auditconfig:AuditPluggedConfig",
-        "server.evaluation.audit:run",
-    ),
-    "plug-in": Verb(
-        "owner: put a returned adapter into the full model",
-        "server.plugging.config:PlugConfig",
-        "server.plugging.plug:run",
-    ),
-    "keygen": Verb(
-        "anyone: make this party's keys and its public card",
-        "offsite.keys.config:KeygenConfig",
-        "offsite.keys.identity:run",
-    ),
-    "trust add": Verb(
-        "anyone: pin another party's card by its fingerprint",
-        "offsite.keys.config:TrustAddConfig",
-        "offsite.keys.trust:add",
-    ),
-    "trust list": Verb(
-        "anyone: show the pinned parties", "offsite.keys.config:TrustListConfig", "offsite.keys.trust:show"
-    ),
-    "trust revoke": Verb(
-        "anyone: trust a pinned party no longer", "offsite.keys.config:TrustRevokeConfig", "offsite.keys.trust:revoke"
-    ),
-    "rehearse": Verb(
-        "owner: play a client first, to see what comes back",
-        "server.evaluation.rehearseconfig:RehearseConfig",
-        "server.evaluation.rehearse:run",
-    ),
-    "job create": Verb(
-        "owner: set the terms for one client", "server.registry.config:JobCreateConfig", "server.registry.job:run"
-    ),
-    "seal": Verb(
-        "anyone: encrypt and sign a job, package, bundle or report",
-        "offsite.sealed.config:SealConfig",
-        "offsite.exchange.verbs:seal_run",
-    ),
-    "open": Verb(
-        "anyone: verify and decrypt a sealed folder",
-        "offsite.sealed.config:OpenConfig",
-        "offsite.exchange.verbs:open_run",
-    ),
-    "rewrap": Verb(
-        "anyone: address a sealed folder to another key of its recipient",
-        "offsite.sealed.config:RewrapConfig",
-        "offsite.exchange.verbs:rewrap_run",
-    ),
-    "intake": Verb(
-        "owner: verify a client's sealed bundle and register it",
-        "server.registry.config:IntakeConfig",
-        "server.registry.intake:run",
-    ),
-    "registry list": Verb(
-        "owner: what arrived and what became of it",
-        "server.registry.config:RegistryListConfig",
-        "server.registry.verbs:list_run",
-    ),
-    "registry show": Verb(
-        "owner: one arrival in full", "server.registry.config:RegistryShowConfig", "server.registry.verbs:show_run"
-    ),
-    "registry accept": Verb(
-        "owner: allow a verified bundle to be plugged in",
-        "server.registry.config:RegistryAcceptConfig",
-        "server.registry.verbs:accept_run",
-    ),
-    "registry refuse": Verb(
-        "owner: refuse a bundle for good",
-        "server.registry.config:RegistryRefuseConfig",
-        "server.registry.verbs:refuse_run",
-    ),
-    "log verify": Verb(
-        "owner: check the registry's log from its first line",
-        "server.registry.config:LogVerifyConfig",
-        "server.registry.verbs:log_verify_run",
-    ),
-    "exchange serve": Verb(
-        "owner: serve sealed files over HTTP",
-        "server.exchange.config:ServeExchangeConfig",
-        "server.exchange.serve:serve_run",
-    ),
-    "exchange certificate": Verb(
-        "owner: make a TLS certificate for the exchange",
-        "server.exchange.config:CertificateConfig",
-        "server.exchange.serve:certificate_run",
-    ),
-    "exchange pull": Verb(
-        "client: fetch what the owner sealed for you",
-        "client.exchange.config:PullConfig",
-        "client.exchange.verbs:pull_run",
-    ),
-    "exchange push": Verb(
-        "client: hand in a sealed bundle", "client.exchange.config:PushConfig", "client.exchange.verbs:push_run"
-    ),
-    "exchange status": Verb(
-        "client: what became of a bundle", "client.exchange.config:StatusConfig", "client.exchange.verbs:status_run"
-    ),
-    "federate serve": Verb(
-        "owner: run a federation of clients over the exchange",
-        "server.federation.config:FederateServeConfig",
-        "server.federation.serve:serve_run",
-    ),
-    "realign": Verb(
-        "owner: let an emulator follow the model that a federation's rounds made",
-        "emulator.distillation.realignconfig:RealignConfig",
-        "emulator.distillation.realign:run",
-    ),
-    "federate join": Verb(
-        "client: take part in an owner's federation",
-        "client.federation.config:JoinConfig",
-        "client.federation.join:join_run",
-    ),
-    "federate node": Verb(
-        "client: take part through Flower's SuperNode, and run nothing it sends",
-        "client.federation.nodeconfig:NodeConfig",
-        "client.federation.node:node_run",
-    ),
-    "federate simulate": Verb(
-        "owner: try a whole federation in one process",
-        "server.federation.simulationconfig:SimulateConfig",
-        "server.federation.simulation:run",
-    ),
-    "evaluate": Verb(
-        "owner: zero-shot, emulator-tuned, plugged in",
-        "server.evaluation.config:EvaluateConfig",
-        "server.evaluation.evaluate:run",
-    ),
-    "serve": Verb(
-        "owner: serve an adapted model, OpenAI-style", "server.serving.config:ServeConfig", "server.serving.serve:run"
-    ),
-    "report run": Verb(
-        "anyone: a page from what evaluate wrote", "offsite.report.config:ReportConfig", "offsite.report.page:run"
-    ),
-    "report privacy": Verb(
-        "anyone: one signed report of what audits found",
-        "offsite.privacyreport.config:PrivacyReportConfig",
-        "offsite.privacyreport.issue:run",
-    ),
-    "report verify": Verb(
-        "auditor: check a privacy report, its signatures and its figures",
-        "offsite.privacyreport.config:ReportVerifyConfig",
-        "offsite.privacyreport.verify:run",
-    ),
-    "demo": Verb(
-        "both sides here, on a real model and text", "offsite.demo.config:DemoConfig", "offsite.demo.play:run"
-    ),
-}
-
-
-GROUPS: dict[str, str] = {
-    "audit": "both sides: measure what a bundle or package gives away",
-    "federate": "both sides: one adapter of many clients, over rounds",
-    "report": "anyone: a page, or a signed privacy report and its check",
-}
-"""What ``--help`` says of words that several roles' verbs begin with; of others, it is their first verb's line."""
 
 _INTERRUPTED = 130
 
@@ -257,10 +50,13 @@ def _dispatch(arguments: list[str]) -> int:
     import click
     import typer
 
-    words = [word for word in arguments if not word.startswith("-")]
-    chosen = next((name for name in VERBS if words[: len(name.split())] == name.split()), None)
-    app = _app(chosen, arguments)
-    command = typer.main.get_command(app)
+    from offsite.commands import completion
+
+    asked = completion.words_so_far()
+    chosen = verb_of(arguments if asked is None else asked)
+    command = typer.main.get_command(_app(chosen, arguments))
+    if asked is not None:
+        return completion.answer(command)
     try:
         outcome = command.main(args=arguments or ["--help"], prog_name="offsite", standalone_mode=False)
     except click.UsageError as error:
@@ -283,6 +79,39 @@ def _app(chosen: str | None, arguments: list[str]) -> Any:
     """Return the Typer application; only the chosen verb's settings are imported."""
     import typer
 
+    from offsite.commands.pages import WIDTH, GroupPage
+
+    app = typer.Typer(
+        name="offsite",
+        cls=GroupPage,
+        context_settings=WIDTH,
+        no_args_is_help=False,
+        add_completion=False,
+        rich_markup_mode=None,
+        help="Offsite-tuning: adapt a model to data that may not leave its owner, without the model leaving its own.",
+    )
+    app.callback()(_root())
+    groups: dict[str, Any] = {}
+    for name, verb in VERBS.items():
+        *group, word = name.split()
+        target = app
+        if group:
+            if group[0] not in groups:
+                groups[group[0]] = typer.Typer(cls=GroupPage, rich_markup_mode=None, help=GROUPS[group[0]])
+                groups[group[0]].callback()(_placeholder)  # a group with a single verb must still be typed in full
+                app.add_typer(groups[group[0]], name=group[0])
+            target = groups[group[0]]
+        if name == chosen:
+            _add(target, name, verb, arguments)
+        else:
+            target.command(word, help=verb.summary)(_placeholder)
+    return app
+
+
+def _root() -> Callable[..., None]:
+    """Return the function of ``offsite`` without a verb, whose options answer by their own callbacks."""
+    import typer
+
     def version(value: bool | None) -> None:
         if value:
             from offsite import __version__
@@ -290,37 +119,34 @@ def _app(chosen: str | None, arguments: list[str]) -> Any:
             print(__version__)
             raise typer.Exit
 
-    app = typer.Typer(
-        name="offsite",
-        no_args_is_help=False,
-        add_completion=False,
-        rich_markup_mode=None,
-        help="Offsite-tuning: adapt a model to data that may not leave its owner, without the model leaving its own.",
+    def show_completion(shell: str | None) -> None:
+        if shell is not None:
+            from offsite.commands.completion import script
+
+            print(script(shell), end="")
+            raise typer.Exit
+
+    def root(**_: Any) -> None: ...
+
+    shown = typer.Option("--version", callback=version, is_eager=True, help="print the version")
+    completion = typer.Option(
+        "--show-completion",
+        callback=show_completion,
+        is_eager=True,
+        metavar="SHELL",
+        help="print the script that completes verbs and flags in bash, zsh or fish",
+        show_default=False,
+    )
+    return _with_signature(
+        root, [_parameter("version", bool | None, shown), _parameter("show_completion", str | None, completion)]
     )
 
-    def root(**_: Any) -> None:
-        """Stands for the verbs' group; ``--version`` is answered by its own callback."""
 
-    option = typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
-    root.__signature__ = inspect.Signature([_parameter("version", bool | None, option)])  # type: ignore[attr-defined]
-    root.__annotations__ = {"version": Annotated[bool | None, option]}
-    root.__doc__ = None
-    app.callback()(root)
-
-    groups: dict[str, Any] = {}
-    for name, verb in VERBS.items():
-        *group, word = name.split()
-        target = app
-        if group:
-            if group[0] not in groups:
-                groups[group[0]] = typer.Typer(rich_markup_mode=None, help=GROUPS.get(group[0], verb.summary))
-                app.add_typer(groups[group[0]], name=group[0])
-            target = groups[group[0]]
-        function = _command(name, verb, arguments) if name == chosen else _placeholder
-        target.command(word, help=_words_help(verb) if name == chosen else verb.summary)(function)
-        if group:  # a group with a single command must still be typed in full
-            target.callback()(_placeholder)
-    return app
+def _with_signature(function: Callable[..., Any], parameters: list[inspect.Parameter]) -> Callable[..., Any]:
+    """Return the function with the parameters that Typer is to read off it."""
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return function
 
 
 def _speaks() -> bool:
@@ -332,16 +158,22 @@ def _placeholder() -> None:
     pass  # stands for a verb that was not called; its help is the summary alone
 
 
-def _command(name: str, verb: Verb, arguments: list[str]) -> Callable[..., int]:
+def _add(app: Any, name: str, verb: Verb, arguments: list[str]) -> None:
+    """The application has the verb, with its settings for flags."""
+    from offsite.commands.settings import VerbPage
+
+    cls = _resolve(verb.settings)
+    word = name.split()[-1]
+    app.command(word, cls=VerbPage, context_settings={"obj": cls}, help=verb.summary)(
+        _command(name, verb, cls, arguments)
+    )
+
+
+def _command(name: str, verb: Verb, cls: type[VerbConfig], arguments: list[str]) -> Callable[..., int]:
     """Return a function whose signature Typer turns into the verb's flags."""
-    import typer
+    from offsite.config import build, is_positional
 
-    from offsite.config import VerbConfig, build, flag_name, is_positional
-
-    cls: type[VerbConfig] = _resolve(verb.settings)
-    fields = cls.model_fields
-    positional = [field for field, info in fields.items() if is_positional(info)]
-    shown = " ".join(field.upper() for field in positional)
+    positional = [field for field, info in cls.model_fields.items() if is_positional(info)]
 
     def command(**given: Any) -> int:
         words: list[str] = list(given.pop("words") or [])
@@ -358,44 +190,37 @@ def _command(name: str, verb: Verb, arguments: list[str]) -> Callable[..., int]:
             launch = _resolve("offsite.training.processes:launch")
             return int(launch(config.launch, arguments))  # type: ignore[attr-defined]
         if getattr(config, "sealed_off", False):
-            _resolve("client.tuning.sandbox:enter")(
-                config
-            )  # before the function's module loads torch and starts threads
+            enter = _resolve("client.tuning.sandbox:enter")
+            enter(config)  # before the function's module loads torch and starts threads
         result = _resolve(verb.function)(config)
         if _speaks():
             print(json.dumps(result, sort_keys=True, allow_nan=False), flush=True)
         return 0
 
-    words = typer.Argument(metavar=f"{shown} [KEY=VALUE]...".lstrip(), hidden=True)  # told in the verb's own help
+    return _with_signature(command, _flags(cls))
+
+
+def _flags(cls: type[VerbConfig]) -> list[inspect.Parameter]:
+    """Return a parameter for the verb's words, one for each of its flags, and one for ``--config``."""
+    import typer
+
+    from offsite.commands.settings import CONFIG, explained, metavar, spellings, value
+    from offsite.config import declared, is_positional
+
+    words = typer.Argument(hidden=True, click_type=value(Path))
     parameters = [_parameter("words", list[str] | None, words)]
-    for field, info in fields.items():
-        if field in positional:
+    for field, info in cls.model_fields.items():
+        if is_positional(info):
             continue
-        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-        flag = flag_name(field)
+        kind: Any = list[str] if declared(info).get("repeated") else str
+        given: dict[str, Any] = {"metavar": metavar(info.annotation), "click_type": value(info.annotation)}
         if info.annotation is bool:
-            option = typer.Option(f"{flag}/--no-{flag[2:]}", help=_help(info), show_default=False)
-            parameters.append(_parameter(field, bool | None, option))
-            continue
-        spellings = [flag, str(extra["short"])] if "short" in extra else [flag]
-        repeated = extra.get("repeated", False)
-        option = typer.Option(*spellings, help=_help(info), metavar=_metavar(info.annotation), show_default=False)
-        parameters.append(_parameter(field, (list[str] if repeated else str) | None, option))
-    option = typer.Option("--config", help="YAML file with any of these settings.", metavar="FILE", show_default=False)
+            kind, given = bool, {}
+        option = typer.Option(*spellings(field, info), help=explained(info), show_default=False, **given)
+        parameters.append(_parameter(field, kind | None, option))
+    option = typer.Option("--config", help=CONFIG[1], click_type=value(Path), show_default=False)
     parameters.append(_parameter("config_file", str | None, option))
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
-
-
-def _words_help(verb: Verb) -> str:
-    """Return the verb's summary and what its words mean; typer prints no help of arguments with click 8.5."""
-    from offsite.config import is_positional
-
-    fields = _resolve(verb.settings).model_fields
-    told = {field.upper(): info.description for field, info in fields.items() if is_positional(info)}
-    told["KEY=VALUE"] = "any setting below; KEY.SUB=VALUE for one inside another"
-    return f"{verb.summary}\n\n\b\n" + "\n".join(f"{word:<10} {text}" for word, text in told.items())
+    return parameters
 
 
 def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
@@ -404,21 +229,6 @@ def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
 
 def _is_override(word: str) -> bool:
     return re.fullmatch(r"[a-z][a-z0-9_.]*=.*", word) is not None and not Path(word).exists()
-
-
-def _help(info: Any) -> str:
-    default = "" if info.is_required() or info.default in (None, (), {}) else f" [default: {info.default}]"
-    return (info.description or "") + default
-
-
-def _metavar(kind: Any) -> str:
-    if isinstance(kind, type):
-        return {"int": "N", "float": "X", "Path": "PATH", "str": "TEXT"}.get(kind.__name__, kind.__name__.upper())
-    choices = [repr(value).strip("'") for value in getattr(kind, "__args__", ()) if isinstance(value, str)]
-    if choices:
-        return "|".join(choices)
-    names = [_metavar(part) for part in getattr(kind, "__args__", ()) if part is not type(None)]
-    return names[0] if names else "TEXT"
 
 
 def _resolve(spec: str) -> Any:

@@ -13,19 +13,56 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from offsite.errors import ConfigError
 
+POSITIONAL: JsonDict = {"positional": True}
+OUTPUT: JsonDict = {"short": "-o"}
+REPEATED: JsonDict = {"repeated": True}
+"""How a setting is typed: as a word, in field order; by a short flag, too; more than once."""
+
+NEEDED: JsonDict = {"panel": "Needed"}
+USUAL: JsonDict = {"panel": "Usual"}
+DATA: JsonDict = {"panel": "Data"}
+COMPRESSION: JsonDict = {"panel": "Compression"}
+ADAPTER: JsonDict = {"panel": "Adapter"}
+TRAINING: JsonDict = {"panel": "Training"}
+ROUNDS: JsonDict = {"panel": "Rounds"}
+COMBINING: JsonDict = {"panel": "Combining"}
+MEASURING: JsonDict = {"panel": "Measuring"}
+ATTACK: JsonDict = {"panel": "Attacks"}
+PRIVACY: JsonDict = {"panel": "Privacy"}
+NETWORK: JsonDict = {"panel": "Network"}
+LIMITS: JsonDict = {"panel": "Limits"}
+MACHINE: JsonDict = {"panel": "Machine"}
+KEYS: JsonDict = {"panel": "Keys"}
+"""Where a setting stands in ``--help``; what must be given stands in the first panel by itself."""
+
+_IN_ORDER: tuple[JsonDict, ...] = (
+    *(NEEDED, USUAL, DATA, COMPRESSION, ADAPTER, TRAINING, ROUNDS, COMBINING),
+    *(MEASURING, ATTACK, PRIVACY, NETWORK, LIMITS, MACHINE, KEYS),
+)
+PANELS = tuple(str(one["panel"]) for one in _IN_ORDER)
+"""The panels of ``--help``, in their order."""
+
 
 class VerbConfig(BaseModel):
-    """Settings of one verb. Subclasses stand in ``<role>/config.py`` and import nothing heavy.
+    """Settings of one verb. Subclasses stand in the ``config.py`` of a folder and import nothing heavy.
 
-    A field marked ``json_schema_extra={"positional": True}`` is given as a word on the command line,
-    in field order; ``json_schema_extra={"short": "-o"}`` names a short flag.
+    ``json_schema_extra`` of a field says how it is typed and where ``--help`` shows it, as ``DATA | REPEATED``.
+    What several verbs take is declared once, in a class that they inherit.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=False, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        validate_default=False,
+        allow_inf_nan=False,
+        defer_build=True,  # --help needs no validator, and a base never does
+    )
     verb: ClassVar[str]
 
 
@@ -74,13 +111,29 @@ def flag_name(field_name: str) -> str:
 
 def is_positional(field: FieldInfo) -> bool:
     """Tell whether the field is given as a word rather than a flag."""
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("positional"))
+    return bool(declared(field).get("positional"))
+
+
+def panel_of(field: FieldInfo) -> str:
+    """Return the panel of ``--help`` that shows the field."""
+    return str((NEEDED if field.is_required() else USUAL | declared(field))["panel"])
+
+
+def declared(field: FieldInfo) -> JsonDict:
+    """Return what a field says of itself: how it is typed, and its panel."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def model_in(kind: Any) -> type[BaseModel] | None:
+    """Return the model that a setting holds, by itself or as an alternative to none."""
+    parts = (part for part in (kind, *get_args(kind)) if isinstance(part, type) and get_origin(part) is None)
+    return next((part for part in parts if issubclass(part, BaseModel)), None)
 
 
 def _put_flag(cls: type[BaseModel], values: dict[str, Any], name: str, given: object) -> None:
     """Put a flag's value; settings inside one setting are typed as ``--outer inner=1,other=2``."""
     words = [word.strip() for word in given.split(",")] if isinstance(given, str) else []
-    is_model = _model_in(cls.model_fields[name].annotation) is not None
+    is_model = model_in(cls.model_fields[name].annotation) is not None
     if not (is_model and words and all("=" in word for word in words)):
         values[name] = _json_value(cls.model_fields[name], given)
         return
@@ -89,18 +142,12 @@ def _put_flag(cls: type[BaseModel], values: dict[str, Any], name: str, given: ob
         _put(cls, values, [name, *key.split(".")], text)
 
 
-def _model_in(kind: Any) -> type[BaseModel] | None:
-    """Return the model that a setting holds, by itself or as an alternative to none."""
-    parts = (part for part in (kind, *get_args(kind)) if isinstance(part, type) and get_origin(part) is None)
-    return next((part for part in parts if issubclass(part, BaseModel)), None)
-
-
 def _put(cls: type[BaseModel], values: dict[str, Any], keys: list[str], text: str) -> None:
     field = cls.model_fields.get(keys[0])
     if len(keys) == 1 or field is None:
         values[".".join(keys)] = text if field is None else _json_value(field, text)
         return
-    inner, nested = _model_in(field.annotation), values.get(keys[0], {})
+    inner, nested = model_in(field.annotation), values.get(keys[0], {})
     if isinstance(nested, dict) and get_origin(field.annotation) is dict:
         values[keys[0]] = {**nested, ".".join(keys[1:]): text}
     elif isinstance(nested, dict) and inner is not None:

@@ -9,9 +9,10 @@ from pydantic import Field
 
 from client.audit.config import AuditBundleConfig
 from client.exchange.config import ExchangeConfig
-from client.tuning.config import TuneConfig
+from client.tuning.config import PrivateTextSettings, TuneConfig
+from offsite.audits.config import LeakageSettings
 from offsite.audits.gates import MIN_NONMEMBERS
-from offsite.config import VerbConfig, build
+from offsite.config import LIMITS, NETWORK, PRIVACY, USUAL, build
 from offsite.errors import ConfigError
 from offsite.keys.config import IdentityConfig
 
@@ -20,28 +21,41 @@ _ROUNDS_OWN = ("steps", "epochs", "learning_rate", "adapter", "placement", "targ
 _NOT_HERE = ("canaries", "launch", "disclose")
 
 
-class _Part(VerbConfig):
+class _Part(PrivateTextSettings, LeakageSettings):
     """What a client brings to every round."""
 
     package: Path = Field(description="opened package folder")
     job: Path = Field(description="opened job folder")
-    data: Path = Field(description="private text: .txt, .jsonl, .json or .csv, each optionally .gz")
     work: Path = Field(description="folder for rounds, checkpoints and bundles; made if there is none")
-    tune: dict[str, Any] = Field({}, description="settings of offsite tune, as tune.batch_size=8 or a block in YAML")
-    accept_leakage: bool = Field(
-        False, description="let each round's bundle go although not all was measured on it; needed, and recorded"
+    tune: dict[str, Any] = Field(
+        {}, description="settings of offsite tune, as tune.batch_size=8 or a block in YAML", json_schema_extra=USUAL
     )
     audit: bool = Field(
         False,
         description="measure each round's bundle before it goes; the first that fails a gate stays, and ends it",
+        json_schema_extra=USUAL,
     )
-    audit_rows: int = Field(2000, ge=1, description="rows trained on, and rows not, that such an audit scores at most")
-    colluders: int = Field(0, ge=0, description="secure rounds: clients you reckon to be in league with the owner")
+    audit_rows: int = Field(
+        2000,
+        ge=1,
+        description="rows trained on, and rows not, that such an audit scores at most",
+        json_schema_extra=PRIVACY,
+    )
+    colluders: int = Field(
+        0,
+        ge=0,
+        description="secure rounds: clients you reckon to be in league with the owner",
+        json_schema_extra=PRIVACY,
+    )
     secure_only: bool = Field(
-        False, description="refuse a round that asks for the bundle itself, not for a part of a sum"
+        False,
+        description="refuse a round that asks for the bundle itself, not for a part of a sum",
+        json_schema_extra=PRIVACY,
     )
-    limit_steps: int = Field(10_000, ge=1, description="most steps that a round may ask for")
-    limit_bytes: int = Field(2**36, ge=1, description="largest sealed round to take, in bytes")
+    limit_steps: int = Field(10_000, ge=1, description="most steps that a round may ask for", json_schema_extra=LIMITS)
+    limit_bytes: int = Field(
+        2**36, ge=1, description="largest sealed round to take, in bytes", json_schema_extra=LIMITS
+    )
 
 
 class MemberConfig(_Part, IdentityConfig):
@@ -109,8 +123,12 @@ class JoinConfig(_Part, ExchangeConfig):
 
     verb: ClassVar[str] = "federate join"
 
-    poll_seconds: float = Field(2.0, gt=0, description="seconds between two looks at what the owner asks")
-    idle_seconds: float = Field(86_400.0, gt=0, description="seconds without a round after which to give up")
+    poll_seconds: float = Field(
+        2.0, gt=0, description="seconds between two looks at what the owner asks", json_schema_extra=NETWORK
+    )
+    idle_seconds: float = Field(
+        86_400.0, gt=0, description="seconds without a round after which to give up", json_schema_extra=NETWORK
+    )
 
     def member(self) -> MemberConfig:
         """Return the part of the settings that does not depend on the way."""

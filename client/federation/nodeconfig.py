@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from offsite.config import VerbConfig
+from offsite.config import NETWORK, POSITIONAL, VerbConfig
 
 
 class NodeConfig(VerbConfig):
@@ -18,7 +18,7 @@ class NodeConfig(VerbConfig):
     superlink: str = Field(
         pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9.-]*):[0-9]{1,5}$",
         description="HOST:PORT of the owner's SuperLink",
-        json_schema_extra={"positional": True},
+        json_schema_extra=POSITIONAL,
     )
     client: Path = Field(description="file with this client's settings of every round, as offsite federate join has")
     app: str = Field(
@@ -26,9 +26,20 @@ class NodeConfig(VerbConfig):
     )
     node_key: Path = Field(description="private key that the SuperLink knows this node by: EC, OpenSSH, mode 0600")
     root_certificate: Path | None = Field(
-        None, description="PEM certificate that the SuperLink's is checked against; default: the system's"
+        None,
+        description="PEM certificate that the SuperLink's is checked against; default: the system's",
+        json_schema_extra=NETWORK,
     )
-    port: int = Field(0, ge=0, le=65535, description="loopback port between Flower's SuperNode and this; 0: any free")
+    port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="loopback port between Flower's SuperNode and this; 0: any free",
+        json_schema_extra=NETWORK,
+    )
     wait_seconds: float = Field(
-        86_400.0, gt=0, description="seconds without the SuperLink after which the node gives up"
+        86_400.0,
+        gt=0,
+        description="seconds without the SuperLink after which the node gives up",
+        json_schema_extra=NETWORK,
     )

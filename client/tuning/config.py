@@ -8,70 +8,88 @@ from typing import ClassVar, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from adapters.rates import LEARNING_RATES
-from adapters.settings import ADAPTER_FIELDS, AdapterSettings
+from adapters.settings import ADAPTER_FIELDS, TuningSettings
 from client.privacy.config import DPSettings
 from offsite.artefacts.bundle import DISCLOSABLE, AdapterSpec
 from offsite.artefacts.job import Job
 from offsite.artefacts.round import RoundManifest
-from offsite.config import flag_name
+from offsite.config import DATA, MACHINE, OUTPUT, POSITIONAL, PRIVACY, TRAINING, USUAL, VerbConfig, flag_name
 from offsite.errors import ConfigError
-from offsite.text.config import TextSettings
+from offsite.text.config import PackedTextSettings
+from offsite.training.config import LoopSettings, Schedule
 
 _FAR = 5  # times a kind's rate, past which an owner's advice is worth a second look
 
 
-class TuneConfig(AdapterSettings, TextSettings):
+class PrivateTextSettings(VerbConfig):
+    """Base of verbs that tune on the client's own text."""
+
+    data: Path = Field(description="private text: .txt, .jsonl, .json or .csv, each optionally .gz")
+
+
+class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, LoopSettings):
     """Settings of ``offsite tune PACKAGE --data FILE -o BUNDLE``."""
 
     model_config = ConfigDict(allow_inf_nan=False)
     verb: ClassVar[str] = "tune"
 
-    package: Path = Field(description="package folder from the owner", json_schema_extra={"positional": True})
+    package: Path = Field(description="package folder from the owner", json_schema_extra=POSITIONAL)
     job: Path | None = Field(
-        None, description="opened job folder: its adapter is the one that is tuned, for the package it names"
+        None,
+        description="opened job folder: its adapter is the one that is tuned, for the package it names",
+        json_schema_extra=USUAL,
     )
     round: Path | None = Field(
-        None, description="opened round folder of a federation: tuning goes on from its weights, as it says"
+        None,
+        description="opened round folder of a federation: tuning goes on from its weights, as it says",
+        json_schema_extra=TRAINING,
     )
-    data: Path = Field(description="private text: .txt, .jsonl, .json or .csv, each optionally .gz")
-    output: Path = Field(description="bundle folder to write", json_schema_extra={"short": "-o"})
+    output: Path = Field(description="bundle folder to write", json_schema_extra=OUTPUT)
 
     on_long: Literal["truncate", "error"] = Field(
-        "truncate", description="rows longer than the context: cut, or refuse"
+        "truncate", description="rows longer than the context: cut, or refuse", json_schema_extra=DATA
     )
-    pack: bool = Field(True, description="fill blocks of tokens across rows; otherwise one row per sequence")
-    validation: float = Field(0.1, gt=0, lt=1, description="share of the documents held out to choose the checkpoint")
-
     audit_share: float = Field(
-        0.0, ge=0, lt=1, description="share of the documents set aside at random, neither trained nor validated on"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the documents set aside at random, neither trained nor validated on",
+        json_schema_extra=PRIVACY,
     )
     canaries: Path | None = Field(
-        None, description="folder of offsite canaries: its made-up rows are trained on too, for audits; one bundle each"
+        None,
+        description="folder of offsite canaries: its made-up rows are trained on too, for audits; one bundle each",
+        json_schema_extra=PRIVACY,
     )
 
-    epochs: float = Field(3.0, gt=0, description="passes over the data, unless --steps says otherwise")
-    steps: int | None = Field(None, ge=1, description="optimiser steps, instead of --epochs")
-    batch_size: int = Field(4, ge=1, description="sequences per optimiser step")
-    accumulate: int = Field(1, ge=1, description="parts a step's batch is cut into, to save memory")
-    learning_rate: float | None = Field(None, gt=0, description="peak rate of AdamW; default: by kind of adapter")
-    warmup_steps: int = Field(10, ge=0, description="steps over which the rate rises; at most a tenth of all")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of matrices")
-    clip_norm: float = Field(1.0, ge=0, description="largest L2 norm of a step's gradient; 0 for none")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="arithmetic; auto: bf16 where it is fast")
-    gradient_checkpointing: bool = Field(False, description="save memory by computing activations twice")
-    seed: int = Field(0, ge=0, description="seed of the data order, the split and the adapter's start")
-    evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: ten times per run")
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints in OUTPUT.work")
-    resume: bool = Field(False, description="go on from the newest checkpoint in OUTPUT.work")
-    device: str = Field("auto", description="cpu, cuda, or auto for an accelerator if there is one")
-    launch: int = Field(0, ge=0, description="processes that share the work (FSDP2); 0 or 1 for none")
-    tensorboard: Path | None = Field(None, description="folder for TensorBoard's curves; none by default")
-    sealed_off: bool = Field(False, description="deny connections, other processes and writes beside the output")
-    dp: DPSettings | None = Field(
-        None, description="tune with differential privacy, as epsilon=8,clip=1.0; needs the extra privacy"
+    epochs: float = Field(
+        3.0, gt=0, description="passes over the data, unless --steps says otherwise", json_schema_extra=USUAL
     )
-    disclose: tuple[str, ...] = Field((), description=f"figures to put into the bundle: {', '.join(DISCLOSABLE)}")
+    steps: int | None = Field(None, ge=1, description="optimiser steps, instead of --epochs", json_schema_extra=USUAL)
+    learning_rate: float | None = Field(
+        None, gt=0, description="peak rate of AdamW; default: by kind of adapter", json_schema_extra=USUAL
+    )
+    warmup_steps: int = Field(
+        10, ge=0, description="steps over which the rate rises; at most a tenth of all", json_schema_extra=TRAINING
+    )
+    schedule: Schedule = Field("cosine", description="how the rate falls", json_schema_extra=TRAINING)
+    gradient_checkpointing: bool = Field(
+        False, description="save memory by computing activations twice", json_schema_extra=MACHINE
+    )
+    evaluate_every: int = Field(
+        0, ge=0, description="steps between validations; 0: ten times per run", json_schema_extra=TRAINING
+    )
+    sealed_off: bool = Field(
+        False, description="deny connections, other processes and writes beside the output", json_schema_extra=PRIVACY
+    )
+    dp: DPSettings | None = Field(
+        None,
+        description="tune with differential privacy, as epsilon=8,clip=1.0; needs the extra privacy",
+        json_schema_extra=PRIVACY,
+    )
+    disclose: tuple[str, ...] = Field(
+        (), description=f"figures to put into the bundle: {', '.join(DISCLOSABLE)}", json_schema_extra=PRIVACY
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -8,81 +8,125 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from emulator.compression.methods import METHODS
+from offsite.config import COMPRESSION, MEASURING, OUTPUT, POSITIONAL, TRAINING, USUAL, VerbConfig
+from offsite.modelling.config import ModelFlag, ModelWord
 from offsite.text.config import TextSettings
+from offsite.training.config import LoopSettings
 
 
-class DistillConfig(TextSettings):
+class OwnPackageSettings(ModelFlag):
+    """Base of verbs about a package that this owner made, and so has the record and the full model of."""
+
+    package: Path = Field(description="package folder, its owner's record beside it", json_schema_extra=POSITIONAL)
+
+
+class FidelitySettings(VerbConfig):
+    """Base of verbs that fit an emulator on public text, and measure on some of it how well."""
+
+    holdout: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="share of the public documents held out to measure fidelity",
+        json_schema_extra=MEASURING,
+    )
+    evaluation_tokens: int = Field(
+        8192, ge=1, description="held-out tokens per measurement of fidelity, at most", json_schema_extra=MEASURING
+    )
+
+
+class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
     """Settings of ``offsite distill MODEL --public TEXT -o PACKAGE``."""
 
     verb: ClassVar[str] = "distill"
 
-    model: str = Field(
-        description="full model: a folder, a hub id, or a fetched name", json_schema_extra={"positional": True}
-    )
-    output: Path = Field(description="package folder to write", json_schema_extra={"short": "-o"})
+    output: Path = Field(description="package folder to write", json_schema_extra=OUTPUT)
     public: Path | None = Field(
-        None, description="public text to choose and distil on: .txt, .jsonl, .json or .csv, each optionally .gz"
+        None,
+        description="public text to choose and distil on: .txt, .jsonl, .json or .csv, each optionally .gz",
+        json_schema_extra=USUAL,
     )
 
     method: str = Field(
         "width",
         description="how the middle is made smaller: 'width' keeps every block and some of its MLP channels, "
         "'drop' keeps some blocks whole, 'keep-all' keeps the middle as it is (for references only)",
+        json_schema_extra=USUAL,
     )
-    width: float = Field(0.33, gt=0, le=1, description="width: share of the MLP channels that each middle block keeps")
+    width: float = Field(
+        0.33,
+        gt=0,
+        le=1,
+        description="width: share of the MLP channels that each middle block keeps",
+        json_schema_extra=USUAL,
+    )
     channels: Literal["obs", "activation"] = Field(
         "obs",
         description="width: leave out channels one by one, each time the one that the others best make up for (optimal "
         "brain surgeon), or keep those of the largest activation times outgoing norm",
+        json_schema_extra=COMPRESSION,
     )
     refit: bool = Field(
-        True, description="width: fit the kept channels' outgoing weights to the whole MLP's output on public text"
+        True,
+        description="width: fit the kept channels' outgoing weights to the whole MLP's output on public text",
+        json_schema_extra=COMPRESSION,
     )
     blocks: int | None = Field(
-        None, ge=1, description="drop: number of middle blocks kept, its first and last included"
+        None,
+        ge=1,
+        description="drop: number of middle blocks kept, its first and last included",
+        json_schema_extra=USUAL,
     )
     choice: Literal["uniform", "influence"] = Field(
         "uniform",
         description="drop: keep evenly spaced blocks, or those that turn the hidden state most on public text",
+        json_schema_extra=COMPRESSION,
     )
-    bottom: int = Field(2, ge=0, description="blocks in the bottom end")
-    top: int = Field(2, ge=1, description="blocks in the top end")
+    bottom: int = Field(2, ge=0, description="blocks in the bottom end", json_schema_extra=COMPRESSION)
+    top: int = Field(2, ge=1, description="blocks in the top end", json_schema_extra=COMPRESSION)
     calibration_tokens: int = Field(
-        32768, ge=1, description="tokens of public text on which blocks or channels are chosen"
+        32768,
+        ge=1,
+        description="tokens of public text on which blocks or channels are chosen",
+        json_schema_extra=COMPRESSION,
     )
 
-    steps: int = Field(300, ge=0, description="optimiser steps; 0 for the training-free package")
-    batch_size: int = Field(4, ge=1, description="blocks of text in one forward pass")
-    accumulate: int = Field(1, ge=1, description="forward passes per optimiser step")
-    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate of AdamW")
-    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up before the cosine")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    clip_norm: float = Field(1.0, ge=0, description="largest L2 norm of a step's gradient; 0 for no clipping")
-    hidden_weight: float = Field(1.0, ge=0, description="weight of the hidden states' relative squared error")
+    steps: int = Field(
+        300, ge=0, description="optimiser steps; 0 for the training-free package", json_schema_extra=USUAL
+    )
+    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate of AdamW", json_schema_extra=TRAINING)
+    warmup_steps: int = Field(
+        20, ge=0, description="steps of linear warm-up before the cosine", json_schema_extra=TRAINING
+    )
+    hidden_weight: float = Field(
+        1.0, ge=0, description="weight of the hidden states' relative squared error", json_schema_extra=TRAINING
+    )
     kl_weight: float = Field(
-        1.0, ge=0, description="weight of KL(full || emulator) through the frozen top end, per nat"
+        1.0,
+        ge=0,
+        description="weight of KL(full || emulator) through the frozen top end, per nat",
+        json_schema_extra=TRAINING,
     )
     kl_share: float = Field(
-        0.25, gt=0, le=1, description="share of token positions, drawn anew each step, at which KL is computed"
+        0.25,
+        gt=0,
+        le=1,
+        description="share of token positions, drawn anew each step, at which KL is computed",
+        json_schema_extra=TRAINING,
     )
-    holdout: float = Field(0.05, gt=0, lt=1, description="share of the public documents held out to measure fidelity")
-    evaluation_tokens: int = Field(8192, ge=1, description="held-out tokens per measurement of fidelity, at most")
-    evaluate_every: int = Field(0, ge=0, description="steps between measurements of fidelity; 0 for one at the end")
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints in OUTPUT.work")
-    resume: bool = Field(False, description="go on from the newest checkpoint in OUTPUT.work")
-    seed: int = Field(0, ge=0, description="seed of the data order and of the drawn positions")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="arithmetic of the forward pass: bf16 autocast or fp32; auto: bf16 where it is fast"
+    evaluate_every: int = Field(
+        0, ge=0, description="steps between measurements of fidelity; 0 for one at the end", json_schema_extra=MEASURING
     )
-    device: str = Field("auto", description="cpu, cuda, or auto for an accelerator if there is one")
-    launch: int = Field(0, ge=0, description="processes that share the work and the weights (FSDP2); 0 or 1 for none")
-    tensorboard: Path | None = Field(None, description="folder for TensorBoard's curves; none by default")
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="dtype of the package's weights; auto: the full model's"
+        "auto", description="dtype of the package's weights; auto: the full model's", json_schema_extra=COMPRESSION
     )
-    licence: str = Field("", max_length=200, description="licence of the package, stated in its manifest")
-    terms: Path | None = Field(None, description="text file with terms of use, put into the package's manifest")
+    licence: str = Field(
+        "", max_length=200, description="licence of the package, stated in its manifest", json_schema_extra=USUAL
+    )
+    terms: Path | None = Field(
+        None, description="text file with terms of use, put into the package's manifest", json_schema_extra=USUAL
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

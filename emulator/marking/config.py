@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
+from offsite.config import OUTPUT, POSITIONAL, REPEATED, USUAL
 from offsite.keys.config import KeysConfig
 
 
@@ -28,11 +29,9 @@ class MarkConfig(KeysConfig):
 
     verb: ClassVar[str] = "mark"
 
-    package: Path = Field(
-        description="package folder that distill wrote, without a mark", json_schema_extra={"positional": True}
-    )
+    package: Path = Field(description="package folder that distill wrote, without a mark", json_schema_extra=POSITIONAL)
     recipient: Fingerprint = Field(description="fingerprint of the one client that is to get the marked package")
-    output: Path = Field(description="package folder to write", json_schema_extra={"short": "-o"})
+    output: Path = Field(description="package folder to write", json_schema_extra=OUTPUT)
 
 
 class TraceConfig(KeysConfig):
@@ -42,12 +41,12 @@ class TraceConfig(KeysConfig):
 
     suspect: Path = Field(
         description="package or transformers checkpoint that may come from a marked package",
-        json_schema_extra={"positional": True},
+        json_schema_extra=POSITIONAL,
     )
     package: Path = Field(description="package folder without a mark, from which the marked ones were made")
     recipient: tuple[Fingerprint, ...] = Field(
         (),
         description="fingerprint of a recipient to look for; repeat it for others; default: everybody whom this "
         "package was marked for with these keys",
-        json_schema_extra={"repeated": True},
+        json_schema_extra=USUAL | REPEATED,
     )

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from offsite.config import VerbConfig
+from offsite.config import POSITIONAL, USUAL, VerbConfig
 
 
 class InspectConfig(VerbConfig):
@@ -15,5 +15,5 @@ class InspectConfig(VerbConfig):
 
     verb: ClassVar[str] = "inspect"
 
-    artefact: Path = Field(description="a package or bundle folder", json_schema_extra={"positional": True})
-    tensors: bool = Field(False, description="list every tensor with its shape and dtype")
+    artefact: Path = Field(description="a package or bundle folder", json_schema_extra=POSITIONAL)
+    tensors: bool = Field(False, description="list every tensor with its shape and dtype", json_schema_extra=USUAL)

@@ -4,6 +4,7 @@ __all__ = [
     "accounting",
     "canaries",
     "canaryaudit",
+    "config",
     "extraction",
     "gates",
     "lowerbound",

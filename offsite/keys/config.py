@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from offsite.config import VerbConfig
+from offsite.config import KEYS, OUTPUT, POSITIONAL, USUAL, VerbConfig
 
 DEFAULT_KEYS = Path("~/.offsite/keys")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$"
@@ -24,7 +24,9 @@ def home_expanded(path: object, info: ValidationInfo) -> object:
 class KeysConfig(VerbConfig):
     """Base of verbs that use this party's keys folder."""
 
-    keys: Path = Field(DEFAULT_KEYS, description="this party's keys folder", validate_default=True)
+    keys: Path = Field(
+        DEFAULT_KEYS, description="this party's keys folder", json_schema_extra=KEYS, validate_default=True
+    )
 
     @field_validator("keys", mode="before")
     @classmethod
@@ -41,13 +43,14 @@ class KeysConfig(VerbConfig):
         return [] if usual else ["--keys", str(self.keys)]
 
 
-class IdentityConfig(KeysConfig):
-    """Base of verbs that sign or decrypt, and so need the passphrase."""
+class PassphraseConfig(VerbConfig):
+    """Base of verbs that need the passphrase."""
 
     passphrase_file: Path | None = Field(
         None,
         description="file with the passphrase, mode 0600; default: the environment variable OFFSITE_PASSPHRASE, "
         "else it is asked for",
+        json_schema_extra=KEYS,
     )
 
     def key_words(self, *, opens: bool = True) -> list[str]:
@@ -56,19 +59,27 @@ class IdentityConfig(KeysConfig):
         return super().key_words() + ([] if file is None else ["--passphrase-file", str(file)])
 
 
-class KeygenConfig(VerbConfig):
+class IdentityConfig(PassphraseConfig, KeysConfig):
+    """Base of verbs that sign or decrypt with this party's keys."""
+
+
+class KeygenConfig(PassphraseConfig):
     """Settings of ``offsite keygen -o KEYS``."""
 
     verb: ClassVar[str] = "keygen"
 
     output: Path = Field(
-        DEFAULT_KEYS, description="keys folder to write", json_schema_extra={"short": "-o"}, validate_default=True
+        DEFAULT_KEYS, description="keys folder to write", json_schema_extra=USUAL | OUTPUT, validate_default=True
     )
     name: str = Field(
-        "unnamed", pattern=NAME_PATTERN, description="name on the public card: letters, digits, spaces, '.', '_', '-'"
+        "unnamed",
+        pattern=NAME_PATTERN,
+        description="name on the public card: letters, digits, spaces, '.', '_', '-'",
+        json_schema_extra=USUAL,
     )
-    days: int = Field(365, ge=1, le=3650, description="days until others stop trusting these keys")
-    passphrase_file: Path | None = IdentityConfig.model_fields["passphrase_file"]  # type: ignore[assignment]
+    days: int = Field(
+        365, ge=1, le=3650, description="days until others stop trusting these keys", json_schema_extra=USUAL
+    )
 
     @field_validator("output", mode="before")
     @classmethod
@@ -81,9 +92,11 @@ class TrustAddConfig(KeysConfig):
 
     verb: ClassVar[str] = "trust add"
 
-    card: Path = Field(description="the other party's card.json", json_schema_extra={"positional": True})
+    card: Path = Field(description="the other party's card.json", json_schema_extra=POSITIONAL)
     fingerprint: str | None = Field(
-        None, description="the fingerprint the other party told you over another channel; default: asked for"
+        None,
+        description="the fingerprint the other party told you over another channel; default: asked for",
+        json_schema_extra=USUAL,
     )
 
 
@@ -98,4 +111,4 @@ class TrustRevokeConfig(KeysConfig):
 
     verb: ClassVar[str] = "trust revoke"
 
-    fingerprint: str = Field(description="fingerprint as shown by trust list", json_schema_extra={"positional": True})
+    fingerprint: str = Field(description="fingerprint as shown by trust list", json_schema_extra=POSITIONAL)

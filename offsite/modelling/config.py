@@ -1,4 +1,4 @@
-"""Settings of ``offsite fetch``."""
+"""Settings of ``offsite fetch``, and the full model that every verb of its owner names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,21 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from offsite.config import VerbConfig
+from offsite.config import MACHINE, POSITIONAL, VerbConfig
+
+_MODEL = "full model: a folder, a hub id, or a fetched name"
+
+
+class ModelWord(VerbConfig):
+    """Base of verbs whose first word is the full model."""
+
+    model: str = Field(description=_MODEL, json_schema_extra=POSITIONAL)
+
+
+class ModelFlag(VerbConfig):
+    """Base of verbs that need the full model beside what they are about."""
+
+    model: str = Field(description=_MODEL)
 
 
 class FetchConfig(VerbConfig):
@@ -15,5 +29,7 @@ class FetchConfig(VerbConfig):
 
     verb: ClassVar[str] = "fetch"
 
-    name: str = Field(description="model to fetch; known: smollm2-135m", json_schema_extra={"positional": True})
-    cache: Path | None = Field(None, description="cache folder; default: the user's cache, or OFFSITE_CACHE")
+    name: str = Field(description="model to fetch; known: smollm2-135m", json_schema_extra=POSITIONAL)
+    cache: Path | None = Field(
+        None, description="cache folder; default: the user's cache, or OFFSITE_CACHE", json_schema_extra=MACHINE
+    )

@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field, model_validator
-from pydantic.config import JsonDict
 
+from offsite.audits.config import PackageGates
+from offsite.config import OUTPUT, POSITIONAL, REPEATED, USUAL
 from offsite.keys.config import IdentityConfig, KeysConfig
 
-POSITIONAL: JsonDict = {"positional": True}
-OUTPUT: JsonDict = {"short": "-o"}
-REPEATED: JsonDict = {"repeated": True}
 
-
-class PrivacyReportConfig(IdentityConfig):
+class PrivacyReportConfig(IdentityConfig, PackageGates):
     """Settings of ``offsite report privacy --audit AUDIT -o REPORT``."""
 
     verb: ClassVar[str] = "report privacy"
@@ -28,18 +25,11 @@ class PrivacyReportConfig(IdentityConfig):
     )
     output: Path = Field(description="report folder to write", json_schema_extra=OUTPUT)
     release: Path | None = Field(
-        None, description="what offsite seal wrote beside the sealed bundle, SEALED.release.json: on what it was let go"
+        None,
+        description="what offsite seal wrote beside the sealed bundle, SEALED.release.json: on what it was let go",
+        json_schema_extra=USUAL,
     )
-    job: Path | None = Field(None, description="folder of the job that all of it belongs to")
-    max_capability: float | None = Field(
-        None, description="package audit: largest share of the full model's skill the emulator may have"
-    )
-    max_recovery: float | None = Field(
-        None, description="package audit: largest share of lost capability an attack may have regained"
-    )
-    max_union: float | None = Field(
-        None, ge=0, le=1, description="package audit: largest share of the middle in all packages together"
-    )
+    job: Path | None = Field(None, description="folder of the job that all of it belongs to", json_schema_extra=USUAL)
 
 
 class ReportVerifyConfig(KeysConfig):
@@ -49,14 +39,24 @@ class ReportVerifyConfig(KeysConfig):
 
     report: Path = Field(description="a privacy report's folder", json_schema_extra=POSITIONAL)
     card: Path | None = Field(
-        None, description="the issuer's card, for those who have no keys folder that pins it; needs --fingerprint"
+        None,
+        description="the issuer's card, for those who have no keys folder that pins it; needs --fingerprint",
+        json_schema_extra=USUAL,
     )
     fingerprint: str | None = Field(
-        None, description="with --card: the issuer's fingerprint, as told over another channel than the card came by"
+        None,
+        description="with --card: the issuer's fingerprint, as told over another channel than the card came by",
+        json_schema_extra=USUAL,
     )
-    bundle: Path | None = Field(None, description="bundle folder that the report must be about")
-    package: Path | None = Field(None, description="package folder that the report must be about")
-    page: Path | None = Field(None, description="page to write once all checks passed: the report as HTML")
+    bundle: Path | None = Field(
+        None, description="bundle folder that the report must be about", json_schema_extra=USUAL
+    )
+    package: Path | None = Field(
+        None, description="package folder that the report must be about", json_schema_extra=USUAL
+    )
+    page: Path | None = Field(
+        None, description="page to write once all checks passed: the report as HTML", json_schema_extra=USUAL
+    )
 
     @model_validator(mode="after")
     def _card_and_fingerprint(self) -> ReportVerifyConfig:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from offsite.config import VerbConfig
+from offsite.config import OUTPUT, POSITIONAL, VerbConfig
 
 
 class ReportConfig(VerbConfig):
@@ -15,5 +15,5 @@ class ReportConfig(VerbConfig):
 
     verb: ClassVar[str] = "report run"
 
-    folder: Path = Field(description="the folder that evaluate wrote", json_schema_extra={"positional": True})
-    output: Path = Field(description="the page to write", json_schema_extra={"short": "-o"})
+    folder: Path = Field(description="the folder that evaluate wrote", json_schema_extra=POSITIONAL)
+    output: Path = Field(description="the page to write", json_schema_extra=OUTPUT)

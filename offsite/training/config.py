@@ -1,4 +1,4 @@
-"""Settings of the training loop, without torch, so that a verb's settings can include them."""
+"""Settings of a run: its machine and its training loop, declared once for every verb, and without torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from offsite.config import MACHINE, TRAINING, VerbConfig
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -40,3 +42,60 @@ class LoopConfig(BaseModel):
     def binding(self) -> dict[str, str | int | float]:
         """Return the settings that a resumed run must share with the run it goes on from."""
         return self.model_dump(mode="json", exclude=_COSMETIC)
+
+
+class DeviceSettings(VerbConfig):
+    """Base of verbs that put a model on a device."""
+
+    device: str = Field(
+        "auto", description="cpu, cuda, or auto for an accelerator if there is one", json_schema_extra=MACHINE
+    )
+
+
+class SeedSettings(VerbConfig):
+    """Base of verbs that draw at random, and draw the same again."""
+
+    seed: int = Field(0, ge=0, description="seed of everything random in the run", json_schema_extra=MACHINE)
+
+
+class TrainingSettings(SeedSettings, DeviceSettings):
+    """Base of verbs that train."""
+
+    batch_size: int = Field(4, ge=1, description="sequences per optimiser step", json_schema_extra=TRAINING)
+    precision: Precision = Field(
+        "auto", description="arithmetic of training; auto: bf16 where it is fast", json_schema_extra=MACHINE
+    )
+
+
+class ResumableSettings(TrainingSettings):
+    """Base of verbs whose training goes on where it was stopped."""
+
+    resume: bool = Field(
+        False, description="go on from the newest checkpoint in OUTPUT.work", json_schema_extra=MACHINE
+    )
+
+
+class CheckpointSettings(ResumableSettings):
+    """Base of verbs that say how often their training is kept."""
+
+    checkpoint_every: int = Field(
+        50, ge=1, description="steps between checkpoints in OUTPUT.work", json_schema_extra=MACHINE
+    )
+
+
+class LoopSettings(CheckpointSettings):
+    """Base of verbs that are one run of the training loop."""
+
+    accumulate: int = Field(
+        1, ge=1, description="parts a step's batch is cut into, to save memory", json_schema_extra=TRAINING
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of matrices", json_schema_extra=TRAINING)
+    clip_norm: float = Field(
+        1.0, ge=0, description="largest L2 norm of a step's gradient; 0 for none", json_schema_extra=TRAINING
+    )
+    launch: int = Field(
+        0, ge=0, description="processes that share the work (FSDP2); 0 or 1 for none", json_schema_extra=MACHINE
+    )
+    tensorboard: Path | None = Field(
+        None, description="folder for TensorBoard's curves; none by default", json_schema_extra=MACHINE
+    )

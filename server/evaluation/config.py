@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from offsite.config import MACHINE, MEASURING, OUTPUT, REPEATED, USUAL
+from offsite.evaluation.config import ExactSettings, HeldoutSettings
 from offsite.keys.config import KeysConfig
-from offsite.text.config import TextSettings
+from offsite.modelling.config import ModelWord
+from server.plugging.config import ScaleSettings
 from server.registry.config import ID_PATTERN
 
 REFERENCE_NAMES = ("ceiling", "lora_full", "full")
@@ -32,7 +35,7 @@ def registered_id(path: Path) -> str | None:
     return str(path) if re.fullmatch(ID_PATTERN, str(path)) and not path.exists() else None
 
 
-class EvaluateConfig(KeysConfig, TextSettings):
+class EvaluateConfig(ModelWord, KeysConfig, HeldoutSettings, ExactSettings, ScaleSettings):
     """Settings of ``offsite evaluate MODEL --package PACKAGE --bundle BUNDLE --data HELDOUT -o FOLDER``.
 
     A client's bundle is named by its id in the registry, once it is accepted. A bundle folder is taken without
@@ -41,63 +44,51 @@ class EvaluateConfig(KeysConfig, TextSettings):
 
     verb: ClassVar[str] = "evaluate"
 
-    model: str = Field(
-        description="full model: a folder, a hub id, or a fetched name", json_schema_extra={"positional": True}
-    )
-    output: Path = Field(description="results folder to write", json_schema_extra={"short": "-o"})
+    output: Path = Field(description="results folder to write", json_schema_extra=OUTPUT)
     package: Path = Field(description="package folder the bundles were tuned on")
     bundle: tuple[str, ...] = Field(
         min_length=1,
         description="id of an accepted bundle (with --registry), or a bundle folder of the owner's own making; as "
         "BUNDLE or NAME=BUNDLE; repeat it for several seeds of one adapter",
-        json_schema_extra={"repeated": True},
+        json_schema_extra=REPEATED,
     )
-    registry: Path | None = Field(None, description="registry folder, for bundles named by their ids")
+    registry: Path | None = Field(
+        None, description="registry folder, for bundles named by their ids", json_schema_extra=USUAL
+    )
     reference: tuple[str, ...] = Field(
         (),
         description=f"bundle tuned on a package that keeps every block, as NAME=BUNDLE with NAME one of "
         f"{', '.join(REFERENCE_NAMES)}; repeat it for others, or for several seeds",
-        json_schema_extra={"repeated": True},
+        json_schema_extra=USUAL | REPEATED,
     )
     reference_package: tuple[Path, ...] = Field(
         (),
         description="package a reference was tuned on; default: found by its owner's record, near the bundle",
-        json_schema_extra={"repeated": True},
+        json_schema_extra=MEASURING | REPEATED,
     )
-
-    scale: float = Field(1.0, gt=0, le=1, description="share of the bundles' updates that is plugged in; not for dora")
 
     data: Path = Field(description="held-out text: .txt, .jsonl, .json or .csv, each optionally .gz")
-    pack: bool = Field(True, description="fill blocks of tokens across rows; otherwise one row per sequence")
-    limit_tokens: int = Field(0, ge=0, description="tokens of text measured on, at most; 0 for all")
-    task: tuple[Path, ...] = Field(
-        (),
-        description="multiple-choice rows (question, choices, answer) in .jsonl, or a harness task in .yaml; repeat it "
-        "for others; needs the eval extra",
-        json_schema_extra={"repeated": True},
-    )
-    task_limit: int = Field(0, ge=0, description="rows of each task, from the first; 0 for all")
     prompt: tuple[str, ...] = Field(
         (),
         description="text that the full and the plugged-in model go on from, greedily; repeat it for others",
-        json_schema_extra={"repeated": True},
+        json_schema_extra=MEASURING | REPEATED,
     )
-    answer_tokens: int = Field(48, ge=1, description="tokens of an answer to a prompt, at most")
+    answer_tokens: int = Field(
+        48, ge=1, description="tokens of an answer to a prompt, at most", json_schema_extra=MEASURING
+    )
 
     log: tuple[str, ...] = Field(
         (),
         description="log of a run as NAME=FILE, put into the results; repeat it for distill's and each tune's",
-        json_schema_extra={"repeated": True},
+        json_schema_extra=USUAL | REPEATED,
     )
     outcome: tuple[str, ...] = Field(
         (),
         description="JSON object that distill or tune printed, as NAME=FILE: its seconds, tokens/s and peak memory",
-        json_schema_extra={"repeated": True},
+        json_schema_extra=USUAL | REPEATED,
     )
 
-    batch_size: int = Field(8, ge=1, description="sequences in one forward pass")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic and dtype of every model measured")
-    device: str = Field("auto", description="cpu, cuda, or auto for an accelerator if there is one")
+    batch_size: int = Field(8, ge=1, description="sequences in one forward pass", json_schema_extra=MACHINE)
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

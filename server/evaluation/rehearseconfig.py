@@ -3,48 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from adapters.rates import LEARNING_RATES
-from adapters.settings import AdapterSettings
-from offsite.text.config import TextSettings
+from adapters.settings import TuningSettings
+from offsite.config import MEASURING, OUTPUT, REPEATED, USUAL
+from offsite.modelling.config import ModelWord
 
 SCALES = (1.0, 0.75, 0.5)
 
 
-class RehearseConfig(AdapterSettings, TextSettings):
+class RehearseConfig(ModelWord, TuningSettings):
     """Settings of ``offsite rehearse MODEL --package PACKAGE --data TEXT -o REHEARSAL.json``."""
 
     verb: ClassVar[str] = "rehearse"
 
-    model: str = Field(
-        description="full model: a folder, a hub id, or a fetched name", json_schema_extra={"positional": True}
-    )
-    output: Path = Field(description="JSON file to write", json_schema_extra={"short": "-o"})
+    output: Path = Field(description="JSON file to write", json_schema_extra=OUTPUT)
     package: Path = Field(description="package folder that a client would tune on")
     data: Path = Field(description="text like the clients', that you may tune on: .txt, .jsonl, .json or .csv, or .gz")
-    heldout: Path | None = Field(None, description="more of it to measure on; default: --heldout-share of --data")
-    heldout_share: float = Field(0.2, gt=0, lt=1, description="share of the documents that is not tuned on then")
-    limit_tokens: int = Field(20_000, ge=0, description="tokens of held-out text, at most; 0 for all")
+    heldout: Path | None = Field(
+        None, description="more of it to measure on; default: --heldout-share of --data", json_schema_extra=USUAL
+    )
+    heldout_share: float = Field(
+        0.2, gt=0, lt=1, description="share of the documents that is not tuned on then", json_schema_extra=MEASURING
+    )
+    limit_tokens: int = Field(
+        20_000, ge=0, description="tokens of held-out text, at most; 0 for all", json_schema_extra=MEASURING
+    )
 
     learning_rate: tuple[float, ...] = Field(
         (),
         description="peak rate to try; repeat it for others; default: half, once and twice the kind's",
-        json_schema_extra={"repeated": True},
+        json_schema_extra=USUAL | REPEATED,
     )
     scale: tuple[float, ...] = Field(
         (),
         description=f"share of the update to try; repeat it for others; default: {', '.join(f'{s:g}' for s in SCALES)}",
-        json_schema_extra={"repeated": True},
+        json_schema_extra=USUAL | REPEATED,
     )
-    steps: int = Field(100, ge=1, description="optimiser steps of each run, about as many as clients will take")
-    batch_size: int = Field(4, ge=1, description="sequences per optimiser step")
-    validation: float = Field(0.1, gt=0, lt=1, description="share of the documents that choose each run's checkpoint")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="arithmetic of tuning; measured in fp32")
-    seed: int = Field(0, ge=0, description="seed of each run")
-    device: str = Field("auto", description="cpu, cuda, or auto for an accelerator if there is one")
+    steps: int = Field(
+        100,
+        ge=1,
+        description="optimiser steps of each run, about as many as clients will take",
+        json_schema_extra=USUAL,
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -8,10 +8,12 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from adapters.settings import AdapterShape
+from offsite.config import ADAPTER, USUAL
 from server.federation.config import RoundsConfig
+from server.registry.config import NormCaps
 
 
-class SimulateConfig(RoundsConfig, AdapterShape):
+class SimulateConfig(RoundsConfig, AdapterShape, NormCaps):
     """Settings of ``offsite federate simulate --work DIR --clients NAME=FILE,NAME=FILE``.
 
     Keys, registry and jobs are made in the work folder.
@@ -21,11 +23,13 @@ class SimulateConfig(RoundsConfig, AdapterShape):
 
     work: Path = Field(description="folder for everybody's keys, rounds and bundles; the same folder goes on")
     clients: dict[str, str] = Field(description="private text of each client, as NAME=FILE")
-    tune: dict[str, Any] = Field({}, description="settings of offsite tune, the same for all clients")
-    adapter: str = Field("lora", description="adapter that the jobs ask for: blocks, lora, rslora or bitfit")
-    lora_rank: int = Field(8, ge=1, description="rank of a low-rank adapter")
-    max_relative_frobenius: float = Field(1.0, gt=0, le=1e6, description="the jobs' cap on a module's update")
-    max_relative_spectral: float = Field(2.0, gt=0, le=1e6, description="the jobs' cap on its largest singular value")
+    tune: dict[str, Any] = Field(
+        {}, description="settings of offsite tune, the same for all clients", json_schema_extra=USUAL
+    )
+    adapter: str = Field(
+        "lora", description="adapter that the jobs ask for: blocks, lora, rslora or bitfit", json_schema_extra=ADAPTER
+    )
+    lora_rank: int = Field(8, ge=1, description="rank of a low-rank adapter", json_schema_extra=ADAPTER)
 
     @model_validator(mode="after")
     def _enough_clients(self) -> Self:

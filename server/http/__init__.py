@@ -1,3 +1,3 @@
 """What every HTTP server of the owner needs: sockets, TLS, limits on connections and bodies, refusals."""
 
-__all__ = ["bodies", "certificates", "connections", "refusals", "serve"]
+__all__ = ["bodies", "certificates", "config", "connections", "refusals", "serve"]

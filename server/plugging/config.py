@@ -7,21 +7,41 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from server.registry.config import RegistryConfig
+from offsite.config import OUTPUT, USUAL, VerbConfig
+from offsite.modelling.config import ModelWord
+from server.registry.config import RegisteredConfig
 
 
-class PlugConfig(RegistryConfig):
+class ScaleSettings(VerbConfig):
+    """Base of verbs that plug in a part of an update."""
+
+    scale: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the adapter's update that is plugged in; not for dora",
+        json_schema_extra=USUAL,
+    )
+
+
+class AcceptedConfig(RegisteredConfig, ModelWord):
+    """Base of verbs that put an accepted bundle into the full model."""
+
+    package: Path | None = Field(
+        None,
+        description="package the bundle was tuned on; default: where it was when its job was made",
+        json_schema_extra=USUAL,
+    )
+
+
+class PlugConfig(AcceptedConfig, ScaleSettings):
     """Settings of ``offsite plug-in MODEL ID --registry DIR -o ADAPTED``."""
 
     verb: ClassVar[str] = "plug-in"
 
-    model: str = Field(
-        description="full model: a folder, a hub id, or a fetched name", json_schema_extra={"positional": True}
+    output: Path = Field(description="adapted folder to write", json_schema_extra=OUTPUT)
+    merge: bool = Field(
+        False,
+        description="write a whole checkpoint with the adapter merged in, in the model's dtype",
+        json_schema_extra=USUAL,
     )
-    id: str = Field(description="id of a bundle that was taken in and accepted", json_schema_extra={"positional": True})
-    output: Path = Field(description="adapted folder to write", json_schema_extra={"short": "-o"})
-    package: Path | None = Field(
-        None, description="package the bundle was tuned on; default: where it was when its job was made"
-    )
-    scale: float = Field(1.0, gt=0, le=1, description="share of the adapter's update that is plugged in; not for dora")
-    merge: bool = Field(False, description="write a whole checkpoint with the adapter merged in, in the model's dtype")

@@ -9,41 +9,54 @@ from pydantic import Field
 
 from adapters.settings import AdapterSettings
 from offsite.artefacts.layout import Text
+from offsite.config import LIMITS, OUTPUT, POSITIONAL, USUAL, VerbConfig
 from offsite.keys.config import IdentityConfig, KeysConfig
 
 ID_PATTERN = r"^[0-9a-f]{16}$"
 
 
-class JobCreateConfig(KeysConfig, AdapterSettings):
+class NormCaps(VerbConfig):
+    """Base of verbs that make jobs: the caps on what a client's adapter may do to a module."""
+
+    max_relative_frobenius: float = Field(
+        1.0,
+        gt=0,
+        le=1e6,
+        description="cap on a module's update: its Frobenius norm over that of the module's weight",
+        json_schema_extra=LIMITS,
+    )
+    max_relative_spectral: float = Field(
+        2.0,
+        gt=0,
+        le=1e6,
+        description="cap on a module's update: its largest singular value over the weight's",
+        json_schema_extra=LIMITS,
+    )
+
+
+class JobCreateConfig(KeysConfig, AdapterSettings, NormCaps):
     """Settings of ``offsite job create PACKAGE --client FINGERPRINT --registry DIR -o JOB``."""
 
     verb: ClassVar[str] = "job create"
 
-    package: Path = Field(description="package folder the client is to tune on", json_schema_extra={"positional": True})
+    package: Path = Field(description="package folder the client is to tune on", json_schema_extra=POSITIONAL)
     client: str = Field(description="fingerprint of the client's card, pinned by trust add")
     registry: Path = Field(description="registry folder; made if there is none")
-    output: Path = Field(description="job folder to write", json_schema_extra={"short": "-o"})
+    output: Path = Field(description="job folder to write", json_schema_extra=OUTPUT)
     learning_rate: float | None = Field(
-        None, gt=0, le=1, description="peak rate that the client is advised to use, as rehearse found it"
+        None,
+        gt=0,
+        le=1,
+        description="peak rate that the client is advised to use, as rehearse found it",
+        json_schema_extra=USUAL,
     )
-    rounds: int = Field(1, ge=1, le=10_000, description="bundles the client may hand in, one for each round")
-    days: int = Field(30, ge=1, le=3650, description="days until nothing more is taken in for the job")
-    max_relative_frobenius: float = Field(
-        1.0, gt=0, le=1e6, description="cap on a module's update: its Frobenius norm over that of the module's weight"
+    rounds: int = Field(
+        1, ge=1, le=10_000, description="bundles the client may hand in, one for each round", json_schema_extra=USUAL
     )
-    max_relative_spectral: float = Field(
-        2.0, gt=0, le=1e6, description="cap on a module's update: its largest singular value over the weight's"
+    days: int = Field(
+        30, ge=1, le=3650, description="days until nothing more is taken in for the job", json_schema_extra=USUAL
     )
-    terms: Text = Field("", description="terms in words, for people")
-
-
-class IntakeConfig(IdentityConfig):
-    """Settings of ``offsite intake SEALED --registry DIR``."""
-
-    verb: ClassVar[str] = "intake"
-
-    sealed: Path = Field(description="sealed bundle from the client", json_schema_extra={"positional": True})
-    registry: Path = Field(description="registry folder that job create made")
+    terms: Text = Field("", description="terms in words, for people", json_schema_extra=USUAL)
 
 
 class RegistryConfig(KeysConfig):
@@ -52,34 +65,46 @@ class RegistryConfig(KeysConfig):
     registry: Path = Field(description="registry folder that job create made")
 
 
+class RegisteredConfig(RegistryConfig):
+    """What every verb about one arrival needs, too: its id."""
+
+    id: str = Field(description="id of a bundle, as intake said", json_schema_extra=POSITIONAL)
+
+
+class OwnRegistryConfig(IdentityConfig, RegistryConfig):
+    """What every verb needs that takes bundles in: the registry, and this owner's keys with their passphrase."""
+
+
+class IntakeConfig(OwnRegistryConfig):
+    """Settings of ``offsite intake SEALED --registry DIR``."""
+
+    verb: ClassVar[str] = "intake"
+
+    sealed: Path = Field(description="sealed bundle from the client", json_schema_extra=POSITIONAL)
+
+
 class RegistryListConfig(RegistryConfig):
     """Settings of ``offsite registry list --registry DIR``."""
 
     verb: ClassVar[str] = "registry list"
 
 
-class RegistryShowConfig(RegistryConfig):
+class RegistryShowConfig(RegisteredConfig):
     """Settings of ``offsite registry show ID --registry DIR``."""
 
     verb: ClassVar[str] = "registry show"
 
-    id: str = Field(description="id of a bundle, as intake said", json_schema_extra={"positional": True})
 
-
-class RegistryAcceptConfig(RegistryConfig):
+class RegistryAcceptConfig(RegisteredConfig):
     """Settings of ``offsite registry accept ID --registry DIR``."""
 
     verb: ClassVar[str] = "registry accept"
 
-    id: str = Field(description="id of a verified bundle", json_schema_extra={"positional": True})
 
-
-class RegistryRefuseConfig(RegistryConfig):
+class RegistryRefuseConfig(RegisteredConfig):
     """Settings of ``offsite registry refuse ID --registry DIR``."""
 
     verb: ClassVar[str] = "registry refuse"
-
-    id: str = Field(description="id of a bundle that is not plugged in", json_schema_extra={"positional": True})
 
 
 class LogVerifyConfig(RegistryConfig):
