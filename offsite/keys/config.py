@@ -53,14 +53,14 @@ class PassphraseConfig(VerbConfig):
         json_schema_extra=KEYS,
     )
 
+
+class IdentityConfig(PassphraseConfig, KeysConfig):
+    """Base of verbs that sign or decrypt with this party's keys."""
+
     def key_words(self, *, opens: bool = True) -> list[str]:
         """Return the flags by which another command uses the same keys, and if it `opens` them, the same passphrase."""
         file = self.passphrase_file if opens else None
         return super().key_words() + ([] if file is None else ["--passphrase-file", str(file)])
-
-
-class IdentityConfig(PassphraseConfig, KeysConfig):
-    """Base of verbs that sign or decrypt with this party's keys."""
 
 
 class KeygenConfig(PassphraseConfig):

@@ -36,3 +36,12 @@ def test_words_are_the_card_and_the_fingerprint():
         build(TrustAddConfig)
     with pytest.raises(ConfigError, match="FINGERPRINT is missing"):
         build(TrustRevokeConfig)
+
+
+def test_the_next_command_is_told_the_same_keys_and_a_passphrase_where_it_needs_one():
+    config = build(IdentityConfig, flags={"keys": "keys", "passphrase_file": "secret"})
+    assert config.key_words() == ["--keys", "keys", "--passphrase-file", "secret"]
+    assert config.key_words(opens=False) == ["--keys", "keys"]
+    assert build(TrustListConfig, flags={"keys": "keys"}).key_words() == ["--keys", "keys"]
+    assert build(IdentityConfig).key_words() == []
+    assert not hasattr(KeygenConfig, "key_words")  # it has no keys yet
