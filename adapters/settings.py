@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from adapters.rates import LEARNING_RATES
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.config import ADAPTER, TRAINING, VerbConfig
 from offsite.errors import ConfigError
+from offsite.problems import meant
 from offsite.text.config import TextSettings
 from offsite.training.config import TrainingSettings
 
@@ -62,10 +64,19 @@ class AdapterSettings(AdapterShape):
         """
         try:
             return AdapterSpec(**{field: getattr(self, name) for name, field in ADAPTER_FIELDS.items()})
-        except ValueError:
+        except ValidationError as error:
+            wrong = {part for item in error.errors() for part in item["loc"]}
+            problems = []
+            if "kind" in wrong:
+                kinds = ", ".join(LEARNING_RATES)
+                problems.append(
+                    f"--adapter {self.adapter}: expected one of {kinds}{meant(self.adapter, LEARNING_RATES)}"
+                )
+            if "placement" in wrong:
+                problems.append(f"--placement {self.placement}: expected BOTTOM+TOP, as 2+2 or 0+2, or all")
             raise ConfigError(
-                f"--adapter {self.adapter} --placement {self.placement}: no such adapter",
-                hint="--placement is BOTTOM+TOP, as 2+2, or all",
+                "; ".join(problems) or f"--placement {self.placement}: no block is left to train",
+                hint="BOTTOM and TOP count the blocks that carry the adapter, from the outside",
             ) from None
 
 

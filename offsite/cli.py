@@ -1,6 +1,6 @@
 """The command line: from typed words to a verb's settings and function, resolved only when the verb is called.
 
-People read stderr; the last line of stdout is one JSON object. Exit codes are in ``offsite/errors.py``.
+People read stderr; the last line of stdout is one JSON object, at a terminal only with ``--json``. Exit codes are in ``offsite/errors.py``.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from offsite.commands.verbs import GROUPS, VERBS, Verb, verb_of
+from offsite.commands.verbs import GROUPS, HEAVY, VERBS, Verb, verb_of
 from offsite.errors import ConfigError, OffsiteError
+from offsite.problems import meant
+from offsite.staging import require_place
 
 if TYPE_CHECKING:
     from offsite.config import VerbConfig
 
 
 _INTERRUPTED = 130
+_TOLD = -_INTERRUPTED  # between here and a verb's command: interrupted, and said already
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,14 +62,30 @@ def _dispatch(arguments: list[str]) -> int:
         return completion.answer(command)
     try:
         outcome = command.main(args=arguments or ["--help"], prog_name="offsite", standalone_mode=False)
+    except click.NoSuchOption as error:
+        found = meant(error.option_name, _flag_names(chosen))
+        raise ConfigError(f"no such option {error.option_name!r}{found}", hint=_help_of(chosen)) from None
     except click.UsageError as error:
-        verb = f"offsite {chosen}" if chosen else "offsite"
-        raise ConfigError(_one_line(error.format_message()), hint=f"{verb} --help") from None
+        raise ConfigError(_one_line(error.format_message()), hint=_help_of(chosen)) from None
     except click.exceptions.Abort:
         raise KeyboardInterrupt from None
+    if outcome == _TOLD:
+        return _INTERRUPTED
     if outcome == _INTERRUPTED:  # typer turns Ctrl-C into this code and says nothing
         raise KeyboardInterrupt
     return outcome if isinstance(outcome, int) else 0
+
+
+def _help_of(chosen: str | None) -> str:
+    return f"offsite {chosen} --help" if chosen else "offsite --help"
+
+
+def _flag_names(chosen: str | None) -> list[str]:
+    """Return the flags of a verb as they are typed."""
+    if chosen is None:
+        return ["--version", "--show-completion", "--help"]
+    fields = _resolve(VERBS[chosen].settings).model_fields
+    return ["--" + name.replace("_", "-") for name in (*fields, "config", "json", "help")]
 
 
 def _one_line(message: str) -> str:
@@ -177,12 +196,12 @@ def _command(name: str, verb: Verb, cls: type[VerbConfig], arguments: list[str])
 
     def command(**given: Any) -> int:
         words: list[str] = list(given.pop("words") or [])
-        file = given.pop("config_file")
+        file, as_json = given.pop("config_file"), given.pop("as_json")
         overrides = [word for word in words if _is_override(word)]
         plain = [word for word in words if word not in overrides]
         if len(plain) > len(positional):
             raise ConfigError(f"unexpected word {plain[len(positional)]!r}", hint=f"offsite {name} --help")
-        flags = {field: value for field, value in given.items() if value is not None and value != []}
+        flags = {field: _once(cls, field, value) for field, value in given.items() if value not in (None, [])}
         flags.update(zip(positional, plain, strict=False))
         config = build(cls, file=Path(file) if file else None, overrides=overrides, flags=flags)
         _guard()
@@ -192,27 +211,68 @@ def _command(name: str, verb: Verb, cls: type[VerbConfig], arguments: list[str])
         if getattr(config, "sealed_off", False):
             enter = _resolve("client.tuning.sandbox:enter")
             enter(config)  # before the function's module loads torch and starts threads
-        result = _resolve(verb.function)(config)
-        if _speaks():
+        output = getattr(config, "output", None)
+        if isinstance(output, Path):
+            require_place(output)
+        try:
+            if name in HEAVY and _speaks():
+                print(f"{name}: loading", file=sys.stderr, flush=True)
+            result = _resolve(verb.function)(config)
+        except KeyboardInterrupt:
+            if _speaks():
+                print(_what_stays(config), file=sys.stderr, flush=True)
+            return _TOLD
+        if _speaks() and (as_json or not sys.stdout.isatty()):
             print(json.dumps(result, sort_keys=True, allow_nan=False), flush=True)
         return 0
 
     return _with_signature(command, _flags(cls))
 
 
+def _once(cls: type[VerbConfig], field: str, value: object) -> object:
+    """Return a flag's value; of one that takes no list the only one.
+
+    Raises:
+        ConfigError: when such a flag was given more than once: neither value would be what was meant.
+    """
+    from offsite.config import declared, flag_name
+
+    if not isinstance(value, list) or declared(cls.model_fields[field]).get("repeated"):
+        return value
+    if len(value) > 1:
+        raise ConfigError(f"{flag_name(field)} is given {len(value)} times, it takes one value")
+    return value[0]
+
+
+def _what_stays(config: VerbConfig) -> str:
+    """Return what is left of a verb that Ctrl-C ended, and how to go on."""
+    output = getattr(config, "output", None)
+    if not isinstance(output, Path):
+        return "offsite: interrupted"
+    work = output.with_name(f"{output.name}.work")
+    if work.is_dir() and hasattr(config, "resume"):
+        return (
+            f"offsite: interrupted; what was done is kept in {work.name!r}\n"
+            "offsite: hint: the same command with --resume goes on from there"
+        )
+    if work.is_dir():
+        return f"offsite: interrupted; what was done is kept in {work.name!r}: the same command goes on from there"
+    return f"offsite: interrupted; {output.name!r} was not written"
+
+
 def _flags(cls: type[VerbConfig]) -> list[inspect.Parameter]:
     """Return a parameter for the verb's words, one for each of its flags, and one for ``--config``."""
     import typer
 
-    from offsite.commands.settings import CONFIG, explained, metavar, spellings, value
-    from offsite.config import declared, is_positional
+    from offsite.commands.settings import CONFIG, JSON, explained, metavar, spellings, value
+    from offsite.config import is_positional
 
     words = typer.Argument(hidden=True, click_type=value(Path))
     parameters = [_parameter("words", list[str] | None, words)]
     for field, info in cls.model_fields.items():
         if is_positional(info):
             continue
-        kind: Any = list[str] if declared(info).get("repeated") else str
+        kind: Any = list[str]  # also where one value is taken: a second one is then seen, and refused
         given: dict[str, Any] = {"metavar": metavar(info.annotation), "click_type": value(info.annotation)}
         if info.annotation is bool:
             kind, given = bool, {}
@@ -220,6 +280,8 @@ def _flags(cls: type[VerbConfig]) -> list[inspect.Parameter]:
         parameters.append(_parameter(field, kind | None, option))
     option = typer.Option("--config", help=CONFIG[1], click_type=value(Path), show_default=False)
     parameters.append(_parameter("config_file", str | None, option))
+    as_json = typer.Option("--json", help=JSON[1], show_default=False)
+    parameters.append(_parameter("as_json", bool | None, as_json))
     return parameters
 
 

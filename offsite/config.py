@@ -17,6 +17,7 @@ from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from offsite.errors import ConfigError
+from offsite.problems import expected, guess, meant
 
 POSITIONAL: JsonDict = {"positional": True}
 OUTPUT: JsonDict = {"short": "-o"}
@@ -89,8 +90,12 @@ def build(
     values: dict[str, Any] = {}
     if file is not None:
         values.update(_read_yaml(file))
+    given_keys: set[str] = set()
     for word in overrides:
         key, _, text = word.partition("=")
+        if key in given_keys:
+            raise ConfigError(f"{key} is given twice", hint="one of the two has to go")
+        given_keys.add(key)
         _put(cls, values, key.split("."), text)
     for name, given in (flags or {}).items():
         _put_flag(cls, values, name, given)
@@ -183,7 +188,16 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2 floats: ``1e-3`` is a number, not a word."""
+        """YAML 1.2 floats: ``1e-3`` is a number, not a word; and no setting is given twice."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[object] = set()
+            for key, _ in node.value:
+                name = self.construct_object(key)  # type: ignore[no-untyped-call]
+                if isinstance(name, str) and name in seen:
+                    raise ConfigError(f"configuration {file.name!r} gives {name!r} twice")
+                seen.add(name if isinstance(name, str) else id(key))
+            return super().construct_mapping(node, deep)
 
     number = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$")
     whole = re.compile(r"^[-+]?\d+$")
@@ -212,7 +226,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 def _all_problems(cls: type[BaseModel], error: ValidationError) -> str:
     problems = []
-    for item in error.errors(include_url=False, include_context=False):
+    for item in error.errors(include_url=False):
         names = [str(part) for part in item["loc"]]
         name = ".".join(names)
         field = cls.model_fields.get(names[0]) if names else None
@@ -221,13 +235,36 @@ def _all_problems(cls: type[BaseModel], error: ValidationError) -> str:
         if not names:
             problems.append(item["msg"].removeprefix("Value error, "))
         elif item["type"] == "extra_forbidden":
-            problems.append(f"unknown setting {name!r}")
+            *outer, last = names
+            problems.append(f"unknown setting {name!r}{_meant(cls, outer, last)}")
         elif item["type"] == "missing":
             problems.append(f"{spelled} is missing")
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            problems.append(f"{spelled}: {message[:1].lower()}{message[1:]}, found {item['input']!r}")
+            inside = model_in(field.annotation) if field is not None and len(names) == 1 else None
+            if inside is None:
+                problems.append(f"{spelled}: {expected(item)}, found {item['input']!r}{guess(item)}")
+            else:
+                problems.append(f"{spelled}: {_pairs(spelled, inside, item['input'])}")
     return "; ".join(problems)
+
+
+def _meant(cls: type[BaseModel], outer: Sequence[str], last: str) -> str:
+    """Return which setting was most likely meant, named as it would be typed as a key."""
+    known: type[BaseModel] | None = cls
+    for name in outer:
+        field = known.model_fields.get(name) if known is not None else None
+        known = None if field is None else model_in(field.annotation)
+    if known is None:
+        return ""
+    return meant(".".join((*outer, last)), [".".join((*outer, name)) for name in known.model_fields])
+
+
+def _pairs(spelled: str, inside: type[BaseModel], found: object) -> str:
+    """Return how settings inside one are given; a lone number is most likely meant for the first of them."""
+    names = list(inside.model_fields)
+    wanted = f"expected NAME=VALUE,... of {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}, found {found!r}"
+    is_number = isinstance(found, int | float) or (isinstance(found, str) and re.fullmatch(r"[0-9.e-]+", found))
+    return f"{wanted}; did you mean {spelled} {names[0]}={found}?" if is_number else wanted
 
 
 def _hint(cls: type[VerbConfig]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,27 @@ def refuse_existing(out: Path) -> None:
         raise ConfigError(f"output {out.name!r} already exists", hint="choose another name with -o, or delete it first")
     if out.parent.exists() and not out.parent.is_dir():
         raise ConfigError(f"the parent of output {out.name!r} is not a folder")
+
+
+def require_place(out: Path) -> None:
+    """Return only if something new can be written at `out`; asked before any work, and nothing is left behind.
+
+    Raises:
+        ConfigError: naming the folder that does not take it, and why.
+    """
+    folder = out.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ConfigError(f"the parent of output {out.name!r} is not a folder")
+    try:
+        handle, probe = tempfile.mkstemp(prefix=".offsite-", dir=folder)
+        os.close(handle)
+        Path(probe).unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output {out.name!r} cannot be written there: {_reason(error)}", hint="choose another place with -o"
+        ) from None
 
 
 @contextmanager

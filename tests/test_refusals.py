@@ -41,7 +41,7 @@ def world(tmp_path_factory, full_llama, letters_tokenizer, make_package):
 TUNE = "tune package --data text.jsonl -o out --device cpu"
 DISTILL = "distill ./model --public text.jsonl -o out --device cpu --bottom 2 --top 2"
 REFUSALS = {
-    f"{TUNE} --steps 0": (2, "--steps: input should be greater than or equal to 1, found 0"),
+    f"{TUNE} --steps 0": (2, "--steps: expected at least 1, found 0"),
     "tune nowhere --data text.jsonl -o out": (3, "no package folder named 'nowhere'"),
     "tune model --data text.jsonl -o out": (3, "folder 'model' holds no offsite.json"),
     "tune changed --data text.jsonl -o out": (3, "'config.json' has"),
@@ -66,7 +66,7 @@ REFUSALS = {
     f"{DISTILL} --method shrink": (2, "unknown method 'shrink'"),
     f"{DISTILL} --method drop": (2, "--blocks is missing"),
     f"{DISTILL} --block-tokens 64 --method drop --blocks 99 --steps 0": (2, "99"),
-    f"{DISTILL} --bottom 4 --top 4": (2, "leave no middle"),
+    "distill ./model --public text.jsonl -o out --device cpu --bottom 4 --top 4": (2, "leave no middle"),
     f"{DISTILL} --block-tokens 100000": (2, "100000"),
     "inspect nowhere": (3, "no package folder named 'nowhere'"),
     "inspect changed": (3, "'config.json' has"),
@@ -83,7 +83,7 @@ REFUSALS = {
     "report run package -o taken": (2, "output 'taken' already exists"),
     "serve nowhere": (3, "nowhere"),
     "fetch gpt5": (2, "no model 'gpt5' to fetch"),
-    "demo --seed -1": (2, "--seed: input should be greater than or equal to 0"),
+    "demo --seed -1": (2, "--seed: expected at least 0"),
 }
 
 

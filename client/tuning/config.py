@@ -15,6 +15,7 @@ from offsite.artefacts.job import Job
 from offsite.artefacts.round import RoundManifest
 from offsite.config import DATA, MACHINE, OUTPUT, POSITIONAL, PRIVACY, TRAINING, USUAL, VerbConfig, flag_name
 from offsite.errors import ConfigError
+from offsite.problems import meant
 from offsite.text.config import PackedTextSettings
 from offsite.training.config import LoopSettings, Schedule
 
@@ -100,7 +101,10 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, LoopSe
             if name not in DISCLOSABLE
         ]
         if self.adapter not in LEARNING_RATES and self.learning_rate is None:
-            problems.append(f"--adapter: no kind {self.adapter!r}, expected one of {', '.join(LEARNING_RATES)}")
+            problems.append(
+                f"--adapter: no kind {self.adapter!r}, expected one of {', '.join(LEARNING_RATES)}"
+                f"{meant(self.adapter, LEARNING_RATES)}"
+            )
         parts = self.accumulate * max(1, self.launch)
         if parts > self.batch_size:
             shared = f" in each of {self.launch} processes" if self.launch > 1 else ""

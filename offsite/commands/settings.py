@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
@@ -17,11 +18,22 @@ from offsite.commands.pages import HELP, Rows, write_panels, write_usage
 from offsite.config import PANELS, VerbConfig, declared, flag_name, is_positional, model_in, panel_of
 
 CONFIG = ("--config FILE", "YAML file with any of these settings")
+JSON = ("--json", "print the result as one JSON object at a terminal too; elsewhere it always is")
 _WORDS = ("KEY=VALUE", "any setting above; KEY.SUB=VALUE for one inside another")
 
 
 class VerbPage(TyperCommand):
     """A verb's command; its help is made of the settings in its context's ``obj``."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return what may come next; a flag that takes one value, and has it, is left out."""
+        given = {
+            flag
+            for name, field in ctx.obj.model_fields.items()
+            if ctx.params.get(name) and not declared(field).get("repeated")
+            for flag in spellings(name, field)
+        }
+        return [item for item in super().shell_complete(ctx, incomplete) if item.value not in given]
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write how the verb is called, with all that it needs."""
@@ -29,7 +41,7 @@ class VerbPage(TyperCommand):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the settings in panels, and what every verb takes."""
-        write_panels(formatter, {**panels(ctx.obj), "Every verb": [_WORDS, CONFIG, HELP]})
+        write_panels(formatter, {**panels(ctx.obj), "Every verb": [_WORDS, CONFIG, JSON, HELP]})
 
 
 def panels(settings: type[VerbConfig]) -> dict[str, Rows]:

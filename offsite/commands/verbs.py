@@ -273,6 +273,17 @@ VERBS: dict[str, Verb] = {
 }
 """In each party's order of work, which is the order of ``--help``."""
 
+HEAVY = frozenset(
+    (
+        *("distill", "mark", "trace", "audit package", "rehearse", "job create", "intake", "plug-in", "evaluate"),
+        *("audit plugged-in", "serve", "realign", "canaries", "tune", "audit bundle"),
+        *("exchange certificate", "exchange serve"),
+        *("federate simulate", "federate serve", "federate join", "federate node"),
+    )
+)
+"""Verbs that take seconds to load what they need; they say so before they do."""
+
+
 GROUPS: dict[str, str] = {
     "audit": "measure what a package, a bundle or an adapter gives away",
     "exchange": "hand sealed files over by HTTP",

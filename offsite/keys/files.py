@@ -185,7 +185,11 @@ def decrypt_pkcs8(pem: bytes, passphrase: bytes, kind: type[Key], *, name: str) 
     except (TypeError, ValueError, UnsupportedAlgorithm):
         if b"BEGIN PRIVATE KEY" in pem:
             raise BadKey(f"key file {name!r} is not encrypted", hint="make new keys with 'offsite keygen'") from None
-        raise BadKey(f"key file {name!r} does not open: wrong passphrase, or the file is damaged") from None
+        raise BadKey(
+            f"key file {name!r} does not open: wrong passphrase, or the file is damaged",
+            hint=f"the passphrase of offsite keygen; it is read from --passphrase-file, else {PASSPHRASE_VARIABLE}, "
+            "else it is asked for",
+        ) from None
     if not isinstance(key, kind):
         raise BadKey(f"key file {name!r} holds a key of another kind")
     return key

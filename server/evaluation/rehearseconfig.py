@@ -11,6 +11,7 @@ from adapters.rates import LEARNING_RATES
 from adapters.settings import TuningSettings
 from offsite.config import MEASURING, OUTPUT, REPEATED, USUAL
 from offsite.modelling.config import ModelWord
+from offsite.problems import meant
 
 SCALES = (1.0, 0.75, 0.5)
 
@@ -54,7 +55,10 @@ class RehearseConfig(ModelWord, TuningSettings):
     def _agree(self) -> Self:
         problems = []
         if self.adapter not in LEARNING_RATES:
-            problems.append(f"--adapter: no kind {self.adapter!r}, expected one of {', '.join(LEARNING_RATES)}")
+            problems.append(
+                f"--adapter: no kind {self.adapter!r}, expected one of {', '.join(LEARNING_RATES)}"
+                f"{meant(self.adapter, LEARNING_RATES)}"
+            )
         for flag, values in {"--learning-rate": self.learning_rate, "--scale": self.scale}.items():
             if any(not 0 < value <= 1 for value in values):
                 problems.append(f"{flag}: expected more than 0 and at most 1")

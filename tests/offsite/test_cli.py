@@ -91,7 +91,7 @@ def test_a_word_with_an_equals_sign_that_is_a_file_is_a_file(tmp_path, monkeypat
         (["echo", "-o", "x"], "MODEL is missing", "offsite echo --help lists every setting"),
         (
             ["echo", "m", "-o", "x", "--num-steps", "-1"],
-            "--num-steps: input should be greater than or equal to 0",
+            "--num-steps: expected at least 0",
             None,
         ),
         (["echo", "m", "-o", "x", "--num-steps", "two"], "found 'two'", None),
@@ -125,7 +125,7 @@ def test_exit_codes_of_errors(capsys, error, code):
 def test_interruption_is_130(capsys):
     RAISES.append(KeyboardInterrupt())
     assert cli.run(["echo", "m", "-o", "x"]) == 130
-    assert capsys.readouterr().err == "offsite: interrupted\n"
+    assert capsys.readouterr().err == "offsite: interrupted; 'x' was not written\n"
 
 
 def test_a_bug_is_not_hidden():

@@ -92,8 +92,8 @@ def test_all_problems_at_once(tmp_path):
     assert "unknown setting 'stepz'" in message
     assert "unknown setting 'loop.stps'" in message
     assert "unknown setting 'steps.x'" in message
-    assert "--rate: input should be greater than 0, found -1" in message
-    assert "--kind: input should be 'drop' or 'width', found 'shrink'" in message
+    assert "--rate: expected more than 0, found -1" in message
+    assert "--kind: expected drop or width, found 'shrink'" in message
     assert "PACKAGE is missing" in message
     assert caught.value.hint == "offsite example --help lists every setting"
     assert "\n" not in message
@@ -189,6 +189,6 @@ def test_a_flag_holds_the_settings_inside_one_and_adds_to_words():
     assert build(Inner).loop is None
     assert build(Inner, flags={"loop": "rate=0.5, steps=3"}).loop == Loop(rate=0.5, steps=3)
     assert build(Inner, overrides=["loop.steps=4"], flags={"loop": "rate=0.5"}).loop == Loop(rate=0.5, steps=4)
-    for given, message in (("0.5", "--loop: input should be an object"), ("rats=1", "unknown setting 'loop.rats'")):
+    for given, message in (("0.5", "--loop: expected NAME=VALUE"), ("rats=1", "unknown setting 'loop.rats'")):
         with pytest.raises(ConfigError, match=message):
             build(Inner, flags={"loop": given})

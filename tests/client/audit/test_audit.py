@@ -234,8 +234,8 @@ WRONG = {
     "other canaries": ({"canaries": "others"}, 3, "canaries 'others' are sha256:"),
     "no such canaries": ({"canaries": "nothing"}, 3, "no folder of canaries named 'nothing'"),
     "no such others": ({"nonmembers": "nothing.txt"}, 2, "nothing.txt: no such file"),
-    "too few tokens": ({"tokens-per-row": 1}, 2, "--tokens-per-row: input should be greater than or equal to 2"),
-    "no rows": ({"rows": 0}, 2, "--rows: input should be greater than or equal to 1"),
+    "too few tokens": ({"tokens-per-row": 1}, 2, "--tokens-per-row: expected at least 2"),
+    "no rows": ({"rows": 0}, 2, "--rows: expected at least 1"),
 }
 
 

@@ -200,13 +200,13 @@ def test_too_few_documents_to_hold_out_are_refused(private, dropped_package, tmp
 
 
 WRONG = [
-    ("epsilon=0", "--dp.epsilon: input should be greater than 0"),
+    ("epsilon=0", "--dp.epsilon: expected more than 0"),
     ("epsilon=nan", "--dp.epsilon"),
-    ("noise_multiplier=0.1", "--dp.noise_multiplier: input should be greater than or equal to 0.2"),
+    ("noise_multiplier=0.1", "--dp.noise_multiplier: expected at least 0.2"),
     ("epsilon=8,noise_multiplier=1", "one of the two"),
     ("clip=1.0", "one of the two"),
     ("epsilon=8,eps=1", "unknown setting 'dp.eps'"),
-    ("8", "--dp: input should be an object"),
+    ("8", "did you mean --dp epsilon=8?"),
     ("epsilon=8,delta=1", "--dp.delta"),
     ("epsilon=8,clip=0", "--dp.clip"),
     ("epsilon=8,unit=user", "unit=user and user_field go together"),

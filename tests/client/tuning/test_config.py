@@ -56,14 +56,14 @@ def test_the_spec_is_what_the_settings_say():
 )
 @pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
 def test_a_number_that_is_none_is_refused(name, value):
-    assert f"--{name.replace('_', '-')}: input should be" in refused(**{name: value})
+    assert f"--{name.replace('_', '-')}: expected a" in refused(**{name: value})
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"placement": "2x2"}, "--placement"),
-        ({"placement": "0+0"}, "--placement 0+0: no such adapter"),
+        ({"placement": "0+0"}, "--placement 0+0: no block is left to train"),
         ({"adapter": "nope"}, "--adapter: no kind 'nope', expected one of blocks"),
         ({"adapter": "No Kind", "learning_rate": "1"}, "--adapter No Kind"),
         ({"accumulate": "5"}, "--accumulate 5: a batch of 4 cannot be cut into 5"),

@@ -247,7 +247,7 @@ def test_another_model_record_or_package_is_refused(settings, pack_speaker, make
         ({"attack": "melt_all"}, "--attack: found 'melt_all', expected one of as_is_lora"),
         ({"public": None}, "attacks need public text, and --public is missing"),
         ({"max_union": "0.5"}, "--max-union: nothing to unite, --earlier is missing"),
-        ({"max_union": "1.5", "earlier": ["x"]}, "--max-union: input should be less than or equal to 1"),
+        ({"max_union": "1.5", "earlier": ["x"]}, "--max-union: expected at most 1"),
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(settings, pack_speaker, flags, message):

@@ -49,7 +49,11 @@ def test_the_verbs_of_a_group_complete(monkeypatch, capsys, group):
 @pytest.mark.parametrize("verb", list(VERBS))
 def test_every_flag_of_every_verb_completes(monkeypatch, capsys, verb):
     fields = cli._resolve(VERBS[verb].settings).model_fields
-    flags = {flag_name(name) for name, field in fields.items() if not is_positional(field)} | {"--config", "--help"}
+    flags = {flag_name(name) for name, field in fields.items() if not is_positional(field)} | {
+        "--config",
+        "--json",
+        "--help",
+    }
     flags |= {f"--no-{flag_name(name)[2:]}" for name, field in fields.items() if field.annotation is bool}
     assert values(asked(monkeypatch, capsys, f"offsite {verb} --")) == flags
 

@@ -1,0 +1,69 @@
+"""Verbs were silent for minutes while they loaded, and after Ctrl-C nobody knew what was kept or how to go on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from two_parties import TwoParties
+
+from offsite import cli
+from offsite.commands.verbs import HEAVY, VERBS
+
+
+@pytest.fixture
+def parties(tmp_path, monkeypatch, capsys):
+    return TwoParties(tmp_path, monkeypatch, capsys)
+
+
+def test_the_first_line_comes_before_anything_is_loaded(parties, monkeypatch, capsys):
+    """The function is resolved (and torch with it) only after the line."""
+    seen = []
+
+    def resolved(spec):
+        if spec == VERBS["tune"].function:
+            seen.append(capsys.readouterr().err)
+            return lambda _config: {}
+        return made(spec)
+
+    made = cli._resolve
+    monkeypatch.setattr(cli, "_resolve", resolved)
+    parties.run("client", "tune package --data private.jsonl -o out")
+    assert seen == ["tune: loading\n"]
+
+
+@pytest.mark.slow
+def test_verbs_that_load_for_seconds_are_those_that_say_so():
+    """What a verb's module imports: torch takes seconds. (job create imports it within its function.)"""
+    found = set()
+    for name, verb in VERBS.items():
+        code = f"import sys, {verb.function.split(':')[0]}; sys.exit('torch' in sys.modules)"
+        if subprocess.run([sys.executable, "-c", code], check=False).returncode:
+            found.add(name)
+    assert found | {"job create"} == HEAVY
+
+
+def test_ctrl_c_says_what_stays_and_how_to_go_on(parties, monkeypatch):
+    from client.tuning import tune as module
+
+    def interrupted(*_words, **_named):
+        raise KeyboardInterrupt
+
+    words = "tune package --data private.jsonl --block-tokens 64 --steps 4 --checkpoint-every 1 -o out"
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_bundle", interrupted)
+        parties.run("client", words, code=130)
+    assert "offsite: interrupted; what was done is kept in 'out.work'" in parties.told
+    assert "the same command with --resume goes on from there" in parties.told
+    assert not (parties.client / "out").exists()
+    assert parties.run("client", f"{words} --resume")["steps"] == 4
+
+
+def test_ctrl_c_before_anything_was_done(parties, monkeypatch):
+    def interrupted(_config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("offsite.exchange.verbs.open_run", interrupted)
+    parties.run("client", "open job.sealed --keys keys -o out", code=130)
+    assert parties.told == "offsite: interrupted; 'out' was not written\n"
