@@ -183,7 +183,8 @@ def test_a_gibibyte_takes_under_60_mb_of_extra_memory(tmp_path):
         import sys, time
         from pathlib import Path
         from offsite.keys.identity import generate
-        from offsite.sealed.encryption import decrypt_files, read_sealed, seal_files
+        from offsite.sealed.encryption import decrypt_files, seal_files
+        from offsite.sealed.folder import read_sealed
         from offsite.sealed.manifest import verify_sealed
 
         def peak():  # ru_maxrss would start at the peak of the process that spawned this one
