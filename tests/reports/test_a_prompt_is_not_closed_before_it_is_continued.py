@@ -16,8 +16,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from offsite.audits.extraction import secret_examples
-from offsite.evaluation.measure import multiple_choice_task, run_tasks
-from offsite.evaluation.tasks import generation_task
+from offsite.evaluation.tasks import generation_task, multiple_choice_task, run_tasks
 from offsite.text.batches import encode
 from offsite.text.records import Record
 from server.evaluation.evaluate import continuation
