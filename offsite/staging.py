@@ -97,6 +97,14 @@ def staged_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
         stage.unlink(missing_ok=True)
 
 
+def make_readable(folder: Path) -> None:
+    """Whoever may read the folder may read the files in it; some libraries write files for their owner alone."""
+    mode = folder.stat().st_mode & 0o644
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
 def fsync(path: Path) -> None:
     """The file's or folder's content is on disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -188,7 +188,7 @@ def secret_examples(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[st
         for number, (prefix, secret) in enumerate(pairs, 1)
     ]
     examples = encode(records, tokenizer, context=_LONGEST_SECRET_TOKENS, on_long="error").examples
-    made = [Example(one.input_ids[:-1], one.labels[:-1]) for one in examples]
+    made = [_open_ended(one) for one in examples]
     if len(made) != len(pairs) or any(not one.num_loss_tokens or not _prompt(one) for one in made):
         raise DataError("a secret has no token of its own behind its prefix")
     return made
@@ -214,6 +214,14 @@ def context_of(model: PreTrainedModel) -> int | None:
 def _prompt(example: Example) -> list[int]:
     first = next(place for place, label in enumerate(example.labels) if label != IGNORED)
     return example.input_ids[:first]
+
+
+def _open_ended(example: Example) -> Example:
+    """Return the row without its end of sequence, and without what the tokenizer closed it with before that."""
+    end = len(example.labels) - 1
+    while end and example.labels[end - 1] == IGNORED:
+        end -= 1
+    return Example(example.input_ids[:end], example.labels[:end])
 
 
 def _says(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], secret: str) -> bool:

@@ -9,7 +9,7 @@ Shapes: B = prompts in a batch, T = tokens, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from offsite.errors import ConfigError, RunFailed
 from offsite.evaluation.measure import evaluating
+from offsite.modelling.steps import Steps, cache_is_right
 
 Precision = Literal["fp32", "bf16"]
 
@@ -36,7 +37,8 @@ def continuations(
 ) -> list[list[int]]:
     """Return the `num_tokens` tokens that follow each prompt, in the prompts' order.
 
-    An end-of-sequence token ends nothing: every answer has the same length. The model is neither moved nor changed.
+    An end-of-sequence token ends nothing: every answer has the same length. The model is neither moved nor changed; a
+    cache of its that goes wrong is not used.
 
     Args:
         temperature: 0 takes the likeliest token every time; otherwise what logits are divided by.
@@ -55,14 +57,20 @@ def continuations(
     generator = torch.Generator(device=place).manual_seed(seed)
     found: list[list[int]] = [[] for _ in prompts]
     done = 0
+    with evaluating(model):
+        cached = num_tokens > 1 and bool(prompts) and cache_is_right(model, batch_size=batch_size)
     for rows in _alike(prompts, batch_size):
         prompts_BT = torch.tensor([list(prompts[row]) for row in rows], device=place)
         with torch.no_grad(), evaluating(model), torch.autocast(place.type, torch.bfloat16, precision == "bf16"):
-            steps: list[Tensor] = []
-            for logits_BV in _steps(model, prompts_BT, steps, num_tokens):
+            steps, chosen = Steps(model, prompts_BT, cached=cached), list[Tensor]()
+            for _ in range(num_tokens):
+                logits_BV = steps.logits()
+                if bool(logits_BV.isnan().any()):
+                    raise RunFailed("the model's output is not finite", hint="check the model: a weight may be NaN")
                 logits_BV[:, list(without)] = -torch.inf
-                steps.append(_choose(logits_BV, temperature, top_k, generator))
-        for row, ids in zip(rows, torch.stack(steps, 1).tolist(), strict=True):
+                chosen.append(_choose(logits_BV, temperature, top_k, generator))
+                steps.add(chosen[-1])
+        for row, ids in zip(rows, torch.stack(chosen, 1).tolist(), strict=True):
             found[row] = ids
         done += len(rows)
         if progress is not None:
@@ -78,21 +86,6 @@ def _alike(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[i
     for rows in by_length.values():
         for start in range(0, len(rows), batch_size):
             yield rows[start : start + batch_size]
-
-
-def _steps(model: Any, prompts_BT: Tensor, chosen: list[Tensor], num_tokens: int) -> Iterator[Tensor]:
-    """Yield the logits (B, V) float32 of each next token; the caller appends the token to `chosen` before the next."""
-    cache = None
-    ids_BT = prompts_BT
-    for step in range(num_tokens):
-        mask_BT = torch.ones((len(ids_BT), prompts_BT.shape[1] + step), dtype=torch.int64, device=ids_BT.device)
-        output = model(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        logits_BV = output.logits[:, -1].float().clone()
-        if bool(logits_BV.isnan().any()):
-            raise RunFailed("the model's output is not finite", hint="check the model: a weight may be NaN")
-        yield logits_BV
-        ids_BT = chosen[-1][:, None]
 
 
 def _choose(logits_BV: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:

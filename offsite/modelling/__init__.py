@@ -1,6 +1,6 @@
-"""Models of transformers: finding the block stack, cutting it, loading a checkpoint.
+"""Models of transformers: finding the block stack, cutting it, loading a checkpoint, going on from a text.
 
 Facts about architectures live in ``blocks`` and ``depth`` alone.
 """
 
-__all__ = ["blocks", "config", "depth", "fetch", "load", "split"]
+__all__ = ["blocks", "config", "depth", "fetch", "load", "precision", "split", "steps"]

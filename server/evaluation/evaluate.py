@@ -32,10 +32,12 @@ from offsite.evaluation.results import (
     read_log,
     write_results,
 )
+from offsite.evaluation.sampling import continuations
 from offsite.evaluation.tasks import multiple_choice_task, run_tasks
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import refuse_existing, staged_folder
 from offsite.text.batches import Encoded, Example, encode, pack, pad_id
+from offsite.text.prompts import prompt_ids
 from offsite.text.records import Record, read_records
 from offsite.training.devices import choose_device
 from server.evaluation.candidates import Candidate, Candidates, open_candidates
@@ -238,17 +240,11 @@ def measure_emulator(
     return scores
 
 
-@torch.no_grad()
 def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
     """Return the text with which the model goes on from `prompt`, greedily, up to its end token or `num_tokens`."""
-    from transformers import GenerationConfig
-
-    ids_BT = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-    settings = GenerationConfig(
-        max_new_tokens=num_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_id(tokenizer)
-    )
-    made_BT = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=settings)  # type: ignore[operator]
-    return str(tokenizer.decode(made_BT[0, ids_BT.shape[1] :], skip_special_tokens=True)).strip()
+    (made,) = continuations(model, [prompt_ids(tokenizer, prompt)], num_tokens=num_tokens, batch_size=1)
+    upto = made.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in made else len(made)
+    return str(tokenizer.decode(made[:upto], skip_special_tokens=True)).strip()
 
 
 def to_rows(scores: Mapping[RowName, Mapping[str, Score]]) -> tuple[dict[RowName, Row], dict[str, int]]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from adapters.updates import Update, dense, fold, lifted
-from offsite.artefacts.manifest import entries, write_manifest
 from offsite.artefacts.owner import OwnerRecord
 from offsite.digests import model_digest, sha256_bytes
 from offsite.errors import ConfigError
@@ -22,9 +21,10 @@ from offsite.text.records import read_records
 from server.federation.config import FederationConfig
 from server.federation.federation import Federation
 from server.federation.state import SHARED
-from server.plugging.adapted import AdaptedManifest
+from server.plugging.adapted import finish_folder
+from server.plugging.card import Card
 from server.plugging.fit import cast_model, require_base
-from server.plugging.plug import base_name
+from server.plugging.fullmodel import called
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,24 +115,26 @@ def write_adapted(federation: Federation, out: Path) -> str:
     require_base(model, model_digest(model), record.base_digest, "the federation")
     state = federation.states[SHARED]
     fold(model, lifted(model, state, record), record.sites)
+    card = Card(
+        name=out.name,
+        form="merged",
+        base=called(config.model),
+        base_digest=record.base_digest,
+        adapter=federation.spec,
+        licence=federation.package.manifest.licence,
+    )
     with staged_folder(out) as stage:
         model.save_pretrained(stage)
-        load_tokenizer(config.model).save_pretrained(stage)
         digest = model_digest(model)
-        write_manifest(
+        finish_folder(
             stage,
-            AdaptedManifest(
-                form="merged",
-                base=base_name(config.model),
-                base_digest=record.base_digest,
-                package_digest=record.package_digest,
-                bundle_digest=state_digest(state),
-                merged_digest=digest,
-                adapter=federation.spec,
-                sites={},
-                tensors={},
-                files=entries(stage, [path.name for path in stage.iterdir()]),
-            ),
+            load_tokenizer(config.model),
+            card,
+            package_digest=record.package_digest,
+            bundle_digest=state_digest(state),
+            merged_digest=digest,
+            sites={},
+            tensors={},
         )
     return digest
 

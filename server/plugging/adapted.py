@@ -4,8 +4,9 @@ It stays with the owner. Three forms, each with ``offsite.json``, which binds th
 
 - *peft*: LoRA, rsLoRA and DoRA as a standard PEFT folder, which peft, transformers and vLLM open without offsite;
 - *own*: whole blocks and BitFit as ``adapter.safetensors`` under the full model's tensor names;
-- *merged*: a whole checkpoint with its tokenizer, which needs no base.
+- *merged*: a whole checkpoint, which needs no base.
 
+Each holds the tokenizer and a README for others, and is fit to travel: the full model stands in it by name and digest.
 On opening: manifest size, format, schema; exact set of files; sizes and digests; the base model's digest; the exact
 set of tensors with shapes and dtypes; finite values. ``adapter_config.json`` is for others: nothing is read from it.
 """
@@ -15,18 +16,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from offsite.artefacts.bundle import TENSOR_FILE, AdapterSpec
-from offsite.artefacts.manifest import FileEntry, check_files, read_manifest
+from offsite.artefacts.manifest import FileEntry, check_files, entries, read_manifest, write_manifest
 from offsite.digests import DIGEST_PATTERN, model_digest
 from offsite.errors import BadDigest, BadSchema, WrongNames
 from offsite.modelling.load import load_model, load_tokenizer
+from offsite.staging import make_readable
 from offsite.strictjson import Strict
 from offsite.tensors import TensorSpec, read_tensors, torch_dtype
+from server.plugging.card import CARD_NAME, Card, Form
 from server.plugging.fit import Fitted, cast_model, full_name, plain_model, plug, require_base
+from server.plugging.fullmodel import Kind
+from server.plugging.fullmodel import found as found_model
 from server.registry.config import ID_PATTERN
 
 if TYPE_CHECKING:
@@ -36,21 +41,22 @@ ADAPTED_FORMAT = "offsite/adapted/1"
 PEFT_TENSOR_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
 
+_BESIDE = r"README\.md|[A-Za-z0-9][A-Za-z0-9_.-]*\.(json|jinja|txt|model)"
 _FILES = {
-    "peft": re.compile(r"adapter_model\.safetensors|adapter_config\.json"),
-    "own": re.compile(r"adapter\.safetensors"),
-    "merged": re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.(json|safetensors|jinja|txt|model)"),
+    "peft": re.compile(rf"adapter_model\.safetensors|{_BESIDE}", re.ASCII),
+    "own": re.compile(rf"adapter\.safetensors|{_BESIDE}", re.ASCII),
+    "merged": re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors|{_BESIDE}", re.ASCII),
 }
 _PEFT_PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-
-Form = Literal["peft", "own", "merged"]
 
 
 class AdaptedManifest(Strict):
     """The content of an adapted folder's ``offsite.json``.
 
-    ``base`` is where the full model was found, ``intake`` the id of the bundle in the registry, ``scale`` the share of
-    the bundle's update that was plugged in; ``adapter`` and the tensors are as written, with that share taken.
+    ``base`` is what the full model is called, and ``base_kind`` whether that is a name or the last part of its folder's
+    path; before there was a ``base_kind`` it was the folder's whole path. ``intake`` is the id of the bundle in the
+    registry, ``scale`` the share of the bundle's update that was plugged in; ``adapter`` and the tensors are as
+    written, with that share taken.
     ``sites`` maps the canonical blocks that carry the adapter to the full model's modules, and ``tensors`` declares its
     tensors under canonical names, in the full model's shapes.
     """
@@ -58,6 +64,7 @@ class AdaptedManifest(Strict):
     format: str = ADAPTED_FORMAT
     form: Form
     base: str
+    base_kind: Kind = "name"
     base_digest: str = Field(pattern=DIGEST_PATTERN)
     package_digest: str = Field(pattern=DIGEST_PATTERN)
     bundle_digest: str = Field(pattern=DIGEST_PATTERN)
@@ -92,7 +99,7 @@ def load_adapted(
 
     Args:
         path: a folder that ``offsite plug-in`` wrote, in any of its forms.
-        base: the full model; default: where it was when the adapter was plugged in. Not used by a merged folder.
+        base: the full model; default: what `server.plugging.fullmodel.found` finds. Not used by a merged folder.
         dtype: of the parameters; ``auto`` keeps the full model's.
 
     Raises:
@@ -101,7 +108,10 @@ def load_adapted(
         ArtefactError: with the subclass of any other check that failed.
     """
     manifest = open_adapted(path)
-    source = str(path) if manifest.form == "merged" else base or manifest.base
+    if manifest.form == "merged":
+        source = str(path)
+    else:
+        source = base or found_model(path, base=manifest.base, kind=manifest.base_kind, digest=manifest.base_digest)
     model = load_model(source)
     found = model_digest(model)
     if manifest.form == "merged":
@@ -114,6 +124,33 @@ def load_adapted(
         cast_model(model, torch_dtype(dtype))
     model.requires_grad_(False)
     return model.eval().to(device), load_tokenizer(source)  # type: ignore[arg-type]
+
+
+def finish_folder(
+    stage: Path, tokenizer: PreTrainedTokenizerBase, card: Card, *, sites: Mapping[str, str], **stated: Any
+) -> AdaptedManifest:
+    """Add tokenizer, README and manifest to the tensors in `stage`, all readable; return the manifest.
+
+    Args:
+        stated: the manifest's other fields that the card does not hold.
+    """
+    alone = isinstance(tokenizer.chat_template, str)
+    tokenizer.save_pretrained(stage, save_jinja_files=alone)  # several templates would be a folder of files
+    (stage / CARD_NAME).write_text(card.text(), encoding="utf-8")
+    manifest = AdaptedManifest(
+        form=card.form,
+        base=card.base.name,
+        base_kind=card.base.kind,
+        base_digest=card.base_digest,
+        scale=card.scale,
+        adapter=card.adapter,
+        sites=dict(sites),
+        files=entries(stage, [path.name for path in stage.iterdir()]),
+        **stated,
+    )
+    write_manifest(stage, manifest)
+    make_readable(stage)
+    return manifest
 
 
 def tensor_file(form: Form) -> str:

@@ -45,3 +45,6 @@ class PlugConfig(AcceptedConfig, ScaleSettings):
         description="write a whole checkpoint with the adapter merged in, in the model's dtype",
         json_schema_extra=USUAL,
     )
+    results: Path | None = Field(
+        None, description="results folder of evaluating this bundle; its figures go into the README"
+    )

@@ -28,7 +28,7 @@ def write_peft_folder(folder: Path, model: nn.Module, adapter: Fitted, *, base: 
 
     Args:
         model: the full model without the adapter, to choose targets that reach exactly the adapted modules.
-        base: where the full model is, for tools that load it from the adapter's folder.
+        base: what the full model is called, for tools that look for it by that.
     """
     names = stored_names("peft", adapter.sites, adapter.tensors)
     write_tensors(folder / PEFT_TENSOR_FILE, {names[name]: tensor for name, tensor in adapter.tensors.items()})

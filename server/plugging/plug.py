@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,19 +19,23 @@ from torch import Tensor
 
 from adapters.kinds import Attached
 from offsite.artefacts.bundle import TENSOR_FILE
-from offsite.artefacts.manifest import entries, write_manifest
+from offsite.artefacts.layout import PackageManifest
+from offsite.artefacts.manifest import read_manifest
 from offsite.artefacts.owner import OwnerRecord, owner_record_path, read_owner_record
+from offsite.artefacts.package import PACKAGE_FORMAT
 from offsite.console import say
 from offsite.digests import model_digest
 from offsite.errors import ArtefactError, ConfigError, PolicyError, RunFailed, WrongBinding
+from offsite.evaluation.results import read_results
 from offsite.faults import reach
-from offsite.modelling.fetch import fetched_folder, known
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import refuse_existing, staged_folder
 from offsite.tensors import read_tensors, spec_of, write_tensors
-from server.plugging.adapted import AdaptedManifest, Form, open_adapted, stored_names
+from server.plugging.adapted import AdaptedManifest, finish_folder, open_adapted, stored_names
+from server.plugging.card import Card, Form, require_results
 from server.plugging.config import PlugConfig
 from server.plugging.fit import Fitted, fit, plain_model, plug, require_scalable, unplug
+from server.plugging.fullmodel import FullModel, called, remember
 from server.plugging.peftfolder import open_with_peft, write_peft_folder
 from server.plugging.probe import READ_BACK_TOLERANCE, TOLERANCES, deviation, probe_logits
 from server.registry.intake import asked_round, read_registered
@@ -59,15 +64,19 @@ def run(config: PlugConfig) -> dict[str, object]:
         entry = accepted(registry, config.id)
         if entry.state == "accepted" and is_of(config.output, entry, config.scale):
             say(f"{config.output.name} was published before the registry was told; now it is")
+            manifest = open_adapted(config.output)
+            _remember(config, manifest)
             registry.advance(entry.id, "plugged-in")
-            return _result(config, open_adapted(config.output), None, None)
+            return _result(config, manifest, None, None)
         refuse_existing(config.output)
         record = record_of(registry, entry, config.package)
         verified = read_registered(registry, entry, record)
         require_scalable(verified.spec, config.scale)
         collect_partial(config.output)
-        manifest, effect, error = _plug_in(config, entry, verified, record)
+        licence = licence_of(config.package or registry.package_path(record.package_digest), record)
+        manifest, effect, error = _plug_in(config, entry, verified, record, _card(config, verified, record, licence))
         reach("plug-published")
+        _remember(config, manifest)
         registry.advance(entry.id, "plugged-in")
     shown = f"{len(manifest.tensors)} tensors on {len(manifest.sites)} blocks"
     if manifest.scale != 1:
@@ -137,54 +146,80 @@ def collect_partial(output: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def licence_of(package: Path, record: OwnerRecord) -> str:
+    """Return the licence that the package states; empty where it states none or is not there any more."""
+    try:
+        manifest, digest = read_manifest(package, PackageManifest, PACKAGE_FORMAT)
+    except ArtefactError:
+        return ""
+    return manifest.licence if digest == record.package_digest else ""
+
+
+def _card(config: PlugConfig, verified: Verified, record: OwnerRecord, licence: str) -> Card:
+    """Return what the folder will say of itself, but for what is measured.
+
+    Raises:
+        ConfigError, ArtefactError: when the results that were named are not there or of something else.
+    """
+    form: Form = "merged" if config.merge else "peft" if verified.spec.kind in PEFT_KINDS else "own"
+    results = None
+    if config.results is not None:
+        bound = {"base_digest": record.base_digest, "bundle_digest": verified.bundle_digest}
+        results = require_results(read_results(config.results), **bound, scale=config.scale)
+    return Card(
+        name=config.output.name,
+        form=form,
+        base=called(config.model),
+        base_digest=record.base_digest,
+        adapter=verified.spec,
+        licence=licence,
+        scale=config.scale,
+        results=results,
+    )
+
+
+def _remember(config: PlugConfig, manifest: AdaptedManifest) -> None:
+    """The note beside the folder says where its full model is; a merged checkpoint needs none."""
+    base = called(config.model)
+    remember(config.output, base if manifest.form != "merged" else FullModel(base.name), manifest.base_digest)
+
+
 def _plug_in(
-    config: PlugConfig, entry: Entry, verified: Verified, record: OwnerRecord
+    config: PlugConfig, entry: Entry, verified: Verified, record: OwnerRecord, card: Card
 ) -> tuple[AdaptedManifest, float, float]:
     """Write the adapted folder, and return its manifest, the adapter's effect and the error of what was read back."""
-    model = load_model(config.model)
+    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
     adapter = fit(model, verified, record, scale=config.scale)
     before = probe_logits(model, "the full model")
     attached = plug(model, adapter)
     expected = probe_logits(plain_model(attached), f"the model with {verified.what} plugged in")
     effect = deviation(expected, before)
+    merged_digest: str | None = None
     with staged_folder(config.output) as stage:
-        base = base_name(config.model)
-        if config.merge:
-            form: Form = "merged"
+        if card.form == "merged":
             merged = merge(attached)
             del model, attached
             error = _require_close(probe_logits(merged, "the merged model"), expected, merged, effect)
-            merged_digest: str | None = _write_merged(stage, merged, config.model)
+            merged_digest = _write_merged(stage, merged)
             del merged
         else:
-            form = "peft" if adapter.spec.kind in PEFT_KINDS else "own"
-            merged_digest, error = None, _write_adapter(stage, form, attached, adapter, base, expected)
-        manifest = AdaptedManifest(
-            form=form,
-            base=base,
-            base_digest=record.base_digest,
+            error = _write_adapter(stage, card.form, attached, adapter, card.base.name, expected)
+        manifest = finish_folder(
+            stage,
+            tokenizer,
+            replace(card, adapter=adapter.spec, effect=effect, deviation=error),
             package_digest=record.package_digest,
             bundle_digest=verified.bundle_digest,
             merged_digest=merged_digest,
             intake=entry.id,
-            scale=config.scale,
-            adapter=adapter.spec,
-            sites=dict(adapter.sites),
+            sites=adapter.sites,
             tensors={name: spec_of(tensor) for name, tensor in adapter.tensors.items()},
-            files=entries(stage, [path.name for path in stage.iterdir()]),
         )
-        write_manifest(stage, manifest)
         reach("plug-written")
     return manifest, effect, error
 
 
 _SHOWN: dict[Form, str] = {"peft": "a PEFT folder", "own": "the changed tensors", "merged": "a merged checkpoint"}
-
-
-def base_name(model: str) -> str:
-    """Return where the full model is found again, also by other programs: a folder's absolute path, or a hub id."""
-    folder = Path(model) if Path(model).is_dir() else fetched_folder(model) if model in known() else None
-    return str(folder.resolve()) if folder else model
 
 
 def merge(attached: Attached) -> PreTrainedModel:
@@ -220,14 +255,13 @@ def _require_close(found: Tensor, expected: Tensor, merged: PreTrainedModel, eff
     return error
 
 
-def _write_merged(stage: Path, merged: PreTrainedModel, name: str) -> str:
-    """Write checkpoint and tokenizer, and return the model's digest, once they were read back as they were.
+def _write_merged(stage: Path, merged: PreTrainedModel) -> str:
+    """Write the checkpoint, and return the model's digest, once they were read back as they were.
 
     Raises:
         RunFailed: when the checkpoint read back is another.
     """
     merged.save_pretrained(stage)
-    load_tokenizer(name).save_pretrained(stage)
     digest, expected = model_digest(merged), probe_logits(merged)
     read_back = load_model(str(stage))
     if model_digest(read_back) != digest:

@@ -1,20 +1,18 @@
 """A fixed batch of tokens to compare what two forms of one model compute, before either is trusted.
 
 The arithmetic is float32 whatever the weights' dtype: in bfloat16 the noise of the activations (3% of the logits of a
-model of 30 blocks) hides both a small adapter and a wrong merge. Weights are widened one module at a time, so that
-the model is not held twice.
+model of 30 blocks) hides both a small adapter and a wrong merge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offsite.errors import NotFinite
+from offsite.modelling.precision import in_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +40,7 @@ def probe_logits(model: PreTrainedModel, what: str = "the model") -> Tensor:
     vocabulary = int(model.config.get_text_config().vocab_size)
     ids_BT = torch.randint(vocabulary, (NUM_ROWS, NUM_TOKENS), generator=generator)
     device = next(model.parameters()).device
-    with _float32(model):
+    with in_float32(model):
         logits_BTV: Tensor = model(input_ids=ids_BT.to(device), use_cache=False).logits.float().cpu()
     if not bool(torch.isfinite(logits_BTV).all()):
         raise NotFinite(f"the output of {what} holds NaN or infinity")
@@ -54,35 +52,3 @@ def deviation(found: Tensor, expected: Tensor) -> float:
     scale = expected.double().norm()
     difference = (found.double() - expected.double()).norm()
     return float(difference / scale) if scale else float(difference)
-
-
-@contextmanager
-def _float32(model: nn.Module) -> Iterator[None]:
-    """While inside, every module computes with its own parameters in float32; they are themselves again after it."""
-    handles = []
-    for module in model.modules():
-        own = [parameter for parameter in module.parameters(recurse=False) if parameter.is_floating_point()]
-        if any(parameter.dtype != torch.float32 for parameter in own):
-            widen, restore = _hooks(own)
-            handles.append(module.register_forward_pre_hook(widen))
-            handles.append(module.register_forward_hook(restore, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hooks(parameters: list[nn.Parameter]) -> tuple[Callable[..., None], Callable[..., None]]:
-    stored: list[list[Tensor]] = []
-
-    def widen(*_: object) -> None:
-        stored.append([parameter.data for parameter in parameters])
-        for parameter in parameters:
-            parameter.data = parameter.data.float()
-
-    def restore(*_: object) -> None:
-        for parameter, data in zip(parameters, stored.pop(), strict=True):
-            parameter.data = data
-
-    return widen, restore

@@ -16,6 +16,8 @@ import anyio
 import anyio.to_thread
 import jinja2
 
+from offsite.modelling.steps import cache_is_right
+from offsite.text.prompts import prompt_ids
 from server.serving.generate import (
     Piece,
     Settings,
@@ -98,6 +100,7 @@ class Engine:
         self._model, self._tokenizer = model, tokenizer
         self._context = context or context_length(model, tokenizer)
         self._limit_tokens, self._limit_waiting = limit_tokens, limit_waiting
+        self._cached = cache_is_right(model)
         self._num_vocabulary = int(embedding_table(model).shape[0])
         self._end_ids = end_tokens(model, tokenizer)
         self._turn_ids = end_of_turn_tokens(tokenizer) if tokenizer.chat_template else frozenset()
@@ -143,6 +146,7 @@ class Engine:
                     settings,
                     end_ids=job.end_ids,
                     continues=job.continues,
+                    cached=self._cached,
                 )
                 while piece := await self._next(pieces, gone):
                     self.counts.num_completion_tokens += 1
@@ -191,6 +195,8 @@ class Engine:
         return Job(prompts, settings, self._end_ids | (self._turn_ids if is_chat else frozenset()), not is_chat)
 
     def _settings(self, ask: Ask, num_prompt: int, num_wanted: int | None) -> Settings:
+        if any(token >= self._num_vocabulary for token, _ in ask.logit_bias):
+            raise ApiError(400, f"logit_bias: token ids are 0 to {self._num_vocabulary - 1}", param="logit_bias")
         room = self._context - num_prompt
         if room < 1:
             message = f"the prompt has {num_prompt} tokens; the context is {self._context}, the answer's first included"
@@ -200,7 +206,13 @@ class Engine:
         return Settings(
             limit_tokens=min(num_wanted or room, room, self._limit_tokens),
             temperature=1.0 if ask.temperature is None else ask.temperature,
+            top_k=max(ask.top_k or 0, 0),
             top_p=1.0 if ask.top_p is None else ask.top_p,
+            min_p=ask.min_p or 0.0,
+            repetition_penalty=1.0 if ask.repetition_penalty is None else ask.repetition_penalty,
+            presence_penalty=ask.presence_penalty or 0.0,
+            frequency_penalty=ask.frequency_penalty or 0.0,
+            logit_bias=ask.logit_bias,
             seed=ask.seed,
             stop=ask.stop,
         )
@@ -210,7 +222,7 @@ class Engine:
             if not all(0 <= token < self._num_vocabulary for token in prompt):
                 raise ApiError(400, f"prompt: token ids are 0 to {self._num_vocabulary - 1}", param="prompt")
             return prompt
-        ids = tuple(self._tokenizer(prompt, verbose=False)["input_ids"])
+        ids = tuple(prompt_ids(self._tokenizer, prompt))
         if ids:
             return ids
         start = next((token for token in self._starts() if token is not None), None)

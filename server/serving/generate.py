@@ -9,7 +9,8 @@ Shape letters: B batch (always 1 here), T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
+import codecs
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from offsite.errors import RunFailed
+from offsite.modelling.steps import Steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,11 +33,22 @@ _FALLBACK_CONTEXT = 2048  # models with relative positions declare no context
 
 @dataclass(frozen=True)
 class Settings:
-    """How one answer is drawn. `temperature` 0 takes the likeliest token every time."""
+    """How one answer is drawn. `temperature` 0 takes the likeliest token every time, 0 for `top_k` keeps all tokens.
+
+    Scores of tokens are changed before the rest: `logit_bias` is added to those named; those of the prompt and the
+    answer are divided by `repetition_penalty` (multiplied where negative); `presence_penalty` once, and
+    `frequency_penalty` for each time, is taken from those that were drawn.
+    """
 
     limit_tokens: int
     temperature: float = 1.0
+    top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
 
@@ -52,27 +65,48 @@ class Piece:
 class Detokenizer:
     """Turns tokens into text as they come, never into part of a character.
 
-    Whole words keep the space that their tokenizer writes before them, because a few tokens that came
-    before are decoded along.
+    Whole words keep the space that their tokenizer writes before them, because a few tokens that came before are
+    decoded along. Tokens that stand for one byte each are not: a decoder spoils a whole run of them when it begins or
+    ends in the middle of a character, so they are put together here. Bytes that are no character read as U+FFFD.
+
+    Args:
+        prompt_ids: what the text goes on from; without it the text begins anew.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        tail = list(prompt_ids[-_PROMPT_TAIL:])
-        if self._decode(tail).endswith(_UNFINISHED):
+        self._tokenizer, self._bytes = tokenizer, _byte_tokens(tokenizer)
+        self._silent = _special_ids(tokenizer)
+        tail = [token for token in prompt_ids if token not in self._silent][-_PROMPT_TAIL:]
+        if not self._bytes and self._decode(tail).endswith(_UNFINISHED):
             tail = []
         self._ids, self._num_told = tail, len(tail)
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """Return the text that is complete with `token`, possibly none."""
+        if token in self._silent:
+            return ""
+        if token in self._bytes:
+            return self._tell(final=True) + self._push_byte(token)
+        text = self._characters.decode(b"", final=True)
+        self._characters.reset()
         self._ids.append(token)
-        return self._tell(final=False)
+        return text + self._tell(final=False)
 
     def flush(self) -> str:
         """Return what was held back; bytes that never became a character read as U+FFFD."""
-        return self._tell(final=True)
+        return self._tell(final=True) + self._characters.decode(b"", final=True)
+
+    def _push_byte(self, token: int) -> str:
+        begins, byte = not self._ids, self._bytes[token]
+        self._ids, self._num_told = [token], 1  # all that a next word's space depends on is that something stands here
+        if begins and byte == b" ":
+            return self._decode([token])  # some decoders strip a text's first space
+        return self._characters.decode(byte)
 
     def _tell(self, *, final: bool) -> str:
+        if self._num_told == len(self._ids):
+            return ""
         told, text = self._decode(self._ids[: self._num_told]), self._decode(self._ids)
         if not final and text.endswith(_UNFINISHED):
             return ""
@@ -83,6 +117,25 @@ class Detokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _byte_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
+    """Return the tokens such as ``<0x0A>`` that the tokenizer decodes to one byte, with their bytes."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = cast("list[int | None]", tokenizer.convert_tokens_to_ids(names))
+    known = {
+        token: bytes([byte])
+        for byte, token in enumerate(tokens)
+        if token is not None and tokenizer.convert_ids_to_tokens(token) == names[byte]
+    }
+    letter = next((token for token, byte in known.items() if byte == b"A"), None)
+    return known if letter is not None and tokenizer.decode([letter]) == "A" else {}
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the tokens that no text shows."""
+    added = {token for token, kind in tokenizer.added_tokens_decoder.items() if kind.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
 
 
 class StopMatcher:
@@ -117,10 +170,14 @@ class StopMatcher:
 
 
 class Sampler:
-    """Draws the next token. The same seed and the same logits give the same tokens, whatever the device."""
+    """Draws one token after another. The same seed and the same logits give the same tokens, whatever the device.
 
-    def __init__(self, settings: Settings) -> None:
-        self._temperature, self._top_p = settings.temperature, settings.top_p
+    What transformers has a processor for is worked out by it, in the order of its own `generate`.
+    """
+
+    def __init__(self, settings: Settings, prompt_ids: Sequence[int] = ()) -> None:
+        self._settings, self._seen, self._counts = settings, list(prompt_ids), Counter[int]()
+        self._warpers = _warpers(settings)
         self._random = torch.Generator(device="cpu")
         if settings.seed is None:
             self._random.seed()
@@ -128,7 +185,7 @@ class Sampler:
             self._random.manual_seed(settings.seed)
 
     def pick(self, logits_V: Tensor) -> int:
-        """Return the number of the next token.
+        """Return the number of the next token, which counts as drawn from then on.
 
         Args:
             logits_V: scores before softmax, any float dtype and device.
@@ -139,58 +196,71 @@ class Sampler:
         logits_V = logits_V.float().cpu()
         if bool(logits_V.isnan().any()):
             raise RunFailed("the model's scores for the next token are not numbers (NaN)")
-        if self._temperature == 0:
+        token = self._draw(self._changed(logits_V))
+        self._seen.append(token)
+        self._counts[token] += 1
+        return token
+
+    def _changed(self, logits_V: Tensor) -> Tensor:
+        """Return the scores with bias and penalties, in storage of their own where they change."""
+        from transformers import RepetitionPenaltyLogitsProcessor
+
+        settings = self._settings
+        if settings.logit_bias:
+            tokens, values = zip(*settings.logit_bias, strict=True)
+            logits_V = logits_V.index_add(0, torch.tensor(tokens), torch.tensor(values, dtype=torch.float32))
+        if settings.repetition_penalty != 1 and self._seen:
+            penalise: Any = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
+            logits_V = penalise(torch.tensor([self._seen]), logits_V[None])[0]
+        if self._counts and (settings.presence_penalty or settings.frequency_penalty):
+            drawn, times = torch.tensor(list(self._counts)), torch.tensor(list(self._counts.values()))
+            taken = settings.presence_penalty + settings.frequency_penalty * times
+            logits_V = logits_V.index_add(0, drawn, -taken.float())
+        return logits_V
+
+    def _draw(self, logits_V: Tensor) -> int:
+        if self._settings.temperature == 0:
             return int(logits_V.argmax())
-        scaled_V = (logits_V - logits_V.max()) / self._temperature  # at most 0, so no temperature can overflow
-        return self._draw(torch.softmax(scaled_V, dim=-1))
-
-    def _draw(self, shares_V: Tensor) -> int:
-        if self._top_p < 1:
-            sorted_V, order_V = shares_V.sort(descending=True, stable=True)
-            before_V = sorted_V.cumsum(0) - sorted_V
-            sorted_V[1:][before_V[1:] >= self._top_p] = 0  # the likeliest is never cut
-            return int(order_V[torch.multinomial(sorted_V, 1, generator=self._random)])
-        return int(torch.multinomial(shares_V, 1, generator=self._random))
+        # at most 0, so that no temperature can overflow
+        scores_BV = ((logits_V - logits_V.max()) / self._settings.temperature)[None]
+        for warp in self._warpers:
+            scores_BV = warp(None, scores_BV)
+        return int(torch.multinomial(torch.softmax(scores_BV[0], dim=-1), 1, generator=self._random))
 
 
-def next_tokens(model: PreTrainedModel, prompt_ids: Sequence[int], settings: Settings) -> Iterator[int]:
+def _warpers(settings: Settings) -> list[Any]:
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    found: list[Any] = []
+    if settings.top_k > 0:
+        found.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        found.append(TopPLogitsWarper(settings.top_p))
+    if settings.min_p > 0:
+        found.append(MinPLogitsWarper(settings.min_p))
+    return found
+
+
+def next_tokens(
+    model: PreTrainedModel, prompt_ids: Sequence[int], settings: Settings, *, cached: bool = True
+) -> Iterator[int]:
     """Yield tokens without end, each drawn from the model's scores after all before it.
 
     Args:
-        model: a causal language model, or a PEFT model around one. Its cache holds the past, so that each
-            step after the first forwards a single token.
+        model: a causal language model, or a PEFT model around one.
         prompt_ids: at least one token.
-        settings: temperature, top_p and seed.
+        settings: how a token is drawn.
+        cached: see `offsite.modelling.steps.Steps`.
 
     Raises:
         RunFailed: the model's scores hold NaN.
     """
-    device = embedding_table(model).device
-    sampler, options = Sampler(settings), _last_only(model)
-    ids_BT = torch.tensor([list(prompt_ids)], dtype=torch.long, device=device)
-    num_past, cache = 0, None
+    ids_BT = torch.tensor([list(prompt_ids)], dtype=torch.long, device=embedding_table(model).device)
+    sampler, steps = Sampler(settings, prompt_ids), Steps(model, ids_BT, cached=cached)
     while True:
-        num_past += ids_BT.shape[1]
-        logits_V, cache = _forward(model, ids_BT, num_past, cache, options)
-        token = sampler.pick(logits_V)
+        token = sampler.pick(steps.logits()[0])
         yield token
-        ids_BT = torch.tensor([[token]], dtype=torch.long, device=device)
-
-
-def _forward(
-    model: PreTrainedModel, ids_BT: Tensor, num_past: int, cache: Any, options: dict[str, int]
-) -> tuple[Tensor, Any]:
-    """Return the scores after the last token, and the cache. The mode is entered per step: it belongs to the thread."""
-    mask_BT = torch.ones((1, num_past), dtype=torch.long, device=ids_BT.device)
-    with torch.inference_mode():
-        output = model(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **options)
-    return output.logits[0, -1], output.past_key_values
-
-
-def _last_only(model: Any) -> dict[str, int]:
-    """Return what tells the model to score the last token alone: a long prompt's scores would be gigabytes."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+        steps.add(ids_BT.new_tensor([token]))
 
 
 def generate(
@@ -201,6 +271,7 @@ def generate(
     *,
     end_ids: frozenset[int],
     continues: bool = True,
+    cached: bool = True,
 ) -> Iterator[Piece]:
     """Yield an answer's pieces, one per generated token, the last with its `finish`.
 
@@ -211,13 +282,14 @@ def generate(
         settings: how tokens are drawn, how many at most, and the strings that end the text before them.
         end_ids: tokens that end the answer and are not part of its text; see `end_tokens`.
         continues: whether the text goes on from the prompt's (a leading space is kept) or begins anew.
+        cached: see `offsite.modelling.steps.Steps`.
 
     Raises:
         RunFailed: the model's scores hold NaN.
     """
     detokenizer = Detokenizer(tokenizer, prompt_ids if continues else ())
     matcher = StopMatcher(settings.stop)
-    for num_tokens, token in enumerate(next_tokens(model, prompt_ids, settings), start=1):
+    for num_tokens, token in enumerate(next_tokens(model, prompt_ids, settings, cached=cached), start=1):
         ended = token in end_ids
         last = ended or num_tokens >= settings.limit_tokens
         text = "" if ended else detokenizer.push(token)

@@ -1,42 +1,65 @@
 """OpenAI's requests and replies: what a request may hold, what a reply looks like, how a refusal reads.
 
-Clients send many fields; those unknown here are ignored. Known fields that this server cannot honour are
-refused unless they hold a value that changes nothing (`_NEUTRAL`): silently dropping them would give
-another answer than the one asked for. Messages never repeat a prompt.
+No field is dropped in silence: that would give another answer than the one asked for. What is not worked with is
+refused by name, unless it holds a value that changes nothing (null, or one of `_NEUTRAL`) or never changes an answer
+(`_LABELS`). Messages never repeat a prompt.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
 Prompt = str | tuple[int, ...]
 
 _LIMIT_PROMPTS = 64
 _LIMIT_STOP = 4
+_FIELD_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}", re.ASCII)
+_TOKEN_ID = re.compile(r"[0-9]{1,9}", re.ASCII)
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "logprobs": (None, False),
-    "top_logprobs": (None,),
-    "suffix": (None, ""),
-    "presence_penalty": (None, 0, 0.0),
-    "frequency_penalty": (None, 0, 0.0),
-    "logit_bias": (None, {}),
-    "tools": (None, []),
-    "functions": (None, []),
-    "response_format": (None, {"type": "text"}),
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (),
+    "suffix": ("",),
+    "store": (False,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "ignore_eos": (False,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+    "include_obfuscation": (False,),
+    "tool_calls": ([],),
+    "annotations": ([],),
 }
+"""Fields of a request, and of what lies in it, that may be given as long as they ask for nothing."""
+
+_LABELS = frozenset({"user", "safety_identifier", "prompt_cache_key", "metadata"})
+"""Fields by which clients tell their requests apart: no answer depends on them, and nothing of them is kept."""
 
 
 class ApiError(Exception):
@@ -58,7 +81,17 @@ class ApiError(Exception):
 
 
 class _Wire(BaseModel):
+    """An object of a request. Fields that it does not have are refused, those that ask for nothing apart."""
+
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_dropped(cls, found: object) -> object:
+        for name, value in found.items() if isinstance(found, dict) else ():
+            if name not in cls.model_fields and not _changes_nothing(name, value):
+                raise PydanticCustomError("unsupported", "{name}", {"name": name})
+        return found
 
 
 class StreamOptions(_Wire):
@@ -75,7 +108,13 @@ class Ask(_Wire):
     stream_options: StreamOptions | None = None
     stop: tuple[str, ...] = ()
     temperature: float | None = Field(None, ge=0, le=2)
+    top_k: int | None = Field(None, ge=-1)  # 0 and -1: all tokens
     top_p: float | None = Field(None, ge=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(None, ge=1)
 
@@ -86,6 +125,14 @@ class Ask(_Wire):
         if not isinstance(found, list) or len(found) > _LIMIT_STOP or not all(isinstance(x, str) and x for x in found):
             raise PydanticCustomError("stop", f"must be a string or up to {_LIMIT_STOP} strings, none of them empty")
         return tuple(found)
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _logit_bias(cls, value: object) -> tuple[tuple[int, float], ...]:
+        found = {} if value is None else value
+        if not isinstance(found, dict) or not all(map(_is_bias, found.items())):
+            raise PydanticCustomError("logit_bias", "must map token ids, as text, to numbers from -100 to 100")
+        return tuple((int(token), float(bias)) for token, bias in found.items())
 
     @property
     def wants_usage(self) -> bool:
@@ -131,9 +178,13 @@ class Message(_Wire):
     @classmethod
     def _content(cls, value: object) -> str:
         parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
-        texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-        if not parts or len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
+        spoken = [part for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [part.get("text") for part in spoken]
+        if not parts or len(spoken) != len(parts) or not all(isinstance(text, str) for text in texts):
             raise PydanticCustomError("content", "must be text, or a list of parts of type 'text'")
+        for name, one in (pair for part in spoken for pair in part.items()):
+            if name not in ("type", "text") and not _changes_nothing(name, one):
+                raise PydanticCustomError("unsupported", "{name}", {"name": name})
         return "".join(map(str, texts))
 
     @property
@@ -169,20 +220,35 @@ def parse(body: bytes, cls: type[AnyAsk]) -> AnyAsk:
         raise ApiError(400, "the body is not valid JSON") from None
     if not isinstance(found, dict):
         raise ApiError(400, f"the body holds a {type(found).__name__}, expected a JSON object")
-    for name, neutral in _NEUTRAL.items():
-        given = found.get(name)
-        if not any(type(given) is type(value) and given == value for value in neutral):
-            message = (
-                f"{name} is not supported here; leave it out" if name != "n" else "n: only one answer is supported"
-            )
-            raise ApiError(400, message, param=name, code="unsupported_parameter")
     try:
         return cls.model_validate(found)
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        message = "is missing" if problem["type"] == "missing" else problem["msg"]
-        raise ApiError(400, f"{where}: {message[:1].lower()}{message[1:]}", param=where) from None
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    """Return the first problem; one that names a field that is not worked with comes before any other."""
+    problems = error.errors(include_url=False, include_input=False)
+    problem = next((item for item in problems if item["type"] == "unsupported"), problems[0])
+    if problem["type"] == "unsupported":
+        name = problem["msg"] if _FIELD_NAME.fullmatch(problem["msg"]) else "a field of another form"
+        where = ".".join(map(str, (*problem["loc"], name)))
+        message = "n: only one answer is supported" if where == "n" else f"{where} is not supported here; leave it out"
+        return ApiError(400, message, param=where, code="unsupported_parameter")
+    where = ".".join(map(str, problem["loc"]))
+    message = "is missing" if problem["type"] == "missing" else problem["msg"]
+    return ApiError(400, f"{where}: {message[:1].lower()}{message[1:]}", param=where)
+
+
+def _changes_nothing(name: str, value: object) -> bool:
+    neutral = _NEUTRAL.get(name, ())
+    return value is None or name in _LABELS or any(type(value) is type(one) and value == one for one in neutral)
+
+
+def _is_bias(pair: tuple[object, object]) -> bool:
+    token, bias = pair
+    is_number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+    return isinstance(token, str) and bool(_TOKEN_ID.fullmatch(token)) and is_number and -100 <= float(bias) <= 100  # type: ignore[arg-type]
 
 
 def _is_int(value: object) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -17,25 +17,27 @@ TEMPLATE = (
 TEXTS = ["the patient has a fever and a cough", "the doctor asks how long the cough has lasted", "naïve café"]
 
 
-class Parrot(torch.nn.Module):
-    """Says `script` token by token whatever the prompt, then the end token. Looks like a causal model."""
+class Parrot(LlamaForCausalLM):
+    """Says `script` token by token whatever stands before it, then the end token.
+
+    What comes next depends on the tokens alone: as much of the script as they end with was said.
+    """
 
     def __init__(self, script: list[int], *, num_vocabulary: int, end: int, context: int = 4096) -> None:
-        super().__init__()
+        sizes = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
+        super().__init__(LlamaConfig(vocab_size=num_vocabulary, max_position_embeddings=context, **sizes))
         self.script, self.end, self.num_forwards = script, end, 0
-        self.embedding = torch.nn.Embedding(num_vocabulary, 1)
-        self.config = LlamaConfig(vocab_size=num_vocabulary, max_position_embeddings=context)
         self.generation_config = GenerationConfig(eos_token_id=end)
 
-    def get_input_embeddings(self):
-        return self.embedding
-
-    def forward(self, input_ids, attention_mask, past_key_values, use_cache):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **_):
         self.num_forwards += 1
-        said = past_key_values or 0
-        scores = torch.zeros(1, input_ids.shape[1], self.embedding.num_embeddings)
+        ids = getattr(past_key_values, "seen", []) + input_ids[0].tolist()
+        if past_key_values is not None:
+            past_key_values.seen = ids
+        said = max(upto for upto in range(len(self.script) + 1) if ids[len(ids) - upto :] == self.script[:upto])
+        scores = torch.zeros(1, input_ids.shape[1], self.config.vocab_size)
         scores[0, -1, self.script[said] if said < len(self.script) else self.end] = 100.0
-        return SimpleNamespace(logits=scores, past_key_values=said + 1)
+        return CausalLMOutputWithPast(logits=scores, past_key_values=past_key_values)
 
 
 @pytest.fixture(scope="session")

@@ -188,6 +188,20 @@ def test_half_precision_runs_every_row(evaluate, seeds, dropped_package, make_bu
     assert found["plugged_in"] == pytest.approx(exact["plugged_in"], rel=0.1)
 
 
+def test_figures_go_into_the_readme_of_what_is_plugged_in_afterwards(
+    evaluate, plug_in, seeds, dropped_package, llama_folder, tmp_path
+):
+    evaluate(dropped_package, [seeds[0]], output=tmp_path / "results")
+    rows = read_results(tmp_path / "results").rows
+    plug_in(llama_folder, seeds[0], tmp_path / "adapted", package=dropped_package.path, results=tmp_path / "results")
+    text = (tmp_path / "adapted" / "README.md").read_text()
+    assert f"| plugged in | {rows['plugged_in'].perplexity.mean:.2f} |" in text
+    assert f"| zero-shot: the base model | {rows['zero_shot'].perplexity.mean:.2f} |" in text
+    with pytest.raises(ConfigError, match="not of this bundle"):
+        plug_in(llama_folder, seeds[1], tmp_path / "other", package=dropped_package.path, results=tmp_path / "results")
+    assert not (tmp_path / "other").exists()
+
+
 # --- refusals
 
 

@@ -40,6 +40,7 @@ from server.registry.registry import Registry
 SMALL = {"vocab_size": 259, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDE = {**SMALL, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
 GROUPED = {**WIDE, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+FOR_OTHERS = ("README.md", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
 ARCHITECTURES = {
     "llama": GROUPED,
     "gpt2": {**SMALL, "n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 64, "n_inner": 48},
@@ -143,12 +144,10 @@ def test_the_peft_folder_names_its_targets_as_vllm_reads_them(
     assert config["layers_to_transform"] == [0, 1, 4, 5]
     assert config["layers_pattern"] == ("h" if architecture == "gpt2" else "layers")
     assert config["fan_in_fan_out"] == (architecture == "gpt2")
-    assert config["base_model_name_or_path"] == str(full)
-    assert sorted(path.name for path in (tmp_path / "adapted").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "offsite.json",
-    ]
+    assert config["base_model_name_or_path"] == "base"
+    assert sorted(path.name for path in (tmp_path / "adapted").iterdir()) == sorted(
+        ["adapter_config.json", "adapter_model.safetensors", "offsite.json", *FOR_OTHERS]
+    )
 
 
 def test_targets_that_differ_between_blocks_are_named_in_full(full_llama):
@@ -171,7 +170,8 @@ def test_whole_parameters_land_where_a_loop_by_hand_puts_them(
     bundle = make_bundle(tmp_path / "bundle", package, kind=kind)
     result = plug_in(full, bundle, tmp_path / "adapted", package=package.path)
     assert result["form"] == "own"
-    assert sorted(path.name for path in (tmp_path / "adapted").iterdir()) == ["adapter.safetensors", "offsite.json"]
+    names = {path.name for path in (tmp_path / "adapted").iterdir()}
+    assert names == {"adapter.safetensors", "offsite.json", *FOR_OTHERS}
     by_hand = with_blocks_by_hand(full, package, load_file(bundle.path / "adapter.safetensors"))
     loaded, _ = load_adapted(tmp_path / "adapted")
     assert torch.equal(logits_of(loaded), logits_of(by_hand))
@@ -308,19 +308,18 @@ def test_a_package_that_moved_is_named_with_package(
     assert found["package_digest"] == dropped_package.digest
 
 
-def test_a_fetched_name_is_written_as_the_folder_it_stands_for(
-    plug_in, dropped_package, llama_folder, make_bundle, monkeypatch, tmp_path
+def test_a_fetched_name_is_written_as_it_is_and_found_where_it_was_fetched(
+    plug_in, dropped_package, llama_folder, make_bundle, monkeypatch, logits_of, tmp_path
 ):
-    """Other programs know the folder, not offsite's name for it."""
     shutil.copytree(llama_folder, tmp_path / "cache" / "smollm2-135m")
     monkeypatch.setenv("OFFSITE_CACHE", str(tmp_path / "cache"))
     bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora")
     plug_in("smollm2-135m", bundle, tmp_path / "adapted", package=dropped_package.path)
     config = json.loads((tmp_path / "adapted" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tmp_path / "cache" / "smollm2-135m")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        assert AutoModelForCausalLM.from_pretrained(tmp_path / "adapted").config.num_hidden_layers == 8
+    assert config["base_model_name_or_path"] == "smollm2-135m"
+    assert not (tmp_path / "adapted.base.json").exists()
+    by_folder, _ = load_adapted(tmp_path / "adapted", base=str(llama_folder))
+    assert torch.equal(logits_of(load_adapted(tmp_path / "adapted")[0]), logits_of(by_folder))
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -663,11 +662,22 @@ def test_a_base_that_moved_is_named_with_base(adapted, llama_folder, tmp_path, l
     shutil.copytree(llama_folder, tmp_path / "moved")
     model, _ = load_adapted(folder, base=str(tmp_path / "moved"))
     assert torch.equal(logits_of(model), logits_of(load_adapted(folder)[0]))
+
+
+def test_a_folder_of_before_says_where_its_base_was(adapted, llama_folder, tmp_path, logits_of):
+    folder = adapted("own")
+    expected = logits_of(load_adapted(folder)[0])
+    (tmp_path / "own.base.json").unlink()
     manifest = json.loads((folder / "offsite.json").read_text())
-    manifest["base"] = str(tmp_path / "gone")
-    (folder / "offsite.json").write_text(json.dumps(manifest))
-    with pytest.raises(ConfigError, match="no model folder"):
-        load_adapted(folder)
+    del manifest["base_kind"]
+    for base in (tmp_path / "gone", llama_folder):
+        manifest["base"] = str(base)
+        (folder / "offsite.json").write_text(json.dumps(manifest))
+        if base == llama_folder:
+            assert torch.equal(logits_of(load_adapted(folder)[0]), expected)
+        else:
+            with pytest.raises(ConfigError, match="no model folder"):
+                load_adapted(folder)
 
 
 UP = "model__layers__0__mlp__up_proj__weight"

@@ -361,8 +361,8 @@ def test_a_failing_model_is_an_error_in_the_same_shape(parrot, bytes_tokenizer):
         raise RunFailed("the model's scores for the next token are not numbers (NaN)")
 
     model = parrot("hello")
-    model.register_forward_pre_hook(fail)
     with serving(model, bytes_tokenizer) as (address, _), calling(address) as client:
+        model.register_forward_pre_hook(fail)
         with pytest.raises(openai.InternalServerError, match="NaN"):
             client.completions.create(model="tiny", prompt="x")
         with pytest.raises(openai.APIError, match="NaN"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.serving.protocol import _NEUTRAL, ApiError, ChatAsk, CompletionAsk, Reply, Usage, parse
@@ -37,9 +37,9 @@ def test_a_prompt_is_text_or_tokens_or_a_list_of_either(value, prompts):
     assert completion(prompt=value).prompt == prompts
 
 
-def test_unknown_fields_and_those_that_change_nothing_are_ignored():
+def test_fields_that_change_nothing_pass():
     neutral = {"n": 1, "echo": False, "logprobs": None, "logit_bias": {}, "presence_penalty": 0, "tools": []}
-    ask = completion(user="u", store=True, metadata={"a": 1}, **neutral)
+    ask = completion(user="u", store=False, metadata={"a": 1}, made_up=None, **neutral)
     assert (ask.stop, ask.temperature, ask.num_tokens) == ((), None, 16)
     assert chat(logprobs=False, response_format={"type": "text"}).num_tokens is None
 
@@ -52,7 +52,7 @@ def test_limits_of_both_spellings():
 
 def test_text_parts_are_joined_and_developers_are_the_system():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    ask = chat(messages=[{"role": "developer", "content": parts}, {"role": "user", "content": "", "name": "x"}])
+    ask = chat(messages=[{"role": "developer", "content": parts}, {"role": "user", "content": "", "name": None}])
     assert [message.for_template for message in ask.messages] == [
         {"role": "system", "content": "ab"},
         {"role": "user", "content": ""},
@@ -69,8 +69,15 @@ def test_text_parts_are_joined_and_developers_are_the_system():
         ({"logprobs": 0}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"suffix": "x"}, "suffix"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"store": True}, "store"),
+        ({"length_penalty": 0.5}, "length_penalty"),
+        ({"ignore_eos": True}, "ignore_eos"),
+        ({"ignore_eos": 0}, "ignore_eos"),
+        ({"made_up": False}, "made_up"),
+        ({"top_kk": 5}, "top_kk"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"stream": True, "stream_options": {"include_everything": True}}, "stream_options.include_everything"),
+        ({"temperature": "hot", "made_up": 1}, "made_up"),
         ({"tools": [{}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
@@ -81,6 +88,53 @@ def test_what_cannot_be_honoured_is_refused(fields, param):
             make(**fields)
         error = caught.value.body["error"]
         assert (caught.value.status, error["param"], error["code"]) == (400, param, "unsupported_parameter")
+        assert error["message"].startswith(param)
+        assert error["type"] == "invalid_request_error"
+
+
+def test_a_field_of_the_other_kind_of_request_is_refused():
+    for make, fields in (
+        (completion, {"messages": []}),
+        (completion, {"max_completion_tokens": 5}),
+        (chat, {"prompt": "p"}),
+    ):
+        with pytest.raises(ApiError, match="not supported here"):
+            make(**fields)
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "user", "content": "x", "name": "y"}, "messages.0.name"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "messages.0.tool_calls"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": 1}]},
+            "messages.0.content.cache_control",
+        ),
+    ],
+)
+def test_what_a_message_holds_beside_its_text_is_refused_by_name(message, param):
+    with pytest.raises(ApiError) as caught:
+        chat(messages=[message])
+    assert caught.value.body["error"]["param"] == param
+
+
+def test_a_turn_as_the_openai_client_gives_it_back_is_taken():
+    said = {"role": "assistant", "content": "hi", "refusal": None, "annotations": [], "tool_calls": None}
+    assert [turn.content for turn in chat(messages=[said]).messages] == ["hi"]
+
+
+def test_a_name_that_is_no_name_is_not_repeated():
+    for name in (SECRET, "x" * 65, "", "\u202ex"):
+        with pytest.raises(ApiError) as caught:
+            completion(**{name: 1})
+        assert name == "" or name not in json.dumps(caught.value.body, ensure_ascii=False)
+
+
+def test_how_tokens_are_drawn_is_read():
+    ask = completion(top_k=-1, min_p=0, repetition_penalty=1.5, presence_penalty=-2, logit_bias={"5": 1, "7": -100.0})
+    assert (ask.top_k, ask.min_p, ask.repetition_penalty, ask.presence_penalty) == (-1, 0, 1.5, -2)
+    assert ask.logit_bias == ((5, 1.0), (7, -100.0))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +154,18 @@ def test_what_cannot_be_honoured_is_refused(fields, param):
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"frequency_penalty": "a"}, "frequency_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"٣": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": True}}, "logit_bias"),
+        ({"logit_bias": {SECRET: 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
         ({"seed": 2**63}, "seed"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a"] * 5}, "stop"),
@@ -155,6 +221,7 @@ ANY_JSON = st.recursive(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine drawing is
 @given(st.dictionaries(st.sampled_from(FIELDS), ANY_JSON, max_size=6))
 def test_any_json_is_a_request_or_a_refusal(fields):
     for cls, usual in (CompletionAsk, {}), (ChatAsk, {"messages": [{"role": "user", "content": "x"}]}):

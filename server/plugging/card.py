@@ -1,0 +1,139 @@
+"""The README of an adapted folder: a model card that says to others what the folder is, of which model, how good.
+
+Names and digests only: no path of the machine that made it, nothing of the text that was tuned on.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import yaml
+
+from offsite.artefacts.bundle import AdapterSpec
+from offsite.errors import ConfigError
+from offsite.evaluation.results import Results
+from server.plugging.fullmodel import FullModel
+
+CARD_NAME = "README.md"
+
+Form = Literal["peft", "own", "merged"]
+
+_ROWS = {"zero_shot": "zero-shot: the base model", "emulator_tuned": "emulator-tuned", "plugged_in": "plugged in"}
+_WHAT: dict[Form, str] = {
+    "peft": "an adapter as a PEFT folder",
+    "own": "the changed tensors, under the base model's names",
+    "merged": "a whole checkpoint with the adapter merged in",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is said of one adapted folder.
+
+    Attributes:
+        name: the folder's.
+        licence: as the package stated it; empty where it stated none.
+        effect: how far the adapter moves the base model's logits, as a share of their root mean square.
+        deviation: of the logits of what was read back, likewise.
+        results: of an evaluation of this adapter.
+    """
+
+    name: str
+    form: Form
+    base: FullModel
+    base_digest: str
+    adapter: AdapterSpec
+    licence: str = ""
+    scale: float = 1.0
+    effect: float | None = None
+    deviation: float | None = None
+    results: Results | None = None
+
+    def text(self) -> str:
+        """Return the card as Markdown with its YAML header."""
+        header = yaml.safe_dump(self._header(), sort_keys=False, allow_unicode=True)
+        parts = [f"---\n{header}---", f"# {self.name}", self._told(), self._table(), self._figures(), self._use()]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def _header(self) -> dict[str, object]:
+        known = re.fullmatch(r"[A-Za-z0-9.-]+", self.licence)
+        found: dict[str, object] = {"license": self.licence.lower() if known else "other"}
+        if self.licence and not known:
+            found["license_name"] = self.licence
+        if self.base.is_hub_id:
+            found["base_model"] = self.base.name
+        found["library_name"] = "peft" if self.form == "peft" else "transformers"
+        found["pipeline_tag"] = "text-generation"
+        return {**found, "tags": ["offsite-tuning", self.adapter.kind]}
+
+    def _told(self) -> str:
+        return (
+            f"This folder is {_WHAT[self.form]}. The adapter was trained by offsite-tuning: on text that stayed with "
+            "its owner, against a smaller stand-in for the base model, and was then put into the base model itself."
+        )
+
+    def _table(self) -> str:
+        adapter = self.adapter
+        kind = adapter.kind if adapter.kind in ("blocks", "bitfit") else f"{adapter.kind}, rank {adapter.rank}"
+        rows = [
+            ("base model", f"`{self.base.name}`, digest of its tensors `{self.base_digest}`"),
+            ("adapter", f"{kind}; blocks of the ends: {adapter.placement}; {adapter.targets}"),
+            ("licence", self.licence or "none stated"),
+        ]
+        if self.scale != 1:
+            rows.append(("share of the update", f"{self.scale:g}"))
+        if self.effect is not None:
+            rows.append(("moves the logits by", f"{self.effect:.2g} of their size"))
+        if self.deviation is not None:
+            rows.append(("read back, the logits differ by", f"{self.deviation:.2g}"))
+        return _markdown(["", ""], rows)
+
+    def _figures(self) -> str:
+        if self.results is None:
+            return ""
+        rows = [
+            (words, f"{self.results.rows[name].perplexity.mean:.2f}")  # type: ignore[index]
+            for name, words in _ROWS.items()
+            if name in self.results.rows
+        ]
+        told = f"Perplexity on {self.results.data.num_tokens:,} tokens that neither side trained on (lower is better):"
+        return f"## Figures\n\n{told}\n\n" + _markdown(["model", "perplexity"], rows)
+
+    def _use(self) -> str:
+        base, name = self.base.name, self.name
+        if self.form == "own":
+            return f"## Use\n\n    offsite serve {name} --base {base}"
+        lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        if self.form == "peft":
+            lines = ["from peft import PeftModel", *lines, f'base = AutoModelForCausalLM.from_pretrained("{base}")']
+            lines.append(f'model = PeftModel.from_pretrained(base, "{name}")')
+        else:
+            lines.append(f'model = AutoModelForCausalLM.from_pretrained("{name}")')
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{name}")')
+        code = "\n".join(lines)
+        served = f"vllm serve {base} --enable-lora --lora-modules {name}={name}" if self.form == "peft" else ""
+        served = "" if self.adapter.kind == "dora" else served
+        served = f"vllm serve {name}" if self.form == "merged" else served
+        return f"## Use\n\n```python\n{code}\n```" + (f"\n\n```sh\n{served}\n```" if served else "")
+
+
+def require_results(results: Results, *, base_digest: str, bundle_digest: str, scale: float) -> Results:
+    """Return the results only if they are of this adapter in this model, at this share.
+
+    Raises:
+        ConfigError: naming what is another's.
+    """
+    if results.base_digest != base_digest:
+        raise ConfigError("--results: they are of another full model")
+    if [crossing.digest for crossing in results.bundles.values()] != [bundle_digest]:
+        raise ConfigError("--results: they are not of this bundle alone", hint="offsite evaluate it by its id")
+    if results.scale != scale:
+        raise ConfigError(f"--results: {results.scale:g} of the update was plugged in, here it is {scale:g}")
+    return results
+
+
+def _markdown(head: list[str], rows: list[tuple[str, str]]) -> str:
+    lines = [head, ["---", "---"], *([one, two.replace("|", "\\|")] for one, two in rows)]
+    return "\n".join(f"| {one} | {two} |" for one, two in lines)
