@@ -96,7 +96,7 @@ class Engine:
         limit_waiting: int = 8,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._context = context or context_length(model, tokenizer)
+        self._context = context_length(model, tokenizer, context)
         self._limit_tokens, self._limit_waiting = limit_tokens, limit_waiting
         self._num_vocabulary = int(embedding_table(model).shape[0])
         self._end_ids = end_tokens(model, tokenizer)
