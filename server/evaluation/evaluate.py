@@ -33,6 +33,8 @@ from offsite.evaluation.results import (
     write_results,
 )
 from offsite.evaluation.tasks import multiple_choice_task, run_tasks
+from offsite.modelling.context import require_context
+from offsite.modelling.dtypes import cast_model
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import refuse_existing, staged_folder
 from offsite.text.batches import Encoded, Example, encode, pack, pad_id
@@ -42,7 +44,7 @@ from server.evaluation.candidates import Candidate, Candidates, open_candidates
 from server.evaluation.config import EvaluateConfig, named_paths
 from server.evaluation.metrics import capability, compare, summarise
 from server.evaluation.summary import crossings, flat, parameters, read_outcomes, reproduce, show, versions
-from server.plugging.fit import Fitted, cast_model, fit, plugged, require_base, require_scalable
+from server.plugging.fit import Fitted, fit, plugged, require_base, require_scalable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -244,6 +246,7 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
     from transformers import GenerationConfig
 
     ids_BT = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    require_context(model, ids_BT.shape[1] + num_tokens, "a prompt and its answer")
     settings = GenerationConfig(
         max_new_tokens=num_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_id(tokenizer)
     )

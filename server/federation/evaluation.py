@@ -15,6 +15,7 @@ from offsite.artefacts.owner import OwnerRecord
 from offsite.digests import model_digest, sha256_bytes
 from offsite.errors import ConfigError
 from offsite.evaluation.measure import perplexity
+from offsite.modelling.dtypes import cast_model
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import staged_folder
 from offsite.text.batches import Example, encode, pack, pad_id
@@ -23,7 +24,7 @@ from server.federation.config import FederationConfig
 from server.federation.federation import Federation
 from server.federation.state import SHARED
 from server.plugging.adapted import AdaptedManifest
-from server.plugging.fit import cast_model, require_base
+from server.plugging.fit import require_base
 from server.plugging.plug import base_name
 
 if TYPE_CHECKING:
