@@ -185,8 +185,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         """YAML 1.2 floats: ``1e-3`` is a number, not a word."""
 
-    number = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$")
-    whole = re.compile(r"^[-+]?\d+$")
+    number = re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$")
+    whole = re.compile(r"^[-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
     Loader.add_implicit_resolver("tag:yaml.org,2002:int", whole, list("-+0123456789"))
     for start in "-+0123456789":
