@@ -7,8 +7,8 @@ A package is a folder:
 - ``config.json``: the architecture's own settings, from an allow-list: the fields its configuration class declares, and
   a few plain numbers that modelling code reads without that (`offsite.artefacts.layout.UNDECLARED`).
 - ``model.safetensors`` (or numbered shards): ends and emulator under transformers' names in the package's own block
-  numbering, each tensor in the dtype it has in the full model. The numbers of the owner's blocks and channels are not in
-  it.
+  numbering, each tensor in the dtype that it has in the full model. The numbers of the owner's blocks and channels are
+  not in it.
 - ``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``: text in, text out; of several named chat
   templates the default one.
 
@@ -18,9 +18,9 @@ architecture is looked up by ``model_type`` in transformers' own table, and the 
 
 On arrival, in this order: manifest size, format, schema; exact set of files; sizes and digests; keys of the
 configuration files; exact set of tensors with shapes and dtypes; a layout that fits them. Then, when the model is
-rebuilt (``offsite/artefacts/rebuild.py``): only settings the architecture declares; the layout's number of blocks, before
-any is built; exactly its tensors; finite values; a model that reads nothing ahead. The owner's side tries all of it
-before it writes a package (``offsite/artefacts/trial.py``).
+rebuilt (``offsite/artefacts/rebuild.py``): only settings the architecture declares; the layout's number of blocks,
+before any is built; exactly its tensors; finite values; a model that reads nothing ahead. The owner's side tries all of
+it before it writes a package (``offsite/artefacts/trial.py``).
 """
 
 from __future__ import annotations

@@ -24,9 +24,14 @@ def refuse_uncausal(model: PreTrainedModel) -> None:
     """Return only if another last token leaves the scores of earlier positions alone.
 
     Raises:
-        UnsupportedModel: saying that the model reads ahead, and what may be done.
+        UnsupportedModel: saying that the model reads ahead, and what may be done; or that it does not run at all.
     """
-    if reads_ahead(model):
+    try:
+        is_ahead = reads_ahead(model)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+        raise UnsupportedModel(f"{type(model).__name__} does not run on a short text: {reason}") from error
+    if is_ahead:
         raise UnsupportedModel(
             f"{type(model).__name__} is not causal: what it says of a token depends on the tokens behind it, so that "
             "next-token text cannot be learnt on it",

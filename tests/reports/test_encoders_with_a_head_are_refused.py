@@ -88,3 +88,13 @@ def test_a_client_does_not_open_one_either(tmp_path, make_package):
     package = make_package(tmp_path / "package", model=encoder, kept=tuple(range(6)))
     with pytest.raises(BadSchema, match="holds a model that is not causal"):
         package.load_model()
+
+
+def test_a_model_that_does_not_run_says_so(full_llama):
+    """Sizes that do not fit each other show only in a forward pass."""
+    import copy
+
+    model = copy.deepcopy(full_llama)
+    model.model.layers[3].mlp.down_proj = torch.nn.Linear(47, 32)
+    with pytest.raises(UnsupportedModel, match="LlamaForCausalLM does not run on a short text: "):
+        refuse_uncausal(model)
