@@ -1,6 +1,7 @@
 """The command line: from typed words to a verb's settings and function, resolved only when the verb is called.
 
-People read stderr; the last line of stdout is one JSON object, at a terminal only with ``--json``. Exit codes are in ``offsite/errors.py``.
+People read stderr; the last line of stdout is one JSON object, at a terminal only with ``--json``. Exit codes are in
+``offsite/errors.py``.
 """
 
 from __future__ import annotations

@@ -199,8 +199,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
                 seen.add(name if isinstance(name, str) else id(key))
             return super().construct_mapping(node, deep)
 
-    number = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$")
-    whole = re.compile(r"^[-+]?\d+$")
+    number = re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$")
+    whole = re.compile(r"^[-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
     Loader.add_implicit_resolver("tag:yaml.org,2002:int", whole, list("-+0123456789"))
     for start in "-+0123456789":

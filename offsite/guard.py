@@ -15,7 +15,7 @@ from offsite.errors import ConfigError
 
 ROLES = ("adapters", "client", "emulator", "server")
 
-_MARKER = re.compile(r'^OFFSITE_ROLE = "(\w+)"$', re.MULTILINE)
+_MARKER = re.compile(r'^OFFSITE_ROLE = "([a-z]+)"$', re.MULTILINE)
 
 
 def check_install(home: Path | None = None) -> None:

@@ -12,6 +12,27 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from offsite.errors import BadSchema, WrongBinding
 from offsite.tensors import no_duplicates
 
+SHOWN = (
+    r"[^\x00-\x1f\x7f-\x9f"  # control
+    r"\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # direction, joining, format
+    r"\u2028\u2029\ue000-\uf8ff]"  # separators of lines and paragraphs, private use
+)
+"""A pattern of a character that is seen where it stands, in the syntax that all languages' patterns share. Characters
+beyond 16 bits have no such syntax; `require_seen` looks at those."""
+
+_BEYOND = re.compile("[\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f\U000f0000-\U0010ffff]")
+
+
+def require_seen(text: str) -> str:
+    """Return the text if no character beyond 16 bits is one that is not seen: tags, private use, formats.
+
+    Raises:
+        ValueError: naming none of it.
+    """
+    if _BEYOND.search(text):
+        raise ValueError("holds a character that is not seen")
+    return text
+
 
 class Strict(BaseModel):
     """Base of everything read from the other side: frozen, strict, no unknown key, no NaN or infinity."""

@@ -55,6 +55,10 @@ _CLOSING = re.compile(rf"\}}{_B}")
 _NUMBERS = re.compile(rf"\[{_B}(?:{_WHOLE}{_B}(?:,{_B}{_WHOLE}{_B})*+)?+\]")
 
 
+Name = Annotated[str, Field(max_length=255, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]*$")]
+"""Of a tensor or a module, as a manifest states it: the letters that a header may hold, and no others."""
+
+
 class TensorSpec(BaseModel):
     """The declared form of one tensor: its shape, and its dtype in torch's spelling."""
 

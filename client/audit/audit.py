@@ -31,7 +31,7 @@ from offsite.artefacts.package import Package, open_package
 from offsite.artefacts.round import Round, open_round
 from offsite.audits.canaries import CanarySet, read_canaries
 from offsite.audits.canaryaudit import CanaryScores, audit_canaries, score_canaries
-from offsite.audits.extraction import context_of, verbatim
+from offsite.audits.extraction import verbatim
 from offsite.audits.gates import bundle_gates, passed
 from offsite.audits.membership import membership_of
 from offsite.audits.record import (
@@ -51,6 +51,7 @@ from offsite.audits.statistics import require_extra
 from offsite.console import progress, say
 from offsite.digests import sha256_file
 from offsite.errors import ConfigError, WrongBinding
+from offsite.modelling.context import context_of
 from offsite.staging import refuse_existing
 from offsite.text.batches import IGNORED, Example, pad_id
 from offsite.training.devices import choose_device

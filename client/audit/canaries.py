@@ -110,8 +110,9 @@ def made_up(
     require_context(model, tokens + 1, "a canary")
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pieces = set(tokenizer.get_vocab().values())  # they need not be the first numbers, nor lie without gaps
     num_known = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, union-attr, arg-type]
-    without = sorted({number for number in special if number < num_known} | set(range(len(tokenizer), num_known)))
+    without = [number for number in range(num_known) if number in special or number not in pieces]
     found: dict[str, None] = {}
     with progress(count, "canaries") as bar:
         for _ in range(_MAX_ROUNDS):

@@ -150,7 +150,7 @@ def last_joined(work: Path) -> int:
     if not path.exists():
         return -1
     text = path.read_text(encoding="ascii", errors="replace").strip()
-    if not text.isdecimal():
+    if not (text.isascii() and text.isdecimal()):
         raise PolicyError(f"{_LAST!r} in the work folder is damaged", hint="begin in another --work, with a new job")
     return int(text)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from offsite.console import say
 from offsite.errors import ConfigError, DataError
+from offsite.modelling.context import context_of
 from offsite.text.batches import IGNORED, Batches, Encoded, Example, encode, pack, pad_id
 from offsite.text.records import Record, split_by_document
 
@@ -200,8 +201,8 @@ def require_fit(text: TrainingText, model: PreTrainedModel) -> None:
     Raises:
         ConfigError: saying which of the two is too small.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(context, int) and text.longest_tokens > context:
+    context = context_of(model)
+    if context is not None and text.longest_tokens > context:
         raise ConfigError(
             f"sequences of {text.longest_tokens} tokens, the package's context is {context}",
             hint=f"use --block-tokens {context}",

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from emulator.compression.methods import METHODS
+from offsite.artefacts.layout import Line
 from offsite.config import COMPRESSION, MEASURING, OUTPUT, POSITIONAL, TRAINING, USUAL, VerbConfig
 from offsite.modelling.config import ModelFlag, ModelWord
 from offsite.text.config import TextSettings
@@ -119,11 +120,11 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
     )
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="dtype of the package's weights; auto: the full model's", json_schema_extra=COMPRESSION
+        "auto",
+        description="dtype of the package's weights; auto: each tensor keeps the one it has in the full model",
+        json_schema_extra=COMPRESSION,
     )
-    licence: str = Field(
-        "", max_length=200, description="licence of the package, stated in its manifest", json_schema_extra=USUAL
-    )
+    licence: Line = Field("", description="licence of the package, stated in its manifest", json_schema_extra=USUAL)
     terms: Path | None = Field(
         None, description="text file with terms of use, put into the package's manifest", json_schema_extra=USUAL
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,10 +26,12 @@ from emulator.distillation.imitation import Distilled, distill
 from emulator.distillation.launched import in_processes
 from emulator.distillation.objective import Weights
 from emulator.distillation.public import PublicText, prepare
-from emulator.distillation.publish import publish, read_terms
+from emulator.distillation.publish import publish, read_terms, try_out
 from offsite.artefacts.package import Package
 from offsite.console import say
 from offsite.digests import model_digest, sha256_bytes
+from offsite.modelling.causal import refuse_uncausal
+from offsite.modelling.dtypes import main_dtype, stored_in
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.modelling.split import Plan, make_plan
 from offsite.staging import refuse_existing
@@ -65,6 +67,7 @@ def run(config: DistillConfig) -> dict[str, object]:
     text = _public_text(config, owned)
     _place(owned.full, config, processes)
     compressed = compress(owned.full, owned.plan, config.method, _recipe(config, text, owned, processes))
+    try_out(owned.plan, compressed)
     sizes = _sizes(owned, compressed)
     if processes.is_main:
         say("distill: middle of {:,} parameters, emulator of {:,}".format(*sizes.values()))
@@ -85,14 +88,17 @@ class _Owned:
     plan: Plan
     digest: str
     dtype: str
+    dtypes: Mapping[str, str]
 
 
 def _open(config: DistillConfig) -> _Owned:
     say(f"loading {Path(config.model).name!r}")
     full = load_model(config.model)
     plan = make_plan(full, num_bottom=config.bottom, num_top=config.top)
-    dtype = str(full.dtype).removeprefix("torch.")
-    return _Owned(full, load_tokenizer(config.model), plan, model_digest(full), dtype)
+    refuse_uncausal(full)
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in full.state_dict().items()}
+    main = str(main_dtype(stored_in(full).values())).removeprefix("torch.")
+    return _Owned(full, load_tokenizer(config.model), plan, model_digest(full), main, dtypes)
 
 
 def _public_text(config: DistillConfig, owned: _Owned) -> PublicText | None:
@@ -206,6 +212,7 @@ def _published(
         base_digest=owned.digest,
         figures=_disclosed(distilled),
         dtype=owned.dtype if config.dtype == "auto" else config.dtype,
+        dtypes=owned.dtypes if config.dtype == "auto" else None,
         licence=config.licence,
         terms=terms,
     )

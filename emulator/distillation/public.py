@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emulator.compression.activations import Batch
 from offsite.errors import ConfigError
+from offsite.modelling.context import require_context
 from offsite.text.batches import Batches, Example, collate, encode, pack, pad_id
 from offsite.text.records import Record, split_by_document
 
@@ -58,7 +59,7 @@ def prepare(
         DataError: too few documents to hold any out, or nothing to learn from.
         ConfigError: blocks longer than the model's context, or a tokenizer that is not this model's.
     """
-    _check_context(model, block_tokens)
+    require_context(model, block_tokens, "blocks")
     train, held_out = (records, []) if holdout is None else split_by_document(records, fraction=holdout, seed=seed)
     blocks = _blocks(train, tokenizer, block_tokens)
     held_blocks = _blocks(held_out, tokenizer, block_tokens)[: max(1, evaluation_tokens // block_tokens)]
@@ -79,12 +80,6 @@ def _blocks(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, block
         return []
     encoded = encode(records, tokenizer, context=block_tokens, whole_text=True)
     return pack(encoded.examples, block_tokens=block_tokens)
-
-
-def _check_context(model: PreTrainedModel, block_tokens: int) -> None:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and block_tokens > longest:
-        raise ConfigError(f"blocks of {block_tokens} tokens, the model's context is {longest}")
 
 
 def _check_vocabulary(model: PreTrainedModel, blocks: Sequence[Example]) -> None:

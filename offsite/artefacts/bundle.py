@@ -26,6 +26,7 @@ from offsite.errors import ConfigError, WrongBinding, WrongNames
 from offsite.staging import staged_folder
 from offsite.strictjson import Strict
 from offsite.tensors import (
+    Name,
     TensorSpec,
     check_exact,
     check_finite,
@@ -52,7 +53,7 @@ class AdapterSpec(Strict):
     """Which adapter, where it sits and how large it is."""
 
     kind: str = Field("blocks", pattern=r"^[a-z][a-z0-9-]{0,31}$")
-    placement: str = Field("2+2", pattern=r"^(all|\d{1,4}\+\d{1,4})$")
+    placement: str = Field("2+2", pattern=r"^(all|[0-9]{1,4}\+[0-9]{1,4})$")
     targets: Literal["all-linear", "attention", "mlp"] = "all-linear"
     rank: int = Field(8, ge=1, le=4096)
     alpha: float = Field(16.0, gt=0)
@@ -82,7 +83,7 @@ class BundleManifest(Strict):
     base_digest: str = Field(pattern=DIGEST_PATTERN)
     round_digest: str | None = Field(None, pattern=DIGEST_PATTERN)
     adapter: AdapterSpec
-    tensors: dict[str, TensorSpec]
+    tensors: dict[Name, TensorSpec]
     disclosed: dict[Literal["num_records", "num_tokens", "steps", "validation_loss"], float] = {}
     files: dict[str, FileEntry]
 

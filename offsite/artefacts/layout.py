@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from offsite.artefacts.manifest import FileEntry
 from offsite.digests import DIGEST_PATTERN
 from offsite.errors import BadSchema, TooLarge
-from offsite.strictjson import Strict
-from offsite.tensors import TensorSpec, no_duplicates, read_header
+from offsite.strictjson import SHOWN, Strict, require_seen
+from offsite.tensors import Name, TensorSpec, no_duplicates, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -25,12 +26,29 @@ JSON_LIMIT_BYTES = 32 * 2**20
 MAX_BLOCKS = 4096
 
 _REFUSED_KEYS = frozenset({"auto_map", "quantization_config", "transformers_version", "name_or_path"})
+UNDECLARED: Mapping[str, type] = {
+    "_remove_final_layer_norm": bool,
+    "attention_head_size": int,
+    "head_dim": int,
+    "sliding_window": int,
+}
+"""Settings that modelling code reads by name although its configuration class may not declare them, and their type.
+
+Each is a plain number or a yes or no; nothing that names code, a class or a file may ever stand here.
+"""
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 TOKENIZER_KEYS = frozenset(
     "add_bos_token add_eos_token add_prefix_space additional_special_tokens bos_token clean_up_tokenization_spaces "
     "cls_token eos_token extra_special_tokens mask_token model_input_names model_max_length pad_token padding_side "
     "sep_token split_special_tokens truncation_side unk_token".split()
 )
+
+
+# Whatever is shown to a person is a plain word or printable: no escape sequences reach a terminal, and nothing that
+# is not seen turns the order of what is.
+Key = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Line = Annotated[str, Field(max_length=200, pattern=rf"^{SHOWN}*$"), AfterValidator(require_seen)]
+Text = Annotated[str, Field(max_length=20_000, pattern=rf"^(?:[\t\n]|{SHOWN})*$"), AfterValidator(require_seen)]
 
 
 class Layout(Strict):
@@ -47,11 +65,11 @@ class Layout(Strict):
     num_bottom: int = Field(ge=0, le=MAX_BLOCKS)
     num_middle: int = Field(ge=1, le=MAX_BLOCKS)
     num_top: int = Field(ge=0, le=MAX_BLOCKS)
-    linears: dict[str, tuple[int, int]]
-    mlp_linears: tuple[str, ...] = ()
-    adaptable_middle: tuple[str, ...] = ()
+    linears: dict[Name, tuple[int, int]]
+    mlp_linears: tuple[Name, ...] = ()
+    adaptable_middle: tuple[Name, ...] = ()
     middle_whole: bool = False
-    buffers: tuple[str, ...] = ()
+    buffers: tuple[Name, ...] = ()
 
     @property
     def blocks(self) -> dict[str, str]:
@@ -95,12 +113,6 @@ def describe_layout(
     return layout.model_copy(update={"linears": linears, "mlp_linears": tuple(feed_forward), "buffers": tuple(buffers)})
 
 
-# Whatever is shown to a person is a plain word or printable: no escape sequences reach a terminal.
-Key = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
-Line = Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
-Text = Annotated[str, Field(max_length=20_000, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")]
-
-
 class Method(Strict):
     """How the middle was compressed: a registered name and its public settings."""
 
@@ -114,7 +126,7 @@ class PackageManifest(Strict):
     format: str
     base_digest: str = Field(pattern=DIGEST_PATTERN)
     layout: Layout
-    tensors: dict[str, TensorSpec]
+    tensors: dict[Name, TensorSpec]
     method: Method
     figures: dict[Key, float] = {}
     licence: Line = ""
@@ -155,12 +167,17 @@ def config_keys(cls: type[PreTrainedConfig]) -> set[str]:
     return set(without_code(cls().to_dict()))
 
 
+def undeclared(settings: Mapping[str, Any]) -> set[str]:
+    """Return the settings of `UNDECLARED` that are stated in the one form that each has."""
+    return {key for key, kind in UNDECLARED.items() if key in settings and type(settings[key]) is kind}
+
+
 def without_code(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings, nested ones too, without private keys and those that name code, a path or a version."""
     return {
         key: without_code(value) if isinstance(value, dict) else value
         for key, value in settings.items()
-        if not (isinstance(key, str) and (key.startswith("_") or key in _REFUSED_KEYS))
+        if not isinstance(key, str) or key in UNDECLARED or not (key.startswith("_") or key in _REFUSED_KEYS)
     }
 
 

@@ -4,10 +4,13 @@ A package is a folder:
 
 - ``offsite.json``: the manifest. It binds every other file by size and SHA-256, declares every tensor by name,
   shape and dtype, and says which blocks are *bottom*, *middle* and *top*. Its own SHA-256 is the package's digest.
-- ``config.json``: the architecture's own settings, from an allow-list (the fields its configuration class declares).
+- ``config.json``: the architecture's own settings, from an allow-list: the fields its configuration class declares, and
+  a few plain numbers that modelling code reads without that (`offsite.artefacts.layout.UNDECLARED`).
 - ``model.safetensors`` (or numbered shards): ends and emulator under transformers' names in the package's own block
-  numbering. The numbers of the owner's blocks and channels are not in it.
-- ``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``: text in, text out.
+  numbering, each tensor in the dtype that it has in the full model. The numbers of the owner's blocks and channels are
+  not in it.
+- ``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``: text in, text out; of several named chat
+  templates the default one.
 
 When whole blocks were dropped, or all kept, ``AutoModelForCausalLM.from_pretrained`` opens the folder. A middle of
 another width is rebuilt here, from declared shapes. Nothing in a package names code, a class or a path: the
@@ -15,7 +18,9 @@ architecture is looked up by ``model_type`` in transformers' own table, and the 
 
 On arrival, in this order: manifest size, format, schema; exact set of files; sizes and digests; keys of the
 configuration files; exact set of tensors with shapes and dtypes; a layout that fits them. Then, when the model is
-rebuilt (``offsite/artefacts/rebuild.py``): only settings the architecture declares; exactly its tensors; finite values.
+rebuilt (``offsite/artefacts/rebuild.py``): only settings the architecture declares; the layout's number of blocks,
+before any is built; exactly its tensors; finite values; a model that reads nothing ahead. The owner's side tries all of
+it before it writes a package (``offsite/artefacts/trial.py``).
 """
 
 from __future__ import annotations
@@ -41,10 +46,13 @@ from offsite.artefacts.layout import (
     read_json,
     saved_tensors,
     shard_headers,
+    undeclared,
     without_code,
 )
 from offsite.artefacts.manifest import check_files, entries, read_manifest, write_manifest
+from offsite.artefacts.trial import require_rebuildable
 from offsite.errors import BadSchema, ConfigError, UnsupportedModel, WrongNames, WrongShape
+from offsite.modelling.load import one_template
 from offsite.staging import staged_folder
 from offsite.tensors import (
     TensorSpec,
@@ -66,7 +74,7 @@ SHARD_LIMIT_BYTES = 4 * 2**30
 _INDEX = "model.safetensors.index.json"
 FILE_NAMES = re.compile(
     r"config\.json|tokenizer\.json|tokenizer_config\.json|chat_template\.jinja"
-    r"|model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"
+    r"|model\.safetensors|model-[0-9]{5}-of-[0-9]{5}\.safetensors|model\.safetensors\.index\.json"
 )
 
 
@@ -185,28 +193,28 @@ def write_package(
     licence: str = "",
     terms: str = "",
     dtype: str = "bfloat16",
+    dtypes: Mapping[str, str] | None = None,
 ) -> Package:
     """Write the package folder `out`, whole or not at all, from allow-lists only.
 
     Args:
         model: ends and emulator in the package's numbering; read, not changed.
         figures: for whoever receives the package; those that are not finite numbers are left out.
-        dtype: dtype of floating tensors in the file.
+        dtype: dtype of floating tensors in the file, but of those that the architecture keeps finer.
+        dtypes: dtypes by name, for tensors that are to have another one.
 
     Raises:
         ConfigError: when `out` exists, or the licence, terms or a figure's name cannot be stated.
-        UnsupportedModel: when the tokenizer has no fast form that encodes alike.
+        UnsupportedModel: when the tokenizer has no fast form that encodes alike, or a client could not build the model.
         NotFinite: when a tensor holds NaN or infinity, or would in `dtype`.
         RunFailed: when the disk is full.
     """
     with staged_folder(out) as stage:
-        _write_json(stage / "config.json", allowed_config(model, dtype))
+        write_config(stage, model, dtype)
+        require_rebuildable(stage, model, layout)
         write_tokenizer(stage, tokenizer)
         tensors = saved_tensors(model)
-        specs = {
-            name: spec_of(tensor, dtype=dtype if tensor.is_floating_point() else None)
-            for name, tensor in tensors.items()
-        }
+        specs = _stored(model, tensors, dtype, dtypes or {})
         _write_shards(stage, tensors, specs)
         try:
             manifest = PackageManifest(
@@ -227,6 +235,24 @@ def write_package(
     return open_package(out)
 
 
+def _stored(
+    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], dtype: str, dtypes: Mapping[str, str]
+) -> dict[str, TensorSpec]:
+    """Return the tensors as the package's files are to hold them."""
+    from offsite.modelling.dtypes import kept_in_float32
+
+    kept = dict.fromkeys(kept_in_float32(model, tensors, torch_dtype(dtype)), "float32")
+    return {
+        name: spec_of(tensor, dtype=dtypes.get(name, kept.get(name, dtype)) if tensor.is_floating_point() else None)
+        for name, tensor in tensors.items()
+    }
+
+
+def write_config(folder: Path, model: PreTrainedModel, dtype: str) -> None:
+    """Write ``config.json``: of the model's settings those that may cross."""
+    _write_json(folder / "config.json", allowed_config(model, dtype))
+
+
 def allowed_config(model: PreTrainedModel, dtype: str) -> dict[str, Any]:
     """Return the architecture's settings: only fields that its configuration class declares itself.
 
@@ -234,7 +260,7 @@ def allowed_config(model: PreTrainedModel, dtype: str) -> dict[str, Any]:
     """
     config = model.config
     found = config.to_dict()
-    allowed = config_keys(type(config))
+    allowed = config_keys(type(config)) | undeclared(found)
     kept = without_code({key: value for key, value in found.items() if key in allowed})
     return {**kept, "model_type": config.model_type, "dtype": dtype, "architectures": [type(model).__name__]}
 
@@ -255,16 +281,35 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     fresh.no_padding()
     (folder / "tokenizer.json").write_text(fresh.to_str(), encoding="utf-8")
     settings = {key: value for key, value in tokenizer.init_kwargs.items() if key in TOKENIZER_KEYS}
-    settings.update({key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)})
-    settings["model_max_length"] = min(int(tokenizer.model_max_length), 2**40)
+    named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    settings.update({key: value for key, value in named.items() if key in TOKENIZER_KEYS})
+    if (extra := _extra_tokens(tokenizer, named)) or "extra_special_tokens" in settings:
+        settings["extra_special_tokens"] = extra
+    settings["model_max_length"] = min(int(tokenizer.model_max_length or 2**40), 2**40)
     settings["tokenizer_class"] = TOKENIZER_CLASS
-    plain = {key: value if not hasattr(value, "content") else value.content for key, value in settings.items()}
-    _write_json(folder / "tokenizer_config.json", plain)
-    if isinstance(tokenizer.chat_template, str):
-        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", _in_json(settings))
+    if template := one_template(tokenizer):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     probe = "The quick brown fox: 3.5 mg/day\n\n  jumps (over) the lazy dog's café."
     if rebuild.load_tokenizer(folder)(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
         raise UnsupportedModel("the tokenizer rebuilt from tokenizer.json encodes a probe text differently")
+
+
+def _extra_tokens(tokenizer: PreTrainedTokenizerBase, named: Mapping[str, str]) -> list[str]:
+    """Return the special tokens beside the usual ones: an architecture may have given them names (``image_token``)."""
+    beside = [token for key, token in named.items() if key not in TOKENIZER_KEYS]
+    return list(dict.fromkeys([*map(str, tokenizer.extra_special_tokens), *beside]))
+
+
+def _in_json(value: Any) -> Any:
+    """Return the value with every token, however it is kept, as its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _in_json(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_in_json(one) for one in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(getattr(value, "content", value))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -6,7 +6,8 @@ fewer MLP channels than it, and nothing else may differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,17 @@ from offsite.artefacts.layout import (
     read_json,
     saved_tensors,
     shard_headers,
+    undeclared,
 )
 from offsite.errors import BadSchema, UnsupportedModel, WrongShape
 from offsite.tensors import TensorSpec, check_exact, read_tensors, spec_of, torch_dtype
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Parameters that modules may register for each declared tensor, and beside them: some are set twice or tied later.
+_ROOM, _ROOM_BESIDE = 4, 1000
 
 # What transformers' constructors are seen to raise on settings that make no sense.
 _MALFORMED = (ArithmeticError, AttributeError, IndexError, LookupError, RuntimeError, TypeError, ValueError)
@@ -35,26 +40,55 @@ def load_model(folder: Path, manifest: PackageManifest, dtype: str, device: str)
     """Return the package's ends and emulator as one model, in evaluation mode.
 
     Args:
-        dtype: dtype of the floating tensors in memory, whatever the file holds.
+        dtype: dtype of the floating tensors in memory, whatever the file holds, but for those that the architecture
+            or the file keeps finer.
 
     Raises:
-        BadSchema: when ``config.json`` does not describe a model of the layout's blocks.
+        BadSchema: when ``config.json`` does not describe a model of the layout's blocks, or one that is not causal.
         WrongNames, WrongShape, NotFinite: when the tensors are not exactly the architecture's, and finite.
     """
-    model = _empty_model(folder, manifest.layout)
-    _narrow(model, manifest.layout)
-    _check_tensors(folder, manifest, {name: spec_of(tensor) for name, tensor in saved_tensors(model).items()})
+    from offsite.modelling.dtypes import finer
+
+    model = empty_model(folder, manifest.layout, num_tensors=len(manifest.tensors))
+    check_tensors(f"package {folder.name!r}", manifest.tensors, model)
     tensors: dict[str, torch.Tensor] = {}
     for shard, specs in shard_headers(folder, manifest).items():
         tensors.update(read_tensors(folder / shard, specs))
     target = torch_dtype(dtype)
-    cast = {name: tensor.to(target) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    model.load_state_dict(cast, strict=False, assign=True)  # names were matched exactly above; tied ones follow
-    model.tie_weights()
+    stay = finer(model, {name: (tensor.dtype, tensor.numel()) for name, tensor in tensors.items()}, target)
+    fill(
+        model,
+        {
+            name: tensor.to(stay.get(name, target)) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        },
+    )
     _check_linears(model, manifest.layout)
     model.eval()
     model.to(device)  # type: ignore[arg-type]
+    _require_causal(folder, model)
     return model
+
+
+def fill(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put the tensors in place, as the same memory; their names are those of `check_tensors`, and tied ones follow."""
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+
+
+def _require_causal(folder: Path, model: PreTrainedModel) -> None:
+    from offsite.modelling.causal import reads_ahead
+
+    what = f"package {folder.name!r}"
+    try:
+        is_causal = not reads_ahead(model)
+    except _MALFORMED as error:
+        raise BadSchema(f"{what} holds a model that does not run") from error
+    if not is_causal:
+        raise BadSchema(
+            f"{what} holds a model that is not causal: next-token text cannot be learnt on it",
+            hint="ask the owner for a package of a causal language model",
+        )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -88,8 +122,22 @@ def _check_fast(path: Path) -> None:
         raise ValueError(path.name) from error
 
 
-def _empty_model(folder: Path, layout: Layout) -> PreTrainedModel:
-    """Return the architecture with storage that nothing has written to yet."""
+def empty_model(folder: Path, layout: Layout, *, num_tensors: int) -> PreTrainedModel:
+    """Return the architecture of ``config.json`` in the layout's widths, in storage that nothing has written to yet.
+
+    Args:
+        num_tensors: that the package declares; building stops when it comes to many more.
+
+    Raises:
+        BadSchema: when the settings do not describe a model of the layout's blocks.
+        WrongShape: when the layout's widths are none that the architecture can be given.
+    """
+    model = _built(folder, layout, num_tensors)
+    _narrow(model, layout)
+    return model
+
+
+def _built(folder: Path, layout: Layout, num_tensors: int) -> PreTrainedModel:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -101,17 +149,49 @@ def _empty_model(folder: Path, layout: Layout) -> PreTrainedModel:
     if stated.get("model_type") != kind or kind not in CONFIG_MAPPING:
         raise BadSchema(f"{what} does not name the layout's architecture, or one that transformers does not know")
     cls = CONFIG_MAPPING[kind]
-    extra = stated.keys() - config_keys(cls) - {"model_type", "dtype", "architectures"}
+    extra = stated.keys() - config_keys(cls) - {"model_type", "dtype", "architectures"} - undeclared(stated)
     if extra:
         raise BadSchema(f"{what} holds {len(extra)} key(s) that {kind} does not declare")
     settings = {key: value for key, value in stated.items() if key not in {"dtype", "architectures", "model_type"}}
     try:
-        with no_init_weights():
-            model = AutoModelForCausalLM.from_config(cls(**settings))
+        config = cls(**settings)
+        _require_depth(what, config, len(layout.blocks))
+        with no_init_weights(), _no_more_than(_ROOM * num_tensors + _ROOM_BESIDE, what):
+            model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()
     except (*_MALFORMED, StrictDataclassError) as error:
         raise BadSchema(f"{what} does not describe a working {kind}") from error
     return model  # type: ignore[no-any-return]
+
+
+def _require_depth(what: str, config: PreTrainedConfig, num_blocks: int) -> None:
+    """Return only if a field of the configuration that holds depths says the layout's number of blocks."""
+    from offsite.modelling.blocks import depths_of
+
+    stated = depths_of(config)
+    if num_blocks not in stated:
+        shown = max(stated) if stated else "no number of"
+        raise BadSchema(f"{what} describes {shown} blocks, the layout counts {num_blocks}")
+
+
+@contextmanager
+def _no_more_than(limit: int, what: str) -> Iterator[None]:
+    """Inside, building modules stops at `limit` parameters: a few settings could ask for billions."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    num = 0
+
+    def count(_module: object, _name: str, _parameter: object) -> None:
+        nonlocal num
+        num += 1
+        if num > limit:
+            raise BadSchema(f"{what} describes a model of many more tensors than the package declares")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _narrow(model: PreTrainedModel, layout: Layout) -> None:
@@ -138,10 +218,13 @@ def _narrow(model: PreTrainedModel, layout: Layout) -> None:
         resize_mlp(block, stated[0])
 
 
-def _check_tensors(folder: Path, manifest: PackageManifest, expected: Mapping[str, TensorSpec]) -> None:
-    """Return only if the declared tensors are the model's, floating where it has floating ones."""
-    what = f"package {folder.name!r}"
-    declared = manifest.tensors
+def check_tensors(what: str, declared: Mapping[str, TensorSpec], model: PreTrainedModel) -> None:
+    """Return only if the declared tensors are the model's, floating where it has floating ones.
+
+    Raises:
+        WrongNames, WrongShape: naming the first that differs.
+    """
+    expected = {name: spec_of(tensor) for name, tensor in saved_tensors(model).items()}
     check_exact(what, _without_dtype(declared), _without_dtype(expected))
     for name, spec in declared.items():
         if torch_dtype(spec.dtype).is_floating_point != torch_dtype(expected[name].dtype).is_floating_point:

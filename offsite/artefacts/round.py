@@ -28,7 +28,16 @@ from offsite.digests import DIGEST_PATTERN, sha256_bytes
 from offsite.errors import WrongBinding
 from offsite.staging import staged_folder
 from offsite.strictjson import Strict, write_compact
-from offsite.tensors import TensorSpec, check_exact, check_finite, read_header, read_tensors, spec_of, write_tensors
+from offsite.tensors import (
+    Name,
+    TensorSpec,
+    check_exact,
+    check_finite,
+    read_header,
+    read_tensors,
+    spec_of,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -69,9 +78,9 @@ class RoundManifest(Strict):
     proximal: float = Field(0.0, ge=0, le=1e6)
     clip: float | None = Field(None, gt=0)
     secure: str | None = Field(None, max_length=8 * 2**20)
-    update: dict[str, TensorSpec] = {}
-    emulator: dict[str, TensorSpec] = {}
-    start: dict[str, TensorSpec] = {}
+    update: dict[Name, TensorSpec] = {}
+    emulator: dict[Name, TensorSpec] = {}
+    start: dict[Name, TensorSpec] = {}
     files: dict[str, FileEntry] = {}
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offsite.audits.canaries import CanarySet, synthetic_records
-from offsite.audits.extraction import Extracted, context_of, exposures, extracted
+from offsite.audits.extraction import Extracted, exposures, extracted
 from offsite.audits.lowerbound import one_run_epsilon
 from offsite.audits.membership import membership_of
 from offsite.audits.record import DECLARED_SIGNAL, CanaryAudit, EpsilonBound, Exposure
@@ -23,6 +23,7 @@ from offsite.audits.scores import Floats, RowScores, score_rows, signals
 from offsite.console import progress
 from offsite.errors import DataError
 from offsite.evaluation.sampling import Precision
+from offsite.modelling.context import context_of
 from offsite.text.batches import Example, encode, pad_id
 
 if TYPE_CHECKING:

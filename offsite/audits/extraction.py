@@ -18,6 +18,7 @@ from offsite.audits.scores import Floats, score_rows
 from offsite.audits.statistics import exposure, rank_of
 from offsite.errors import ConfigError, DataError
 from offsite.evaluation.sampling import Precision, continuations
+from offsite.modelling.context import context_of
 from offsite.text.batches import IGNORED, Example, encode, pad_id
 from offsite.text.records import Record
 
@@ -203,12 +204,6 @@ def require_context(model: PreTrainedModel, num_tokens: int, what: str) -> None:
     context = context_of(model)
     if context is not None and num_tokens > context:
         raise DataError(f"{what} takes {num_tokens} tokens, the model's context is {context}")
-
-
-def context_of(model: PreTrainedModel) -> int | None:
-    """Return the most tokens that the model can read; None where it states no limit."""
-    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return stated if isinstance(stated, int) else None
 
 
 def _prompt(example: Example) -> list[int]:

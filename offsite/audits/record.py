@@ -309,7 +309,7 @@ class BlockAlignment(Strict):
     Source: linear CKA, arXiv:1905.00414. Which of the owner's blocks it is stays with the owner.
     """
 
-    block: str = Field(pattern=r"^(bottom|middle|top)\.\d{1,4}$")
+    block: str = Field(pattern=r"^(bottom|middle|top)\.[0-9]{1,4}$")
     cosine: float = Field(ge=-1.001, le=1.001)
     cka: float = Field(ge=-0.001, le=1.001)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offsite.errors import ConfigError, DataError, RunFailed
+from offsite.modelling.context import require_context
 from offsite.text.batches import IGNORED, Example, collate
 
 _POSITIONS_AT_ONCE = 1024
@@ -52,13 +53,14 @@ def perplexity(
 
     Raises:
         DataError: no position counts.
-        ConfigError: `batch_size` is not positive.
+        ConfigError: `batch_size` is not positive, or an example is longer than the model's context.
         RunFailed: the loss is not finite.
     """
     if batch_size < 1:
         raise ConfigError(f"batches of {batch_size} examples, expected at least 1")
     if not any(example.num_loss_tokens for example in examples):
         raise DataError(f"nothing to measure: no token of {len(examples)} examples counts in the loss")
+    require_context(model, max(len(example.input_ids) for example in examples), "text in sequences")
     place = torch.device(device) if device is not None else next(model.parameters()).device
     ordered = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)  # least padding
     total, num_tokens = 0.0, 0

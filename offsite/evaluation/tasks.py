@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from offsite.errors import ConfigError, DataError, RunFailed
+from offsite.modelling.context import context_of
 from offsite.text.prompts import for_prompts
 from offsite.text.records import Row, checked_string, read_rows
 
@@ -115,7 +116,12 @@ def run_tasks(
         raise ConfigError(f"tasks {names}, expected one or more, each with a name of its own")
     with _quiet(), _finite(model):
         loaded = harness.TaskManager(include_defaults=False).load([_loadable(config, harness) for config in configs])
-        lm = harness.HFLM(pretrained=model, tokenizer=for_prompts(tokenizer), batch_size=batch_size)
+        lm = harness.HFLM(
+            pretrained=model,
+            tokenizer=for_prompts(tokenizer),
+            batch_size=batch_size,
+            max_length=context_of(model),  # the harness knows some of the names under which a model states it
+        )
         results = harness.evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
     return {name: _figures(results, name) for name in names}
 

@@ -3,4 +3,4 @@
 Facts about architectures live in ``blocks`` and ``depth`` alone.
 """
 
-__all__ = ["blocks", "config", "depth", "fetch", "load", "precision", "split", "steps"]
+__all__ = ["blocks", "causal", "config", "context", "depth", "dtypes", "fetch", "load", "precision", "split", "steps"]

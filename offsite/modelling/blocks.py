@@ -142,6 +142,16 @@ def decoder_stack(model: PreTrainedModel) -> Stack:
     return stacks[0]
 
 
+def depths_of(config: PreTrainedConfig) -> set[int]:
+    """Return every number of blocks that a field of the configuration, or of a part of it, says."""
+    fields = config.to_dict()
+    keys = [config.attribute_map.get(key, key) for key in DEPTH_KEYS]
+    keys += [key for side in SIDE_DEPTH_KEYS.values() for key in side]
+    found = {fields[key] for key in keys if isinstance(fields.get(key), int)}
+    parts = [getattr(config, key, None) for key in config.sub_configs]
+    return found.union(*(depths_of(part) for part in parts if isinstance(part, PreTrainedConfig)))
+
+
 def block_list(model: PreTrainedModel, stack: Stack) -> nn.ModuleList:
     """Return the module list that `stack` names, itself and not a copy."""
     blocks = model.get_submodule(stack.name)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offsite.console import say
 from offsite.errors import ConfigError, UnsupportedModel
+from offsite.modelling.checkpoint import folder_of, refuse_adapted, refuse_unusable, split_unexpected
+from offsite.modelling.locate import HINT, Place, locate, quiet_libraries, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What constructors are seen to raise on settings that make no sense.
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError)
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -20,90 +24,99 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> PreTra
         dtype: ``auto`` keeps the checkpoint's; otherwise a torch dtype's name.
 
     Raises:
-        ConfigError: when nothing is found under that name, or weights are missing or unreadable.
-        UnsupportedModel: when the checkpoint brings code of its own, pickled weights, or another kind of model.
+        ConfigError: when nothing is found under that name, or weights are missing, unreadable or without a place.
+        UnsupportedModel: when the checkpoint brings code of its own, pickled or quantised weights, an adapter, or is
+            of another kind.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    where = _locate(name)
-    _refuse_code(where)
-    logging.disable_progress_bar()
+    place = locate(name)
+    refuse_unusable(place)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+        with quiet_libraries():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place.source,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                local_files_only=place.is_cached,
+            )
     except OSError as error:
-        raise ConfigError(f"no usable model under {_shown(name)}: {_first_line(error)}", hint=_HINT) from None
-    except ValueError as error:
-        raise UnsupportedModel(f"model {_shown(name)}: {_first_line(error)}") from None
+        raise ConfigError(f"no usable model under {shown(name)}: {_first_line(error, place)}", hint=HINT) from None
+    except (ImportError, ValueError) as error:
+        raise UnsupportedModel(f"model {shown(name)}: {_first_line(error, place)}") from None
     except (RuntimeError, SafetensorError):
-        raise ConfigError(f"the weights of model {_shown(name)} are not those its config.json describes") from None
+        raise ConfigError(f"the weights of model {shown(name)} are not those its config.json describes") from None
+    except (*_MALFORMED, StrictDataclassError) as error:
+        raise UnsupportedModel(
+            f"the config.json of model {shown(name)} does not describe a model that transformers can build: "
+            f"{_first_line(error, place)}"
+        ) from None
     model, found = loaded
-    if found["missing_keys"]:  # transformers would go on with random numbers in their place
-        first = sorted(found["missing_keys"])[0]
-        raise ConfigError(f"model {_shown(name)} lacks {len(found['missing_keys'])} of its weights, such as {first!r}")
+    refuse_adapted(model, name)
+    _require_same_names(name, found["missing_keys"], found["unexpected_keys"], place)
     return model.eval().to(device)  # type: ignore[no-any-return]
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer that stands with the model called `name`.
 
+    Of several named chat templates it has the one called ``default``, and no other: all that is tokenised, sent and
+    served then goes by one template.
+
     Raises:
         ConfigError: when there is none.
     """
     from transformers import AutoTokenizer
 
-    where = _locate(name)
+    place = locate(name, "tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False)  # type: ignore[no-any-return]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no usable tokenizer under {_shown(name)}: {_first_line(error)}", hint=_HINT) from None
-
-
-_HINT = "give a folder with config.json and safetensors weights, a hub id, or run: offsite fetch smollm2-135m"
-
-
-def _locate(name: str) -> str:
-    """Return a folder for fetched names and local folders, otherwise the name as a hub id."""
-    from offsite.modelling.fetch import fetched_folder, known
-
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"folder {path.name!r} holds no config.json", hint=_HINT)
-        return str(path)
-    if name in known():
-        folder = fetched_folder(name)
-        if folder is None:
-            raise ConfigError(f"model {name!r} has not been fetched yet", hint=f"offsite fetch {name}")
-        return str(folder)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ConfigError(f"no model folder {_shown(name)}", hint=_HINT)
-    return name
-
-
-def _refuse_code(where: str) -> None:
-    folder = Path(where)
-    config = folder / "config.json"
-    if config.is_file():
-        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-            raise UnsupportedModel(
-                f"model {_shown(where)} has pickled weights, which can run code", hint="save it as safetensors first"
+        with quiet_libraries():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                place.source, trust_remote_code=False, local_files_only=place.is_cached
             )
-        try:
-            stated = json.loads(config.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            raise ConfigError(f"config.json of model {_shown(where)} is not JSON") from None
-        if isinstance(stated, dict) and "auto_map" in stated:
-            raise UnsupportedModel(f"model {_shown(where)} brings code of its own (auto_map), which is never run")
+    except (ImportError, OSError, ValueError, *_MALFORMED) as error:
+        raise ConfigError(f"no usable tokenizer under {shown(name)}: {_first_line(error, place)}", hint=HINT) from None
+    named: Any = tokenizer.chat_template
+    tokenizer.chat_template = one_template(tokenizer)
+    if named and tokenizer.chat_template is None:
+        say(
+            f"the tokenizer of {shown(name)} has {len(named)} chat templates and none is called default, so that none "
+            "is used: save the one you want as chat_template.jinja in the model's folder"
+        )
+    return tokenizer
 
 
-def _shown(name: str) -> str:
-    return repr(Path(name).name if Path(name).is_absolute() else name)
+def one_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the chat template that is used: the only one, or of several named ones that called ``default``."""
+    found: Any = tokenizer.chat_template
+    if isinstance(found, dict):
+        found = found.get("default")
+    return found if isinstance(found, str) else None
 
 
-def _first_line(error: Exception) -> str:
+def _require_same_names(name: str, missing: set[str], unexpected: set[str], place: Place) -> None:
+    """Return only if every weight of the model was in the checkpoint, and every weight of that has its place."""
+    if missing:  # transformers would go on with random numbers in their place
+        raise ConfigError(f"model {shown(name)} lacks {len(missing)} of its weights, such as {min(missing)!r}")
+    weights, constants = split_unexpected(unexpected, folder_of(place))
+    if weights:  # transformers would go on without them
+        few = ", ".join(map(repr, weights[:3])) + (f" and {len(weights) - 3} more" if len(weights) > 3 else "")
+        raise ConfigError(
+            f"the checkpoint of model {shown(name)} holds {len(weights)} tensor(s) that its config.json has no place "
+            f"for: {few}",
+            hint="the configuration is another model's, or lacks a setting such as a bias; correct config.json",
+        )
+    if constants:
+        say(
+            f"model {shown(name)}: {len(constants)} tensor(s) of the checkpoint, such as {constants[0]!r}, "
+            "are constants that the model derives itself; they are left out"
+        )
+
+
+def _first_line(error: Exception, place: Place) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:160].rstrip(".")
+    return lines[0].replace(place.source, shown(place.source).strip("'"))[:160].rstrip(".")

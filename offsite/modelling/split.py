@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.modelling.blocks import Stack, block_list, decoder_stack, find_stacks, hidden_of, refuse_uncuttable
+from offsite.modelling.context import context_of
 from offsite.modelling.depth import build_empty, refuse_depth_rules, source_name
 
 
@@ -161,6 +162,7 @@ def largest_deviation(
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.config.get_text_config().vocab_size)
+    num_tokens = min(num_tokens, context_of(model) or num_tokens)
     ids_BT = torch.randint(vocabulary, (1, num_tokens), generator=generator).to(model.device)
     handles = [
         model.get_submodule(f"{name}.{number}").register_forward_hook(_skip, with_kwargs=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from offsite.artefacts.job import JOB_ID_PATTERN
 from offsite.artefacts.layout import Key, Line
@@ -33,7 +33,7 @@ from offsite.privacyreport.consistency import require_sound
 from offsite.privacyreport.recompute import Recomputed
 from offsite.privacyreport.words import headline, non_claims, not_accounted
 from offsite.sealed.manifest import REPORT_LIMIT_BYTES, SIGNATURES_LIMIT_BYTES, Fingerprint, Second, read_signatures
-from offsite.strictjson import Strict, parse_strict
+from offsite.strictjson import SHOWN, Strict, parse_strict, require_seen
 
 PRIVACY_FORMAT: Final = "offsite/privacy-report/1"
 SIGN_PURPOSE = "privacy-report"
@@ -41,7 +41,7 @@ REPORT_NAME = "report.json"
 SIGNATURES_NAME = "report.signatures.json"
 PAGE_NAME = "report.html"
 
-Sentence = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Sentence = Annotated[str, Field(max_length=1000, pattern=rf"^{SHOWN}*$"), AfterValidator(require_seen)]
 AuditKind = Literal["bundle", "plugged_in", "package"]
 
 

@@ -213,7 +213,7 @@ def _is_running_text(record: Record) -> bool:
 
 def _tokenised(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Record, Example]]:
     eos = _eos(tokenizer)
-    shared = list(range(len(tokenizer)))  # one object per id: a long text then costs 8 bytes a token, not 36
+    shared: dict[int, int] = {}  # one object per id: a long text then costs 8 bytes a token, not 36
     for is_chat, group in groupby(records, key=lambda record: bool(record.messages)):
         while rows := list(islice(group, _ROWS_AT_ONCE)):
             rendered = [_chat(record, tokenizer) if is_chat else _running(record) for record in rows]
@@ -229,8 +229,8 @@ def _tokenised(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) ->
             ):
                 labels = _labels(ids, [end for _, end in offsets], spans, len(text))
                 _end(ids, labels, eos, closed=is_chat, counts=any(end == len(text) for _, end in spans))
-                labels = [shared[label] if label >= 0 else IGNORED for label in labels]
-                yield record, Example([shared[i] for i in ids], labels, record.document)
+                labels = [shared.setdefault(label, label) for label in labels]
+                yield record, Example([shared.setdefault(i, i) for i in ids], labels, record.document)
 
 
 def _labels(ids: Sequence[int], ends: Sequence[int], spans: Spans, length: int) -> list[int]:

@@ -19,7 +19,7 @@ def choose_device(name: str = "auto") -> torch.device:
     Raises:
         ConfigError: when there is no such device here, or launched processes have others.
     """
-    found = re.fullmatch(r"(auto|cpu|cuda)(?::(\d{1,4}))?", name)
+    found = re.fullmatch(r"(auto|cpu|cuda)(?::([0-9]{1,4}))?", name)
     if found is None or (found[2] and found[1] != "cuda"):
         raise ConfigError(f"--device: {name!r} is not a device", hint="use auto, cpu, cuda or cuda:N")
     if found[1] == "cuda" and not torch.cuda.is_available():

@@ -20,12 +20,13 @@ from offsite.audits.statistics import require_extra
 from offsite.console import say, table
 from offsite.digests import model_digest
 from offsite.errors import WrongBinding
+from offsite.modelling.dtypes import cast_model
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import refuse_existing
 from offsite.training.devices import choose_device
 from server.evaluation.auditconfig import AuditPluggedConfig
 from server.evaluation.summary import versions
-from server.plugging.fit import cast_model, fit, plugged
+from server.plugging.fit import fit, plugged
 from server.plugging.plug import accepted, record_of
 from server.registry.intake import read_registered
 from server.registry.registry import Registry

@@ -34,6 +34,8 @@ from offsite.evaluation.results import (
 )
 from offsite.evaluation.sampling import continuations
 from offsite.evaluation.tasks import multiple_choice_task, run_tasks
+from offsite.modelling.context import require_context
+from offsite.modelling.dtypes import cast_model
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import refuse_existing, staged_folder
 from offsite.text.batches import Encoded, Example, encode, pack, pad_id
@@ -44,7 +46,7 @@ from server.evaluation.candidates import Candidate, Candidates, open_candidates
 from server.evaluation.config import EvaluateConfig, named_paths
 from server.evaluation.metrics import capability, compare, summarise
 from server.evaluation.summary import crossings, flat, parameters, read_outcomes, reproduce, show, versions
-from server.plugging.fit import Fitted, cast_model, fit, plugged, require_base, require_scalable
+from server.plugging.fit import Fitted, fit, plugged, require_base, require_scalable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -242,7 +244,9 @@ def measure_emulator(
 
 def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
     """Return the text with which the model goes on from `prompt`, greedily, up to its end token or `num_tokens`."""
-    (made,) = continuations(model, [prompt_ids(tokenizer, prompt)], num_tokens=num_tokens, batch_size=1)
+    ids = prompt_ids(tokenizer, prompt)
+    require_context(model, len(ids) + num_tokens, "a prompt and its answer")
+    (made,) = continuations(model, [ids], num_tokens=num_tokens, batch_size=1)
     upto = made.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in made else len(made)
     return str(tokenizer.decode(made[:upto], skip_special_tokens=True)).strip()
 

@@ -28,6 +28,7 @@ from offsite.console import say, say_next, table
 from offsite.digests import DIGEST_PATTERN, model_digest, sha256_file
 from offsite.errors import BadSchema, ConfigError, DataError, RunFailed
 from offsite.evaluation.results import Data
+from offsite.modelling.dtypes import cast_model
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.stages import Stage, play
 from offsite.staging import refuse_existing, staged_file
@@ -39,7 +40,7 @@ from server.evaluation.config import EvaluateConfig
 from server.evaluation.evaluate import ONCE, Ruler, data_of, held_out, measure_emulator
 from server.evaluation.rehearseconfig import RehearseConfig
 from server.evaluation.summary import reproduce, versions
-from server.plugging.fit import cast_model, fit, plugged, require_base
+from server.plugging.fit import fit, plugged, require_base
 
 STAGES = "stages"
 

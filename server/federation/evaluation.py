@@ -14,6 +14,7 @@ from offsite.artefacts.owner import OwnerRecord
 from offsite.digests import model_digest, sha256_bytes
 from offsite.errors import ConfigError
 from offsite.evaluation.measure import perplexity
+from offsite.modelling.dtypes import cast_model
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import staged_folder
 from offsite.text.batches import Example, encode, pack, pad_id
@@ -23,7 +24,7 @@ from server.federation.federation import Federation
 from server.federation.state import SHARED
 from server.plugging.adapted import finish_folder
 from server.plugging.card import Card
-from server.plugging.fit import cast_model, require_base
+from server.plugging.fit import require_base
 from server.plugging.fullmodel import called
 
 if TYPE_CHECKING:

@@ -24,12 +24,13 @@ from offsite.artefacts.bundle import TENSOR_FILE, AdapterSpec
 from offsite.artefacts.manifest import FileEntry, check_files, entries, read_manifest, write_manifest
 from offsite.digests import DIGEST_PATTERN, model_digest
 from offsite.errors import BadDigest, BadSchema, WrongNames
+from offsite.modelling.dtypes import cast_model, finer, stored_in
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import make_readable
 from offsite.strictjson import Strict
 from offsite.tensors import TensorSpec, read_tensors, torch_dtype
 from server.plugging.card import CARD_NAME, Card, Form
-from server.plugging.fit import Fitted, cast_model, full_name, plain_model, plug, require_base
+from server.plugging.fit import Fitted, full_name, plain_model, plug, require_base
 from server.plugging.fullmodel import Kind
 from server.plugging.fullmodel import found as found_model
 from server.registry.config import ID_PATTERN
@@ -100,7 +101,7 @@ def load_adapted(
     Args:
         path: a folder that ``offsite plug-in`` wrote, in any of its forms.
         base: the full model; default: what `server.plugging.fullmodel.found` finds. Not used by a merged folder.
-        dtype: of the parameters; ``auto`` keeps the full model's.
+        dtype: of the parameters but those that the model keeps finer; ``auto`` keeps the full model's.
 
     Raises:
         ConfigError: when the full model is not found.
@@ -113,6 +114,7 @@ def load_adapted(
     else:
         source = base or found_model(path, base=manifest.base, kind=manifest.base_kind, digest=manifest.base_digest)
     model = load_model(source)
+    stay = {} if dtype == "auto" else finer(model, stored_in(model), torch_dtype(dtype))
     found = model_digest(model)
     if manifest.form == "merged":
         if found != manifest.merged_digest:
@@ -121,7 +123,7 @@ def load_adapted(
         require_base(model, found, manifest.base_digest, f"adapter {path.name!r}")
         model = plain_model(plug(model, _read_fitted(path, manifest)))
     if dtype != "auto":
-        cast_model(model, torch_dtype(dtype))
+        cast_model(model, torch_dtype(dtype), stay=stay)
     model.requires_grad_(False)
     return model.eval().to(device), load_tokenizer(source)  # type: ignore[arg-type]
 

@@ -174,20 +174,6 @@ def plain_model(attached: Attached) -> PreTrainedModel:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator,return-value]
 
 
-def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give floating parameters and saved buffers `dtype`, in place; ties between parameters stay.
-
-    What a model derives for itself and never saves (rotary frequencies) keeps its precision.
-    """
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                setattr(module, name, buffer.to(dtype))
-
-
 def full_name(name: str, sites: Mapping[str, str]) -> str:
     """Return a canonical tensor's name in the full model: ``top.0.mlp.up_proj.lora_A`` under its block's module.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from offsite.errors import NotFinite
+from offsite.modelling.context import context_of
 from offsite.modelling.precision import in_float32
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def probe_logits(model: PreTrainedModel, what: str = "the model") -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.config.get_text_config().vocab_size)
-    ids_BT = torch.randint(vocabulary, (NUM_ROWS, NUM_TOKENS), generator=generator)
+    num_tokens = min(NUM_TOKENS, context_of(model) or NUM_TOKENS)
+    ids_BT = torch.randint(vocabulary, (NUM_ROWS, num_tokens), generator=generator)
     device = next(model.parameters()).device
     with in_float32(model):
         logits_BTV: Tensor = model(input_ids=ids_BT.to(device), use_cache=False).logits.float().cpu()

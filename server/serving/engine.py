@@ -98,7 +98,7 @@ class Engine:
         limit_waiting: int = 8,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._context = context or context_length(model, tokenizer)
+        self._context = context_length(model, tokenizer, context)
         self._limit_tokens, self._limit_waiting = limit_tokens, limit_waiting
         self._cached = cache_is_right(model)
         self._num_vocabulary = int(embedding_table(model).shape[0])

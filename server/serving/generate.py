@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
-from offsite.errors import RunFailed
+from offsite.errors import ConfigError, RunFailed
+from offsite.modelling.context import context_of
 from offsite.modelling.steps import Steps
 
 if TYPE_CHECKING:
@@ -310,11 +311,20 @@ def embedding_table(model: PreTrainedModel) -> Tensor:
     return cast(Tensor, model.get_input_embeddings().weight)
 
 
-def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many tokens prompt and answer may have together."""
-    declared = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(declared, int) and declared > 0:
-        return declared
+def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: int = 0) -> int:
+    """Return how many tokens prompt and answer may have together.
+
+    Args:
+        asked: so many; 0 for what the model was made for.
+
+    Raises:
+        ConfigError: when more are asked for than the model can read.
+    """
+    declared = context_of(model)
+    if asked and declared is not None and asked > declared:
+        raise ConfigError(f"--context {asked}: the model reads at most {declared} tokens")
+    if asked or declared is not None:
+        return asked or declared or 0
     stated = tokenizer.model_max_length
     return int(stated) if 0 < stated < 2**31 else _FALLBACK_CONTEXT
 

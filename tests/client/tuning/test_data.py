@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,8 +119,8 @@ def test_text_that_the_model_cannot_read(records, letters_tokenizer, full_llama)
     with pytest.raises(ConfigError, match="sequences of 129 tokens, the package's context is 128") as caught:
         require_fit(longer, full_llama)
     assert caught.value.hint == "use --block-tokens 128"
-    few = SimpleNamespace(weight=torch.zeros(text.largest_id, 2))
-    narrow = SimpleNamespace(config=full_llama.config, get_input_embeddings=lambda: few)
+    narrow = copy.deepcopy(full_llama)
+    narrow.set_input_embeddings(torch.nn.Embedding(text.largest_id, 2))
     with pytest.raises(ConfigError, match=f"gives token {text.largest_id}, its model knows {text.largest_id}"):
         require_fit(text, narrow)
 

@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from offsite.errors import ConfigError, UnsupportedModel
-from offsite.modelling import load as models
 from offsite.modelling.load import load_model, load_tokenizer
 
 SMALL = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
@@ -122,7 +121,3 @@ def test_a_missing_tokenizer(tmp_path, full_llama):
     full_llama.save_pretrained(tmp_path / "llama")
     with pytest.raises(ConfigError, match="no usable tokenizer under 'llama'"):
         load_tokenizer(str(tmp_path / "llama"))
-
-
-def test_errors_name_the_folder_not_the_path(checkpoint):
-    assert models._shown(str(checkpoint)) == "'llama'"
