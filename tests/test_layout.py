@@ -21,6 +21,7 @@ FEWEST, MOST = 3, 16
 NAMING = {  # modules that name others in strings
     ROOT / "offsite" / "cli.py",
     ROOT / "offsite" / "commands" / "verbs.py",
+    ROOT / "offsite" / "inspection" / "inspect.py",
 }
 
 
@@ -57,7 +58,7 @@ def imported(tree: ast.Module) -> set[str]:
 
 
 def named(tree: ast.Module) -> set[str]:
-    """Return the modules that stand in "module:function" strings, as the command line's table has them."""
+    """Return the modules that stand in "module:function" strings, as the tables have them."""
     words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return {word.partition(":")[0] for word in words if re.fullmatch(r"[a-z_.]+:\w+", word)}
 

@@ -68,7 +68,7 @@ REFUSALS = {
     f"{DISTILL} --block-tokens 64 --method drop --blocks 99 --steps 0": (2, "99"),
     "distill ./model --public text.jsonl -o out --device cpu --bottom 4 --top 4": (2, "leave no middle"),
     f"{DISTILL} --block-tokens 100000": (2, "100000"),
-    "inspect nowhere": (3, "no package folder named 'nowhere'"),
+    "inspect nowhere": (3, "no file or folder named 'nowhere'"),
     "inspect changed": (3, "'config.json' has"),
     "plug-in ./model 0123456789abcdef --registry nowhere --keys package -o out": (2, "'nowhere' is no registry"),
     "plug-in ./model package --registry nowhere --keys nokeys -o out": (2, "no keys folder at 'nokeys'"),

@@ -71,9 +71,9 @@ VERBS: dict[str, Verb] = {
         "offsite.exchange.verbs:open_run",
     ),
     "inspect": Verb(
-        "show what a package or bundle holds, verified",
-        "offsite.artefacts.config:InspectConfig",
-        "offsite.artefacts.inspect:run",
+        "show in words what a file or folder of offsite is",
+        "offsite.inspection.config:InspectConfig",
+        "offsite.inspection.inspect:run",
     ),
     "rewrap": Verb(
         "address a sealed folder to this party's newer keys",

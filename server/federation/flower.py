@@ -1,12 +1,12 @@
-"""The owner's Flower app: strategy and two Grids. On the owner's side only this file imports flwr.
+"""The owner's Flower app and its strategy. On the owner's side only this file and ``grids.py`` import flwr.
 
 Flower drives the rounds: `Strategy.start` asks, waits and hands over the replies. What it carries is sealed, and what
 comes back goes through the registry, as a bundle that came by hand does; the strategy sees nothing before that. Numbers
 that a client states about itself are not part of any message, so none weighs anything.
 
-- `InProcessGrid` calls a ClientApp in this process.
-- `ExchangeGrid` puts messages into the exchange's outbox, and finds the answers in the registry.
-- Flower's own Grid, of its deployment engine, carries the same app (``app``).
+A Grid that waits by itself asks the nodes that are there at that moment, each for as long as it likes. Here a round has
+one deadline, which counts from when it was asked: until then its clients' nodes are looked for, asked when they turn
+up, and waited for, and about every ten seconds it is said for whom.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from logging import WARNING, getLogger
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import DEFAULT_TTL, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Strategy
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.serverapp.strategy import Result, Strategy
 
 from offsite import errors
 from offsite.config import build
@@ -32,19 +30,17 @@ from offsite.keys.identity import open_identity
 from server.aggregation.secagg import ServerRound
 from server.federation.config import FederationConfig
 from server.federation.federation import Federation, opened_federation
+from server.federation.grids import HELLO, POLL_SECONDS, SECAGG, PatientGrid, arrays_of
 from server.federation.results import finish, require_output, require_own, watch_of
 from server.federation.securerounds import SecureRounds
 from server.registry.federations import Finished
-from server.registry.messages import MessageStore
 
 SETTINGS = "federation"
 """Key of the run's configuration under which the owner's settings file is named."""
 
-HELLO, SECAGG = "query.hello", "query.secagg"
-
-_POLL_SECONDS = 0.5
-_HELLO_SECONDS = 120.0
-_NODES_SECONDS = 60.0
+_LONGEST_POLL_SECONDS = 3.0
+_LINE_EVERY_SECONDS = 10.0
+_GREET_AGAIN_SECONDS = 30.0
 
 Watcher = Callable[[int], Mapping[str, float]]
 
@@ -75,16 +71,8 @@ def main(grid: Grid, context: Context) -> None:
     with opened_federation(config, open_identity(config), outbox=outbox) as federation:
         require_own(federation)
         watch = watch_of(federation)
-        _wait_for_nodes(grid, len(federation.participants))
         run(federation, grid, watch=watch)
         finish(federation, watch)
-
-
-def _wait_for_nodes(grid: Grid, num: int) -> None:
-    """As many nodes are there as clients take part, or a minute has passed."""
-    until = time.monotonic() + _NODES_SECONDS
-    while len(list(grid.get_node_ids())) < num and time.monotonic() < until:
-        time.sleep(_POLL_SECONDS)
 
 
 def run(federation: Federation, grid: Grid, *, watch: Watcher | None = None) -> None:
@@ -112,29 +100,99 @@ class OffsiteStrategy(Strategy):
     def __init__(self, federation: Federation, watch: Watcher | None = None) -> None:
         self._federation, self._watch, self._before = federation, watch, federation.num_finished
         self._nodes: dict[int, str] = {}
-        self._asked: set[str] = set()
+        self._greeted: dict[int, str] = {}
+        self._not_before: dict[int, float] = {}
+        self._told: set[int] = set()
+        self._asked: dict[str, Path] = {}
+        self._unsent: set[str] = set()
         self._secure = SecureRounds(federation) if federation.config.secure else None
         self._grid: Grid | None = None
-        self._began = 0.0
+        self._number, self._began = 0, 0.0
+
+    def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
+        """Run the rounds as Flower does; its ``timeout`` counts from when a round was asked."""
+
+        def waiter(messages: Iterable[Message], timeout: float | None) -> list[Message]:
+            return self._exchanged(grid, messages, float("inf") if timeout is None else self._began + timeout)
+
+        return super().start(PatientGrid(grid, waiter), *args, **kwargs)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return the round's messages, one for each client that is asked and has a node."""
-        number, self._grid = self._before + server_round, grid
-        sealed = self._federation.ask(number)
-        self._began, self._asked = time.monotonic(), set(sealed)
+        """Return the round's messages for those clients that are asked and whose node is there now."""
+        self._number, self._grid = self._before + server_round, grid
+        sealed = self._federation.ask(self._number)
+        self._began, self._asked, self._unsent = time.monotonic(), sealed, set(sealed)
         names = {key: one.name for key, one in self._federation.participants.items()}
-        say(f"round {number} of {self._federation.config.rounds}: asked {', '.join(names[key] for key in sealed)}")
-        nodes = self._known_nodes(grid)
-        messages = []
-        for client, folder in sealed.items():
-            if client not in nodes:
+        asked = ", ".join(names[client] for client in sealed)
+        say(f"round {self._number} of {self._federation.config.rounds}: asked {asked}")
+        self._greeted.clear()  # whoever did not answer in the last round may have begun anew
+        self._not_before.clear()
+        here = set(grid.get_node_ids())
+        self._nodes = {node: client for node, client in self._nodes.items() if node in here}
+        messages = self._train_messages(grid)
+        if getattr(grid, "is_whole", False):  # no further node will come
+            for client in sorted(self._unsent):
                 say(f"  {names[client]}: no node of it is there")
-                continue
-            content = RecordDict({"sealed": _arrays(pack(folder))})
-            messages.append(Message(content, dst_node_id=nodes[client], message_type="train", group_id=str(number)))
+            self._unsent.clear()
+        elif self._secure is None:  # whose bundle came before a crash is not waited for
+            self._unsent -= self._federation.answers(self._number).keys()
         return messages
+
+    def _train_messages(self, grid: Grid) -> list[Message]:
+        """Return the messages of clients whose node is there by now, each once."""
+        if not self._unsent:
+            return []
+        nodes, ttl = self._known_nodes(grid), max(DEFAULT_TTL, self._federation.config.deadline_seconds)
+        messages = []
+        for client in sorted(self._unsent & nodes.keys()):
+            self._unsent.remove(client)
+            content, group = RecordDict({"sealed": arrays_of(pack(self._asked[client]))}), str(self._number)
+            messages.append(Message(content, dst_node_id=nodes[client], message_type="train", group_id=group, ttl=ttl))
+        return messages
+
+    def _exchanged(self, grid: Grid, messages: Iterable[Message], until: float) -> list[Message]:
+        """Send the messages, and those of a round's clients whose node turns up; return the answers that came by then.
+
+        Args:
+            until: as `time.monotonic` counts.
+        """
+        began = told = time.monotonic()
+        ready, sent, found = list(messages), dict[str, int](), list[Message]()
+        while True:
+            for message in ready:
+                if time.monotonic() < until:  # a Grid of ours has the answer made meanwhile
+                    sent |= self._sent(grid, message)
+            if sent:
+                answers = list(grid.pull_messages(list(sent)))
+                nodes = {answer.metadata.src_node_id for answer in answers}
+                sent, found = {number: node for number, node in sent.items() if node not in nodes}, found + answers
+            now = time.monotonic()
+            if (not sent and not self._unsent) or now > until:
+                return found
+            if now - told >= _LINE_EVERY_SECONDS:
+                told = now
+                self._say_waiting(sent.values(), until - now)
+            time.sleep(min(max(POLL_SECONDS, (now - began) / 50), _LONGEST_POLL_SECONDS, max(until - now, 0.001)))
+            ready = self._train_messages(grid)
+
+    def _sent(self, grid: Grid, message: Message) -> dict[str, int]:
+        """Return the message's number and node; empty when it could not be sent, and its node is gone then."""
+        node = message.metadata.dst_node_id
+        found = {number: node for number in grid.push_messages([message]) if number}
+        if not found and message.metadata.message_type != SECAGG:
+            self._unsent |= {client for client in [self._nodes.pop(node, None)] if client in self._asked}
+        return found
+
+    def _say_waiting(self, nodes: Iterable[int], left_seconds: float) -> None:
+        names = {client: one.name for client, one in self._federation.participants.items()}
+        without = sorted(names[client] for client in self._unsent)
+        asked = sorted(names[self._nodes[node]] for node in nodes)
+        parts = [f"a node of {', '.join(without)}"] if without else []
+        parts += [f"an answer of {', '.join(asked)}"] if asked else []
+        left = f"{left_seconds:.0f} s" if left_seconds < 120 else f"{left_seconds / 60:.0f} min"
+        say(f"  waiting for {' and '.join(parts)}; {left} left")
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -144,8 +202,10 @@ class OffsiteStrategy(Strategy):
         Raises:
             RunFailed: with fewer sound answers than a round needs.
         """
-        number = self._before + server_round
-        finished = self._summed(number, replies) if self._secure is not None else self._closed(number, replies)
+        number, without = self._before + server_round, dict.fromkeys(self._unsent, "no node of it came in time")
+        self._unsent.clear()
+        close = self._summed if self._secure is not None else self._closed
+        finished = close(number, replies, without)
         seconds = time.monotonic() - self._began
         self._tell(finished.content, seconds)
         every = self._federation.config.watch_every
@@ -155,23 +215,22 @@ class OffsiteStrategy(Strategy):
             say(f"  plugged in, {name}: perplexity {value:.3f}")
         return None, MetricRecord({"seconds": seconds, **{f"perplexity {name}": v for name, v in shown.items()}})
 
-    def _closed(self, number: int, replies: Iterable[Message]) -> Finished:
+    def _closed(self, number: int, replies: Iterable[Message], left_out: dict[str, str]) -> Finished:
         """Close a round whose answers are bundles."""
-        left_out = {}
         for reply in replies:
             client, reason = self._take(reply)
             if client and reason:
                 left_out[client] = reason
         answered = self._federation.answers(number)
-        for client in self._asked - answered.keys() - left_out.keys():
+        for client in self._asked.keys() - answered.keys() - left_out.keys():
             left_out[client] = "no answer in time"
         return self._federation.close_round(number, left_out)
 
-    def _summed(self, number: int, replies: Iterable[Message]) -> Finished:
+    def _summed(self, number: int, replies: Iterable[Message], left_out: dict[str, str]) -> Finished:
         """Carry the messages of a secure round to their end, and close it with the sum."""
         if self._secure is None or self._grid is None:
             raise RunFailed("no secure round is under way")
-        part, left_out, step = self._secure.owner_part(number), dict[str, str](), 1
+        part, step = self._secure.owner_part(number), 1
         outgoing = self._advanced(part, number, replies, left_out)
         nodes, seconds = {client: node for node, client in self._nodes.items()}, self._federation.config.stage_seconds
         while outgoing:
@@ -179,17 +238,19 @@ class OffsiteStrategy(Strategy):
             messages = []
             for client, raw in sorted(outgoing.items()):
                 try:
-                    sealed = _arrays(pack(self._secure.note_for(client, number, step, raw)))
+                    sealed = arrays_of(pack(self._secure.note_for(client, number, step, raw)))
                 except (Untrusted, Expired) as error:
                     left_out[client] = f"{type(error).__name__}: {error}"
                     continue
                 content = RecordDict({"sealed": sealed, "awaits": ConfigRecord({"note": step})})
                 found = Message(content, dst_node_id=nodes[client], message_type=SECAGG, group_id=str(number))
                 messages.append(found)
-            answers = self._grid.send_and_receive(messages, timeout=seconds)
+            answers = self._exchanged(self._grid, messages, time.monotonic() + seconds)
             outgoing, step = self._advanced(part, number, answers, left_out), step + 1
         total = part.total()
-        reasons = {client: left_out.get(client, "dropped out") for client in self._asked - set(total.contributors)}
+        reasons = {
+            client: left_out.get(client, "dropped out") for client in self._asked.keys() - set(total.contributors)
+        }
         finished = self._secure.close_sum(number, total, reasons)
         self._secure.clear(number)
         return finished
@@ -234,20 +295,41 @@ class OffsiteStrategy(Strategy):
         """Nothing to add: every round is told as it happens."""
 
     def _known_nodes(self, grid: Grid) -> dict[str, int]:
-        """Return the node of each client, asked once: it says whose it is and which package it has."""
-        participants = self._federation.participants
-        fresh = [node for node in grid.get_node_ids() if node not in self._nodes]
-        if fresh:
-            hello = [Message(RecordDict(), dst_node_id=node, message_type=HELLO) for node in fresh]
-            for reply in grid.send_and_receive(hello, timeout=_HELLO_SECONDS):
-                said = reply.content.get("hello") if reply.has_content() else None
-                client = said.get("client") if isinstance(said, ConfigRecord) else None
-                if isinstance(said, ConfigRecord) and isinstance(client, str) and client in participants:
-                    if said.get("package") == self._federation.package.digest:
-                        self._nodes[reply.metadata.src_node_id] = client
-                    else:
-                        say(f"a node of {participants[client].name} has another package; it is not asked")
+        """Return the node of each client that has said by now whose it is, and that it has the right package.
+
+        A node is asked that once; one that failed, or has another package, again after a while.
+        """
+        now = time.monotonic()
+        fresh = [node for node in grid.get_node_ids() if self._may_greet(node, now)]
+        for node in fresh:
+            self._not_before[node] = now + _GREET_AGAIN_SECONDS
+            hello = Message(RecordDict(), dst_node_id=node, message_type=HELLO)
+            for number in grid.push_messages([hello]):
+                if number:  # None stands for one that could not be sent
+                    self._greeted[node] = number
+        for reply in list(grid.pull_messages(list(self._greeted.values()))) if self._greeted else []:
+            node = reply.metadata.src_node_id
+            self._greeted.pop(node, None)
+            if (client := self._client_of(reply)) is not None:
+                self._nodes[node] = client
         return {client: node for node, client in self._nodes.items()}
+
+    def _may_greet(self, node: int, now: float) -> bool:
+        return node not in self._nodes and node not in self._greeted and now >= self._not_before.get(node, now)
+
+    def _client_of(self, reply: Message) -> str | None:
+        """Return the client whose node answered the hello, None when it is nobody's here or has another package."""
+        participants = self._federation.participants
+        said = reply.content.get("hello") if reply.has_content() else None
+        client = said.get("client") if isinstance(said, ConfigRecord) else None
+        if not isinstance(said, ConfigRecord) or not isinstance(client, str) or client not in participants:
+            return None
+        if said.get("package") == self._federation.package.digest:
+            return client
+        if reply.metadata.src_node_id not in self._told:
+            self._told.add(reply.metadata.src_node_id)
+            say(f"a node of {participants[client].name} has another package; it is not asked")
+        return None
 
     def _unwrapped(self, reply: Message) -> tuple[str | None, dict[str, bytes] | None, str | None]:
         """Return whose reply it is, the sealed folder in it, if there is one, and otherwise why it does not count."""
@@ -289,160 +371,6 @@ class OffsiteStrategy(Strategy):
             say(f"  {names[client]}: unlike the others: {reason} (a signal; nothing follows from it by itself)")
         figures = "".join(f", {name} {value:.4g}" for name, value in sorted(content["figures"].items()))
         say(f"  {len(content['used'])} of {len(self._asked)} used, {seconds:.1f} s{figures}")
-
-
-class _OwnGrid(Grid):
-    """What the two Grids share: replies are kept until they are asked for."""
-
-    def __init__(self) -> None:
-        self._replies: dict[str, Message] = {}
-        self._number, self._run = 0, None
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # messages outside Flower's runtime
-
-    def set_run(self, run: Any) -> None:
-        """The run is known."""
-        self._run = run
-
-    @property
-    def run(self) -> Any:
-        """The run."""
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Return a message to that node."""
-        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
-
-    def _keep(self, reply: Message) -> str:
-        self._number += 1
-        self._replies[str(self._number)] = reply
-        return str(self._number)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return the replies that are there, each once."""
-        return [self._replies.pop(number) for number in message_ids if number in self._replies]
-
-
-class InProcessGrid(_OwnGrid):
-    """Calls a ClientApp in this process, one message after another: for tests, trials and benchmarks.
-
-    Args:
-        contexts: by node, as Flower would give them to the app.
-    """
-
-    def __init__(self, client_app: ClientApp, contexts: Mapping[int, Context]) -> None:
-        super().__init__()
-        self._app, self._contexts = client_app, dict(contexts)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the nodes."""
-        return list(self._contexts)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Every message is answered; an error of a client's is its answer, as with Flower."""
-        return [self._keep(self._answer(message)) for message in messages]
-
-    def _answer(self, message: Message) -> Message:
-        try:
-            return self._app(message, self._contexts[message.metadata.dst_node_id])
-        except Exception as error:  # noqa: BLE001 - stands for a node that failed, whatever the failure
-            say(f"a node failed: {type(error).__name__}: {error}")
-            return Message(Error(code=0, reason=type(error).__name__), reply_to=message)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Return the answers; those that come after the deadline would be left out, and nothing here is late."""
-        began, found = time.monotonic(), []
-        for message in messages:
-            if timeout is None or time.monotonic() - began < timeout:
-                found += self.pull_messages([self._keep(self._answer(message))])
-        return found
-
-
-class ExchangeGrid(_OwnGrid):
-    """Carries messages over this owner's exchange: rounds lie in its outbox, bundles come through its intake.
-
-    Clients pull. A message of type train is the sealed round that lies in the outbox already, and its reply the verdict
-    of the registry; the hello is answered from the job, whose package a client's machine holds its own against.
-    """
-
-    def __init__(self, federation: Federation) -> None:
-        super().__init__()
-        self._federation = federation
-        self._clients = dict(enumerate(sorted(federation.participants), start=2))
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return a number for each client."""
-        return list(self._clients)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Hellos are answered; of rounds and notes nothing is to be done: their outbox is where clients look."""
-        return [self._keep(self._hello(message)) for message in messages if message.metadata.message_type == HELLO]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Return an answer for each client whose bundle stands in the registry before the deadline."""
-        waiting = {self._clients[message.metadata.dst_node_id]: message for message in messages}
-        found, until = [], time.monotonic() + (float("inf") if timeout is None else timeout)
-        while waiting:
-            for client, reply in [(client, self._arrived(client, message)) for client, message in waiting.items()]:
-                if reply is not None:
-                    found.append(reply)
-                    del waiting[client]
-            if not waiting or time.monotonic() > until:
-                break
-            time.sleep(_POLL_SECONDS)
-        return found
-
-    def _hello(self, message: Message) -> Message:
-        client = self._clients[message.metadata.dst_node_id]
-        package = self._federation.participants[client].job.package_digest
-        said = ConfigRecord({"client": client, "package": package})
-        return self._reply(message, RecordDict({"hello": said}))
-
-    def _arrived(self, client: str, message: Message) -> Message | None:
-        """Return the client's answer if it is here."""
-        if message.metadata.message_type == HELLO:
-            return self._hello(message)
-        number, participant = int(message.metadata.group_id), self._federation.participants[client]
-        if not self._federation.config.secure:
-            if client not in self._federation.answers(number):
-                return None
-            say(f"  {participant.name}: its bundle is here and verified")
-            return self._reply(message, RecordDict({"taken": ConfigRecord({"by": "registry"})}))
-        awaits = message.content.get("awaits")
-        step = awaits.get("note") if isinstance(awaits, ConfigRecord) else 0
-        notes = MessageStore(self._federation.registry).of(participant.job.job_id, number)
-        if not isinstance(step, int) or len(notes) <= step:
-            return None
-        return self._reply(message, RecordDict({"sealed": _arrays(pack(notes[step]))}))
-
-    def _reply(self, message: Message, content: RecordDict) -> Message:
-        TaskIdentity.node_id = message.metadata.dst_node_id
-        try:
-            return Message(content, reply_to=message)
-        finally:
-            TaskIdentity.node_id = 1
-
-
-def in_process(contexts: Mapping[int, Mapping[str, str]], client_app: str) -> InProcessGrid:
-    """Return a Grid over the ClientApp of that entry string (``client.federation.flower:app``), a node for each
-    configuration.
-
-    The string is this program's own and comes from no message.
-    """
-    import importlib
-
-    module, _, name = client_app.partition(":")
-    loaded = getattr(importlib.import_module(module), name)
-    made = {
-        node: Context(run_id=1, node_id=node, node_config=dict(config), state=RecordDict(), run_config={})
-        for node, config in contexts.items()
-    }
-    return InProcessGrid(loaded, made)
-
-
-def _arrays(parts: Mapping[str, bytes]) -> ArrayRecord:
-    return ArrayRecord(array_dict={name: Array("uint8", (len(data),), RAW, data) for name, data in parts.items()})
 
 
 def _class_of(reason: object) -> str:

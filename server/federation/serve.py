@@ -19,7 +19,8 @@ from offsite.keys.identity import open_identity
 from server.exchange.serve import opened_exchange, server_process, tls_of
 from server.federation.config import FederateServeConfig
 from server.federation.federation import opened_federation
-from server.federation.flower import ExchangeGrid, run
+from server.federation.flower import run
+from server.federation.grids import ExchangeGrid
 from server.federation.results import finish, require_output, require_own, watch_of
 from server.http.serve import listen, url_of
 

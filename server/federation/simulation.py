@@ -73,8 +73,8 @@ def run(config: SimulateConfig) -> dict[str, object]:
     outbox = config.work / "outbox"
     outbox.mkdir(exist_ok=True)
     with opened_federation(federation_config, open_identity(federation_config), outbox=outbox) as federation:
-        from server.federation.flower import in_process
         from server.federation.flower import run as run_rounds
+        from server.federation.grids import in_process
 
         require_own(federation)
         watch = watch_of(federation)

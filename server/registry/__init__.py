@@ -3,4 +3,4 @@
 What is checked when a bundle arrives is in ``verify``, in one order; ``intake`` carries it out.
 """
 
-__all__ = ["config", "federations", "intake", "job", "messages", "registry", "rows", "verbs", "verify"]
+__all__ = ["config", "federations", "inspect", "intake", "job", "messages", "registry", "rows", "verbs", "verify"]

@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict
 
-from offsite.console import say, say_next, table
+from offsite.console import say, say_next, table, utc
 from server.registry.config import (
     LogVerifyConfig,
     RegistryAcceptConfig,
@@ -42,7 +42,7 @@ def show_run(config: RegistryShowConfig) -> dict[str, object]:
         job = registry.job(entry.job_id)
     shown = {**_shown(entry), "adapter": job.adapter.model_dump(mode="json"), "package_digest": job.package_digest}
     for name, value in shown.items():
-        say(f"{name:<15} {value}")
+        say(f"{name:<15} {utc(int(str(value))) if name in ('received', 'changed') else value}")
     return shown
 
 

@@ -17,7 +17,8 @@ from client.federation.flower import arrays_of
 from offsite.exchange.packing import RAW, pack
 from offsite.exchange.verbs import seal_run
 from offsite.sealed.config import SealConfig
-from server.federation.flower import InProcessGrid, OffsiteStrategy
+from server.federation.flower import OffsiteStrategy
+from server.federation.grids import InProcessGrid
 from server.federation.state import SHARED
 
 HONEST, BAD = ("anna", "bert"), "cora"

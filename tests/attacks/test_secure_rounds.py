@@ -28,8 +28,8 @@ from offsite.secagg.terms import read_terms
 from offsite.strictjson import write_compact
 from server.aggregation.secagg import ServerRound
 from server.federation.federation import Federation
-from server.federation.flower import in_process
 from server.federation.flower import run as run_rounds
+from server.federation.grids import in_process
 from server.federation.state import SHARED
 
 

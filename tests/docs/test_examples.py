@@ -1,11 +1,18 @@
-"""The examples run as they stand, on a tiny random model: two companies, by hand and over HTTP."""
+"""The examples run as they stand, on a tiny random model: two companies, by hand and over HTTP.
+
+Flower's simulation needs Ray, so that of its example only what is ours is held: who a simulated node is, and its app.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import json
 import os
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "two-companies"
+SIMULATION = EXAMPLES.parent / "flower-simulation"
 
 
 @pytest.fixture
@@ -63,3 +71,59 @@ def test_two_companies(way: str, small: dict[str, str], tmp_path: Path) -> None:
     assert not {"registry", "package.owner.json"} & {path.name for path in client.iterdir()}
     secret = (owner / "passphrase").read_text().strip()
     assert secret not in done.stdout + done.stderr
+
+
+def simulation_module(name: str):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", SIMULATION / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_simulated_node_answers_as_its_own_client(tmp_path: Path, monkeypatch) -> None:
+    from flwr.app import Context, RecordDict
+
+    import client.federation.flower
+
+    monkeypatch.setattr(client.federation.flower, "app", lambda message, context: context.node_config["client"])
+    (tmp_path / "nodes.json").write_text(json.dumps(["anna.json", "bert.json"]))
+    answers = [
+        simulation_module("simulated").app(
+            "a message",
+            Context(
+                run_id=1,
+                node_id=7 + number,
+                node_config={"partition-id": number, "num-partitions": 2},
+                state=RecordDict(),
+                run_config={"nodes": str(tmp_path / "nodes.json")},
+            ),
+        )
+        for number in (1, 0)
+    ]
+    assert answers == ["bert.json", "anna.json"]
+
+
+def test_the_simulations_app_names_what_is_there() -> None:
+    app = tomllib.loads((SIMULATION / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    module, _, name = app["components"]["serverapp"].partition(":")
+    assert hasattr(importlib.import_module(module), name)
+    assert app["components"]["clientapp"] == "simulated:app"
+    assert set(app["config"]) == {"federation", "nodes"}  # a run's configuration may name no other key
+    assert "run_simulation" not in "".join(path.read_text() for path in SIMULATION.glob("*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_simulations_superlink_is_there_meanwhile_and_gone_afterwards(tmp_path: Path) -> None:
+    simulate = simulation_module("simulate")
+    with simulate.superlink(tmp_path / "home") as env:
+        assert env["FLWR_TELEMETRY_ENABLED"] == "0"
+        settings = tomllib.loads((tmp_path / "home" / "config.toml").read_text())["superlink"]["simulation"]
+        host, _, port = settings["address"].partition(":")
+        assert host == "127.0.0.1"
+        listed = subprocess.run(
+            [simulate.program("flwr"), "ls", "simulation"], env=env, capture_output=True, text=True, check=False
+        )
+        assert listed.returncode == 0, listed.stdout + listed.stderr
+    with socket.socket() as probe:
+        assert probe.connect_ex((host, int(port))) != 0

@@ -216,5 +216,5 @@ def test_the_console_script_ignores_a_users_own_modules(tmp_path):
         [OFFSITE, "inspect", "nothing"], cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ
     )
     assert done.returncode == 3
-    assert done.stderr.startswith("offsite: error: no package folder named 'nothing'")
+    assert done.stderr.startswith("offsite: error: no file or folder named 'nothing'")
     assert done.stdout == ""

@@ -12,7 +12,7 @@ import client.federation.flower as module
 from client.federation.flower import SETTINGS, arrays_of
 from offsite.errors import DataError
 from offsite.exchange.packing import pack
-from server.federation.flower import in_process
+from server.federation.grids import in_process
 
 
 @pytest.fixture
