@@ -20,6 +20,7 @@ __all__ = [
     "digests",
     "errors",
     "faults",
+    "problems",
     "stages",
     "staging",
     "store",

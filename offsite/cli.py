@@ -216,7 +216,7 @@ def _command(name: str, verb: Verb, cls: type[VerbConfig], arguments: list[str])
         if isinstance(output, Path):
             require_place(output)
         try:
-            if name in HEAVY and _speaks():
+            if name in HEAVY and "torch" not in sys.modules and _speaks():
                 print(f"{name}: loading", file=sys.stderr, flush=True)
             result = _resolve(verb.function)(config)
         except KeyboardInterrupt:

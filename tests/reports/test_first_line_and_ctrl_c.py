@@ -29,6 +29,7 @@ def test_the_first_line_comes_before_anything_is_loaded(parties, monkeypatch, ca
 
     made = cli._resolve
     monkeypatch.setattr(cli, "_resolve", resolved)
+    monkeypatch.delitem(sys.modules, "torch")  # as in a new process
     parties.run("client", "tune package --data private.jsonl -o out")
     assert seen == ["tune: loading\n"]
 

@@ -49,7 +49,7 @@ def test_a_bare_path_is_named_after_its_folder(tmp_path):
         ({"log": ["tune=a", "tune=b"]}, ["--log: the name 'tune' is given twice"]),
         ({"reference": ["best=x"]}, ["--reference: found 'best=x'", "ceiling or lora_full or full"]),
         ({"reference": ["x"], "outcome": ["t=a", "t=b"]}, ["--reference: found 'x'", "--outcome"]),
-        ({"block_tokens": "1"}, ["--block-tokens", "greater than or equal to 2"]),
+        ({"block_tokens": "1"}, ["--block-tokens", "at least 2"]),
         ({"precision": "fp8", "batch_size": "0"}, ["--precision", "--batch-size"]),
         ({"answer_tokens": "many"}, ["--answer-tokens"]),
     ],

@@ -59,13 +59,27 @@ def in_this_process(monkeypatch):
     return played
 
 
+def last_of_each(words):
+    """Return the words with the last value of every flag that takes one."""
+    kept, skip = [], False
+    for number, word in enumerate(words):
+        is_repeated = word in ("--learning-rate", "--scale")
+        if skip:
+            skip = False  # the value of a flag that comes again
+        elif word.startswith("--") and not is_repeated and word in words[number + 1 :]:
+            skip = True
+        else:
+            kept.append(word)
+    return kept
+
+
 @pytest.fixture
 def rehearse(dropped_package, llama_folder, texts, capsys):
     def call(*more, model=llama_folder, package=dropped_package.path, settings=SETTINGS, heldout=True):
         words = ["rehearse", str(model), "--package", str(package), "--data", str(texts / "public.jsonl")]
         words += ["--heldout", str(texts / "more.jsonl")] if heldout else []
         words += ["-o", str(texts / "found.json"), *settings, *more]
-        code = cli(words)
+        code = cli(last_of_each(words))
         shown = capsys.readouterr()
         return code, json.loads(shown.out.splitlines()[-1]) if code == 0 else None, shown.err
 
@@ -279,7 +293,7 @@ def test_work_of_another_run_is_left_alone(name, rehearse, in_this_process, text
         (["--adapter", "lorra"], "--adapter: no kind 'lorra'"),
         (["--adapter", "dora", "--scale", "0.5"], "--scale: a dora adapter is plugged in whole or not"),
         (["--steps", "0"], "--steps"),
-        (["--placement", "foo"], "--placement foo: no such adapter"),
+        (["--placement", "foo"], "--placement foo: expected BOTTOM+TOP"),
         (["--placement", "3+2"], "blocks"),
         (["--adapter", "lora", "--placement", "all"], "--placement all"),
         (["--learning-rate", "0.001", "--learning-rate", "0.0010000001"], "--learning-rate: one value is given twice"),
