@@ -62,21 +62,23 @@ def peft_targets(model: PreTrainedModel, modules: Iterable[str], *, dora: bool =
         UnsupportedModel: when no form does.
     """
     wanted = sorted(set(modules))
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype  # saving a model leaves its name there, which some architectures do not take
     with torch.device("meta"):
-        shell = type(model)(model.config)
+        shell = type(model)(config)
     for settings in _by_name(wanted):
         if _reached(shell, settings) == set(wanted):
             return settings
-    by_weight = {path for path in wanted if path not in _safe(shell, wanted)}
-    by_name = [path for path in wanted if path not in by_weight]
-    weights = {"target_parameters": sorted(f"{path}.weight" for path in by_weight)}
+    by_name = sorted(_safe(shell, wanted))
+    by_weight = sorted(set(wanted) - set(by_name))
+    weights = {"target_parameters": [f"{path}.weight" for path in by_weight]}
     if by_weight and not dora:
         for settings in _by_name(by_name):
             if _reached(shell, settings | weights) == set(wanted):
                 return settings | weights
     kind = "dora" if dora else "lora"
     raise UnsupportedModel(
-        f"a PEFT folder of {kind} cannot name {min(by_weight or wanted)!r} of {type(model).__name__}: peft takes it "
+        f"a PEFT folder of {kind} cannot name {(by_weight or wanted)[0]!r} of {type(model).__name__}: peft takes it "
         "for an expert's",
         hint="--targets attention" + (", or --adapter lora" if dora else ""),
     )

@@ -33,7 +33,9 @@ SIDE_DEPTH_KEYS = {
 # Fields that list the numbers of the blocks with some property.
 INDEX_LISTS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers")
 # Fields "the first k blocks are different".
-PREFIX_COUNTS = ("first_k_dense_replace", "first_k_dense", "max_window_layers", "num_dense_layers")
+PREFIX_COUNTS = (
+    "first_k_dense_replace", "first_k_dense", "max_window_layers", "num_dense_layers", "moe_layer_start_index"
+)  # fmt: skip
 # Rules "every k-th block is different" and the field that, where a model has it, says the same block by block.
 PERIODS = {
     "decoder_sparse_step": "mlp_only_layers",
