@@ -20,7 +20,7 @@ from adapters.kinds import attach, declared
 from adapters.lowrank import quiet_peft
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.package import Package
-from offsite.errors import UnsupportedModel
+from offsite.errors import ConfigError, UnsupportedModel
 
 PEFT_KINDS = ("lora", "rslora", "dora")
 
@@ -35,16 +35,37 @@ def require_carried(package: Package, spec: AdapterSpec) -> int:
 
     Raises:
         ConfigError: when the package cannot carry the adapter in that place.
-        UnsupportedModel: when it cannot be put on this architecture, or not be written for peft.
+        UnsupportedModel: when it cannot be put on this architecture, or not be written for peft; the hint says what
+            can.
         ArtefactError: when the package's settings do not make its model.
     """
+    try:
+        return _carried(package, spec)
+    except UnsupportedModel as error:
+        others = [targets for targets in ("attention", "mlp") if spec.targets == "all-linear"]
+        ways = [targets for targets in others if _is_carried(package, spec.model_copy(update={"targets": targets}))]
+        hint = " or ".join(f"--targets {targets}" for targets in ways)
+        if spec.kind == "dora" and _is_carried(package, spec.model_copy(update={"kind": "lora"})):
+            hint += f"{', or ' if hint else ''}--adapter lora"
+        raise UnsupportedModel(str(error), hint=hint or None) from error
+
+
+def _is_carried(package: Package, spec: AdapterSpec) -> bool:
+    try:
+        _carried(package, spec)
+    except (ConfigError, UnsupportedModel):
+        return False
+    return True
+
+
+def _carried(package: Package, spec: AdapterSpec) -> int:
     names = declared(spec, package.layout, package.block_tensors())
-    attach(package.empty_model(), spec, package.layout.blocks, names)
+    model, blocks = package.empty_model(), package.layout.blocks
     if spec.kind in PEFT_KINDS:
-        blocks = package.layout.blocks
         parts = [name.rpartition(".")[0].split(".", 2) for name in names]
         modules = {f"{blocks[f'{role}.{number}']}.{inner}" for role, number, inner in parts}
-        peft_targets(package.empty_model(), modules, dora=spec.kind == "dora")
+        peft_targets(model, modules, dora=spec.kind == "dora")
+    attach(model, spec, blocks, names)
     return len(names)
 
 
@@ -79,8 +100,7 @@ def peft_targets(model: PreTrainedModel, modules: Iterable[str], *, dora: bool =
     kind = "dora" if dora else "lora"
     raise UnsupportedModel(
         f"a PEFT folder of {kind} cannot name {(by_weight or wanted)[0]!r} of {type(model).__name__}: peft takes it "
-        "for an expert's",
-        hint="--targets attention" + (", or --adapter lora" if dora else ""),
+        "for an expert's"
     )
 
 

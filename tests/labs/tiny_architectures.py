@@ -45,7 +45,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama4_text": {
         **GROUPED,
         "num_local_experts": 4,
-        "intermediate_size_mlp": 40,
+        "intermediate_size_mlp": 48,
         "moe_layers": [1, 3, 4],
         "attention_chunk_size": 4,
         "no_rope_layer_interval": 3,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_architectures import tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.modelling import blocks, mlps
 from offsite.modelling.blocks import find_stacks
-from offsite.modelling.mlps import find_mlp, resize_mlp, slice_mlp, zero_mlp_channels
+from offsite.modelling.mlps import find_mlp, find_mlps, resize_mlp, slice_mlp, zero_mlp_channels
 from offsite.modelling.split import extract
 
 # architecture: inputs, output and fused, as seen in a block of 48 channels
@@ -34,7 +35,14 @@ MLPS = {
     "falcon": (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", False),
     "bert": (("intermediate.dense",), "output.dense", False),
     "vit": (("mlp.fc1",), "mlp.fc2", False),
+    "nemotron": (("mlp.up_proj",), "mlp.down_proj", False),
+    "apertus": (("mlp.up_proj",), "mlp.down_proj", False),
+    "mpt": (("ffn.up_proj",), "ffn.down_proj", False),
+    "lfm2": (("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2", False),
+    "glm4": (("mlp.gate_up_proj",), "mlp.down_proj", True),
+    "starcoder2": (("mlp.c_fc",), "mlp.c_proj", False),
 }
+WIDER = {"bloom": 128, "falcon": 128, "mpt": 128, "lfm2": 32}  # the last one's config says 48: it takes two thirds
 
 
 def blocks_of(model):
@@ -62,7 +70,7 @@ def test_attention_and_mlp_make_up_all_linears(name, tiny_model):
 @pytest.mark.parametrize("name", MLPS)
 def test_mlp_is_found(name, tiny_model):
     mlp = find_mlp(blocks_of(tiny_model(name))[0])
-    channels = 128 if name in ("bloom", "falcon") else 48
+    channels = WIDER.get(name, 48)
     assert (mlp.inputs, mlp.output, mlp.fused) == MLPS[name]
     assert mlp.num_channels == channels
 
@@ -191,3 +199,78 @@ def test_wrong_channels_are_refused(channels, tiny_model):
         slice_mlp(block, find_mlp(block), torch.tensor(channels, dtype=torch.int64))
     with pytest.raises(ConfigError, match="expected at least 1"):
         resize_mlp(block, find_mlp(block), 0)
+
+
+# architecture: what its block 3 has: (place, channels), or (place, experts, channels, halves, interleaved, turned)
+PARTS = {
+    "mixtral": [("mlp.experts", 4, 48, 2, False, False)],
+    "gpt_oss": [("mlp.experts", 4, 48, 2, True, True)],
+    "llama4_text": [("feed_forward.shared_expert", 48), ("feed_forward.experts", 4, 48, 2, False, True)],
+    "qwen2_moe": [("mlp.shared_expert", 24), ("mlp.experts", 4, 16, 2, False, False)],
+    "deepseek_v3": [("mlp.shared_experts", 16), ("mlp.experts", 4, 16, 2, False, False)],
+    "granitemoehybrid": [("shared_mlp", 24), ("block_sparse_moe.experts", 4, 48, 2, False, False)],
+    "hunyuan_v1_moe": [("mlp.shared_mlp", 48), ("mlp.experts", 4, 48, 2, False, False)],
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_mlps_of_a_mixture_are_found(name):
+    block = blocks_of(tiny(name))[3]
+    found = [
+        (part.place, part.num_channels)
+        if isinstance(part, mlps.Mlp)
+        else (part.place, part.num_experts, part.num_channels, part.halves, part.interleaved, part.turned)
+        for part in find_mlps(block)
+    ]
+    assert found == PARTS[name]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_resized_experts_have_the_compact_shapes(name):
+    block = blocks_of(tiny(name))[3]
+    before = {key: tuple(value.shape) for key, value in block.named_parameters()}
+    for part in find_mlps(block):
+        resize_mlp(block, part, 5)
+    assert {part.num_channels for part in find_mlps(block)} == {5}
+    inside = tuple(f"{part.place}." for part in find_mlps(block))
+    for key, value in block.named_parameters():
+        alike = [one == other for one, other in zip(value.shape, before[key], strict=True)]
+        is_output_bias = key.endswith("down_proj_bias")
+        assert alike.count(False) == (1 if key.startswith(inside) and not is_output_bias else 0), key
+
+
+def test_views_of_channels_write_through():
+    block = blocks_of(tiny("gpt_oss"))[3]
+    [part] = find_mlps(block)
+    (gate, gate_bias), (up, _) = mlps.incoming(block, part, 2)
+    gate[7], gate_bias[7], up[5] = 1, 2, 3
+    mlps.outgoing_weight(block, part, 2)[:, 4] = 4
+    mlps.outgoing_bias(block, part, 2)[0] = 5
+    experts = block.mlp.experts
+    assert (experts.gate_up_proj[2, :, 14] == 1).all()
+    assert experts.gate_up_proj_bias[2, 14] == 2
+    assert (experts.gate_up_proj[2, :, 11] == 3).all()
+    assert (experts.down_proj[2, 4] == 4).all()
+    assert experts.down_proj_bias[2, 0] == 5
+
+
+def test_experts_in_a_form_that_is_not_known_are_refused():
+    block = blocks_of(tiny("mixtral"))[3]
+    block.mlp.experts.scale = nn.Parameter(torch.ones(4, 48))
+    with pytest.raises(UnsupportedModel, match=r"not a linear's: mlp\.experts\.scale"):
+        find_mlps(block)
+    del block.mlp.experts.scale
+    block.mlp.experts.down_proj = nn.Parameter(torch.ones(4, 40, 32))
+    with pytest.raises(UnsupportedModel, match=r"the experts mlp\.experts of MixtralDecoderLayer are in a form"):
+        find_mlps(block)
+    block.mlp.experts = nn.Identity()
+    with pytest.raises(UnsupportedModel, match=r"the experts mlp\.experts of MixtralDecoderLayer are in a form"):
+        find_mlps(block)
+
+
+@pytest.mark.parametrize("channels", [[[0, 1]], [[0, 1]] * 3 + [[0, 0]], [[0, 1]] * 3 + [[0, 48]], [0, 1], [[]] * 4])
+def test_wrong_channels_of_experts_are_refused(channels):
+    block = blocks_of(tiny("mixtral"))[3]
+    [part] = find_mlps(block)
+    with pytest.raises(ConfigError, match=r"numbers from 0 to 47, .* equally many for each of 4 experts"):
+        slice_mlp(block, part, torch.tensor(channels, dtype=torch.int64))
