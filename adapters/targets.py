@@ -21,6 +21,7 @@ from adapters.lowrank import quiet_peft
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.package import Package
 from offsite.errors import ConfigError, UnsupportedModel
+from offsite.modelling.blocks import is_conv1d
 
 PEFT_KINDS = ("lora", "rslora", "dora")
 
@@ -138,7 +139,7 @@ def _reached(shell: PreTrainedModel, settings: Mapping[str, Any]) -> set[str]:
             # a copy: peft edits its configuration and the model in place
             wrapped: nn.Module = get_peft_model(
                 copy.deepcopy(shell),
-                LoraConfig(r=1, lora_dropout=0.0, bias="none", **copy.deepcopy(dict(settings))),
+                LoraConfig(r=1, fan_in_fan_out=any(map(is_conv1d, shell.modules())), **copy.deepcopy(dict(settings))),
                 low_cpu_mem_usage=True,
             )
     except ValueError:

@@ -11,10 +11,14 @@ import torch
 from small_loop import logits, pack, plug_in, tune
 from tiny_architectures import tiny
 
+from adapters.kinds import attach, declared
 from emulator.compression.compress import Recipe, compress
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.errors import UnsupportedModel
+from offsite.modelling.mlps import find_mlps, zero_mlp_channels
 from offsite.modelling.split import join, make_plan, split
+from server.evaluation.candidates import read_own
+from server.plugging.fit import fit, plugged
 
 DENSE = """stablelm starcoder2 cohere2 glm4 ernie4_5 hunyuan_v1_dense exaone4 helium olmo3 bamba lfm2 nemotron apertus
     seed_oss mpt""".split()
@@ -79,3 +83,28 @@ def test_what_width_cannot_treat_is_refused_with_the_reason(name, letters_tokeni
     with pytest.raises(UnsupportedModel, match=DROPPED[name]):
         pack(tiny(name), letters_tokenizer, tmp_path / "package", "width", width=0.5)
     assert not (tmp_path / "package").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["nemotron", "apertus", "lfm2", "mpt", "glm4_moe", "granitemoehybrid", "hunyuan_v1_moe"]
+)
+def test_an_adapter_of_a_narrowed_package_does_in_the_full_model_what_it_did(name, letters_tokenizer, tmp_path):
+    """Where the full model's other channels say nothing, the lifted adapter gives the tuned package's own logits."""
+    full = tiny(name)
+    recipe = {"width": 0.5, "refit": False, "channels": "activation"}
+    packed = pack(full, letters_tokenizer, tmp_path / "package", "width", **recipe)
+    package, record = packed.package, packed.record
+    spec = low_rank(package)
+    bundle = tune(package, tmp_path / "bundle", spec)
+    adapter = fit(full, read_own(bundle, record), record)
+    names = declared(spec, package.layout, package.block_tensors())
+    tuned = attach(package.load_model(), spec, package.layout.blocks, names)
+    tuned.load(bundle.load_tensors(names))
+    for number, block in enumerate(list(full.get_submodule(package.layout.stack))[1:5]):
+        for part in find_mlps(block):
+            lists = record.experts.get(f"middle.{number}.{part.place}") or (record.channels[f"middle.{number}"],)
+            dropped = [sorted(set(range(part.num_channels)) - set(kept)) for kept in lists]
+            zero_mlp_channels(block, part, torch.tensor(dropped))
+    with plugged(full, adapter) as model:
+        expected = logits(tuned.model.eval())
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -10,6 +10,7 @@ from tiny_architectures import tiny
 from torch import nn
 
 from emulator.compression.compress import Recipe, compress, middle_blocks
+from emulator.compression.finished import FinishedBlocks
 from emulator.compression.width import (
     RIDGE,
     Unit,
@@ -318,3 +319,17 @@ def test_a_unit_is_refitted_alone():
             assert changed == [1], name
         else:
             assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
+def test_finished_blocks_of_a_broken_run_are_taken_up_as_they_were(name, tmp_path):
+    full = tiny(name)
+    whole = narrowed(full, finished=FinishedBlocks(tmp_path / "work", "run"))
+    (tmp_path / "work" / "block-0002.safetensors").unlink()
+    again = narrowed(full, finished=FinishedBlocks(tmp_path / "work", "run"))
+    assert (again.channels, again.experts) == (whole.channels, whole.experts)
+    once_more = narrowed(full, finished=FinishedBlocks(tmp_path / "work", "run"), calibration=())  # nothing is read
+    for other in (again, once_more):
+        states = whole.model.state_dict(), other.model.state_dict()
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[1][key], tensor) for key, tensor in states[0].items())
