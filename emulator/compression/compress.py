@@ -17,11 +17,21 @@ from emulator.compression.activations import Batch
 from emulator.compression.choose import by_influence, measure_influences, uniform
 from emulator.compression.finished import FinishedBlocks, Kept
 from emulator.compression.methods import METHODS
-from emulator.compression.width import Activity, Unit, activities, eliminate, narrow, num_kept, refit, strongest
+from emulator.compression.width import (
+    MULTIPLE,
+    Activity,
+    Unit,
+    activities,
+    eliminate,
+    narrow,
+    num_kept,
+    refit,
+    strongest,
+)
 from offsite.console import progress
 from offsite.errors import ConfigError
 from offsite.modelling.blocks import linear_names
-from offsite.modelling.mlps import Mlp, Part, find_mlps, mlp_linears
+from offsite.modelling.mlps import Experts, Mlp, Part, find_mlps, mlp_linears
 from offsite.modelling.split import Plan, extract
 
 
@@ -174,7 +184,12 @@ def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
 
 
 def _num(part: Part, recipe: Recipe) -> int:
-    return num_kept(part.num_channels, recipe.width)
+    """Return how many channels the part keeps: of experts in one tensor never fewer than a tile.
+
+    What multiplies those takes no rows of other lengths.
+    """
+    num = num_kept(part.num_channels, recipe.width)
+    return min(part.num_channels, max(MULTIPLE, num)) if isinstance(part, Experts) and not part.members else num
 
 
 def _narrowed(block: nn.Module, full_block: nn.Module, part: Part, seen: Sequence[Activity], recipe: Recipe) -> Kept:

@@ -333,3 +333,12 @@ def test_finished_blocks_of_a_broken_run_are_taken_up_as_they_were(name, tmp_pat
         states = whole.model.state_dict(), other.model.state_dict()
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[1][key], tensor) for key, tensor in states[0].items())
+
+
+@pytest.mark.parametrize(("width", "wanted"), [(0.01, 8), (0.3, 8), (0.5, 8), (0.8, 16), (1.0, 16)])
+def test_experts_in_one_tensor_keep_a_tile_at_least(width, wanted):
+    """Kernels that multiply all experts at once take no rows of other lengths; the model has to run."""
+    full = tiny("qwen2_moe")
+    emulator = narrowed(full, width=width)
+    assert emulator.model.model.layers[1].mlp.experts.down_proj.shape == (4, 32, wanted)
+    assert torch.isfinite(logits(emulator.model.to(torch.bfloat16))).all()
