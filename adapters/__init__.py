@@ -14,6 +14,7 @@ __all__ = [
     "rates",
     "rounds",
     "settings",
+    "targets",
     "updates",
     "vector",
 ]

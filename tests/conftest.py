@@ -29,7 +29,8 @@ from offsite.artefacts.package import Package, write_package
 from offsite.digests import model_digest
 from offsite.keys.identity import Identity, generate, save_identity
 from offsite.keys.trust import TrustStore
-from offsite.modelling.blocks import block_list, decoder_stack, find_mlp, slice_mlp
+from offsite.modelling.blocks import block_list, decoder_stack
+from offsite.modelling.mlps import find_mlp, slice_mlp
 from offsite.modelling.split import extract
 from offsite.tensors import read_header
 

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from emulator.compression.choose import uniform
 from offsite.artefacts.layout import Layout
-from offsite.errors import ConfigError
-from offsite.modelling.blocks import block_list, decoder_stack, find_mlp, is_conv1d, outgoing_weight, resize_mlp
+from offsite.errors import ConfigError, UnsupportedModel
+from offsite.modelling.blocks import block_list, decoder_stack
 from offsite.modelling.depth import build_empty, source_name
+from offsite.modelling.mlps import Part, find_mlps, incoming, outgoing_weight, resize_mlp, resized
 
 Refill = Callable[[PreTrainedModel, Layout, int, int], PreTrainedModel]
 """From a model of its own (changed or used up), its layout, the full model's number of blocks, and a seed."""
@@ -39,7 +40,7 @@ def missing(model: PreTrainedModel, layout: Layout, num_blocks: int) -> tuple[st
     found: tuple[str, ...] = ()
     if len(layout.blocks) < num_blocks:
         found = ("duplicate", "interpolate")
-    elif _narrow_blocks(model, layout):
+    elif _narrow_mlps(model, layout):
         found = ("regrow", "split")
     return found
 
@@ -147,60 +148,61 @@ def split(model: PreTrainedModel, layout: Layout, _num_blocks: int, seed: int) -
 @torch.no_grad()
 def _widened(model: PreTrainedModel, layout: Layout, seed: int, *, split_kept: bool) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
-    for block, num_channels in _narrow_blocks(model, layout):
-        _widen(block, num_channels, generator, split_kept)
+    for block, part, num_channels in _narrow_mlps(model, layout):
+        _widen(block, part, num_channels, generator, split_kept)
     return model
 
 
-def _widen(block: nn.Module, num_channels: int, generator: torch.Generator, split_kept: bool) -> None:
-    mlp = find_mlp(block)
-    num_kept, halves = mlp.num_channels, 2 if mlp.fused else 1
+def _widen(block: nn.Module, part: Part, num_channels: int, generator: torch.Generator, split_kept: bool) -> None:
+    num_kept = part.num_channels
     source = torch.arange(num_channels) % num_kept
-    before = {name: _incoming(block, name) for name in mlp.inputs}
-    outgoing_DK = outgoing_weight(block, mlp).clone()
-    resize_mlp(block, num_channels)
-    for name, (weight, bias) in before.items():
-        new_weight, new_bias = _views(block, name)
-        kept_weight = weight.reshape(halves, num_kept, -1)
-        new = torch.randn(halves, num_channels, weight.shape[-1], generator=generator).to(weight) * weight.std()
-        grown = kept_weight[:, source] + _NOISE * new if split_kept else new
-        grown[:, :num_kept] = kept_weight
-        new_weight.copy_(grown.reshape(halves * num_channels, -1))
-        if bias is not None and new_bias is not None:
-            wide = bias.reshape(halves, num_kept)[:, source].clone()
-            if not split_kept:
-                wide[:, num_kept:] = 0
-            new_bias.copy_(wide.reshape(-1))
     share_C = 1 / torch.bincount(source)[source] if split_kept else (torch.arange(num_channels) < num_kept).float()
-    outgoing_weight(block, mlp).copy_(outgoing_DK[:, source] * share_C.to(outgoing_DK))
+    before = [(incoming(block, part, e), outgoing_weight(block, part, e)) for e in range(part.num_experts)]
+    resize_mlp(block, part, num_channels)
+    wide = resized(part, num_channels)
+    for number, (old_in, old_out_DK) in enumerate(before):
+        for (weight, bias), (new_weight, new_bias) in zip(old_in, incoming(block, wide, number), strict=True):
+            new = torch.randn(num_channels, weight.shape[-1], generator=generator).to(weight) * weight.std()
+            grown = weight[source] + _NOISE * new if split_kept else new
+            grown[:num_kept] = weight
+            new_weight.copy_(grown)
+            if bias is not None and new_bias is not None:
+                new_bias.copy_(bias[source])
+                if not split_kept:
+                    new_bias[num_kept:] = 0
+        outgoing_weight(block, wide, number).copy_(old_out_DK[:, source] * share_C.to(old_out_DK))
 
 
-def _incoming(block: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    weight, bias = _views(block, name)
-    return weight.clone(), None if bias is None else bias.clone()
+def _narrow_mlps(model: PreTrainedModel, layout: Layout) -> list[tuple[nn.Module, Part, int]]:
+    """Return the middle's MLPs that are narrower than those of the ends, and the width that these have.
 
-
-def _views(block: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """Return weight as (out, in) and bias of a linear of either kind, detached; they write through."""
-    module = block.get_submodule(name)
-    parameters = {key: parameter.detach() for key, parameter in module.named_parameters(recurse=False)}
-    weight = parameters["weight"]
-    return (weight.T if is_conv1d(module) else weight), parameters.get("bias")
-
-
-def _narrow_blocks(model: PreTrainedModel, layout: Layout) -> list[tuple[nn.Module, int]]:
-    """Return the middle's blocks whose MLP is narrower than that of the top end, and the width they would have."""
-    dims = layout.linears
+    An MLP of the same place and kind in a block of the ends says how wide it was: the nearest end's that has one.
+    """
+    ends = [name for name in reversed(layout.blocks) if not name.startswith("middle.")]
+    wide: dict[str, int] = {}
+    for canonical in ends:
+        for part in _parts(model.get_submodule(layout.blocks[canonical])):
+            wide.setdefault(_kind(part), part.num_channels)
     found = []
     for canonical, module in layout.blocks.items():
-        linears = [name for name in layout.mlp_linears if name.startswith(f"{canonical}.")]
-        whole = [f"top.0.{name.split('.', 2)[2]}" for name in linears]
-        if canonical.startswith("middle.") and any(
-            dims[other] != dims[name] for name, other in zip(linears, whole, strict=True) if other in dims
-        ):
-            width = find_mlp(model.get_submodule(layout.blocks["top.0"])).num_channels
-            found.append((model.get_submodule(module), width))
+        if canonical.startswith("middle."):
+            block = model.get_submodule(module)
+            for part in _parts(block):
+                if part.num_channels < wide.get(_kind(part), 0):
+                    found.append((block, part, wide[_kind(part)]))
     return found
+
+
+def _parts(block: nn.Module) -> tuple[Part, ...]:
+    """Return the MLPs of a block; none where it has none that could have been narrowed."""
+    try:
+        return find_mlps(block)
+    except UnsupportedModel:
+        return ()
+
+
+def _kind(part: Part) -> str:
+    return f"{type(part).__name__} {part.place}"
 
 
 _REFILLS: dict[str, Refill] = {

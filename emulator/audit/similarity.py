@@ -24,7 +24,8 @@ from emulator.compression.activations import Batch, forward, hidden_after, on_de
 from offsite.artefacts.owner import OwnerRecord
 from offsite.audits.record import BlockAlignment, Similarity
 from offsite.console import progress
-from offsite.modelling.blocks import find_mlp, is_conv1d
+from offsite.modelling.blocks import EXPERTS
+from offsite.modelling.mlps import find_mlps, matrix_channels
 
 _TINY = 1e-12
 
@@ -116,7 +117,7 @@ def within_rounding(
     for canonical, module in record.layout.blocks.items():
         site = record.sites[canonical]
         theirs = _inside(owned, site)
-        narrowed = _narrowed(theirs, full.get_submodule(site), record.channels.get(canonical))
+        narrowed = _narrowed(theirs, full.get_submodule(site), record, canonical)
         for name, tensor in _inside(sent, module).items():
             if name in narrowed:
                 num_near += _num_near(narrowed[name], tensor, theirs[name].shape)
@@ -149,8 +150,17 @@ def is_near(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _parameters(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the parameters, tied ones once, as they stand in a package of that dtype."""
-    return {name: parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()}
+    """Return the parameters, tied ones once, as they stand in a package of that dtype; see `_apart`."""
+    return _apart({name: parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()})
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors, each expert's matrix of its own where one tensor holds those of all: ``NAME.3``."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        is_stack = tensor.dim() == 3 and min(tensor.shape[1:]) > 1  # a convolution by channel is no stack of matrices
+        found.update({f"{name}.{e}": one for e, one in enumerate(tensor)} if is_stack else {name: tensor})
+    return found
 
 
 def _lines(matrix: Tensor) -> Iterator[bytes]:
@@ -178,33 +188,37 @@ def block_cosines(full: PreTrainedModel, emulator: PreTrainedModel, record: Owne
     with progress(len(record.layout.blocks), "similarity: weights") as bar:
         for number, (name, module) in enumerate(record.layout.blocks.items(), 1):
             mine = _matrices(emulator.get_submodule(module))
-            channels = record.channels.get(name)
             block = full.get_submodule(record.sites[name])
-            found[name] = max(_cosine(mine, _narrowed(theirs, block, channels)) for theirs in owned)
+            found[name] = max(_cosine(mine, _narrowed(theirs, block, record, name)) for theirs in owned)
             bar.update(number)
     return found
 
 
 def _matrices(block: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in block.named_parameters() if parameter.dim() > 1}
+    return _apart({name: parameter.detach() for name, parameter in block.named_parameters() if parameter.dim() > 1})
 
 
-def _narrowed(matrices: Mapping[str, Tensor], block: nn.Module, channels: Sequence[int] | None) -> dict[str, Tensor]:
-    """Return the matrices with these channels of the MLP alone; `block` is one of the full model's, for the names."""
-    if channels is None:
-        return dict(matrices)
-    mlp = find_mlp(block)
-    index = torch.tensor(channels)
+def _narrowed(
+    matrices: Mapping[str, Tensor], block: nn.Module, record: OwnerRecord, canonical: str
+) -> dict[str, Tensor]:
+    """Return the matrices with the channels alone that the record says were kept of that block of the package.
+
+    Args:
+        matrices: of any block of the full model, `_apart`.
+        block: the full model's block that the record is of, for the names.
+    """
     found = dict(matrices)
-    for name in (*mlp.inputs, mlp.output):
-        key = f"{name}.weight"
-        if key not in found or max(found[key].shape) <= int(index.max()):
-            continue  # a block of another kind
-        conv1d, is_output = is_conv1d(block.get_submodule(name)), name == mlp.output
-        wanted = torch.cat([index, index + mlp.num_channels]) if mlp.fused and not is_output else index
-        axis = 1 if is_output != conv1d else 0
-        if found[key].shape[axis] > int(wanted.max()):
-            found[key] = found[key].index_select(axis, wanted.to(found[key].device))
+    inside = [name for name in (*record.channels, *record.experts) if f"{name}.".startswith(f"{canonical}.")]
+    if not inside:
+        return found
+    for part in find_mlps(block):
+        lists = record.experts.get(f"{canonical}.{part.place}")
+        if lists is None and not EXPERTS.search(part.place) and canonical in record.channels:
+            lists = (record.channels[canonical],)
+        for number, kept in enumerate(lists or ()):
+            for name, axis, wanted in matrix_channels(block, part, number, torch.tensor(kept)):
+                if name in found and found[name].shape[axis] > int(wanted.max()):  # else a block of another kind
+                    found[name] = found[name].index_select(axis, wanted.to(found[name].device))
     return found
 
 

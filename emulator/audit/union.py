@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from offsite.artefacts.owner import OwnerRecord
 from offsite.audits.record import Union
 from offsite.errors import ConfigError
-from offsite.modelling.blocks import MLP_NAMES
+from offsite.modelling.mlps import MLP_NAMES
+from offsite.tensors import TensorSpec
 
 _OUTPUT = re.compile(r"(^|\.)(" + "|".join(re.escape(output) for _, output, _ in MLP_NAMES) + ")$")
 
@@ -25,13 +27,24 @@ class Held:
 
     Attributes:
         num_parameters: of the package's block.
-        channels: numbers of the MLP channels kept; None when all were.
-        per_channel: parameters of one channel: its rows, its column, its biases.
+        channels: channels kept of each MLP that was narrowed, by its name in the block and the expert's number; of an
+            MLP that was not, all were.
+        per_channel: parameters of one channel of each of those: its rows, its column, its biases.
     """
 
     num_parameters: int
-    channels: frozenset[int] | None = field(default=None, repr=False)
-    per_channel: int = 0
+    channels: Mapping[tuple[str, int], frozenset[int]] = field(default_factory=dict, repr=False)
+    per_channel: Mapping[tuple[str, int], int] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_whole(self) -> bool:
+        """Nothing of the block was left out."""
+        return not self.channels
+
+    @property
+    def num_apart(self) -> int:
+        """Parameters that belong to no channel of a narrowed MLP."""
+        return self.num_parameters - sum(len(kept) * self.per_channel[mlp] for mlp, kept in self.channels.items())
 
 
 def held(record: OwnerRecord) -> dict[int, Held]:
@@ -60,7 +73,7 @@ def union_share(records: Sequence[OwnerRecord], *, sizes: Mapping[int, int] | No
     if any((one.base_digest, one.num_blocks) != (first.base_digest, first.num_blocks) for one in records):
         raise ConfigError("packages of different models have nothing to unite")
     every = [held(record) for record in records]
-    whole = {number: one.num_parameters for found in every for number, one in found.items() if one.channels is None}
+    whole = {number: one.num_parameters for found in every for number, one in found.items() if one.is_whole}
     usual = whole[first.kept[-1]]  # the top end is whole, always
     known = {**whole, **(sizes or {})}
     ends = {*first.kept[: first.layout.num_bottom], *first.kept[len(first.kept) - first.layout.num_top :]}
@@ -78,12 +91,16 @@ def _together(every: Sequence[Mapping[int, Held]], number: int) -> int:
     parts = [found[number] for found in every if number in found]
     if not parts:
         return 0
-    whole = [one.num_parameters for one in parts if one.channels is None]
+    whole = [one.num_parameters for one in parts if one.is_whole]
     if whole:
         return max(whole)
-    apart = max(one.num_parameters - one.per_channel * len(one.channels or ()) for one in parts)
-    channels = frozenset[int]().union(*(one.channels or () for one in parts))
-    return apart + parts[0].per_channel * len(channels)
+    united: defaultdict[tuple[str, int], frozenset[int]] = defaultdict(frozenset)
+    size: dict[tuple[str, int], int] = {}
+    for one in parts:
+        for mlp, kept in one.channels.items():
+            united[mlp] |= kept
+            size[mlp] = one.per_channel[mlp]
+    return max(one.num_apart for one in parts) + sum(size[mlp] * len(kept) for mlp, kept in united.items())
 
 
 def _held(record: OwnerRecord, canonical: str) -> Held:
@@ -93,13 +110,30 @@ def _held(record: OwnerRecord, canonical: str) -> Held:
         if name.startswith(f"{canonical}.") and name not in record.layout.buffers
     }
     num_parameters = sum(math.prod(spec.shape) for spec in tensors.values())
-    channels = record.channels.get(canonical)
-    if channels is None:
-        return Held(num_parameters)
-    per_channel = 0
-    for name in record.layout.mlp_linears:
-        if name.startswith(f"{canonical}."):
-            bias = tensors.get(f"{name}.bias")
-            alongside = 0 if bias is None or _OUTPUT.search(name) else math.prod(bias.shape)
-            per_channel += (math.prod(tensors[f"{name}.weight"].shape) + alongside) // len(channels)
-    return Held(num_parameters, frozenset(channels), per_channel)
+    channels, per_channel = {}, {}
+    if canonical in record.channels:
+        kept = record.channels[canonical]
+        linears = [name for name in record.layout.mlp_linears if name.startswith(f"{canonical}.")]
+        channels["", 0] = frozenset(kept)
+        per_channel["", 0] = sum(_along(name, tensors) for name in linears) // len(kept)
+    for place, lists in record.experts.items():
+        if place.startswith(f"{canonical}."):
+            inside = {name for name in tensors if name.startswith(f"{place}.")}
+            size = sum(_along(name, tensors) for name in {_linear_of(name) for name in inside})
+            for number, kept in enumerate(lists):
+                channels[place, number] = frozenset(kept)
+                per_channel[place, number] = size // (len(lists) * len(kept))
+    return Held(num_parameters, channels, per_channel)
+
+
+def _linear_of(tensor: str) -> str:
+    """Return what a weight and its bias have in common in their names."""
+    return re.sub(r"(\.weight|[._]bias)$", "", tensor)
+
+
+def _along(linear: str, tensors: Mapping[str, TensorSpec]) -> int:
+    """Return how many parameters of a linear, or of one for all experts, belong to single channels."""
+    weight = tensors.get(f"{linear}.weight", tensors.get(linear))
+    biases = [tensors[name] for name in (f"{linear}.bias", f"{linear}_bias") if name in tensors]
+    alongside = 0 if _OUTPUT.search(linear) else sum(math.prod(bias.shape) for bias in biases)
+    return alongside + (0 if weight is None else math.prod(weight.shape))

@@ -15,12 +15,23 @@ from transformers import PreTrainedModel
 
 from emulator.compression.activations import Batch
 from emulator.compression.choose import by_influence, measure_influences, uniform
-from emulator.compression.finished import FinishedBlocks
+from emulator.compression.finished import FinishedBlocks, Kept
 from emulator.compression.methods import METHODS
-from emulator.compression.width import activities, eliminate, narrow, num_kept, refit, strongest
+from emulator.compression.width import (
+    MULTIPLE,
+    Activity,
+    Unit,
+    activities,
+    eliminate,
+    narrow,
+    num_kept,
+    refit,
+    strongest,
+)
 from offsite.console import progress
 from offsite.errors import ConfigError
-from offsite.modelling.blocks import find_mlp, linear_names
+from offsite.modelling.blocks import linear_names
+from offsite.modelling.mlps import Experts, Mlp, Part, find_mlps, mlp_linears
 from offsite.modelling.split import Plan, extract
 
 
@@ -55,6 +66,7 @@ class Compressed:
         model: same class as the full model. What was not changed shares storage with it.
         kept: full-model number of every block of `model`, ends included, ascending.
         channels: kept MLP channels by block (``middle.3``), ascending; absent where all were kept.
+        experts: kept channels of MLPs that carry no adapter, by name (``middle.3.mlp.experts``): a list per expert.
         adaptable_middle: names inside a middle block of linears on which an adapter lifts into the full model.
         settings: what the package may state of the method: nothing of the full model's numbering.
         middle_whole: the middle is the full model's own, block for block.
@@ -66,11 +78,13 @@ class Compressed:
     adaptable_middle: tuple[str, ...]
     settings: Mapping[str, float | int | str]
     middle_whole: bool = False
+    experts: Mapping[str, Kept] = field(default_factory=dict)
 
 
 Compressor = Callable[[PreTrainedModel, Plan, Recipe], Compressed]
 
 _COMPRESSORS: dict[str, Compressor] = {}
+_CHOICES = {"obs": eliminate, "activation": strongest}
 
 
 def register_compressor(name: str) -> Callable[[Compressor], Compressor]:
@@ -127,37 +141,85 @@ def drop(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
 @register_compressor("width")
 def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
     """Every block with fewer MLP channels, those that do most on public text. Source: arXiv:2404.11536."""
-    choices = {"obs": eliminate, "activation": strongest}
-    if recipe.channels not in choices:
-        raise ConfigError(f"unknown choice {recipe.channels!r} of channels, expected {' or '.join(choices)}")
+    if recipe.channels not in _CHOICES:
+        raise ConfigError(f"unknown choice {recipe.channels!r} of channels, expected {' or '.join(_CHOICES)}")
     full_blocks = middle_blocks(model, plan)
-    wanted = [num_kept(find_mlp(block).num_channels, recipe.width) for block in full_blocks]
+    parts = [find_mlps(block) for block in full_blocks]
     kept = (*plan.bottom, *plan.middle, *plan.top)
     emulator = extract(model, {plan.stack.name: kept})
     blocks = middle_blocks(emulator, plan)
-    channels = {}
-    products = (recipe.refit or recipe.channels == "obs") and recipe.width < 1
-    narrower = [i for i, num in enumerate(wanted) if num < find_mlp(full_blocks[i]).num_channels]
+    narrower = [i for i, own in enumerate(parts) if any(_num(part, recipe) < part.num_channels for part in own)]
     before = {i: known for i in narrower if (known := recipe.finished.channels(i)) is not None}
     left = [i for i in narrower if i not in before]
-    for number, kept_before in before.items():
-        narrow(blocks[number], kept_before)
+    for number, known in before.items():
+        for part in parts[number]:
+            if part.place in known:
+                narrow(blocks[number], part, known[part.place])
         recipe.finished.restore(number, blocks[number])
-        channels[f"middle.{number}"] = kept_before
+    chosen = dict(before)
+    products = (recipe.refit or recipe.channels == "obs") and recipe.width < 1
     with progress(len(narrower), "choosing channels, blocks", start=len(before)) as bar:
         if before:
             bar.update(len(before))
-        found = activities(model, [full_blocks[i] for i in left], recipe.calibration, products=products) if left else ()
-        for done, (number, activity) in enumerate(zip(left, found, strict=True), start=len(before) + 1):
-            block, full_block = blocks[number], full_blocks[number]
-            chosen = choices[recipe.channels](full_block, activity, wanted[number])
-            narrow(block, chosen)
-            if recipe.refit:
-                refit(block, full_block, chosen, activity)
-            recipe.finished.keep(number, chosen, block, full_block)
-            channels[f"middle.{number}"] = tuple(chosen)
+        to_read = [full_blocks[i] for i in left]
+        found = activities(model, to_read, recipe.calibration, products=products) if left else iter(())
+        for done, number in enumerate(left, start=len(before) + 1):
+            chosen[number] = {}
+            for part in parts[number]:
+                seen = [next(found) for _ in range(part.num_experts)]
+                if _num(part, recipe) < part.num_channels:
+                    chosen[number][part.place] = _narrowed(blocks[number], full_blocks[number], part, seen, recipe)
+            recipe.finished.keep(number, chosen[number], blocks[number], full_blocks[number])
             bar.update(done)
-    return Compressed(emulator, kept, channels, adaptable(blocks), {"width": recipe.width}, middle_whole=not channels)
+    channels, experts = _by_adapter(full_blocks, parts, chosen)
+    return Compressed(
+        emulator,
+        kept,
+        channels,
+        adaptable(blocks),
+        {"width": recipe.width},
+        middle_whole=not chosen,
+        experts=experts,
+    )
+
+
+def _num(part: Part, recipe: Recipe) -> int:
+    """Return how many channels the part keeps: of experts in one tensor never fewer than a tile.
+
+    What multiplies those takes no rows of other lengths.
+    """
+    num = num_kept(part.num_channels, recipe.width)
+    return min(part.num_channels, max(MULTIPLE, num)) if isinstance(part, Experts) and not part.members else num
+
+
+def _narrowed(block: nn.Module, full_block: nn.Module, part: Part, seen: Sequence[Activity], recipe: Recipe) -> Kept:
+    """Narrow one MLP of `block`, or every expert, and return the channels kept: by expert, ascending."""
+    whole = [Unit(full_block, part, number) for number in range(part.num_experts)]
+    choose, num = _CHOICES[recipe.channels], _num(part, recipe)
+    chosen = [choose(unit, activity, num) for unit, activity in zip(whole, seen, strict=True)]
+    narrowed = narrow(block, part, chosen)
+    if recipe.refit:
+        for number, (unit, kept, activity) in enumerate(zip(whole, chosen, seen, strict=True)):
+            refit(Unit(block, narrowed, number), unit, kept, activity)
+    return tuple(map(tuple, chosen))
+
+
+def _by_adapter(
+    full_blocks: Sequence[nn.Module], parts: Sequence[Sequence[Part]], chosen: Mapping[int, Mapping[str, Kept]]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Kept]]:
+    """Return the kept channels of MLPs that can carry an adapter, by block, and those of all others, by name."""
+    channels: dict[str, tuple[int, ...]] = {}
+    experts: dict[str, Kept] = {}
+    for number in sorted(chosen):
+        carries = set(mlp_linears(full_blocks[number]))
+        for part in parts[number]:
+            if part.place not in chosen[number]:
+                continue
+            if isinstance(part, Mlp) and part.output in carries:
+                [channels[f"middle.{number}"]] = chosen[number][part.place]
+            else:
+                experts[f"middle.{number}.{part.place}"] = chosen[number][part.place]
+    return channels, experts
 
 
 def middle_blocks(model: PreTrainedModel, plan: Plan) -> list[nn.Module]:

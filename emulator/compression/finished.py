@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +15,9 @@ from offsite.console import say
 from offsite.staging import staged_file
 
 _BINDING, _CHANNELS = "binding", "channels"
+
+Kept = tuple[tuple[int, ...], ...]
+"""Numbers of the channels that an MLP keeps, ascending; of a mixture, those of each expert."""
 
 
 class FinishedBlocks:
@@ -29,8 +32,11 @@ class FinishedBlocks:
     def __init__(self, folder: Path | None, binding: str, *, writes: bool = True) -> None:
         self._folder, self._binding, self._writes = folder, binding, writes
 
-    def channels(self, number: int) -> tuple[int, ...] | None:
-        """Return the channels that block `number` keeps, if it was finished; its tensors are then in the same file."""
+    def channels(self, number: int) -> dict[str, Kept] | None:
+        """Return the channels that each narrowed MLP of block `number` keeps, by its place in the block.
+
+        None unless the block was finished; its tensors are then in the same file.
+        """
         path = self._path(number)
         if path is None or not path.is_file():
             return None
@@ -38,8 +44,9 @@ class FinishedBlocks:
             with safe_open(path, framework="pt") as file:
                 stated = file.metadata() or {}
             if stated.get(_BINDING) == self._binding:
-                return tuple(json.loads(stated[_CHANNELS]))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+                found = json.loads(stated[_CHANNELS])
+                return {place: tuple(map(tuple, lists)) for place, lists in found.items()}
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
             say(f"{path.name} cannot be read; that block is done again")
         return None
 
@@ -56,7 +63,7 @@ class FinishedBlocks:
                 held = getattr(block.get_submodule(module), leaf)
                 held.data = tensor.to(device=own[name].device, dtype=own[name].dtype)
 
-    def keep(self, number: int, channels: Sequence[int], block: nn.Module, full_block: nn.Module) -> None:
+    def keep(self, number: int, channels: Mapping[str, Kept], block: nn.Module, full_block: nn.Module) -> None:
         """Block `number` is on disk: its channels, and those of its tensors that are not the full block's own.
 
         Raises:
@@ -71,7 +78,7 @@ class FinishedBlocks:
             for name, tensor in block.state_dict().items()
             if name not in before or tensor.data_ptr() != before[name].data_ptr()
         }
-        stated = {_BINDING: self._binding, _CHANNELS: json.dumps(list(channels))}
+        stated = {_BINDING: self._binding, _CHANNELS: json.dumps(dict(channels))}
         with staged_file(path, replace=True) as stage:
             stage.write_bytes(save(changed, metadata=stated))
 

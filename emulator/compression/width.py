@@ -1,14 +1,16 @@
 """A narrower middle: which MLP channels it keeps, and how the kept ones make up for the others.
 
 Every block stays, so an adapter on any of its linears lifts into the full model one to one: on attention as it
-is, on the MLP with zero rows and columns for the channels that were left out.
+is, on the MLP with zero rows and columns for the channels that were left out. A mixture of experts keeps all its
+experts and its router, and equally many channels of each.
 
 Shapes: B rows, T tokens, N tokens that are text, C channels, K of them kept, D hidden, S eliminated together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,18 @@ from torch import Tensor, nn
 from emulator.compression.activations import Batch, forward, on_device, real_tokens, seen_by
 from offsite.console import Progress, progress
 from offsite.errors import ConfigError
-from offsite.modelling.blocks import find_mlp, hidden_of, outgoing_weight, slice_mlp
+from offsite.modelling.blocks import hidden_of
+from offsite.modelling.experts import require_understood, routed
+from offsite.modelling.mlps import (
+    Experts,
+    Part,
+    find_mlps,
+    outgoing_bias,
+    outgoing_weight,
+    own_bias,
+    resized,
+    slice_mlp,
+)
 
 MULTIPLE = 8
 """Widths are multiples of this where the MLP is wide enough: matrix units work on tiles."""
@@ -40,11 +53,38 @@ _TINY = 1e-12  # keeps a hidden state of zeros from dividing by zero
 
 
 @dataclass(frozen=True)
+class Unit:
+    """One MLP whose channels are chosen: a block's own, or one expert of a mixture.
+
+    Attributes:
+        block: the block that holds it.
+        part: one of ``find_mlps(block)``.
+        number: which expert.
+    """
+
+    block: nn.Module
+    part: Part
+    number: int = 0
+
+    @property
+    def outgoing(self) -> Tensor:
+        """Weight (D, C) by which each channel reaches the hidden state; storage is shared."""
+        return outgoing_weight(self.block, self.part, self.number)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias (D,) of the output, or None; storage is shared."""
+        return outgoing_bias(self.block, self.part, self.number)
+
+
+@dataclass(frozen=True)
 class Activity:
-    """What the MLP channels of one block did on public text, padding apart.
+    """What the MLP channels of one unit did on public text, padding apart.
 
     Means are over tokens, each weighing as one over its squared hidden state after the block: what the MLP adds
-    counts against the size of what it is added to, and few tokens of massive activation do not count for all.
+    counts against the size of what it is added to, and few tokens of massive activation do not count for all. An
+    expert's tokens are those the router sent to it, and weigh the router's weight squared besides; experts in a list
+    of modules do not show which tokens they read, and count them all alike.
 
     Attributes:
         mean: (C,) float32, mean activation.
@@ -58,6 +98,15 @@ class Activity:
     def square(self) -> Tensor:
         """Mean square activation, (C,) float32."""
         return self.moment if self.moment.dim() == 1 else self.moment.diagonal()
+
+
+def units(block: nn.Module) -> tuple[Unit, ...]:
+    """Return every MLP of `block` whose channels are chosen, the experts of a mixture one by one.
+
+    Raises:
+        UnsupportedModel: see ``find_mlps``.
+    """
+    return tuple(Unit(block, part, number) for part in find_mlps(block) for number in range(part.num_experts))
 
 
 def num_kept(num_channels: int, share: float) -> int:
@@ -79,20 +128,20 @@ def num_kept(num_channels: int, share: float) -> int:
 def activities(
     model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch], *, products: bool
 ) -> Iterator[Activity]:
-    """Yield, block by block, what the MLP channels of `blocks` do when `model` reads `batches`.
+    """Yield, unit by unit of every block, what the MLP channels of `blocks` do when `model` reads `batches`.
 
     Args:
         blocks: blocks of `model`, in any number.
         products: measure how every two channels go together, not only each alone.
 
     Raises:
-        UnsupportedModel: when a block has no single MLP, such as a mixture of experts.
+        UnsupportedModel: when a block has no MLP that can be narrowed.
         ConfigError: when there is no text.
     """
     if not batches:
         raise ConfigError("choosing MLP channels needs public text, found none")
-    widths = [find_mlp(block).num_channels for block in blocks]
-    largest = 4 * max(widths) * (max(widths) if products else 1)
+    widths = [[unit.part.num_channels for unit in units(block)] for block in blocks]
+    largest = 4 * max(sum(width * (width if products else 1) for width in one) for one in widths)
     at_once = max(1, MOMENTS_LIMIT_BYTES // largest)
     for first in range(0, len(blocks), at_once):
         group = blocks[first : first + at_once]
@@ -101,55 +150,133 @@ def activities(
         yield from found
 
 
+class _Sums:
+    """Sums over tokens of one unit's activations and their products, each token weighed."""
+
+    def __init__(self, num_channels: int, products: bool, device: torch.device) -> None:
+        self.total = torch.zeros((), device=device)
+        self.sum_C = torch.zeros(num_channels, device=device)
+        self.moment = torch.zeros([num_channels] * (2 if products else 1), device=device)
+
+    def add(self, found_NC: Tensor, weight_N: Tensor) -> None:
+        """Count these tokens too."""
+        found_NC = found_NC.float()
+        self.total += weight_N.sum()
+        self.sum_C += weight_N @ found_NC
+        scaled_NC = found_NC * weight_N.sqrt()[:, None]
+        if self.moment.dim() == 2:
+            self.moment.addmm_(scaled_NC.T, scaled_NC)
+        else:
+            self.moment += scaled_NC.square().sum(0)
+
+    @property
+    def activity(self) -> Activity:
+        """The means; of an expert that read nothing, zeros."""
+        total = self.total.clamp(min=torch.finfo(torch.float32).tiny)
+        return Activity(self.sum_C / total, self.moment / total)
+
+
 @torch.no_grad()
 def _activities(
     model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch], products: bool, bar: Progress
 ) -> list[Activity]:
     device = next(model.parameters()).device
-    mlps = [find_mlp(block) for block in blocks]
-    sums = [torch.zeros(mlp.num_channels, device=device) for mlp in mlps]
-    moments = [torch.zeros([mlp.num_channels] * (2 if products else 1), device=device) for mlp in mlps]
-    total = torch.zeros(len(blocks), device=device)
-    outputs = [block.get_submodule(mlp.output) for block, mlp in zip(blocks, mlps, strict=True)]
-    inside: dict[int, Tensor] = {}
-
-    def see(number: int, activation: Tensor, _output: Any) -> None:
-        inside[number] = activation
-
+    wanted = [units(block) for block in blocks]
+    sums = [[_Sums(unit.part.num_channels, products, device) for unit in one] for one in wanted]
+    seen = _Seen([unit for one in wanted for unit in one])
     for read, batch in enumerate(batches, start=1):
         here = on_device(batch, device)
         real_BT = real_tokens(here)
 
         def add(number: int, _before: Tensor, output: Any, real_BT: Tensor = real_BT) -> None:
-            weight_N = 1 / (hidden_of(output)[real_BT].float().square().sum(-1) + _TINY)
-            found_NC = inside.pop(number).reshape(*real_BT.shape, -1)[real_BT].float()
-            total[number] += weight_N.sum()
-            sums[number] += weight_N @ found_NC
-            scaled_NC = found_NC * weight_N.sqrt()[:, None]
-            if products:
-                moments[number].addmm_(scaled_NC.T, scaled_NC)
-            else:
-                moments[number] += scaled_NC.square().sum(0)
+            weight_BT = real_BT / (hidden_of(output).float().square().sum(-1) + _TINY)
+            for unit, into in zip(wanted[number], sums[number], strict=True):
+                for found_NC, rows_N, share_N in seen.take(unit):
+                    if rows_N is None:  # nothing says which tokens these are: padding is among them
+                        into.add(found_NC, torch.ones(len(found_NC), device=device))
+                        continue
+                    weight_N = weight_BT.reshape(-1)[rows_N % weight_BT.numel()]
+                    is_text = weight_N > 0
+                    share_N = share_N.float().square()[is_text]
+                    into.add(found_NC[is_text], weight_N[is_text] * share_N)
 
-        with seen_by(outputs, see), seen_by(blocks, add):
+        with seen.watching(), seen_by(blocks, add):
             forward(model, here)
         bar.update(read)
-    return [Activity(one / all_, moment / all_) for one, moment, all_ in zip(sums, moments, total, strict=True)]
+    return [one.activity for several in sums for one in several]
 
 
-def score(block: nn.Module, activity: Activity) -> Tensor:
+Rows = tuple[Tensor, Tensor | None, Tensor]
+"""Activations (N, C), the numbers of their tokens (N,) in the batch where that shows, and what each counts (N,)."""
+
+
+class _Seen:
+    """What went through the units in a forward pass, until it is taken."""
+
+    def __init__(self, wanted: Sequence[Unit]) -> None:
+        self._units = wanted
+        self._found: dict[Unit, list[Rows]] = {}
+        self._understood: set[Unit] = set()
+
+    def take(self, unit: Unit) -> list[Rows]:
+        """Return what went through the unit since it was last asked for."""
+        return self._found.pop(unit, [])
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, every forward pass is seen."""
+        handles = []
+        for unit in self._units:
+            part = unit.part
+            if isinstance(part, Experts) and not part.members:
+                if unit.number == 0:
+                    module = unit.block.get_submodule(part.place)
+                    handles.append(module.register_forward_hook(self._of_module(unit.block, part), with_kwargs=True))
+            else:
+                mlp = part.members[unit.number] if isinstance(part, Experts) else part
+                handles.append(unit.block.get_submodule(mlp.output).register_forward_hook(self._of_linear(unit)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _of_linear(self, unit: Unit) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+            found_NC = args[0].reshape(-1, args[0].shape[-1])
+            rows_N = None
+            if not isinstance(unit.part, Experts):
+                rows_N = torch.arange(len(found_NC), device=found_NC.device)
+            self._found.setdefault(unit, []).append((found_NC, rows_N, torch.ones_like(found_NC[:, 0])))
+
+        return hook
+
+    def _of_module(self, block: nn.Module, part: Experts) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            inputs = [*args, *kwargs.values()]
+            if (first := Unit(block, part)) not in self._understood:
+                require_understood(block, part, inputs, hidden_of(output))
+                self._understood.add(first)
+            for number, one in enumerate(routed(block, part, inputs)):
+                rows = (one.active, one.rows, one.shares)
+                self._found.setdefault(Unit(block, part, number), []).append(rows)
+
+        return hook
+
+
+def score(unit: Unit, activity: Activity) -> Tensor:
     """Return (C,) float32: how much each channel adds to the hidden state, root mean square over the text.
 
     That is its root mean square activation times the norm of its outgoing weights: what leaving out this channel
     alone would cost. Source: saliency of FFN neurons in FedPFT, arXiv:2404.11536 (norms of attached weights),
     weighted by activation as in Wanda, arXiv:2306.11695.
     """
-    norm_C: Tensor = outgoing_weight(block, find_mlp(block)).float().norm(dim=0)
+    norm_C: Tensor = unit.outgoing.float().norm(dim=0)
     return activity.square.sqrt() * norm_C
 
 
 @torch.no_grad()
-def eliminate(block: nn.Module, activity: Activity, num: int) -> list[int]:
+def eliminate(unit: Unit, activity: Activity, num: int) -> list[int]:
     """Return the numbers, ascending, of the `num` channels left after the others went one by one.
 
     Each time that channel goes whose loss costs least once the outgoing weights of those that are left make up for
@@ -159,8 +286,8 @@ def eliminate(block: nn.Module, activity: Activity, num: int) -> list[int]:
 
     Source: optimal brain surgeon (Hassibi and Stork, 1993), by structures as in ZipLM, arXiv:2302.04089.
     """
-    weight_DC = outgoing_weight(block, find_mlp(block)).double()
-    moment_CC = _moment(block, activity)
+    weight_DC = unit.outgoing.double()
+    moment_CC = _moment(unit, activity)
     moment_CC.diagonal().add_(RIDGE * moment_CC.diagonal().median() + 1e-12)
     inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(moment_CC))
     left = torch.arange(len(inverse_CC), device=inverse_CC.device)
@@ -191,9 +318,9 @@ def _eliminate_some(weight_DC: Tensor, inverse_CC: Tensor, num: int) -> tuple[Te
     return stay, down_CS, out_DS
 
 
-def strongest(block: nn.Module, activity: Activity, num: int) -> list[int]:
+def strongest(unit: Unit, activity: Activity, num: int) -> list[int]:
     """Return the numbers, ascending, of the `num` channels of the largest `score`."""
-    return best(score(block, activity), num)
+    return best(score(unit, activity), num)
 
 
 def best(scores: Tensor, num: int) -> list[int]:
@@ -202,14 +329,19 @@ def best(scores: Tensor, num: int) -> list[int]:
     return sorted(order.tolist())
 
 
-def narrow(block: nn.Module, channels: Sequence[int]) -> None:
-    """Leave only these channels in the block's MLP, as copies; what `block` shared with another model is untouched."""
-    slice_mlp(block, find_mlp(block), torch.tensor(channels))
+def narrow(block: nn.Module, part: Part, channels: Sequence[Sequence[int]]) -> Part:
+    """Leave only these channels of each expert; return the part as it is then.
+
+    All of it is copies, the output's bias too: what `block` shared with another model is untouched.
+    """
+    slice_mlp(block, part, torch.tensor(channels))
+    own_bias(block, part)
+    return resized(part, len(channels[0]))
 
 
 @torch.no_grad()
-def refit(block: nn.Module, full_block: nn.Module, channels: Sequence[int], activity: Activity) -> None:
-    """The outgoing weights of the narrowed `block` are those that come nearest to the full MLP's output.
+def refit(unit: Unit, full: Unit, channels: Sequence[int], activity: Activity) -> None:
+    """The outgoing weights of the narrowed `unit`, its own, are those that come nearest to the full MLP's output.
 
     Least squares over the text of `activity`, of (C, C) moments, with a small pull (`RIDGE`) to the full model's
     weights; where the output has a bias it takes up what the channels left out did on average.
@@ -217,23 +349,23 @@ def refit(block: nn.Module, full_block: nn.Module, channels: Sequence[int], acti
     Source: reconstruction after channel pruning, arXiv:1707.06168.
     """
     kept = torch.tensor(channels, device=activity.mean.device)
-    moment_CC, mean_C = _moment(full_block, activity), activity.mean.double()
-    weight_DC = outgoing_weight(full_block, find_mlp(full_block)).double()
-    bias_D = block.get_submodule(find_mlp(block).output).bias
+    moment_CC, mean_C = _moment(full, activity), activity.mean.double()
+    weight_DC = full.outgoing.double()
     gram_KK = moment_CC[kept][:, kept]
     pull = RIDGE * gram_KK.diagonal().median() + 1e-12
     wanted_KD = moment_CC[kept] @ weight_DC.T + pull * weight_DC.T[kept]
     gram_KK.diagonal().add_(pull)
     fitted_DK = torch.linalg.solve(gram_KK, wanted_KD).T
-    if isinstance(bias_D, Tensor):
+    if full.bias is not None:
         missed_D = weight_DC @ mean_C - fitted_DK @ mean_C[kept]
-        bias_D.data = (bias_D.double() + missed_D).to(bias_D.dtype)  # a new tensor: the old one is the full model's
-    outgoing_weight(block, find_mlp(block)).copy_(fitted_DK)
+        if (bias_D := unit.bias) is not None:
+            bias_D.copy_(bias_D.double() + missed_D)
+    unit.outgoing.copy_(fitted_DK)
 
 
-def _moment(block: nn.Module, activity: Activity) -> Tensor:
+def _moment(unit: Unit, activity: Activity) -> Tensor:
     """Return new (C, C) float64 moments of what the outgoing weights must answer for: a bias takes up the mean."""
     moment_CC = activity.moment.to(torch.float64, copy=True)
-    if isinstance(block.get_submodule(find_mlp(block).output).bias, Tensor):
+    if unit.bias is not None:
         moment_CC -= activity.mean.double()[:, None] * activity.mean.double()
     return moment_CC

@@ -194,7 +194,8 @@ def _distilled(
 
 
 def _identity(config: DistillConfig, compressed: Compressed) -> str:
-    return json.dumps([config.method, config.refit, compressed.kept, sorted(compressed.channels.items())])
+    chosen = [config.method, config.refit, compressed.kept, sorted(compressed.channels.items())]
+    return json.dumps([*chosen, sorted(compressed.experts.items())] if compressed.experts else chosen)
 
 
 def _published(

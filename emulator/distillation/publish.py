@@ -73,6 +73,7 @@ def publish(
         num_blocks=plan.stack.num_blocks,
         kept=compressed.kept,
         channels=dict(compressed.channels),
+        experts=dict(compressed.experts),
     )
     try:
         write_owner_record(out, record)

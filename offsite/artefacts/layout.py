@@ -92,7 +92,8 @@ def describe_layout(
     Raises:
         UnsupportedModel: when the model has no single stack of blocks.
     """
-    from offsite.modelling.blocks import block_list, decoder_stack, linear_dims, linear_names, mlp_linears
+    from offsite.modelling.blocks import block_list, decoder_stack, linear_dims, linear_names
+    from offsite.modelling.mlps import mlp_linears
 
     stack = decoder_stack(model)
     layout = Layout(

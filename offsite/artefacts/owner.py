@@ -29,7 +29,9 @@ class OwnerRecord(Strict):
     """How one package maps onto the full model.
 
     ``kept`` holds the full-model block number of every package block, in package order; ``channels`` the kept MLP
-    channels per block (``middle.3`` -> ascending numbers), absent when all were kept.
+    channels per block (``middle.3`` -> ascending numbers), absent when all were kept. ``experts`` holds those of MLPs
+    that carry no adapter (``middle.3.mlp.experts`` -> ascending numbers for each expert); a record without any is
+    written as before there were such packages.
     """
 
     format: str = OWNER_FORMAT
@@ -40,6 +42,7 @@ class OwnerRecord(Strict):
     num_blocks: int = Field(ge=1)
     kept: tuple[int, ...]
     channels: dict[str, tuple[int, ...]] = {}
+    experts: dict[str, tuple[tuple[int, ...], ...]] = {}
 
     @model_validator(mode="after")
     def _agree(self) -> OwnerRecord:
@@ -50,6 +53,10 @@ class OwnerRecord(Strict):
             raise ValueError("kept does not name one block of the full model per block of the package, ascending")
         if not self.channels.keys() <= blocks.keys() or not all(map(_ascending, self.channels.values())):
             raise ValueError("channels does not list ascending numbers for blocks of the package")
+        for name, lists in self.experts.items():
+            block = ".".join(name.split(".")[:2])
+            if block not in blocks or name == block or not lists or not all(map(_ascending, lists)):
+                raise ValueError("experts does not list ascending numbers for MLPs of the package's blocks")
         return self
 
     @property
@@ -74,7 +81,8 @@ def write_owner_record(package: Path, record: OwnerRecord) -> Path:
     """Write the record beside the package, replacing an older one, and return its path."""
     path = owner_record_path(package)
     with staged_file(path, replace=True) as stage:
-        stage.write_text(json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n", encoding="utf-8")
+        stated = record.model_dump(mode="json", exclude=None if record.experts else {"experts"})
+        stage.write_text(json.dumps(stated, sort_keys=True) + "\n", encoding="utf-8")
         stage.chmod(0o600)
     return path
 

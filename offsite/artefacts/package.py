@@ -108,6 +108,14 @@ class Package:
         """
         return rebuild.load_model(self.path, self.manifest, dtype, device)
 
+    def empty_model(self) -> PreTrainedModel:
+        """Return the model that `load_model` does, without memory: every tensor is on the meta device.
+
+        Raises:
+            BadSchema, WrongNames, WrongShape: as `load_model`.
+        """
+        return rebuild.meta_model(self.path, self.manifest)
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer, built from ``tokenizer.json``; no class is looked up by name.
 

@@ -49,7 +49,7 @@ def load_model(folder: Path, manifest: PackageManifest, dtype: str, device: str)
     """
     from offsite.modelling.dtypes import finer
 
-    model = empty_model(folder, manifest.layout, num_tensors=len(manifest.tensors))
+    model = empty_model(folder, manifest.layout, manifest.tensors)
     check_tensors(f"package {folder.name!r}", manifest.tensors, model)
     tensors: dict[str, torch.Tensor] = {}
     for shard, specs in shard_headers(folder, manifest).items():
@@ -122,18 +122,33 @@ def _check_fast(path: Path) -> None:
         raise ValueError(path.name) from error
 
 
-def empty_model(folder: Path, layout: Layout, *, num_tensors: int) -> PreTrainedModel:
-    """Return the architecture of ``config.json`` in the layout's widths, in storage that nothing has written to yet.
+def empty_model(folder: Path, layout: Layout, declared: Mapping[str, TensorSpec]) -> PreTrainedModel:
+    """Return the architecture of ``config.json`` in the declared widths, in storage that nothing has written to yet.
 
     Args:
-        num_tensors: that the package declares; building stops when it comes to many more.
+        declared: the tensors that the package declares; building stops when it comes to many more.
 
     Raises:
         BadSchema: when the settings do not describe a model of the layout's blocks.
-        WrongShape: when the layout's widths are none that the architecture can be given.
+        WrongShape: when the declared widths are none that the architecture can be given.
     """
-    model = _built(folder, layout, num_tensors)
-    _narrow(model, layout)
+    model = _built(folder, layout, len(declared))
+    _narrow(model, layout, declared)
+    return model
+
+
+def meta_model(folder: Path, manifest: PackageManifest) -> PreTrainedModel:
+    """Return the package's model without memory, every tensor on the meta device: what can be done with it, shows.
+
+    Raises:
+        BadSchema, WrongNames, WrongShape: as `load_model`, but for what only the tensors' values could tell.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model = empty_model(folder, manifest.layout, manifest.tensors)
+    check_tensors(f"package {folder.name!r}", manifest.tensors, model)
+    _check_linears(model, manifest.layout)
     return model
 
 
@@ -194,28 +209,36 @@ def _no_more_than(limit: int, what: str) -> Iterator[None]:
         handle.remove()
 
 
-def _narrow(model: PreTrainedModel, layout: Layout) -> None:
-    """Give each middle block's MLP the declared number of channels; nothing else may differ from the architecture."""
-    from offsite.modelling.blocks import find_mlp, linear_dims, linear_names, resize_mlp
+def _narrow(model: PreTrainedModel, layout: Layout, declared: Mapping[str, TensorSpec]) -> None:
+    """Give each MLP of a middle block the declared number of channels; nothing else may differ from the architecture.
+
+    Every expert of a mixture has as many as the declared shape of the first says.
+    """
+    from offsite.modelling.mlps import find_mlps, resize_mlp, width_name
 
     for canonical, module in layout.blocks.items():
         try:
             block = model.get_submodule(module)
         except AttributeError:
             raise BadSchema(f"the layout names block {module!r}, which the architecture does not have") from None
-        if not canonical.startswith("middle."):
-            continue
-        dims = {name: layout.linears.get(f"{canonical}.{name}") for name in linear_names(block)}
-        if all(dim is None or dim == linear_dims(block.get_submodule(name)) for name, dim in dims.items()):
+        stated = {name: declared.get(f"{module}.{name}") for name in block.state_dict()}
+        own = {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
+        if not canonical.startswith("middle.") or all(
+            spec is None or spec.shape == own[name] for name, spec in stated.items()
+        ):
             continue
         try:
-            mlp = find_mlp(block)
+            parts = find_mlps(block)
         except UnsupportedModel as error:
             raise WrongShape(f"{canonical} has other shapes than its architecture: {error}") from None
-        stated = dims[mlp.output]
-        if stated is None or not 1 <= stated[0] <= mlp.num_channels:
-            raise WrongShape(f"{canonical}: the stated MLP width is not between 1 and {mlp.num_channels}")
-        resize_mlp(block, stated[0])
+        for part in parts:
+            name, axis = width_name(block, part)
+            spec = stated.get(name)
+            num = spec.shape[axis] if spec is not None and len(spec.shape) == len(own[name]) else 0
+            if not 1 <= num <= part.num_channels:
+                raise WrongShape(f"{canonical}: the stated MLP width is not between 1 and {part.num_channels}")
+            if num < part.num_channels:
+                resize_mlp(block, part, num)
 
 
 def check_tensors(what: str, declared: Mapping[str, TensorSpec], model: PreTrainedModel) -> None:

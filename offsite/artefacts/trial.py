@@ -36,8 +36,9 @@ def require_rebuildable(folder: Path, model: PreTrainedModel, layout: Layout) ->
     what = f"{type(model).__name__} cannot be sent"
     hint = _hint(model, folder)
     try:
-        other = rebuild.empty_model(folder, layout, num_tensors=len(tensors))
-        rebuild.check_tensors("its package", {name: spec_of(tensor) for name, tensor in tensors.items()}, other)
+        declared = {name: spec_of(tensor) for name, tensor in tensors.items()}
+        other = rebuild.empty_model(folder, layout, declared)
+        rebuild.check_tensors("its package", declared, other)
     except ArtefactError as error:
         raise UnsupportedModel(f"{what}: a client could not build it: {error}", hint=hint) from None
     rebuild.fill(other, tensors)

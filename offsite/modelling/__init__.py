@@ -1,6 +1,20 @@
 """Models of transformers: finding the block stack, cutting it, loading a checkpoint, going on from a text.
 
-Facts about architectures live in ``blocks`` and ``depth`` alone.
+Facts about architectures live in ``blocks``, ``depth``, ``mlps`` and ``experts`` alone.
 """
 
-__all__ = ["blocks", "causal", "config", "context", "depth", "dtypes", "fetch", "load", "precision", "split", "steps"]
+__all__ = [
+    "blocks",
+    "causal",
+    "config",
+    "context",
+    "depth",
+    "dtypes",
+    "experts",
+    "fetch",
+    "load",
+    "mlps",
+    "precision",
+    "split",
+    "steps",
+]

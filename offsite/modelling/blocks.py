@@ -1,11 +1,11 @@
-"""Facts about architectures: where a model's stack of blocks is, the linears in a block, its MLP.
+"""Facts about architectures: where a model's stack of blocks is, and the linears in a block.
 
 A model is read by its structure, never by its class. A *stack* is an ``nn.ModuleList`` whose items are all
 ``transformers.modeling_layers.GradientCheckpointingLayer``. The naming facts that no structure shows (which
-linears make up an MLP, which configuration fields depend on depth) are the tables in this module; how the
-configuration is edited with them is in ``offsite.modelling.depth``.
+configuration fields depend on depth) are the tables in this module; how the configuration is edited with them is in
+``offsite.modelling.depth``, what a block's MLPs are in ``offsite.modelling.mlps``.
 
-Shape letters: B batch, T tokens, D hidden, C MLP channels.
+Shape letters: B batch, T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -34,7 +33,9 @@ SIDE_DEPTH_KEYS = {
 # Fields that list the numbers of the blocks with some property.
 INDEX_LISTS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers")
 # Fields "the first k blocks are different".
-PREFIX_COUNTS = ("first_k_dense_replace", "first_k_dense", "max_window_layers", "num_dense_layers")
+PREFIX_COUNTS = (
+    "first_k_dense_replace", "first_k_dense", "max_window_layers", "num_dense_layers", "moe_layer_start_index"
+)  # fmt: skip
 # Rules "every k-th block is different" and the field that, where a model has it, says the same block by block.
 PERIODS = {
     "decoder_sparse_step": "mlp_only_layers",
@@ -55,21 +56,9 @@ BLOCK_NUMBERS = re.compile(r"layer|block|_(ind(ex|ic)es|idxs|ids)$")
 # Attributes that hold a block's own number.
 BLOCK_NUMBER = re.compile(r"^(layer|block)_?(idx|id|index|number|num)$")
 
-# How MLPs name their linears: inputs (gate, up) and output, below one module of the block or in the block itself.
-# "fused" means that one linear holds the gate's channels, then those of the up projection.
-MLP_NAMES: tuple[tuple[tuple[str, ...], str, bool], ...] = (
-    (("gate_proj", "up_proj"), "down_proj", False),  # llama, mistral, qwen, gemma, olmo2, granite, smollm3
-    (("gate_up_proj",), "down_proj", True),  # phi3
-    (("fc1",), "fc2", False),  # phi, opt, vit, clip
-    (("c_fc",), "c_proj", False),  # gpt2
-    (("dense_h_to_4h",), "dense_4h_to_h", False),  # gpt_neox, bloom, falcon
-    (("fc_in",), "fc_out", False),  # gptj
-    (("wi_0", "wi_1"), "wo", False),  # t5 with gated activation
-    (("wi",), "wo", False),  # t5
-    (("intermediate.dense",), "output.dense", False),  # bert
-)
-_EXPERTS = re.compile(r"(^|\.)([a-z_]*experts?|router|gate|shared_expert_gate)(\.|$)")
-_ATTENTION = re.compile(r"(^|\.)[A-Za-z_]*([Aa]ttention|attn)(\.|$)")
+# Routers and experts, which carry no adapter; attention.
+EXPERTS = re.compile(r"(^|\.)([a-z_]*experts?|router|gate|shared_expert_gate)(\.|$)")
+ATTENTION = re.compile(r"(^|\.)[A-Za-z_]*([Aa]ttention|attn)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -87,26 +76,6 @@ class Stack:
     num_blocks: int
     config_path: tuple[str, ...]
     depth_key: str
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """The linears of a block's MLP.
-
-    The input of ``output`` is the (B, T, C) tensor of channel activations: what a method that chooses channels
-    scores, with the norms of the columns of ``outgoing_weight``.
-
-    Attributes:
-        inputs: names of the gate and up projections inside the block, gate first.
-        output: name of the down projection inside the block.
-        num_channels: C.
-        fused: the only input holds 2 C outputs, the gate's first.
-    """
-
-    inputs: tuple[str, ...]
-    output: str
-    num_channels: int
-    fused: bool
 
 
 def find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
@@ -201,21 +170,18 @@ def refuse_uncuttable(model: PreTrainedModel, stack: Stack) -> None:
 def linear_names(block: nn.Module) -> tuple[str, ...]:
     """Return the dotted names inside `block` of its linears; routers and experts are left out."""
     return tuple(
-        name
-        for name, module in block.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name and not _EXPERTS.search(name)
+        name for name, module in block.named_modules() if is_linear(module) and name and not EXPERTS.search(name)
     )
 
 
 def attention_linears(block: nn.Module) -> tuple[str, ...]:
     """Return those of ``linear_names(block)`` that lie in an attention module."""
-    return tuple(name for name in linear_names(block) if _ATTENTION.search(name))
+    return tuple(name for name in linear_names(block) if ATTENTION.search(name))
 
 
-def mlp_linears(block: nn.Module) -> tuple[str, ...]:
-    """Return those of ``linear_names(block)`` that make up an MLP by ``MLP_NAMES``; empty where none does."""
-    found = {name for mlp in _mlps(block) for name in (*mlp.inputs, mlp.output)}
-    return tuple(name for name in linear_names(block) if name in found)
+def is_linear(module: nn.Module) -> bool:
+    """Say whether `module` is a linear, ``nn.Linear`` or GPT-2's."""
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -229,108 +195,6 @@ def linear_dims(module: nn.Module) -> tuple[int, int]:
         raise ConfigError(f"{type(module).__name__} is no linear; expected Linear or Conv1D")
     rows, columns = module.weight.shape
     return (rows, columns) if is_conv1d(module) else (columns, rows)
-
-
-def find_mlp(block: nn.Module) -> Mlp:
-    """Return the one MLP of `block`.
-
-    Raises:
-        UnsupportedModel: a mixture of experts, no MLP or several by ``MLP_NAMES``, linears whose shapes do not
-            fit together, or other weights along the channels.
-    """
-    for name, _ in block.named_modules():
-        if _EXPERTS.search(name):
-            raise UnsupportedModel(f"the MLP of {type(block).__name__} is a mixture of experts ({name})")
-    mlps = _mlps(block)
-    if len(mlps) != 1:
-        raise UnsupportedModel(f"found {len(mlps)} MLPs in {type(block).__name__}; expected one named as in MLP_NAMES")
-    mlp = mlps[0]
-    wanted = mlp.num_channels * (2 if mlp.fused else 1)
-    for name in mlp.inputs:
-        if (width := linear_dims(block.get_submodule(name))[1]) != wanted:
-            raise UnsupportedModel(f"{name} of {type(block).__name__} has {width} outputs; {mlp.output} needs {wanted}")
-    linears = (*mlp.inputs, mlp.output)
-    place, *others = {name.rpartition(".")[0] for name in linears}
-    if place and not others:  # a module of its own: a norm in it would run along the channels
-        for name, _ in block.get_submodule(place).named_parameters(prefix=place):
-            if name.rpartition(".")[0] not in linears:
-                raise UnsupportedModel(f"the MLP of {type(block).__name__} has a weight that is not a linear's: {name}")
-    return mlp
-
-
-def outgoing_weight(block: nn.Module, mlp: Mlp) -> Tensor:
-    """Return the weight (D, C) by which each channel reaches the hidden state; storage is shared."""
-    return _linear_tensors(block, mlp.output)[0]
-
-
-@torch.no_grad()
-def resize_mlp(block: nn.Module, num_channels: int) -> None:
-    """Give the MLP of `block` new, uninitialised weights for `num_channels` channels; other weights stay.
-
-    Dtype, device and ``requires_grad`` are kept, and the modules' own size attributes are edited.
-
-    Raises:
-        ConfigError: `num_channels` is below 1.
-        UnsupportedModel: see ``find_mlp``.
-    """
-    mlp = find_mlp(block)
-    if num_channels < 1:
-        raise ConfigError(f"an MLP was given {num_channels} channels; expected at least 1")
-    for name in mlp.inputs:
-        module = block.get_submodule(name)
-        _set_linear(module, linear_dims(module)[0], num_channels * (2 if mlp.fused else 1))
-    module = block.get_submodule(mlp.output)
-    _set_linear(module, num_channels, linear_dims(module)[1])
-    _rename_size(block.get_submodule(mlp.output.rpartition(".")[0]), mlp.num_channels, num_channels)
-
-
-@torch.no_grad()
-def slice_mlp(block: nn.Module, mlp: Mlp, channels: Tensor) -> None:
-    """Keep only `channels` of the MLP, in that order, as compact copies; the output's bias stays as it is.
-
-    Args:
-        block: changed in place; tensors it shared with another model are left untouched there.
-        mlp: ``find_mlp(block)``.
-        channels: distinct channel numbers, int64, 1 to C of them.
-
-    Raises:
-        ConfigError: `channels` is empty, repeats a number, or leaves [0, C).
-    """
-    channels = _checked(channels, mlp)
-    rows = torch.cat([channels, channels + mlp.num_channels]) if mlp.fused else channels
-    inputs = [_linear_tensors(block, name) for name in mlp.inputs]
-    outgoing = outgoing_weight(block, mlp)
-    resize_mlp(block, len(channels))
-    for name, (weight, bias) in zip(mlp.inputs, inputs, strict=True):
-        new_weight, new_bias = _linear_tensors(block, name)
-        new_weight.copy_(weight[rows.to(weight.device)])
-        if bias is not None and new_bias is not None:
-            new_bias.copy_(bias[rows.to(bias.device)])
-    outgoing_weight(block, mlp).copy_(outgoing[:, channels.to(outgoing.device)])
-
-
-@torch.no_grad()
-def zero_mlp_channels(block: nn.Module, mlp: Mlp, dropped: Tensor) -> None:
-    """Make the channels `dropped` contribute nothing: zero weights and biases in, zero weights out.
-
-    The changed weights are copies, so that tensors shared with another model are left untouched there.
-    The full-width counterpart of ``slice_mlp``, for oracles and for telling what a width method removes.
-    """
-    if not len(dropped):
-        return
-    dropped = _checked(dropped, mlp)
-    rows = torch.cat([dropped, dropped + mlp.num_channels]) if mlp.fused else dropped
-    for name in (*mlp.inputs, mlp.output):
-        module = block.get_submodule(name)
-        for key, old in list(module.named_parameters(recurse=False)):
-            setattr(module, key, nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad))
-        weight, bias = _linear_tensors(block, name)
-        if name == mlp.output:
-            weight[:, dropped] = 0
-        else:
-            weight[rows] = 0
-            if bias is not None:
-                bias[rows] = 0
 
 
 def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
@@ -387,50 +251,3 @@ def _fixed_rules(fields: dict[str, Any]) -> Iterator[str]:
         step = fields.get(key)
         if isinstance(step, int) and step > 1 and (explicit is None or fields.get(explicit) is None):
             yield f"one block in {step} is of another kind ({key}) and no list says which"
-
-
-def _mlps(block: nn.Module) -> list[Mlp]:
-    names = {name for name in linear_names(block) if not _ATTENTION.search(name)}
-    found: list[Mlp] = []
-    for inputs, output, fused in MLP_NAMES:
-        for name in sorted(names):
-            place = name.removesuffix(output)
-            whole = (*(place + part for part in inputs), name)
-            if name.endswith(output) and place[-1:] in ("", ".") and names.issuperset(whole):
-                found.append(Mlp(whole[:-1], name, linear_dims(block.get_submodule(name))[0], fused))
-    return found
-
-
-def _checked(channels: Tensor, mlp: Mlp) -> Tensor:
-    channels = channels.detach().to("cpu", torch.int64)
-    numbers = channels.tolist()
-    if not numbers or len(set(numbers)) < len(numbers) or not 0 <= min(numbers) <= max(numbers) < mlp.num_channels:
-        raise ConfigError(f"expected distinct channel numbers from 0 to {mlp.num_channels - 1}, at least one of them")
-    return channels
-
-
-def _linear_tensors(block: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """Return weight as (out, in) and bias of a linear of either kind; views that write through."""
-    module = block.get_submodule(name)
-    parameters = {key: parameter.detach() for key, parameter in module.named_parameters(recurse=False)}
-    weight = parameters["weight"]
-    return (weight.T if is_conv1d(module) else weight), parameters.get("bias")
-
-
-def _set_linear(module: nn.Module, num_in: int, num_out: int) -> None:
-    shapes = {"weight": (num_in, num_out) if is_conv1d(module) else (num_out, num_in), "bias": (num_out,)}
-    for key, shape in shapes.items():
-        old = getattr(module, key)
-        if old is not None and tuple(old.shape) != shape:
-            setattr(module, key, nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad))
-    if isinstance(module, Conv1D):
-        module.nx, module.nf = num_in, num_out
-    elif isinstance(module, nn.Linear):
-        module.in_features, module.out_features = num_in, num_out
-
-
-def _rename_size(place: nn.Module, old: int, new: int) -> None:
-    """Edit the size an MLP module remembers about itself, such as ``intermediate_size``."""
-    for key, value in vars(place).items():
-        if value == old and isinstance(value, int) and re.search(r"intermediate|ffn|inner", key):
-            setattr(place, key, new)

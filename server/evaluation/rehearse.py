@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from adapters.kinds import declared
 from adapters.settings import ADAPTER_FIELDS
+from adapters.targets import require_carried
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.artefacts.package import open_package
@@ -94,7 +94,7 @@ def run(config: RehearseConfig) -> dict[str, object]:
     if record.package_digest != package.digest:
         raise BadSchema(f"the owner's record beside {config.package.name!r} is of another package")
     spec = config.spec()
-    declared(spec, record.layout, record.block_tensors)
+    require_carried(package, spec)
     known, records = _texts(config)
     work = config.output.parent / f"{config.output.name}.work"
     _require_own(work)

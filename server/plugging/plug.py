@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from adapters.kinds import Attached
+from adapters.targets import PEFT_KINDS
 from offsite.artefacts.bundle import TENSOR_FILE
 from offsite.artefacts.layout import PackageManifest
 from offsite.artefacts.manifest import read_manifest
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["merge", "run"]
-
-PEFT_KINDS = ("lora", "rslora", "dora")
 
 
 def run(config: PlugConfig) -> dict[str, object]:

@@ -23,6 +23,7 @@ def run(config: JobCreateConfig) -> dict[str, object]:
 
     Raises:
         ConfigError: when the output exists, or the package cannot carry the adapter.
+        UnsupportedModel: when the adapter cannot be put on this architecture; the hint says what can.
         ArtefactError: when the package is rejected, or has no owner's record.
         Untrusted: when the client's card is not pinned, or no longer counts.
     """
@@ -38,9 +39,9 @@ def run(config: JobCreateConfig) -> dict[str, object]:
     if record.package_digest != package.digest:
         raise BadSchema(f"the owner's record beside {config.package.name!r} is of another package")
     spec = config.spec()
-    from adapters.kinds import declared
+    from adapters.targets import require_carried
 
-    num_tensors = len(declared(spec, record.layout, record.block_tensors))
+    num_tensors = require_carried(package, spec)
     job = Job(
         job_id=secrets.token_hex(16),
         owner=owner.fingerprint,

@@ -10,7 +10,8 @@ from adapters.lift import lift
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.errors import WrongShape
-from offsite.modelling.blocks import block_list, decoder_stack, find_mlp, linear_dims, linear_names, zero_mlp_channels
+from offsite.modelling.blocks import block_list, decoder_stack, linear_dims, linear_names
+from offsite.modelling.mlps import find_mlp, zero_mlp_channels
 from offsite.tensors import spec_of
 
 IDS = torch.tensor([[5, 17, 200, 3, 44, 90, 12]])

@@ -120,14 +120,16 @@ def test_what_peft_refuses_is_one_line_of_ours(dropped_package, monkeypatch):
 
 
 def test_modules_that_peft_adds_on_its_own_are_refused(dropped_package, monkeypatch):
-    import peft
+    from peft.tuners.lora import LoraModel
 
-    def careless(model, config):
-        config.target_modules = ["q_proj"]
-        return original(model, config)
+    def careless(self, model, adapter_name, *, state_dict=None, **settings):
+        if state_dict:
+            [first, *others] = state_dict
+            state_dict = dict.fromkeys([*others, first.replace(".6.", ".5.")])
+        return original(self, model, adapter_name, state_dict=state_dict, **settings)
 
-    original = peft.get_peft_model
-    monkeypatch.setattr(peft, "get_peft_model", careless)
+    original = LoraModel.inject_adapter
+    monkeypatch.setattr(LoraModel, "inject_adapter", careless)
     with pytest.raises(UnsupportedModel, match=r"on 7 modules, expected exactly 7, .* not among them"):
         attached_to(dropped_package, kind="lora", placement="0+1")
 

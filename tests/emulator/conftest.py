@@ -52,6 +52,7 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     "bloom": {**_COMMON, "hidden_size": 32, "n_layer": 6, "n_head": 4},
     "olmo2": _PLAIN,
     "mixtral": {**_PLAIN, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "bitnet": {key: value for key, value in _PLAIN.items() if key != "head_dim"},
 }
 
 

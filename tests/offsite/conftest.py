@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny_architectures
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
@@ -99,6 +100,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def _tiny_model(name: str, **changes: Any) -> PreTrainedModel:
+    if name not in MODELS:
+        return tiny_architectures.tiny(name, **changes)
     kind, settings = MODELS[name]
     torch.manual_seed(0)
     model: PreTrainedModel = getattr(transformers, kind)(AutoConfig.for_model(name, **{**settings, **changes}))
@@ -133,7 +136,7 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., PreTrainedModel]:
-    """Build a tiny random model of an architecture in MODELS; keywords change its configuration."""
+    """Build a tiny random model of an architecture, here or in the labs; keywords change its configuration."""
     return _tiny_model
 
 

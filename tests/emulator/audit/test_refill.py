@@ -6,7 +6,8 @@ from emulator.compression.compress import Recipe, compress
 from emulator.distillation.publish import publish
 from offsite.digests import model_digest
 from offsite.errors import ConfigError
-from offsite.modelling.blocks import block_list, decoder_stack, find_mlp
+from offsite.modelling.blocks import block_list, decoder_stack
+from offsite.modelling.mlps import find_mlp
 from offsite.modelling.split import make_plan
 
 IDS = torch.arange(4, 20)[None]

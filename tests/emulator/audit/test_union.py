@@ -41,7 +41,7 @@ def test_channels_unite_by_number_and_the_rest_of_a_block_once(record, full_llam
     block = full_llama.model.layers[3]
     whole = sum(parameter.numel() for parameter in block.parameters())
     per_channel = 3 * 32  # gate and up in, down out
-    assert held(first)[3].per_channel == per_channel
+    assert held(first)[3].per_channel == {("", 0): per_channel}
     found = union_share([first, second])
     assert found.share_single == pytest.approx((whole - 28 * per_channel) / whole)
     assert found.share_union == pytest.approx((whole - 8 * per_channel) / whole)

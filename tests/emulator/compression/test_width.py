@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from emulator.compression.compress import Recipe, compress
-from emulator.compression.width import RIDGE, Activity, activities, best, eliminate, num_kept, score
+from emulator.compression.width import RIDGE, Activity, Unit, activities, best, eliminate, num_kept, score
 from emulator.distillation.objective import Pair
-from offsite.errors import ConfigError, UnsupportedModel
-from offsite.modelling.blocks import block_list, find_mlp, hidden_of, outgoing_weight, zero_mlp_channels
+from offsite.errors import ConfigError
+from offsite.modelling.blocks import block_list, hidden_of
+from offsite.modelling.mlps import find_mlp, outgoing_weight, zero_mlp_channels
 from offsite.modelling.split import make_plan
 
 WIDTH = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "opt"]
@@ -94,7 +95,7 @@ def test_scores_are_activation_times_outgoing_norm(tiny, batch, architecture: st
     wanted = (share_n @ found_nc.square()).sqrt() * columns.norm(dim=0)
     for products in (False, True):
         [activity] = activities(model, [block], [batch], products=products)
-        torch.testing.assert_close(score(block, activity), wanted, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(score(Unit(block, find_mlp(block)), activity), wanted, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(activity.mean, share_n @ found_nc, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(activity.moment, (found_nc * share_n[:, None]).T @ found_nc, rtol=1e-4, atol=1e-6)
 
@@ -171,7 +172,7 @@ def test_each_channel_eliminated_is_the_one_that_costs_least(
     while len(left) > mlp.num_channels - 11:
         losses = [least_loss(moment_cc, weight_dc, [c for c in left if c != gone], pull) for gone in left]
         left.pop(losses.index(min(losses)))
-        assert eliminate(block, activity, len(left)) == left
+        assert eliminate(Unit(block, mlp), activity, len(left)) == left
 
 
 def test_of_channels_that_say_the_same_one_stays_and_nothing_is_lost(tiny) -> None:
@@ -218,10 +219,7 @@ def test_dead_channels_go_first(tiny, batch) -> None:
     assert emulator.channels["middle.1"] == tuple(range(0, 64, 2))
 
 
-def test_width_needs_text_and_a_plain_mlp(tiny, batch) -> None:
+def test_width_needs_text(tiny, batch) -> None:
     full = tiny("llama")
     with pytest.raises(ConfigError, match="public text"):
         compress(full, make_plan(full), "width", Recipe(width=0.5))
-    experts = tiny("mixtral")
-    with pytest.raises(UnsupportedModel, match="mixture of experts"):
-        compress(experts, make_plan(experts), "width", Recipe(width=0.5, calibration=[batch]))

@@ -176,11 +176,25 @@ def test_what_is_wrong_leaves_nothing(model_folder, public_file, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mixture_of_experts_is_refused(tiny, tokenizer, public_file, tmp_path: Path) -> None:
+def test_a_mixture_of_experts_is_narrowed_and_distilled(tiny, tokenizer, public_file, tmp_path: Path) -> None:
     folder = tmp_path / "experts"
     tiny("mixtral").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UnsupportedModel, match="mixture of experts"):
+    run(settings(folder, tmp_path / "package", public=str(public_file), width="0.5"))
+    model = open_package(tmp_path / "package").load_model()
+    widths = [block.mlp.experts.down_proj.shape[2] for block in model.model.layers]
+    assert widths == [64, 32, 32, 32, 32, 64]
+    record = read_owner_record(owner_record_path(tmp_path / "package"))
+    assert {name: len(lists) for name, lists in record.experts.items()} == {
+        f"middle.{number}.mlp.experts": 4 for number in range(4)
+    }
+
+
+def test_an_mlp_with_a_norm_along_its_channels_is_refused(tiny, tokenizer, public_file, tmp_path: Path) -> None:
+    folder = tmp_path / "normed"
+    tiny("bitnet").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UnsupportedModel, match="not a linear's"):
         run(settings(folder, tmp_path / "package", public=str(public_file)))
 
 

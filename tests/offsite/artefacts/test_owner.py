@@ -24,6 +24,12 @@ def test_a_record_stands_beside_its_package_for_the_owner_alone(tmp_path, record
     assert record.package_digest == narrow_package.digest
 
 
+def test_a_record_without_experts_is_written_as_before_there_were_any(tmp_path, record):
+    assert "experts" not in json.loads(write_owner_record(tmp_path / "package", record).read_text())
+    some = record.model_copy(update={"experts": {"middle.0.mlp.experts": ((1, 3), (0, 2))}})
+    assert read_owner_record(write_owner_record(tmp_path / "package", some)) == some
+
+
 def test_where_a_record_stands(tmp_path, monkeypatch):
     (tmp_path / "package" / "inside").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "package")
@@ -49,6 +55,10 @@ BROKEN = {
     "channels of no block": {"channels": {"middle.9": [1]}},
     "channels out of order": {"channels": {"middle.0": [3, 1]}},
     "a channel twice": {"channels": {"middle.0": [1, 1]}},
+    "experts of no block": {"experts": {"middle.9.mlp.experts": [[1]]}},
+    "a block in place of its experts": {"experts": {"middle.0": [[1]]}},
+    "experts without lists": {"experts": {"middle.0.mlp.experts": []}},
+    "an expert's channels out of order": {"experts": {"middle.0.mlp.experts": [[1, 3], [3, 1]]}},
     "an unknown key": {"more": 1},
 }
 

@@ -27,7 +27,8 @@ from offsite.errors import (
     WrongNames,
     WrongShape,
 )
-from offsite.modelling.blocks import block_list, decoder_stack, find_mlp, slice_mlp
+from offsite.modelling.blocks import block_list, decoder_stack
+from offsite.modelling.mlps import find_mlp, slice_mlp
 from offsite.modelling.split import extract
 
 IDS = torch.tensor([[5, 17, 200, 3, 44, 90, 12]])

@@ -11,6 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_loop import logits, pack
+from tiny_architectures import tiny
 
 from offsite.artefacts.package import open_package
 from offsite.errors import ArtefactError, BadSchema, NotFinite, WrongNames, WrongShape
@@ -135,6 +137,65 @@ def test_a_linear_that_the_layout_leaves_out(tamper, dropped_package):
     package = open_package(tamper(dropped_package.path, edit=edit))
     with pytest.raises(WrongShape, match=r"linears of top\.0 are not those of the architecture"):
         package.load_model()
+
+
+@pytest.fixture(scope="session")
+def narrow_mixture(tmp_path_factory, letters_tokenizer):
+    """A package of a mixture with shared experts whose middle's MLPs are all narrowed; read only."""
+    return pack(
+        tiny("deepseek_v3"), letters_tokenizer, tmp_path_factory.mktemp("mixture") / "package", "width", width=0.5
+    )
+
+
+def experts(width, *, names=("experts.gate_up_proj", "experts.down_proj"), block="4"):
+    """Change a mixture's experts to another width, in tensors and declarations alike."""
+
+    def change(folder):
+        found = load_file(folder / "model.safetensors")
+        for name in names:
+            key = f"model.layers.{block}.mlp.{name}"
+            shape = list(found[key].shape)
+            axis, halves = {"experts.gate_up_proj": (1, 2), "experts.down_proj": (2, 1)}.get(name, (1, 1))
+            shape[axis] = width * halves
+            found[key] = torch.ones(shape)
+        save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def test_a_narrowed_mixture_is_rebuilt_from_declared_shapes(narrow_mixture):
+    model = narrow_mixture.package.load_model()
+    assert torch.equal(logits(model), logits(narrow_mixture.emulator))
+    empty = narrow_mixture.package.empty_model()
+    assert {name: tuple(one.shape) for name, one in empty.state_dict().items()} == {
+        name: tuple(one.shape) for name, one in model.state_dict().items()
+    }
+    assert all(tensor.is_meta for tensor in empty.parameters())
+    assert empty.model.layers[4].mlp.experts.down_proj.shape == (4, 32, 8)
+
+
+@pytest.mark.parametrize(("width", "fits"), [(4, True), (12, True), (16, True), (17, False), (400, False)])
+def test_experts_are_as_wide_as_stated_and_never_wider_than_their_architecture(tamper, narrow_mixture, width, fits):
+    package = open_package(tamper(narrow_mixture.package.path, change=experts(width), redeclare=True))
+    if fits:
+        assert package.load_model().model.layers[4].mlp.experts.down_proj.shape[2] == width
+    else:
+        with pytest.raises(WrongShape, match=r"middle\.3: the stated MLP width is not between 1 and 16"):
+            package.load_model()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        experts(7, names=("experts.down_proj",)),  # gate and up are not those of the output
+        experts(7, block="5"),  # an end
+        experts(7, names=("shared_experts.down_proj.weight",)),
+        experts(16, names=("gate.weight",)),  # the router
+    ],
+)
+def test_nothing_else_of_a_mixture_may_be_narrower(tamper, narrow_mixture, change):
+    with pytest.raises(WrongShape):
+        open_package(tamper(narrow_mixture.package.path, change=change, redeclare=True)).load_model()
 
 
 TOKENIZERS = {

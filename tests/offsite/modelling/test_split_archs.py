@@ -16,6 +16,8 @@ from offsite.modelling.split import extract, largest_deviation
 PROMISED = """llama mistral qwen2 qwen3 gemma2 gemma3_text phi phi3 gpt2 gpt_neox gptj opt bloom falcon olmo2
     smollm3 granite mixtral qwen3_moe deepseek_v3 t5 bert vit clip""".split()
 MORE = ["bart", "cohere2", "exaone4", "glm4_moe", "gpt_neo", "gpt_oss", "llama4_text", "modernbert"]
+MORE += """stablelm starcoder2 glm4 ernie4_5 hunyuan_v1_dense helium olmo3 olmoe qwen2_moe phimoe granitemoehybrid
+    bamba lfm2 qwen3_next nemotron apertus bitnet seed_oss mpt ernie4_5_moe""".split()
 GENERATIVE = [name for name in PROMISED + MORE if name not in ("bert", "vit", "clip", "modernbert", "llama4_text")]
 CAUSAL = [name for name in GENERATIVE if name not in ("t5", "bart")]
 

@@ -151,10 +151,10 @@ def test_the_peft_folder_names_its_targets_as_vllm_reads_them(
 
 
 def test_targets_that_differ_between_blocks_are_named_in_full(full_llama):
-    from server.plugging.peftfolder import targets
+    from adapters.targets import peft_targets
 
     modules = ["model.layers.0.self_attn.q_proj", "model.layers.5.mlp.up_proj"]
-    assert targets(full_llama, modules) == {
+    assert peft_targets(full_llama, modules) == {
         "target_modules": modules,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -205,7 +205,8 @@ def test_lora_on_shrunk_mlps_equals_the_package_where_the_other_channels_are_zer
 ):
     """Lifted onto a full model whose dropped channels are zeroed, the adapter computes what it did on the package."""
     from adapters.kinds import attach, declared
-    from offsite.modelling.blocks import block_list, decoder_stack, find_mlp, zero_mlp_channels
+    from offsite.modelling.blocks import block_list, decoder_stack
+    from offsite.modelling.mlps import find_mlp, zero_mlp_channels
     from server.plugging.fit import Fitted
 
     bundle = make_bundle(tmp_path / "bundle", narrow_package, kind=kind, placement="all", rank=4)
@@ -602,10 +603,10 @@ def test_a_peft_folder_that_opens_as_another_model_is_not_published(
 ):
     from server.plugging import peftfolder
 
-    def wrong(model, modules):  # the package's own numbers: what peft would load without a word
+    def wrong(model, modules, dora):  # the package's own numbers: what peft would load without a word
         return {"target_modules": ["q_proj"], "layers_to_transform": [0, 1, 5], "layers_pattern": "layers"}
 
-    monkeypatch.setattr(peftfolder, "targets", wrong)
+    monkeypatch.setattr(peftfolder, "peft_targets", wrong)
     bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
