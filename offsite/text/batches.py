@@ -12,18 +12,19 @@ from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
 from typing import Literal
 
-import jinja2
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from offsite.errors import ConfigError, DataError
+from offsite.text.calls import TookTooLong, enough_seconds, quietly
+from offsite.text.chat import Spans, rendered_chat
 from offsite.text.records import Record
 
 IGNORED = -100
 _ROWS_AT_ONCE = 512
 
-Spans = tuple[tuple[int, int], ...]  # half-open ranges of characters that count in the loss
+Encoding = tuple[list[int], list[tuple[int, int]]]  # token ids, and the characters that each stands for
 
 
 @dataclass(frozen=True)
@@ -216,21 +217,72 @@ def _tokenised(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) ->
     shared: dict[int, int] = {}  # one object per id: a long text then costs 8 bytes a token, not 36
     for is_chat, group in groupby(records, key=lambda record: bool(record.messages)):
         while rows := list(islice(group, _ROWS_AT_ONCE)):
-            rendered = [_chat(record, tokenizer) if is_chat else _running(record) for record in rows]
-            encoding = tokenizer(
-                [text for text, _ in rendered],
-                add_special_tokens=not is_chat,  # a chat template writes its own
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            for record, (text, spans), ids, offsets in zip(
-                rows, rendered, encoding["input_ids"], encoding["offset_mapping"], strict=True
-            ):
+            rendered = _rendered(rows, tokenizer, is_chat=is_chat)
+            encodings = _encodings(rows, [text for text, _ in rendered], tokenizer, is_chat=is_chat)
+            for record, (text, spans), (ids, offsets) in zip(rows, rendered, encodings, strict=True):
                 labels = _labels(ids, [end for _, end in offsets], spans, len(text))
                 _end(ids, labels, eos, closed=is_chat, counts=any(end == len(text) for _, end in spans))
                 labels = [shared.setdefault(label, label) for label in labels]
                 yield record, Example([shared.setdefault(i, i) for i in ids], labels, record.document)
+
+
+def _rendered(rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, is_chat: bool) -> list[tuple[str, Spans]]:
+    """Return the rows' texts, and what of each counts."""
+    if not is_chat:
+        return [_running(record) for record in rows]
+    done: list[tuple[str, Spans]] = []
+
+    def render() -> list[tuple[str, Spans]]:
+        for record in rows:
+            done.append(rendered_chat(record, tokenizer))
+        return done
+
+    limit = enough_seconds(sum(len(content) for record in rows for _, content in record.messages))
+    return quietly(render, lambda kind: _failed([rows[len(done)]], "chat template", kind), limit_seconds=limit)
+
+
+def _encodings(
+    rows: Sequence[Record], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, is_chat: bool
+) -> list[Encoding]:
+    """Return of every text its tokens, and which characters each stands for.
+
+    Raises:
+        DataError: when the tokenizer fails or does not come to an end, naming the row that it fails on.
+    """
+    kinds: list[str] = []
+
+    def encode_all() -> list[Encoding]:
+        found = tokenizer(
+            list(texts),
+            add_special_tokens=not is_chat,  # a chat template writes its own
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+
+    def refusal(kind: str) -> DataError:
+        kinds.append(kind)
+        return _failed(rows, "tokenizer", kind)
+
+    try:
+        return quietly(encode_all, refusal, compiled=True, limit_seconds=enough_seconds(sum(map(len, texts))))
+    except DataError:
+        if len(rows) == 1 or TookTooLong.__name__ in kinds:
+            raise
+    alone = (_encodings([row], [text], tokenizer, is_chat=is_chat) for row, text in zip(rows, texts, strict=True))
+    return [encoding for (encoding,) in alone]
+
+
+def _failed(rows: Sequence[Record], what: str, kind: str) -> DataError:
+    """Return the error for rows on which the model's tokenizer or template raised `kind`."""
+    more = f" and {len(rows) - 1} more rows" if len(rows) > 1 else ""
+    how = "does not come to an end with" if kind == TookTooLong.__name__ else "fails on"
+    named = "" if kind == TookTooLong.__name__ else f" ({kind})"
+    return DataError(
+        f"{rows[0].place or f'row {rows[0].row}'}{more}: the model's {what} {how} this{named}",
+        hint=f"leave the row out, or ask for a model whose {what} works",
+    )
 
 
 def _labels(ids: Sequence[int], ends: Sequence[int], spans: Spans, length: int) -> list[int]:
@@ -262,45 +314,6 @@ def _running(record: Record) -> tuple[str, Spans]:
             spans.append((len(text), len(text) + len(segment)))
         text += segment
     return text, tuple(spans)
-
-
-def _chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Spans]:
-    """The conversation as the template renders it, and where the assistant's turns stand in it.
-
-    A turn is what the template adds between asking for it and having it. That finds the turn only if
-    every shorter conversation renders as the beginning of the longer one, which is checked.
-    """
-    messages = [{"role": role, "content": content} for role, content in record.messages]
-    whole = _rendered(record, messages, tokenizer, ask=False)
-    spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _rendered(record, messages[:number], tokenizer, ask=True)
-        after = _rendered(record, messages[: number + 1], tokenizer, ask=False)
-        if not (after.startswith(before) and whole.startswith(after)):
-            raise DataError(
-                f"{record.place}: the chat template renders turn {number + 1} differently when others follow",
-                hint="give one answer per row, or rows of prompt and completion",
-            )
-        spans.append((len(before), len(after)))
-    return whole, tuple(spans)
-
-
-def _rendered(record: Record, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, ask: bool) -> str:
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{record.place}: holds messages, but the model's tokenizer has no chat template",
-            hint="give rows of prompt and completion",
-        )
-    try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    except jinja2.TemplateError:  # its message may quote the conversation
-        raise DataError(
-            f"{record.place}: the chat template refuses the conversation",
-            hint="most templates want user and assistant in turn, and some no system message",
-        ) from None
-    return str(rendered)
 
 
 __all__ = [
