@@ -30,6 +30,7 @@ from offsite.console import progress, say
 from offsite.errors import RunFailed
 from offsite.evaluation.sampling import continuations
 from offsite.staging import refuse_existing
+from offsite.text.calls import decoded, encoded
 from offsite.training.devices import choose_device
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _MAX_ROUNDS = 20
 _FEWEST_SHARE = 4  # a text has at least a quarter of the tokens asked for
+_MADE_UP = "a text that its model made up"
 _UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -157,10 +159,10 @@ def coins(num: int) -> list[bool]:
 def _readable(tokenizer: PreTrainedTokenizerBase, ids: list[int], tokens: int, special: set[int]) -> str | None:
     """Return the tokens' text, cut so that it has at most `tokens`; None when it does not survive that."""
     for _ in range(3):  # cutting may leave half a character, and another spelling may be longer
-        decoded = str(tokenizer.decode(ids[:tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        text = decoded.replace(_UNREADABLE, "").strip()
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        again = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        said = decoded(tokenizer, ids[:tokens], what=_MADE_UP, skip_special=True, clean_up=False)
+        text = said.replace(_UNREADABLE, "").strip()
+        ids = encoded(tokenizer, text, what=_MADE_UP, add_special_tokens=False)
+        again = decoded(tokenizer, ids, what=_MADE_UP, skip_special=False, clean_up=False)
         if again.strip() == text and len(ids) <= tokens and not special & set(ids):
             return text if len(ids) >= tokens // _FEWEST_SHARE else None
     return None

@@ -299,7 +299,11 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     if template := one_template(tokenizer):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     probe = "The quick brown fox: 3.5 mg/day\n\n  jumps (over) the lazy dog's café."
-    if rebuild.load_tokenizer(folder)(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
+    try:
+        rebuilt = rebuild.load_tokenizer(folder)
+    except BadSchema as error:  # what no client would open
+        raise UnsupportedModel(f"the tokenizer cannot cross: {error}") from None
+    if rebuilt(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
         raise UnsupportedModel("the tokenizer rebuilt from tokenizer.json encodes a probe text differently")
 
 

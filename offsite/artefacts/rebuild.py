@@ -22,8 +22,10 @@ from offsite.artefacts.layout import (
     shard_headers,
     undeclared,
 )
+from offsite.artefacts.patterns import check_patterns, patterns_of, try_patterns
 from offsite.errors import BadSchema, UnsupportedModel, WrongShape
 from offsite.tensors import TensorSpec, check_exact, read_tensors, spec_of, torch_dtype
+from offsite.text.calls import quietly
 
 if TYPE_CHECKING:
     import torch
@@ -97,29 +99,29 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         BadSchema: when they do not describe a working tokenizer.
     """
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     settings = read_json(folder / "tokenizer_config.json")
     if settings.pop("tokenizer_class", None) != TOKENIZER_CLASS or not settings.keys() <= TOKENIZER_KEYS:
         raise BadSchema(f"tokenizer_config.json of {folder.name!r} holds keys that a package may not hold")
-    template = folder / "chat_template.jinja"
-    try:
-        _check_fast(folder / "tokenizer.json")
+
+    def build() -> PreTrainedTokenizerBase:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **settings)
+        template = folder / "chat_template.jinja"
         if template.is_file():
             tokenizer.chat_template = template.read_text(encoding="utf-8")
-    except _MALFORMED:
-        raise BadSchema(f"the tokenizer files of {folder.name!r} do not describe a working tokenizer") from None
-    return tokenizer
+        return tokenizer
 
+    def refusal(_: str) -> BadSchema:
+        return BadSchema(f"the tokenizer files of {folder.name!r} do not describe a working tokenizer")
 
-def _check_fast(path: Path) -> None:
-    from tokenizers import Tokenizer
-
-    try:
-        Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(path.name) from error
+    core = quietly(lambda: Tokenizer.from_file(str(folder / "tokenizer.json")), refusal, compiled=True)
+    patterns, what = quietly(lambda: patterns_of(core), refusal), f"tokenizer.json of {folder.name!r}"
+    check_patterns(what, patterns)
+    if patterns:
+        try_patterns(what, patterns, core)
+    return quietly(build, refusal, compiled=True)
 
 
 def empty_model(folder: Path, layout: Layout, declared: Mapping[str, TensorSpec]) -> PreTrainedModel:

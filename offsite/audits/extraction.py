@@ -20,6 +20,7 @@ from offsite.errors import ConfigError, DataError
 from offsite.evaluation.sampling import Precision, continuations
 from offsite.modelling.context import context_of
 from offsite.text.batches import IGNORED, Example, encode, pad_id
+from offsite.text.calls import decoded
 from offsite.text.records import Record
 
 if TYPE_CHECKING:
@@ -220,5 +221,5 @@ def _open_ended(example: Example) -> Example:
 
 
 def _says(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], secret: str) -> bool:
-    text = str(tokenizer.decode(list(ids), skip_special_tokens=False)).lstrip()
+    text = decoded(tokenizer, ids, what="a text that its model made up", skip_special=False).lstrip()
     return text.startswith(secret) and not text[len(secret) : len(secret) + 1].isalpha()

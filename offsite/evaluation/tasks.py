@@ -18,6 +18,7 @@ import yaml
 
 from offsite.errors import ConfigError, DataError, RunFailed
 from offsite.modelling.context import context_of
+from offsite.text.calls import quietly
 from offsite.text.prompts import for_prompts
 from offsite.text.records import Row, checked_string, read_rows
 
@@ -122,7 +123,12 @@ def run_tasks(
             batch_size=batch_size,
             max_length=context_of(model),  # the harness knows some of the names under which a model states it
         )
-        results = harness.evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+        results = quietly(
+            lambda: harness.evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False),
+            lambda kind: DataError(
+                f"tasks {', '.join(names)}: the harness fails on a row ({kind})", hint="check the task file's templates"
+            ),
+        )
     return {name: _figures(results, name) for name in names}
 
 

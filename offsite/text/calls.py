@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, TypeVar
 
-from offsite.errors import OffsiteError
+from offsite.errors import DataError, OffsiteError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Result = TypeVar("Result")
 Refusal = Callable[[str], Exception]
@@ -42,7 +45,7 @@ def quietly(
     Raises:
         OffsiteError: as `work` raises it, or `refusal` makes it.
     """
-    with _hushed() if compiled else nullcontext([]) as said:
+    with _hushed(compiled) as said:
         try:
             return work() if limit_seconds is None else _within(work, limit_seconds)
         except (OffsiteError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -50,6 +53,53 @@ def quietly(
         except BaseException as error:  # noqa: BLE001 - a compiled tokenizer's panic is no Exception
             said.clear()
             raise refusal(type(error).__name__) from None
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str, *, what: str, add_special_tokens: bool = True) -> list[int]:
+    """Return the tokens of one text.
+
+    Args:
+        what: named where it fails, as "a prompt"; nothing of it is.
+
+    Raises:
+        DataError: when the tokenizer fails on it, or does not come to an end.
+    """
+
+    def encode() -> list[int]:
+        return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    return quietly(encode, _refusing(what), compiled=True, limit_seconds=enough_seconds(len(text)))
+
+
+def decoded(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    *,
+    what: str,
+    skip_special: bool,
+    clean_up: bool | None = None,
+) -> str:
+    """Return the text of tokens.
+
+    Args:
+        clean_up: whether spaces before punctuation are taken away; as the tokenizer says by default.
+        what: named where it fails, as "an answer"; nothing of it is.
+
+    Raises:
+        DataError: when the tokenizer fails on them.
+    """
+
+    def decode() -> str:
+        found = tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=clean_up)
+        return str(found)
+
+    return quietly(decode, _refusing(what), compiled=True)
+
+
+def _refusing(what: str) -> Refusal:
+    return lambda kind: DataError(
+        f"the model's tokenizer fails on {what} ({kind})", hint="is it the model's own tokenizer?"
+    )
 
 
 def enough_seconds(num_characters: int) -> float:
@@ -88,9 +138,12 @@ class _Hush:
 
 
 @contextmanager
-def _hushed() -> Iterator[list[bool]]:
+def _hushed(is_hushed: bool) -> Iterator[list[bool]]:
     """What is written to stderr, by compiled code too, is written at the end unless the yielded list was cleared."""
     worth_telling = [True]
+    if not is_hushed:
+        yield worth_telling
+        return
     _begin_hush()
     try:
         yield worth_telling

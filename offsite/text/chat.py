@@ -139,13 +139,15 @@ class _Conversation:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         def spans() -> tuple[str, list[tuple[int, int]]]:
-            written, found = render_jinja_template(
+            variables: dict[str, Any] = dict(self._tokenizer.special_tokens_map)
+            rendered: Any = render_jinja_template(
                 conversations=[self._messages],
                 chat_template=self._template(),
                 return_assistant_tokens_mask=True,
-                **self._tokenizer.special_tokens_map,
+                **variables,
             )
-            return written[0], [(start, end) for start, end in found[0] if start < end]
+            (text,), (places,) = rendered
+            return text, [(start, end) for start, end in places if start < end]
 
         written, found = quietly(spans, self._refusal)
         if written != whole or not found:

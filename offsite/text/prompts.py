@@ -10,6 +10,8 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from offsite.text.calls import encoded
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -20,9 +22,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the tokens of `text` as the tokenizer writes them, less those that it appends to close a text.
 
     What `text` itself says stays, also when it says such a token.
+
+    Raises:
+        DataError: when the tokenizer fails on it.
     """
-    whole = list(tokenizer(text, verbose=False)["input_ids"])
-    bare = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    whole = encoded(tokenizer, text, what="a prompt")
+    bare = encoded(tokenizer, text, what="a prompt", add_special_tokens=False)
     num_opening = len(frame(tokenizer)[0])
     return whole[: num_opening + len(bare)]
 

@@ -39,6 +39,7 @@ from offsite.modelling.dtypes import cast_model
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import refuse_existing, staged_folder
 from offsite.text.batches import Encoded, Example, encode, pack, pad_id
+from offsite.text.calls import decoded
 from offsite.text.prompts import prompt_ids
 from offsite.text.records import Record, read_records
 from offsite.training.devices import choose_device
@@ -248,7 +249,7 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
     require_context(model, len(ids) + num_tokens, "a prompt and its answer")
     (made,) = continuations(model, [ids], num_tokens=num_tokens, batch_size=1)
     upto = made.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in made else len(made)
-    return str(tokenizer.decode(made[:upto], skip_special_tokens=True)).strip()
+    return decoded(tokenizer, made[:upto], what="an answer", skip_special=True).strip()
 
 
 def to_rows(scores: Mapping[RowName, Mapping[str, Score]]) -> tuple[dict[RowName, Row], dict[str, int]]:

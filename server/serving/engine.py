@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.to_thread
-import jinja2
 
+from offsite.errors import DataError
 from offsite.modelling.steps import cache_is_right
+from offsite.text.calls import quietly
 from offsite.text.prompts import prompt_ids
 from server.serving.generate import (
     Piece,
@@ -222,7 +223,10 @@ class Engine:
             if not all(0 <= token < self._num_vocabulary for token in prompt):
                 raise ApiError(400, f"prompt: token ids are 0 to {self._num_vocabulary - 1}", param="prompt")
             return prompt
-        ids = tuple(prompt_ids(self._tokenizer, prompt))
+        try:
+            ids = tuple(prompt_ids(self._tokenizer, prompt))
+        except DataError as error:
+            raise ApiError(400, str(error), param="prompt", code="tokenizer_failed") from None
         if ids:
             return ids
         start = next((token for token in self._starts() if token is not None), None)
@@ -238,12 +242,13 @@ class Engine:
             message = "the model has no chat template; use /v1/completions, or add chat_template.jinja to its folder"
             raise ApiError(400, message, param="messages", code="no_chat_template")
         chat = [message.for_template for message in messages]
-        try:
+
+        def render() -> Any:
             # tokens that close a turn are plain text when a message holds them: a user cannot forge a turn
-            found: Any = self._tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, sanitize_control_tokens=True
-            )
-        except jinja2.TemplateError:
+            return self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, sanitize_control_tokens=True)
+
+        def refusal(_: str) -> ApiError:  # what was raised may quote the request, and is not told
             message = "the model's chat template refuses these messages; roles that it knows may have to alternate"
-            raise ApiError(400, message, param="messages", code="chat_template_refused") from None
-        return tuple(found["input_ids"])
+            return ApiError(400, message, param="messages", code="chat_template_refused")
+
+        return tuple(quietly(render, refusal, compiled=True)["input_ids"])

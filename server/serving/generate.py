@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
-from offsite.errors import ConfigError, RunFailed
+from offsite.errors import ConfigError, DataError, RunFailed
 from offsite.modelling.context import context_of
 from offsite.modelling.steps import Steps
+from offsite.text.calls import quietly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -341,13 +342,11 @@ def end_of_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
     A model tuned on chats has learnt to write it, and nothing about what to write after it.
     """
-    import jinja2
-
     answer = "0answer0"
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
-        shown = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except jinja2.TemplateError:
+        shown = str(quietly(lambda: tokenizer.apply_chat_template(chat, tokenize=False), DataError))
+    except DataError:
         return frozenset()
     after = tokenizer(shown.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids)

@@ -277,8 +277,11 @@ def test_a_model_without_a_chat_template_says_where_to_go(parrot, bytes_tokenize
     assert caught.value.code == "no_chat_template"
 
 
-def test_messages_that_the_template_refuses_are_a_bad_request(parrot, bytes_tokenizer, monkeypatch):
-    monkeypatch.setattr(bytes_tokenizer, "chat_template", "{{ raise_exception('only ' + messages[0].content) }}")
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('only ' + messages[0].content) }}", "{{ messages[0].content / 0 }}"]
+)
+def test_messages_that_the_template_refuses_are_a_bad_request(parrot, bytes_tokenizer, monkeypatch, template):
+    monkeypatch.setattr(bytes_tokenizer, "chat_template", template)
     with (
         saying(parrot, bytes_tokenizer, "hello") as (client, _),
         pytest.raises(openai.BadRequestError) as caught,
