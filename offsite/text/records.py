@@ -7,20 +7,17 @@ column names either: a table without a header has its first row for column names
 
 from __future__ import annotations
 
-import codecs
 import csv
-import gzip
 import hashlib
 import importlib.resources
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from offsite.errors import ConfigError, DataError
+from offsite.text.files import lines
 
 KINDS = (".txt", ".jsonl", ".json", ".csv")
 SHAPES: dict[str, tuple[str, ...]] = {
@@ -78,7 +75,7 @@ def read_records(
         separator: for ``.txt``, what stands between documents; without it, blank lines.
 
     Raises:
-        DataError: the file is missing, empty, of an unknown kind, not UTF-8, or a row has the wrong form.
+        DataError: the file is missing, empty, of an unknown kind, not Unicode text, or a row has the wrong form.
         ConfigError: `fields`, `document_field` or `separator` does not fit the file or is unknown.
     """
     path = Path(path)
@@ -212,54 +209,18 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-# --- files to lines
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn what the operating system and gzip raise into one line."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise DataError(f"{path.name}: no such file", hint="check the path") from None
-    except IsADirectoryError:
-        raise DataError(f"{path.name}: a folder, expected a file") from None
-    except (gzip.BadGzipFile, zlib.error):
-        raise DataError(f"{path.name}: not a gzip file", hint="drop the .gz ending if it is not compressed") from None
-    except EOFError:
-        raise DataError(f"{path.name}: the gzip file breaks off", hint="copy the file again") from None
-    except OSError as error:
-        raise DataError(f"{path.name}: cannot be read: {(error.strerror or 'i/o error').lower()}") from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, each with its end, decoded strictly; a byte order mark at the start is skipped."""
-    with _readable(path), gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if number == 1:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path.name}: line {number}: byte {error.start + 1} is not UTF-8",
-                    hint="convert the file, as in: iconv -f LATIN1 -t UTF-8 OLD > NEW",
-                ) from None
-            yield number, line
-
-
 # --- lines to rows
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
+    for number, line in lines(path):
         if line.strip():
             place = f"{path.name}: line {number}"
             yield _object_row(_parsed(line, place), number, place)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    whole = "".join(line for _, line in _lines(path))
+    whole = "".join(line for _, line in lines(path))
     values = _parsed(whole, path.name) if whole.strip() else []
     if not isinstance(values, list):
         raise DataError(
@@ -271,7 +232,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    reader = csv.reader((line for _, line in lines(path)), strict=True)
     try:
         header = next(reader, [])
         if len(set(header)) != len(header):
@@ -405,7 +366,7 @@ def _pieces(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
         raise ConfigError("the separator between documents is empty")
     if separator is None:
         start, kept = 0, list[str]()
-        for number, line in _lines(path):
+        for number, line in lines(path):
             if line.strip():
                 start = start if kept else number
                 kept.append(line)
@@ -416,7 +377,7 @@ def _pieces(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
             yield start, "".join(kept).rstrip()
         return
     number = 1
-    for piece in "".join(line for _, line in _lines(path)).split(separator):
+    for piece in "".join(line for _, line in lines(path)).split(separator):
         if piece.strip():
             lead = len(piece) - len(piece.lstrip())
             yield number + piece.count("\n", 0, lead), piece.strip()
