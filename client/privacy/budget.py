@@ -5,9 +5,11 @@ budget: their privacy loss on it adds up, whatever else is in the files. The bud
 be lowered. A bundle is recorded before it is written, and a run has one: other weights need another run.
 
 The folder holds ``budget.db`` with its hash-chained ``budget.log`` (`offsite.store`), and ``key``. Records are known by
-a digest under that key, so the ledger tells nobody what is in the data. Its head stands beside the folder; an older
-copy of the ledger is refused. A ledger and head that were both deleted are gone: nothing can remember for them. Nor can
-it see that two texts say the same: a record that was edited is a new one.
+digests under that key, so the ledger tells nobody what is in the data: one of a record as it stands, and one of what
+it says (`offsite.text.fold`), so that a space more, another case or another Unicode form is no new record. Its head
+stands beside the folder; an older copy of the ledger is refused. A ledger and head that were both deleted are gone:
+nothing can remember for them. Nor can it see that two texts mean the same: a record in other words, in another order, or
+cut in two, is a new one.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from sqlite3 import Row
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from offsite.audits.accounting import Mechanism, pld_epsilon
 from offsite.errors import ConfigError, PolicyError, RunFailed
 from offsite.staging import fsync
 from offsite.store import Store
+from offsite.text.fold import said
 from offsite.text.records import Record
 
 if TYPE_CHECKING:
@@ -65,6 +68,18 @@ class Account:
     num_runs: int
     num_resumes: int
     num_releases: int
+
+
+class Members(NamedTuple):
+    """Keyed digests of records and users, sorted, each once: as they stand, and of what they say."""
+
+    exact: list[bytes]
+    folded: list[bytes]
+
+    @property
+    def all(self) -> list[bytes]:
+        """Either kind: the ledgers of earlier versions hold the first alone."""
+        return sorted({*self.exact, *self.folded})
 
 
 @dataclass(frozen=True)
@@ -108,11 +123,21 @@ class BudgetLedger:
     def __exit__(self, *_: object) -> None:
         self._store.close()
 
-    def members(self, records: Iterable[Record], *, users: Iterable[str] = ()) -> list[bytes]:
-        """Return the keyed digests of records and users, sorted, each once."""
-        found = {self._digest("record", json.dumps([record.segments, record.messages])) for record in records}
-        found |= {self._digest("user", user) for user in users}
-        return sorted(found)
+    def members(self, records: Iterable[Record], *, users: Iterable[str] = ()) -> Members:
+        """Return the keyed digests of records and users."""
+        exact, folded = set[bytes](), set[bytes]()
+        for record in records:
+            exact.add(self._digest("record", json.dumps([record.segments, record.messages])))
+            folded |= self._folded("said", record.whole_text)
+        for user in users:
+            exact.add(self._digest("user", user))
+            folded |= self._folded("said-user", user)
+        return Members(sorted(exact), sorted(folded))
+
+    def _folded(self, label: str, text: str) -> set[bytes]:
+        """Return the digest of what a text says; none where it says nothing, as others do too."""
+        what = said(text)
+        return {self._digest(label, what)} if what else set()
 
     def place(self, work: Path) -> str:
         """Return the keyed digest of where a run's checkpoints are, by which a resumed run is known."""
@@ -136,7 +161,7 @@ class BudgetLedger:
         return self._within(run)
 
     def charge(
-        self, members: Sequence[bytes], guarantee: Guarantee, *, place: str, settings: str, budget: float | None
+        self, members: Members, guarantee: Guarantee, *, place: str, settings: str, budget: float | None
     ) -> Account:
         """A new run is in the ledger, all of its steps spent. Returns where its data set stands.
 
@@ -148,9 +173,9 @@ class BudgetLedger:
                 runs counted another unit; nothing is charged then.
         """
         mechanism, delta = guarantee.mechanism, guarantee.spent.delta
-        data = self._digest("data", b"".join(members).hex()).hex()
+        data = self._digest("data", b"".join(members.exact).hex()).hex()
         while True:
-            linked = self._linked(members)
+            linked = self._linked(members.all)
             _require_unit(linked, guarantee.unit)
             earlier = min((row["budget"] for row in linked), default=None)
             if earlier is not None and budget is not None and budget > earlier:
@@ -163,7 +188,7 @@ class BudgetLedger:
             limit = budget if budget is not None else earlier if earlier is not None else total
             _require_within(total, limit, len(linked), "nothing was trained")
             with self._store.transaction() as transaction:
-                if [row["id"] for row in self._linked(members)] != [row["id"] for row in linked]:
+                if [row["id"] for row in self._linked(members.all)] != [row["id"] for row in linked]:
                     continue  # somebody else's run came in between
                 run = secrets.token_hex(16)
                 cursor = transaction.execute(
@@ -172,7 +197,7 @@ class BudgetLedger:
                     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (run, place, settings, data, guarantee.unit, guarantee.rows_per_user, *mechanism, delta, limit),
                 )
-                for member in members:
+                for member in members.all:
                     transaction.execute("INSERT INTO members VALUES (?, ?)", (member, cursor.lastrowid))
                 transaction.log("charged", run=run, data=data, sigma=mechanism.sigma, rate=mechanism.rate,
                                 steps=mechanism.steps, delta=delta, budget=limit)  # fmt: skip

@@ -1,16 +1,14 @@
 """Runs of words that two texts share, found by hash: what was trained on is remembered, and any bytes compared with it.
 
-Words are letters and digits without case; whatever stands between them does not count. In scripts that are written
-without spaces every character is a word. Bytes are read as UTF-8 and as UTF-16 in both orders, at every position, where
-they spell characters that the remembered texts use. Hashes have 64 bits and a random key: with ten million remembered
-runs and ten million compared, a false hit has a chance of about 5e-6.
+Words are those of `offsite.text.fold`: letters and digits without case; whatever stands between them does not count. In
+scripts that are written without spaces every character is a word. Bytes are read as UTF-8 and as UTF-16 in both orders,
+at every position, where they spell characters that the remembered texts use. Hashes have 64 bits and a random key: with
+ten million remembered runs and ten million compared, a false hit has a chance of about 5e-6.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -18,15 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offsite.text.fold import folded, words_of
+
 NUM_WORDS = 8
 """Words of a run."""
 
 LEAST_BYTES = 16
 """Letters and digits of a run, in UTF-8, that count among arbitrary bytes: eight digits may stand there by chance."""
 
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_UNSPACED += "\U00020000-\U000323af"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 _PRINTABLE = "\t\n\r" + "".join(map(chr, range(0x20, 0x7F)))
 _BATCH_WORDS = 2**20
 _LEAST_UNITS = {1: 2 * NUM_WORDS - 1, 2: NUM_WORDS}  # of one byte: eight letters and what parts them
@@ -57,7 +54,7 @@ class Remembered:
         Args:
             least_bytes: letters and digits, in UTF-8, that a run must have to count as remembered.
         """
-        grams, sizes = self._grams([_words(text) for text in texts])
+        grams, sizes = self._grams([words_of(text) for text in texts])
         if not len(grams) or not len(self._known):
             return len(grams), 0
         places = np.minimum(np.searchsorted(self._known, grams), len(self._known) - 1)
@@ -91,17 +88,13 @@ class Remembered:
         return grams[within], (sums[NUM_WORDS:] - sums[:num])[within]
 
 
-def _words(text: str) -> list[str]:
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
 def _batches(texts: Iterable[str], letters: set[str]) -> Iterator[list[list[str]]]:
     """Yield the words of texts, about a million at a time; `letters` has every character of them afterwards."""
     batch: list[list[str]] = []
     total = 0
     for text in texts:
         letters.update(text)
-        batch.append(_words(text))
+        batch.append(words_of(text))
         total += len(batch[-1])
         if total >= _BATCH_WORDS:
             yield batch
@@ -112,8 +105,8 @@ def _batches(texts: Iterable[str], letters: set[str]) -> Iterator[list[list[str]
 def _tables(letters: set[str]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which bytes of UTF-8, and which units of UTF-16, these characters are written with, in either case."""
     spelled = "".join(letters)
-    folded = unicodedata.normalize("NFKC", spelled).casefold()
-    forms = "".join((spelled, spelled.upper(), spelled.lower(), spelled.title(), folded, folded.upper()))
+    plain = folded(spelled)
+    forms = "".join((spelled, spelled.upper(), spelled.lower(), spelled.title(), plain, plain.upper()))
     octets, units = np.zeros(2**8, dtype=np.bool_), np.zeros(2**16, dtype=np.bool_)
     octets[np.frombuffer(forms.encode("utf-8", "replace"), dtype=np.uint8)] = True
     units[np.frombuffer(forms.encode("utf-16-le", "replace"), dtype="<u2")] = True

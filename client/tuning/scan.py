@@ -141,7 +141,7 @@ def scan_bundle(
 def texts_of(records: Iterable[Record]) -> Iterator[str]:
     """Yield the text of every record, whole: a prompt and its completion are one, so are messages."""
     for record in records:
-        yield " ".join([text for text, _ in record.segments] + [content for _, content in record.messages])
+        yield record.whole_text
 
 
 def losses_in(log: Path) -> list[float]:

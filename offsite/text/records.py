@@ -40,6 +40,11 @@ class Record:
     messages: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # (role, content)
     place: str = ""  # "notes.jsonl: line 7", for errors
 
+    @property
+    def whole_text(self) -> str:
+        """All of its text as one: a prompt and its completion, or every message."""
+        return " ".join([text for text, _ in self.segments] + [content for _, content in self.messages])
+
 
 @dataclass(frozen=True)
 class Row:
