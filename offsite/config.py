@@ -168,6 +168,8 @@ def _json_value(field: FieldInfo, given: object) -> object:
     if many is None:
         return _item(kind, given) if isinstance(given, str) else given
     words = [word.strip() for word in given.split(",")] if isinstance(given, str) else given
+    if isinstance(given, str) and get_args(many)[0] is Path and Path(given).exists():
+        words = [given]  # a name may hold a comma
     if not isinstance(words, list):
         return given
     words = [word for word in words if word.strip()]  # a repeated flag's words keep their spaces and line ends

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,18 @@ def sha256_file(path: Path) -> str:
     """Return the digest of the file's bytes, read in pieces."""
     with path.open("rb") as handle:
         return "sha256:" + hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_files(paths: Sequence[Path]) -> str:
+    """Return one digest over the files in their order; of a single one, its own."""
+    return joined_digest([sha256_file(path) for path in paths])
+
+
+def joined_digest(digests: Sequence[str]) -> str:
+    """Return one digest over those of files, in their order; of a single one, the same."""
+    if len(digests) == 1:
+        return digests[0]
+    return sha256_bytes(b"offsite/v1/files\0" + "\n".join(digests).encode("ascii"))
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:

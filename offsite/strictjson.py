@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from offsite.errors import BadSchema, WrongBinding
 from offsite.tensors import no_duplicates
@@ -38,6 +38,16 @@ class Strict(BaseModel):
     """Base of everything read from the other side: frozen, strict, no unknown key, no NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Sparse(Strict):
+    """Base of what is written without those fields of ``optional`` that are empty: what has none stays as it was."""
+
+    optional: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in write(self).items() if value or name not in self.optional}
 
 
 Model = TypeVar("Model", bound=Strict)

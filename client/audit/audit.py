@@ -37,6 +37,7 @@ from offsite.audits.membership import membership_of
 from offsite.audits.record import (
     BundleAudit,
     CanaryAudit,
+    KeptRun,
     Membership,
     Run,
     ScanFigures,
@@ -54,6 +55,7 @@ from offsite.errors import ConfigError, WrongBinding
 from offsite.modelling.context import context_of
 from offsite.staging import refuse_existing
 from offsite.text.batches import IGNORED, Example, pad_id
+from offsite.text.records import require_files
 from offsite.training.devices import choose_device
 
 if TYPE_CHECKING:
@@ -98,6 +100,8 @@ def run(config: AuditBundleConfig) -> dict[str, object]:
     """
     began = time.monotonic()
     refuse_existing(config.output)
+    require_files(config.data)
+    require_files(config.nonmembers)
     require_extra()
     given = _open(config)
     audit, rows = _measure(config, given)
@@ -133,13 +137,31 @@ def _open(config: AuditBundleConfig) -> _Given:
         if stated != found:
             raise WrongBinding(f"{what} is the record of another {name}", hint="keep it beside its own bundle")
     canaries = _canaries(config, record)
-    if config.data.is_file() and sha256_file(config.data) != record.data_sha256:
-        raise WrongBinding(
-            f"{config.data.name}: not the file that this bundle was tuned on", hint=f"{what} has its digest"
-        )
-    records = read_as(config.data, record.text)
-    others = None if config.nonmembers is None else read_as(config.nonmembers, record.text)
+    _require_data(config, record)
+    by_user = record.claim is not None and record.claim.unit == "user"
+    records = read_as(config.data, record.text, share_documents=by_user)
+    others = read_as(config.nonmembers, record.text, share_documents=by_user) if config.nonmembers else None
     return _Given(package, bundle, record, records, others, canaries, round_)
+
+
+def _require_data(config: AuditBundleConfig, record: KeptRun) -> None:
+    """Return only if the files are those that the run read, in its order.
+
+    Raises:
+        WrongBinding: naming the first that is another.
+    """
+    stated = record.data_files or (record.data_sha256,)
+    if len(stated) != len(config.data):
+        raise WrongBinding(
+            f"--data: {len(config.data)} file(s), this bundle was tuned on {len(stated)}",
+            hint="give the same files, in the same order",
+        )
+    for path, digest in zip(config.data, stated, strict=True):
+        if sha256_file(path) != digest:
+            raise WrongBinding(
+                f"{path.name}: not the file that this bundle was tuned on",
+                hint=f"{run_path(config.bundle).name!r} has its digest",
+            )
 
 
 def _round(config: AuditBundleConfig, bundle: Bundle) -> Round | None:
@@ -357,7 +379,7 @@ def _scan(config: AuditBundleConfig, given: _Given) -> ScanFigures:
         figures=losses_in(log) if log.is_file() else [],
         spec=given.run.adapter,
         disclosed={str(name): value for name, value in given.bundle.manifest.disclosed.items()},
-        paths=[config.data, config.bundle, config.package],
+        paths=[*config.data, config.bundle, config.package],
         known=given.bundle.manifest.tensors,
     )
     return ScanFigures(

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from offsite.config import MACHINE, MEASURING, OUTPUT, POSITIONAL, USUAL
+from offsite.config import MACHINE, MEASURING, OUTPUT, POSITIONAL, REPEATED, USUAL
+from offsite.text.config import TextFiles
 from offsite.training.config import DeviceSettings, SeedSettings
 
 
@@ -18,7 +19,11 @@ class AuditBundleConfig(DeviceSettings, SeedSettings):
 
     package: Path = Field(description="package folder that was tuned on", json_schema_extra=POSITIONAL)
     bundle: Path = Field(description="bundle folder, its BUNDLE.run.json beside it", json_schema_extra=POSITIONAL)
-    data: Path = Field(description="private text that was tuned on, the same file")
+    data: TextFiles = Field(
+        min_length=1,
+        description="private text that was tuned on, the same files in the same order; may be repeated",
+        json_schema_extra=REPEATED,
+    )
     output: Path = Field(description="audit folder to write", json_schema_extra=OUTPUT)
 
     round: Path | None = Field(
@@ -26,11 +31,11 @@ class AuditBundleConfig(DeviceSettings, SeedSettings):
         description="opened folder of the federation's round that the bundle answers, on whose weights it was tuned",
         json_schema_extra=USUAL,
     )
-    nonmembers: Path | None = Field(
-        None,
-        description="rows like those trained on that no run has read, in a file of the same form; default: the "
-        "documents that --audit-share set aside, otherwise those validated on",
-        json_schema_extra=USUAL,
+    nonmembers: TextFiles = Field(
+        (),
+        description="rows like those trained on that no run has read, in files of the same form; may be repeated; "
+        "default: the documents that --audit-share set aside, otherwise those validated on",
+        json_schema_extra=USUAL | REPEATED,
     )
     canaries: Path | None = Field(
         None, description="folder of the canaries that the run trained on", json_schema_extra=USUAL

@@ -69,8 +69,9 @@ class MemberConfig(_Part, IdentityConfig):
         Raises:
             ConfigError: when ``tune`` holds what the round, the job or these settings decide, or what is unknown.
         """
-        given = {"package": self.package, "job": self.job, "round": round_, "data": self.data, "output": output}
-        return build(TuneConfig, flags={**self.tune, **{k: str(v) for k, v in given.items()}, "resume": resume})
+        given = {"package": self.package, "job": self.job, "round": round_, "output": output}
+        flags = {**{k: str(v) for k, v in given.items()}, "data": [str(path) for path in self.data], "resume": resume}
+        return build(TuneConfig, flags={**self.tune, **flags})
 
     def auditing(self, round_: Path, bundle: Path, output: Path) -> AuditBundleConfig:
         """Return the settings of the audit of one round's bundle."""

@@ -45,6 +45,7 @@ from offsite.keys.trust import TrustStore
 from offsite.sealed.config import SealConfig
 from offsite.sealed.ledger import Ledger
 from offsite.sealed.manifest import NOTE_NAME
+from offsite.text.records import require_files
 
 ROUND, BUNDLE, AUDIT, SEALED, NOTES = "round", "bundle", "audit", "sealed", "notes"
 
@@ -74,8 +75,7 @@ class Member:
                 f"job {self.job.job_id[:12]} is about package {self.job.package_digest[:19]}, "
                 f"{config.package.name!r} is {self.package.digest[:19]}"
             )
-        if not config.data.is_file():
-            raise ConfigError(f"no file named {config.data.name!r}", hint="check --data")
+        require_files(config.data)
         try:
             config.work.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:

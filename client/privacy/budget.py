@@ -8,8 +8,8 @@ The folder holds ``budget.db`` with its hash-chained ``budget.log`` (`offsite.st
 digests under that key, so the ledger tells nobody what is in the data: one of a record as it stands, and one of what
 it says (`offsite.text.fold`), so that a space more, another case or another Unicode form is no new record. Its head
 stands beside the folder; an older copy of the ledger is refused. A ledger and head that were both deleted are gone:
-nothing can remember for them. Nor can it see that two texts mean the same: a record in other words, in another order, or
-cut in two, is a new one.
+nothing can remember for them. Nor can it see that two texts mean the same: a record in other words, in another order,
+or cut in two, is a new one.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from client.privacy.config import DPSettings
 from offsite.artefacts.bundle import DISCLOSABLE, AdapterSpec
 from offsite.artefacts.job import Job
 from offsite.artefacts.round import RoundManifest
-from offsite.config import DATA, MACHINE, OUTPUT, POSITIONAL, PRIVACY, TRAINING, USUAL, VerbConfig, flag_name
+from offsite.config import DATA, MACHINE, OUTPUT, POSITIONAL, PRIVACY, REPEATED, TRAINING, USUAL, VerbConfig, flag_name
 from offsite.errors import ConfigError
 from offsite.problems import meant
-from offsite.text.config import PackedTextSettings
+from offsite.text.config import PackedTextSettings, TextFiles
 from offsite.training.config import LoopSettings, Schedule
 
 _FAR = 5  # times a kind's rate, past which an owner's advice is worth a second look
@@ -25,7 +25,11 @@ _FAR = 5  # times a kind's rate, past which an owner's advice is worth a second 
 class PrivateTextSettings(VerbConfig):
     """Base of verbs that tune on the client's own text."""
 
-    data: Path = Field(description="private text: .txt, .jsonl, .json or .csv, each optionally .gz")
+    data: TextFiles = Field(
+        min_length=1,
+        description="private text: .txt, .jsonl, .json or .csv, each optionally .gz; may be repeated",
+        json_schema_extra=REPEATED,
+    )
 
 
 class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, LoopSettings):
@@ -159,6 +163,11 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, LoopSe
     def packed(self) -> bool:
         """Whether sequences are filled across rows: as `pack` says, never with --dp."""
         return self.pack and self.dp is None
+
+    @property
+    def by_user(self) -> bool:
+        """Whether documents stand for users, who are the same in every file."""
+        return self.dp is not None and self.dp.unit == "user"
 
     def under(self, adapter: AdapterSpec) -> TuneConfig:
         """Return these settings with the adapter of a job.

@@ -6,7 +6,7 @@ that never was, which says nothing about another; it never leaves a bundle that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from client.tuning.data import rows_drawn
 from offsite import __version__
 from offsite.audits.canaries import CanarySet, mark_used, read_canaries, records_of, require_unmarked
-from offsite.audits.record import AnsweredRound, Claim, Run, TextSettings, read_run, run_path
+from offsite.audits.record import AnsweredRound, Claim, KeptRun, TextSettings, read_run, run_path
 from offsite.errors import ArtefactError, PolicyError, WrongBinding
-from offsite.text.records import Record, read_records
+from offsite.text.records import Record, read_files
 
 if TYPE_CHECKING:
     from client.tuning.config import TuneConfig
@@ -32,30 +32,33 @@ def record_of(
     *,
     package: Package,
     data_sha256: str,
+    data_files: Sequence[str] = (),
     text: TrainingText,
     outcome: Outcome,
     guarantee: Mapping[str, object] | None = None,
     job_id: str | None = None,
     canaries: str | None = None,
     answered: AnsweredRound | None = None,
-) -> Run:
+) -> KeptRun:
     """Return the record of a run that ended so, of a bundle whose digest is not known yet: it has all zeros.
 
     Args:
         config: the settings as the run took them, a job's adapter and a private run's steps among them.
-        data_sha256: digest of the file, taken when it was read.
+        data_sha256: digest of the data, taken when it was read.
+        data_files: digest of each file, where there are several.
         guarantee: what `PrivateRun.release` returned, of a private run.
         canaries: digest of the canary set committed to, if any was trained on.
         answered: the federation's round that the run answered, if any.
     """
     claim = None if guarantee is None else {name: guarantee[name] for name in Claim.model_fields}
-    return Run(
+    return KeptRun(
         bundle_digest="sha256:" + "0" * 64,
         package_digest=package.digest,
         base_digest=package.manifest.base_digest,
         job_id=job_id,
         adapter=config.spec(),
         data_sha256=data_sha256,
+        data_files=tuple(data_files) if len(data_files) > 1 else (),
         text=text_settings(config),
         num_records=text.num_records,
         num_drawn=_num_drawn(text, outcome.best_step, config.batch_size, is_private=claim is not None),
@@ -140,14 +143,18 @@ def planted_for(config: TuneConfig, package: Package, job: Job | None) -> Plante
     return Planted(records_of(canaries), commitment, canaries)
 
 
-def read_as(data: Path, settings: TextSettings) -> list[Record]:
-    """Return the file's records, read as those settings say.
+def read_as(data: Sequence[Path], settings: TextSettings, *, share_documents: bool = False) -> list[Record]:
+    """Return the files' records, read as those settings say.
 
     Raises:
-        DataError, ConfigError: as `offsite.text.records.read_records`.
+        DataError, ConfigError: as `offsite.text.records.read_files`.
     """
-    return read_records(
-        data, fields=settings.fields, document_field=settings.document_field, separator=settings.separator
+    return read_files(
+        data,
+        fields=settings.fields,
+        document_field=settings.document_field,
+        separator=settings.separator,
+        share_documents=share_documents,
     )
 
 

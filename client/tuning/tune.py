@@ -34,12 +34,13 @@ from offsite.artefacts.round import Round
 from offsite.audits.accounting import require_extra
 from offsite.audits.record import run_path, write_run
 from offsite.console import say, say_next, utc
-from offsite.digests import sha256_file
+from offsite.digests import joined_digest, sha256_file
 from offsite.errors import ConfigError, Expired, RunFailed, WrongBinding
 from offsite.evaluation.measure import perplexity
 from offsite.staging import refuse_existing
 from offsite.tensors import TensorSpec, torch_dtype
 from offsite.text.batches import IGNORED
+from offsite.text.records import require_files
 from offsite.training.checkpoints import require_work
 from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
@@ -181,6 +182,7 @@ def run(config: TuneConfig) -> dict[str, object]:
         ConfigError, DataError, ArtefactError, PolicyError, RunFailed: as the steps it is made of.
     """
     refuse_existing(config.output)
+    require_files(config.data)
     if config.dp is not None:
         require_extra()
     if config.launch > 1 and not is_launched():
@@ -208,8 +210,9 @@ def run(config: TuneConfig) -> dict[str, object]:
     names = declared(spec, package.layout, package.block_tensors())
     device = choose_device(config.device)
     tokenizer = package.load_tokenizer()
+    digests = [sha256_file(path) for path in config.data]
     text = prepare(
-        read_as(config.data, text_settings(config)),
+        read_as(config.data, text_settings(config), share_documents=config.by_user),
         tokenizer,
         block_tokens=config.block_tokens,
         batch_size=config.batch_size,
@@ -229,7 +232,7 @@ def run(config: TuneConfig) -> dict[str, object]:
     if config.gradient_checkpointing:
         _checkpoint_activations(attached.model)
     _make_room(work)
-    binding = _binding(config, package, planted, begun)
+    binding = _binding(config, package, planted, begun, joined_digest(digests))
     spending = _charged(config, text, work, binding) if config.dp else nullcontext()
     with spending as private:
         if private is not None:
@@ -256,6 +259,7 @@ def run(config: TuneConfig) -> dict[str, object]:
             config,
             package=package,
             data_sha256=binding["data"],
+            data_files=digests,
             text=text,
             outcome=outcome,
             guarantee=guarantee,
@@ -315,7 +319,7 @@ def _release(
         figures=[*losses, *losses_in(work_folder(config.output) / "log.jsonl")],
         spec=config.spec(),
         disclosed={name: figures[name] for name in config.disclose},
-        paths=[config.data, config.output, config.package],
+        paths=[*config.data, config.output, config.package],
         known=names,
     )
     require_clean(scan)
@@ -440,13 +444,13 @@ def _charged(
     )
 
 
-def _binding(config: TuneConfig, package: Package, planted: Planted, begun: Begun) -> dict[str, str]:
+def _binding(config: TuneConfig, package: Package, planted: Planted, begun: Begun, data: str) -> dict[str, str]:
     """Return what a resumed run must share beside the loop's settings, one entry per setting."""
     text = ("fields", "document_field", "separator", "on_long", "pack", "block_tokens", "validation", "audit_share")
     shared = config.model_dump(mode="json", include={*text, "batch_size"}) | {"canaries": planted.commitment}
     shared |= {f"adapter.{name}": value for name, value in config.spec().model_dump(mode="json").items()}
     shared |= {} if begun.round is None else {"round": begun.round.digest}
-    bound = {"package": package.digest, "data": sha256_file(config.data), **{k: str(v) for k, v in shared.items()}}
+    bound = {"package": package.digest, "data": data, **{k: str(v) for k, v in shared.items()}}
     return bound if config.dp is None else bound | private_binding(config.dp)
 
 
@@ -463,7 +467,8 @@ def _say_outcome(config: TuneConfig, outcome: Outcome) -> None:
         beside = config.output.with_name
         if config.canaries is not None or config.audit_share:
             planted = [] if config.canaries is None else ["--canaries", config.canaries]
-            audit = ["offsite", "audit", "bundle", config.package, config.output, "--data", config.data, *planted]
+            texts = [word for path in config.data for word in ("--data", path)]
+            audit = ["offsite", "audit", "bundle", config.package, config.output, *texts, *planted]
             say_next(*audit, "-o", beside(f"{config.output.name}-audit"))
         else:
             say_next("offsite", "seal", config.output, *job, "-o", beside(f"{config.output.name}.sealed"))

@@ -40,7 +40,7 @@ from offsite.artefacts.owner import OwnerRecord
 from offsite.audits.gates import package_gates
 from offsite.audits.record import Capability, PackageAudit, Recovery, Similarity, Union, write_audit
 from offsite.console import say
-from offsite.digests import model_digest, sha256_file
+from offsite.digests import model_digest, sha256_files
 from offsite.errors import WrongBinding
 from offsite.modelling.load import load_model
 from offsite.staging import refuse_existing
@@ -148,7 +148,7 @@ def _text_capability(config: AuditPackageConfig, given: Given, full: PreTrainedM
         require_same(
             given.results,
             package_digest=given.package.digest,
-            data_sha256=sha256_file(config.heldout),
+            data_sha256=sha256_files(config.heldout),
             text=given.text,
             full=losses.full,
         )

@@ -12,6 +12,7 @@ from emulator.distillation.config import OwnPackageSettings
 from offsite.audits.config import PackageGates
 from offsite.config import ATTACK, DATA, MEASURING, OUTPUT, REPEATED, USUAL
 from offsite.evaluation.config import HeldoutSettings
+from offsite.text.config import TextFiles
 from offsite.training.config import CheckpointSettings
 
 ATTACKS = tuple(
@@ -32,7 +33,11 @@ class AuditPackageConfig(OwnPackageSettings, HeldoutSettings, CheckpointSettings
     verb: ClassVar[str] = "audit package"
 
     output: Path = Field(description="audit folder to write", json_schema_extra=OUTPUT)
-    heldout: Path = Field(description="text to measure on: .txt, .jsonl, .json or .csv, each optionally .gz")
+    heldout: TextFiles = Field(
+        min_length=1,
+        description="text to measure on: .txt, .jsonl, .json or .csv, each optionally .gz; may be repeated",
+        json_schema_extra=REPEATED,
+    )
     results: Path | None = Field(
         None,
         description="folder that evaluate wrote for this package and text: the client's and the owner's figures",
@@ -45,8 +50,10 @@ class AuditPackageConfig(OwnPackageSettings, HeldoutSettings, CheckpointSettings
         json_schema_extra=MEASURING,
     )
 
-    public: Path | None = Field(
-        None, description="public text that an attacker heals the emulator on; none: no attack", json_schema_extra=USUAL
+    public: TextFiles = Field(
+        (),
+        description="public text that an attacker heals the emulator on; may be repeated; none: no attack",
+        json_schema_extra=USUAL | REPEATED,
     )
     public_fields: dict[str, str] = Field(
         {}, description="columns of the public text under other names, as text=body", json_schema_extra=DATA
@@ -104,7 +111,7 @@ class AuditPackageConfig(OwnPackageSettings, HeldoutSettings, CheckpointSettings
         if unknown := [name for name in self.attack if name not in ATTACKS]:
             problems.append(f"--attack: found {unknown[0]!r}, expected one of {', '.join(ATTACKS)}")
         attacks = {"recovery_tokens", "attack", "lora_rates", "all_rates", "holdout", "resume"}
-        if self.public is None and (given := sorted(attacks & self.model_fields_set)):
+        if not self.public and (given := sorted(attacks & self.model_fields_set)):
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
             problems.append(f"{flags}: attacks need public text, and --public is missing")
         if self.max_union is not None and not self.earlier:

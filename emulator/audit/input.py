@@ -19,7 +19,7 @@ from offsite.artefacts.package import Package, open_package
 from offsite.errors import ConfigError, WrongBinding
 from offsite.evaluation.results import Results, read_results
 from offsite.text.batches import Example, encode
-from offsite.text.records import Record, read_records
+from offsite.text.records import Record, read_files, require_files
 from offsite.training.devices import choose_device
 
 
@@ -52,6 +52,8 @@ def open_given(config: AuditPackageConfig) -> Given:
         ArtefactError: when a package, its owner's record or the results are unsound or do not belong together.
         ConfigError, DataError: when a text, a task or an attack is not as it must be.
     """
+    require_files(config.heldout)
+    require_files(config.public)
     package = open_package(config.package)
     record = _record(config.package)
     if record.package_digest != package.digest:
@@ -62,7 +64,7 @@ def open_given(config: AuditPackageConfig) -> Given:
             raise WrongBinding(f"--earlier: {path.name!r} is a package of another model")
     _require_tasks(config)
     results = None if config.results is None else read_results(config.results)
-    records = read_records(
+    records = read_files(
         config.heldout, fields=config.fields, document_field=config.document_field, separator=config.separator
     )
     tokenizer = package.load_tokenizer()
@@ -86,9 +88,9 @@ def _record(package: Path) -> OwnerRecord:
 
 
 def _public_records(config: AuditPackageConfig) -> list[Record]:
-    if config.public is None:
+    if not config.public:
         return []
-    return read_records(
+    return read_files(
         config.public,
         fields=config.public_fields,
         document_field=config.public_document_field,

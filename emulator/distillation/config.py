@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 
 from emulator.compression.methods import METHODS
 from offsite.artefacts.layout import Line
-from offsite.config import COMPRESSION, MEASURING, OUTPUT, POSITIONAL, TRAINING, USUAL, VerbConfig
+from offsite.config import COMPRESSION, MEASURING, OUTPUT, POSITIONAL, REPEATED, TRAINING, USUAL, VerbConfig
 from offsite.modelling.config import ModelFlag, ModelWord
-from offsite.text.config import TextSettings
+from offsite.text.config import TextFiles, TextSettings
 from offsite.training.config import LoopSettings
 
 
@@ -42,10 +42,11 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
     verb: ClassVar[str] = "distill"
 
     output: Path = Field(description="package folder to write", json_schema_extra=OUTPUT)
-    public: Path | None = Field(
-        None,
-        description="public text to choose and distil on: .txt, .jsonl, .json or .csv, each optionally .gz",
-        json_schema_extra=USUAL,
+    public: TextFiles = Field(
+        (),
+        description="public text to choose and distil on: .txt, .jsonl, .json or .csv, each optionally .gz; "
+        "may be repeated",
+        json_schema_extra=USUAL | REPEATED,
     )
 
     method: str = Field(
@@ -160,7 +161,7 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
 
     def _text_problems(self) -> list[str]:
         found = []
-        if self.public is None:
+        if not self.public:
             reasons = {
                 "--steps above 0": self.steps > 0,
                 "method width": self.method == "width",

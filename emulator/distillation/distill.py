@@ -35,7 +35,7 @@ from offsite.modelling.dtypes import main_dtype, stored_in
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.modelling.split import Plan, make_plan
 from offsite.staging import refuse_existing
-from offsite.text.records import read_records
+from offsite.text.records import read_files, require_files
 from offsite.training.checkpoints import require_work
 from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
@@ -56,6 +56,7 @@ def run(config: DistillConfig) -> dict[str, object]:
         OffsiteError: with the reason; no package then stands.
     """
     refuse_existing(config.output)
+    require_files(config.public)
     if config.launch > 1 and not is_launched():
         return in_processes(config)
     began, terms = time.monotonic(), read_terms(config.terms)
@@ -102,11 +103,11 @@ def _open(config: DistillConfig) -> _Owned:
 
 
 def _public_text(config: DistillConfig, owned: _Owned) -> PublicText | None:
-    if config.public is None:
+    if not config.public:
         return None
     say("reading the public text")
     return prepare(
-        read_records(
+        read_files(
             config.public, fields=config.fields, document_field=config.document_field, separator=config.separator
         ),
         owned.tokenizer,

@@ -35,7 +35,7 @@ from offsite.modelling.load import load_model
 from offsite.modelling.split import Plan, make_plan
 from offsite.staging import refuse_existing, staged_folder
 from offsite.tensors import write_tensors
-from offsite.text.records import read_records
+from offsite.text.records import read_files, require_files
 from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
 from offsite.training.processes import Processes, world
@@ -62,6 +62,7 @@ def run(config: RealignConfig) -> dict[str, object]:
         RunFailed: as distilling; checkpoints stay in OUTPUT.work.
     """
     refuse_existing(config.output)
+    require_files(config.public)
     began, processes = time.monotonic(), replace(world(), device=choose_device(config.device))
     torch.manual_seed(config.seed)
     both = _opened(config)
@@ -150,7 +151,7 @@ def _earlier(round_: Round, package: Package) -> Update:
 
 def _text(config: RealignConfig, both: _Both) -> PublicText:
     return prepare(
-        read_records(config.public),
+        read_files(config.public),
         both.package.load_tokenizer(),
         both.full,
         block_tokens=config.block_tokens,

@@ -8,8 +8,8 @@ from typing import ClassVar
 from pydantic import Field
 
 from emulator.distillation.config import FidelitySettings, OwnPackageSettings
-from offsite.config import OUTPUT, POSITIONAL, TRAINING, USUAL
-from offsite.text.config import BlockSettings
+from offsite.config import OUTPUT, POSITIONAL, REPEATED, TRAINING, USUAL
+from offsite.text.config import BlockSettings, TextFiles
 from offsite.training.config import ResumableSettings
 
 
@@ -21,7 +21,11 @@ class RealignConfig(OwnPackageSettings, BlockSettings, ResumableSettings, Fideli
     round: Path = Field(
         description="round folder with what the federation's rounds have added", json_schema_extra=POSITIONAL
     )
-    public: Path = Field(description="public text: .txt, .jsonl, .json or .csv, each optionally .gz")
+    public: TextFiles = Field(
+        min_length=1,
+        description="public text: .txt, .jsonl, .json or .csv, each optionally .gz; may be repeated",
+        json_schema_extra=REPEATED,
+    )
     output: Path = Field(description="folder to write: the emulator's difference", json_schema_extra=OUTPUT)
     rank: int | None = Field(
         None, ge=1, description="cut the difference to this rank; its error is told", json_schema_extra=USUAL

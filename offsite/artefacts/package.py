@@ -20,7 +20,8 @@ On arrival, in this order: manifest size, format, schema; exact set of files; si
 configuration files; exact set of tensors with shapes and dtypes; a layout that fits them. Then, when the model is
 rebuilt (``offsite/artefacts/rebuild.py``): only settings the architecture declares; the layout's number of blocks,
 before any is built; exactly its tensors; finite values; a model that reads nothing ahead. The owner's side tries all of
-it before it writes a package (``offsite/artefacts/trial.py``).
+it before it writes a package (``offsite/artefacts/trial.py``). When the tokenizer is: patterns of a simple form alone
+(``offsite/artefacts/patterns.py``), before the client's text.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ _HINT = "ask its owner for a package whose tokenizer cuts text by simpler patter
 
 _ATOM = re.compile(
     r"\\(?:[pPxX]\{[^}]*\}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[^0-9kgKxupP]|0[0-7]{0,2})"
-    r"|\\p\^?\w|(?P<opens>\((?:\?(?:[:=!>]|<[=!]|<\w+>|[imx-]+[:)])|(?![?*])))|(?P<closes>\))|(?P<class>\[)"
-    r"|(?P<repeats>[*+?]|\{\d+(?:,\d*)?\}|\{,\d+\})|[^\\(]",
+    r"|\\p\^?[A-Za-z]|(?P<opens>\((?:\?(?:[:=!>]|<[=!]|<[A-Za-z_][A-Za-z0-9_]*>|[imx-]+[:)])|(?![?*])))|(?P<closes>\))|(?P<class>\[)"
+    r"|(?P<repeats>[*+?]|\{[0-9]+(?:,[0-9]*)?\}|\{,[0-9]+\})|[^\\(]",
     re.DOTALL,
 )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,7 +23,7 @@ from offsite.artefacts.layout import Key, Line, Method
 from offsite.digests import DIGEST_PATTERN, sha256_bytes
 from offsite.errors import ArtefactError, TooLarge, WrongNames
 from offsite.staging import staged_file, staged_folder
-from offsite.strictjson import Strict, parse_object, parse_strict
+from offsite.strictjson import Sparse, Strict, parse_object, parse_strict
 
 AUDIT_FORMAT: Final = "offsite/audit/1"
 RUN_FORMAT: Final = "offsite/run/1"
@@ -149,6 +149,17 @@ class Run(Strict):
     versions: dict[Key, Line] = {}
 
 
+class KeptRun(Sparse, Run):
+    """The record as it lies at the client's: with the digest of every file, where the data was several.
+
+    ``data_sha256`` is the digest of all of them then (`offsite.digests.sha256_files`).
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"data_files"})
+
+    data_files: tuple[Digest, ...] = ()
+
+
 def quoted(run: Run) -> Run:
     """Return what others may read of a run's record: no digest of the data, no name of a column or user field.
 
@@ -158,7 +169,7 @@ def quoted(run: Run) -> Run:
     left_out: dict[str, object] = {"data_sha256": None, "text": text}
     if run.claim is not None and not run.claim.number_of_units_public:
         left_out |= {"num_records": None, "num_drawn": None, "num_tokens": None}
-    return run.model_copy(update=left_out)
+    return Run.model_validate({name: getattr(run, name) for name in Run.model_fields} | left_out)
 
 
 class Membership(Strict):
@@ -441,7 +452,7 @@ def write_run(path: Path, run: Run) -> None:
         stage.write_bytes(_raw(run))
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> KeptRun:
     """Return the run's record.
 
     Raises:
@@ -450,7 +461,7 @@ def read_run(path: Path) -> Run:
     """
     if not path.is_file():
         raise ArtefactError(f"no run record {path.name!r}", hint="offsite tune leaves it beside the bundle; keep both")
-    return parse_strict(_limited(path), Run, path.name, {"format": RUN_FORMAT})
+    return parse_strict(_limited(path), KeptRun, path.name, {"format": RUN_FORMAT})
 
 
 def _raw(model: Strict) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -16,7 +16,7 @@ from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.manifest import FileEntry
 from offsite.digests import DIGEST_PATTERN
 from offsite.errors import ArtefactError, BadSchema, ConfigError, DataError, TooLarge, WrongBinding
-from offsite.strictjson import Strict
+from offsite.strictjson import Sparse, Strict
 
 RESULTS_FORMAT = "offsite/results/1"
 RESULTS_NAME = "results.json"
@@ -62,8 +62,20 @@ class Row(Strict):
         return self
 
 
-class Data(Strict):
-    """The text measured on: its file's name and digest, and how much of it was used."""
+class DataFile(Strict):
+    """One of several files of text: its name and digest."""
+
+    name: str
+    sha256: str = Field(pattern=DIGEST_PATTERN)
+
+
+class Data(Sparse):
+    """The text measured on: its file's name and digest, and how much of it was used.
+
+    Of several files ``name`` holds all their names and ``sha256`` is one digest over theirs, which are in ``files``.
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"files"})
 
     name: str
     sha256: str = Field(pattern=DIGEST_PATTERN)
@@ -71,6 +83,7 @@ class Data(Strict):
     num_examples: int
     num_tokens: int
     num_truncated: int
+    files: tuple[DataFile, ...] = ()
 
 
 class Crossing(Strict):

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from offsite.config import DATA, VerbConfig
+
+
+def _several(given: Any) -> Any:
+    """Return one path as several of one, and none as none of them."""
+    if given is None:
+        return ()
+    if isinstance(given, str | Path):
+        return (given,)
+    return tuple(given) if isinstance(given, list) else given
+
+
+TextFiles = Annotated[tuple[Path, ...], BeforeValidator(_several)]
+"""Files of text that are read in their order, as one; a single path may stand alone."""
 
 
 class BlockSettings(VerbConfig):

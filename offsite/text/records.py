@@ -12,7 +12,7 @@ import hashlib
 import importlib.resources
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +69,7 @@ def read_records(
     fields: Mapping[str, str] | None = None,
     document_field: str | None = None,
     separator: str | None = None,
+    document_label: str = "",
 ) -> list[Record]:
     """Every row of a ``.txt``, ``.jsonl``, ``.json`` or ``.csv`` file, each optionally ``.gz``.
 
@@ -78,6 +79,7 @@ def read_records(
         document_field: the column that says which rows belong together. Without it, the column
             ``document`` if the file has one; otherwise every row is a document of its own.
         separator: for ``.txt``, what stands between documents; without it, blank lines.
+        document_label: put before the names of documents that have one in the file.
 
     Raises:
         DataError: the file is missing, empty, of an unknown kind, not Unicode text, or a row has the wrong form.
@@ -93,10 +95,63 @@ def read_records(
     else:
         if separator is not None:
             raise ConfigError(f"{path.name}: a separator applies to .txt files only")
-        records = list(_table_records(read_rows(path), fields or {}, wanted, document_field))
+        records = list(_table_records(read_rows(path), fields or {}, wanted, document_field, document_label))
     if not records:
         raise DataError(f"{path.name}: empty, expected at least one row", hint="is it the right file?")
     return records
+
+
+def read_files(
+    paths: Sequence[Path],
+    *,
+    fields: Mapping[str, str] | None = None,
+    document_field: str | None = None,
+    separator: str | None = None,
+    share_documents: bool = False,
+) -> list[Record]:
+    """Every row of several files in their order, each file read as `read_records` does.
+
+    Documents of different files are different even if they have one name; rows without one that are alike stay one
+    document wherever they stand, so that a split never parts them.
+
+    Args:
+        share_documents: documents of one name are the same in every file: where they stand for users.
+
+    Raises:
+        DataError, ConfigError: as `read_records` and `require_files`.
+    """
+    require_files(paths)
+    if len(paths) == 1:
+        (path,) = paths
+        return read_records(path, fields=fields, document_field=document_field, separator=separator)
+    names = [path.name for path in paths]
+    found: list[Record] = []
+    for number, path in enumerate(paths, 1):
+        folder = f"{path.absolute().parent.name}/" if names.count(path.name) > 1 else ""
+        label = "" if share_documents else f"{number}/"
+        try:
+            records = read_records(
+                path, fields=fields, document_field=document_field, separator=separator, document_label=label
+            )
+        except DataError as error:
+            raise DataError(f"{folder}{error}", hint=error.hint) from None
+        found += [replace(record, place=folder + record.place) for record in records] if folder else records
+    return found
+
+
+def require_files(paths: Sequence[Path]) -> None:
+    """Return only if every file is there, and none is given twice.
+
+    Raises:
+        DataError: naming a file that is missing or no file.
+        ConfigError: naming a file that is given twice.
+    """
+    for number, path in enumerate(paths):
+        if not path.is_file():
+            what = "a folder, expected a file" if path.is_dir() else "not a file" if path.exists() else "no such file"
+            raise DataError(f"{path.name}: {what}", hint="check the path")
+        if any(path.samefile(other) for other in paths[:number]):
+            raise ConfigError(f"{path.name}: given twice, its rows would count twice", hint="give each file once")
 
 
 def split_by_document(
@@ -287,7 +342,7 @@ def _shape_of_fields(fields: Mapping[str, str]) -> str | None:
 
 
 def _table_records(
-    rows: Iterator[Row], fields: Mapping[str, str], wanted: str | None, document_field: str | None
+    rows: Iterator[Row], fields: Mapping[str, str], wanted: str | None, document_field: str | None, label: str
 ) -> Iterator[Record]:
     columns = {name: fields.get(name, name) for names in SHAPES.values() for name in names}
     shape: str | None = wanted
@@ -302,7 +357,7 @@ def _table_records(
             first = row.place.rpartition(": ")[2]
             if document_field is None and DOCUMENT in row.values and DOCUMENT not in fields.values():
                 document_field = DOCUMENT
-        yield _table_record(row, shape, columns, document_field)
+        yield _table_record(row, shape, columns, document_field, label)
 
 
 def _shape_of(row: Row, columns: Mapping[str, str]) -> list[str]:
@@ -318,7 +373,7 @@ def _only_shape(row: Row, found: Sequence[str]) -> str:
     return found[0]
 
 
-def _table_record(row: Row, shape: str, columns: Mapping[str, str], document_field: str | None) -> Record:
+def _table_record(row: Row, shape: str, columns: Mapping[str, str], document_field: str | None, label: str) -> Record:
     segments: tuple[tuple[str, bool], ...] = ()
     messages: tuple[tuple[str, str], ...] = ()
     if shape == "text":
@@ -328,7 +383,7 @@ def _table_record(row: Row, shape: str, columns: Mapping[str, str], document_fie
     else:
         prompt = row.string(columns["prompt"], empty=True)
         segments = ((prompt, False), (row.string(columns["completion"]), True))
-    document = _digest(segments or messages) if document_field is None else _document(row, document_field)
+    document = _digest(segments or messages) if document_field is None else label + _document(row, document_field)
     return Record(segments, document, row.number, messages, row.place)
 
 

@@ -13,6 +13,7 @@ from offsite.config import MACHINE, MEASURING, OUTPUT, REPEATED, USUAL
 from offsite.evaluation.config import ExactSettings, HeldoutSettings
 from offsite.keys.config import KeysConfig
 from offsite.modelling.config import ModelWord
+from offsite.text.config import TextFiles
 from server.plugging.config import ScaleSettings
 from server.registry.config import ID_PATTERN
 
@@ -67,7 +68,11 @@ class EvaluateConfig(ModelWord, KeysConfig, HeldoutSettings, ExactSettings, Scal
         json_schema_extra=MEASURING | REPEATED,
     )
 
-    data: Path = Field(description="held-out text: .txt, .jsonl, .json or .csv, each optionally .gz")
+    data: TextFiles = Field(
+        min_length=1,
+        description="held-out text: .txt, .jsonl, .json or .csv, each optionally .gz; may be repeated",
+        json_schema_extra=REPEATED,
+    )
     prompt: tuple[str, ...] = Field(
         (),
         description="text that the full and the plugged-in model go on from, greedily; repeat it for others",

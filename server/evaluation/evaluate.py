@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from offsite.console import progress, say
-from offsite.digests import model_digest, sha256_file
+from offsite.digests import joined_digest, model_digest, sha256_file
 from offsite.errors import ConfigError
 from offsite.evaluation.measure import perplexity
 from offsite.evaluation.results import (
@@ -24,6 +24,7 @@ from offsite.evaluation.results import (
     ROWS,
     Answer,
     Data,
+    DataFile,
     Parameters,
     Results,
     Row,
@@ -41,7 +42,7 @@ from offsite.staging import refuse_existing, staged_folder
 from offsite.text.batches import Encoded, Example, encode, pack, pad_id
 from offsite.text.calls import decoded
 from offsite.text.prompts import prompt_ids
-from offsite.text.records import Record, read_records
+from offsite.text.records import Record, read_files, require_files
 from offsite.training.devices import choose_device
 from server.evaluation.candidates import Candidate, Candidates, open_candidates
 from server.evaluation.config import EvaluateConfig, named_paths
@@ -115,13 +116,14 @@ def run(config: EvaluateConfig) -> dict[str, object]:
     """
     began = time.monotonic()
     refuse_existing(config.output)
+    require_files(config.data)
     _require_files(config)
     candidates = open_candidates(config)
     for candidate in candidates.bundles.values():
         require_scalable(candidate.verified.spec, config.scale)
     bundles = {seed: candidate.bundle for seed, candidate in candidates.bundles.items()}
     runs = read_outcomes(named_paths(config.outcome))
-    records = read_records(
+    records = read_files(
         config.data, fields=config.fields, document_field=config.document_field, separator=config.separator
     )
     tokenizer = load_tokenizer(config.model)
@@ -307,11 +309,14 @@ def _require_files(config: EvaluateConfig) -> None:
             raise ConfigError("--task needs the eval extra", hint="pip install 'offsite-tuning[eval]'")
 
 
-def data_of(path: Path, records: Sequence[Record], encoded: Encoded, examples: Sequence[Example]) -> Data:
-    """Return what is said of the text measured on: name, digest, counts."""
+def data_of(paths: Sequence[Path], records: Sequence[Record], encoded: Encoded, examples: Sequence[Example]) -> Data:
+    """Return what is said of the text measured on: names, digests, counts."""
+    digests = [sha256_file(path) for path in paths]
+    several = zip(paths, digests, strict=True) if len(paths) > 1 else ()
     return Data(
-        name=path.name,
-        sha256=sha256_file(path),
+        name=", ".join(path.name for path in paths),
+        sha256=joined_digest(digests),
+        files=tuple(DataFile(name=path.name, sha256=digest) for path, digest in several),
         num_records=len(records),
         num_examples=len(examples),
         num_tokens=sum(example.num_loss_tokens for example in examples),

@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,15 +26,15 @@ from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.artefacts.package import open_package
 from offsite.config import flag_name
 from offsite.console import say, say_next, table
-from offsite.digests import DIGEST_PATTERN, model_digest, sha256_file
+from offsite.digests import DIGEST_PATTERN, joined_digest, model_digest, sha256_file
 from offsite.errors import BadSchema, ConfigError, DataError, RunFailed
 from offsite.evaluation.results import Data
 from offsite.modelling.dtypes import cast_model
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.stages import Stage, play
 from offsite.staging import refuse_existing, staged_file
-from offsite.strictjson import Strict
-from offsite.text.records import Record, read_records, split_by_document, write_records
+from offsite.strictjson import Sparse, Strict
+from offsite.text.records import Record, read_files, require_files, split_by_document, write_records
 from offsite.training.devices import choose_device
 from server.evaluation.candidates import Candidates, open_candidates
 from server.evaluation.config import EvaluateConfig
@@ -54,8 +55,13 @@ class Trial(Strict):
     emulator_tuned: float = Field(gt=0, allow_inf_nan=False)
 
 
-class Rehearsal(Strict):
-    """The content of the file. Perplexities are of the held-out text; ``trials`` stand in the order they were run."""
+class Rehearsal(Sparse):
+    """The content of the file. Perplexities are of the held-out text; ``trials`` stand in the order they were run.
+
+    ``data_files`` are the digests of several files, ``data_sha256`` is one over them then.
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"data_files"})
 
     format: Literal["offsite/rehearsal/1"] = "offsite/rehearsal/1"
     model: str
@@ -63,6 +69,7 @@ class Rehearsal(Strict):
     package_digest: str = Field(pattern=DIGEST_PATTERN)
     adapter: AdapterSpec
     data_sha256: str = Field(pattern=DIGEST_PATTERN)
+    data_files: tuple[str, ...] = ()
     heldout: Data
     zero_shot: float = Field(gt=0, allow_inf_nan=False)
     emulator_zero_shot: float = Field(gt=0, allow_inf_nan=False)
@@ -89,6 +96,8 @@ def run(config: RehearseConfig) -> dict[str, object]:
     """
     began = time.monotonic()
     refuse_existing(config.output)
+    require_files(config.data)
+    require_files(config.heldout)
     package = open_package(config.package)
     record = read_owner_record(owner_record_path(config.package))
     if record.package_digest != package.digest:
@@ -96,6 +105,7 @@ def run(config: RehearseConfig) -> dict[str, object]:
     spec = config.spec()
     require_carried(package, spec)
     known, records = _texts(config)
+    digests = [sha256_file(path) for path in config.data]
     work = config.output.parent / f"{config.output.name}.work"
     _require_own(work)
     tokenizer = load_tokenizer(config.model)
@@ -116,7 +126,8 @@ def run(config: RehearseConfig) -> dict[str, object]:
         base_digest=digest,
         package_digest=package.digest,
         adapter=spec,
-        data_sha256=sha256_file(config.data),
+        data_sha256=joined_digest(digests),
+        data_files=tuple(digests) if len(digests) > 1 else (),
         heldout=data_of(config.heldout or config.data, records, encoded, examples),
         zero_shot=zero_shot,
         emulator_zero_shot=emulator_zero_shot,
@@ -165,13 +176,11 @@ def _texts(config: RehearseConfig) -> tuple[list[Record], list[Record]]:
         ConfigError, DataError: when a file is not as needed, or has too few documents to share out.
     """
 
-    def read(path: Path) -> list[Record]:
-        return read_records(
-            path, fields=config.fields, document_field=config.document_field, separator=config.separator
-        )
+    def read(paths: Sequence[Path]) -> list[Record]:
+        return read_files(paths, fields=config.fields, document_field=config.document_field, separator=config.separator)
 
-    known, held = read(config.data), [] if config.heldout is None else read(config.heldout)
-    if config.heldout is None:
+    known, held = read(config.data), read(config.heldout) if config.heldout else []
+    if not config.heldout:
         known, held = split_by_document(known, fraction=config.heldout_share, seed=config.seed, purpose="rehearsal")
     if (found := len({record.document for record in known})) < 2:
         raise DataError(f"--data: {found} document(s) to tune on, expected at least two: one chooses the checkpoint")
@@ -188,6 +197,17 @@ def _require_own(work: Path) -> None:
         raise ConfigError(f"work folder {work.name!r} is another run's", hint="choose another name with -o")
 
 
+def _write_known(work: Path, known: Sequence[Record]) -> list[str]:
+    """The rows to tune on are in `work`, those of one shape in one file. Returns the files' names."""
+    shapes: dict[tuple[bool, int], list[Record]] = {}
+    for record in known:
+        shapes.setdefault((bool(record.messages), len(record.segments)), []).append(record)
+    names = [f"known{number}.jsonl" if number > 1 else "known.jsonl" for number in range(1, len(shapes) + 1)]
+    for name, records in zip(names, shapes.values(), strict=True):
+        write_records(work / name, records)
+    return names
+
+
 def _tuned(config: RehearseConfig, known: list[Record], package_digest: str, work: Path) -> dict[str, Path]:
     """Return a bundle for every rate that can be tuned, by the rate's name; those that stand are not made again.
 
@@ -196,14 +216,15 @@ def _tuned(config: RehearseConfig, known: list[Record], package_digest: str, wor
     """
     try:
         (work / STAGES).mkdir(parents=True, exist_ok=True)
-        write_records(work / "known.jsonl", known)
+        names = _write_known(work, known)
     except OSError as error:
         raise RunFailed(f"cannot write {work.name!r}: {(error.strerror or 'i/o error').lower()}") from None
-    inputs = {"package": package_digest, "data": sha256_file(work / "known.jsonl")}
+    inputs = {"package": package_digest, "data": joined_digest([sha256_file(work / name) for name in names])}
     found = {}
     for rate in config.rates:
         name = f"{rate:g}"
-        words = ["tune", str(config.package.resolve()), "--data", "known.jsonl", "-o", name]
+        words = ["tune", str(config.package.resolve()), *(word for file in names for word in ("--data", file))]
+        words += ["-o", name]
         words += ["--learning-rate", name, *_settings(config)]
         try:
             play([Stage(f"tune-{name}", work, words, work / name, inputs)], work / STAGES)

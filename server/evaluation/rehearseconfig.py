@@ -12,6 +12,7 @@ from adapters.settings import TuningSettings
 from offsite.config import MEASURING, OUTPUT, REPEATED, USUAL
 from offsite.modelling.config import ModelWord
 from offsite.problems import meant
+from offsite.text.config import TextFiles
 
 SCALES = (1.0, 0.75, 0.5)
 
@@ -23,9 +24,15 @@ class RehearseConfig(ModelWord, TuningSettings):
 
     output: Path = Field(description="JSON file to write", json_schema_extra=OUTPUT)
     package: Path = Field(description="package folder that a client would tune on")
-    data: Path = Field(description="text like the clients', that you may tune on: .txt, .jsonl, .json or .csv, or .gz")
-    heldout: Path | None = Field(
-        None, description="more of it to measure on; default: --heldout-share of --data", json_schema_extra=USUAL
+    data: TextFiles = Field(
+        min_length=1,
+        description="text like the clients', that you may tune on: .txt, .jsonl, .json, .csv, or .gz; may be repeated",
+        json_schema_extra=REPEATED,
+    )
+    heldout: TextFiles = Field(
+        (),
+        description="more of it to measure on; default: --heldout-share of --data; may be repeated",
+        json_schema_extra=USUAL | REPEATED,
     )
     heldout_share: float = Field(
         0.2, gt=0, lt=1, description="share of the documents that is not tuned on then", json_schema_extra=MEASURING

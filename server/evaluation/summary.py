@@ -205,6 +205,8 @@ def _shown(name: str, value: Any) -> Any:
         return [f"{label}={path.name}" for label, path in named_paths(value)]
     if isinstance(value, Path):
         return value.name
+    if name in {"data", "heldout"} and len(value) == 1:
+        return value[0].name
     if isinstance(value, tuple):
         return [item.name if isinstance(item, Path) else item for item in value]
     return value

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from offsite.artefacts.round import MAX_STEPS
-from offsite.config import COMBINING, MEASURING, NETWORK, OUTPUT, PRIVACY, ROUNDS, USUAL
+from offsite.config import COMBINING, MEASURING, NETWORK, OUTPUT, PRIVACY, REPEATED, ROUNDS, USUAL
 from offsite.keys.config import NAME_PATTERN
 from offsite.modelling.config import ModelFlag
-from offsite.text.config import BlockSettings
+from offsite.text.config import BlockSettings, TextFiles
 from server.exchange.config import ServeExchangeConfig
 from server.registry.config import OwnRegistryConfig
 
@@ -149,8 +149,10 @@ class RoundsConfig(ModelFlag, BlockSettings):
     realign_rank: int | None = Field(
         None, ge=1, description="cut a realignment's difference to this rank", json_schema_extra=ROUNDS
     )
-    public: Path | None = Field(
-        None, description="public text on which the emulator is realigned", json_schema_extra=ROUNDS
+    public: TextFiles = Field(
+        (),
+        description="public text on which the emulator is realigned; may be repeated",
+        json_schema_extra=ROUNDS | REPEATED,
     )
 
     heldout: dict[str, str] = Field(
@@ -188,7 +190,7 @@ class RoundsConfig(ModelFlag, BlockSettings):
             problems.append("--secure: the owner sees no single update, so no rule, norm or central noise goes with it")
         if self.secure and self.threshold is not None and self.threshold < self.min_clients:
             problems.append(f"--threshold {self.threshold}: below --min-clients {self.min_clients}")
-        if self.realign_every and (self.public is None or self.mode == "personal"):
+        if self.realign_every and (not self.public or self.mode == "personal"):
             problems.append("--realign-every: needs --public, and one shared model to realign with")
         if problems:
             raise ValueError("; ".join(problems))

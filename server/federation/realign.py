@@ -53,7 +53,8 @@ class Realigner:
         config, out = self._config, self._folder / f"realigned-{due:04d}"
         say(f"realigning the emulator after round {due} on public text")
         words = ["realign", str(self._package.path.resolve()), str(round_.path.resolve()), "--model", config.model]
-        words += ["--public", str(Path(str(config.public)).resolve()), "--steps", str(config.realign_steps)]
+        words += [word for path in config.public for word in ("--public", str(path.resolve()))]
+        words += ["--steps", str(config.realign_steps)]
         words += ["--block-tokens", str(config.block_tokens), "-o", str(out.resolve())]
         words += [] if config.realign_rank is None else ["--rank", str(config.realign_rank)]
         stage = Stage("realign", self._folder, words, leaves=out, inputs={"round": round_.digest})

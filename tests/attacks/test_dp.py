@@ -95,7 +95,7 @@ def test_row_28_a_spent_budget_trains_nothing(make, tmp_path, capsys, monkeypatc
     first = run(make("first"))["privacy"]
     monkeypatch.setattr(PrivateStepper, "step", lambda *_: pytest.fail("trained"))
     config = make("second")
-    words = ["tune", str(config.package), "--data", str(config.data), "-o", str(config.output), "--steps", "6"]
+    words = ["tune", str(config.package), "--data", str(config.data[0]), "-o", str(config.output), "--steps", "6"]
     words += ["--block-tokens", "32", "--adapter", "bitfit", "--device", "cpu", "--dp", "noise_multiplier=1.0"]
     code = cli.run([*words, f"dp.ledger={config.dp.ledger}"])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("offsite: error:")]
@@ -209,7 +209,7 @@ def test_row_29_the_size_of_a_batch_is_not_in_the_bundle(make, tmp_path):
 @pytest.mark.slow
 def test_row_26_killed_anywhere_it_is_charged_once(make, tmp_path):
     config = make(steps=60)
-    command = [sys.executable, "-P", "-m", "offsite", "tune", str(config.package), "--data", str(config.data)]
+    command = [sys.executable, "-P", "-m", "offsite", "tune", str(config.package), "--data", str(config.data[0])]
     command += ["-o", str(config.output), "--steps", "60", "--block-tokens", "32", "--adapter", "bitfit"]
     command += ["--precision", "fp32", "--device", "cpu", "--learning-rate", "0.01", "--checkpoint-every", "4"]
     command += ["--dp", f"noise_multiplier=1.0,ledger={config.dp.ledger}"]

@@ -127,7 +127,8 @@ def test_the_command_line_says_one_line(tamper, dropped_package, tmp_path, capfd
     assert cli.run(words) == 2
     out, err = capfd.readouterr()
     assert out == ""
-    first, hint = err.splitlines()
+    *_, first, hint = err.splitlines()
+    assert SECRET not in err
     assert first.startswith("offsite: error: rows.jsonl: line ")
     assert first.endswith(": the chat template fails on the conversation (TypeError)")
     assert hint.startswith("offsite: hint: ")
@@ -149,4 +150,6 @@ def test_a_package_whose_pattern_could_go_on_for_ever_is_refused_before_any_text
     (tmp_path / "a.txt").write_text(SECRET)
     assert cli.run(["tune", str(package), "--data", "a.txt", "-o", "bundle", "--device", "cpu"]) == 3
     out, err = capfd.readouterr()
-    assert (out, len(err.splitlines())) == ("", 2)
+    assert out == ""
+    assert [line.split(":")[1] for line in err.splitlines() if line.startswith("offsite:")] == [" error", " hint"]
+    assert SECRET not in err

@@ -36,7 +36,7 @@ def second(federated):
 
 def audit_words(member, round_, out, **changes):
     bundle = round_.path.parent / "bundle"
-    given = {"package": member.config.package, "bundle": bundle, "data": member.config.data, "round": round_.path}
+    given = {"package": member.config.package, "bundle": bundle, "data": member.config.data[0], "round": round_.path}
     stated = {name: str(value) for name, value in {**given, "output": out, **changes}.items() if value is not None}
     return build(AuditBundleConfig, flags={**stated, "rows": 20, "device": "cpu"})
 

@@ -26,7 +26,7 @@ def made(settings, dropped_package, letters_tokenizer):
 
     def make(steps=1000, best=None, canaries=(), answered=None, **changes):
         config = settings(dropped_package.path, **changes)
-        records = read_records(config.data)
+        records = read_records(config.data[0])
         text = prepare(
             records, letters_tokenizer, block_tokens=config.block_tokens, batch_size=config.batch_size,
             packed=config.packed, audit_share=config.audit_share, seed=config.seed,
@@ -192,7 +192,7 @@ def test_of_users_the_rows_that_count_are_the_first_ones(settings, dropped_packa
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     dp = DPSettings(noise_multiplier=1.0, unit="user", user_field="who", rows_per_user=2)
     config = settings(dropped_package.path, data=path, dp=dp)
-    records = read_as(path, text_settings(config))
+    records = read_as([path], text_settings(config))
     sides = split_records(records, validation=0.1, audit_share=0.0, seed=0)
     run = Run(
         bundle_digest="sha256:" + "1" * 64, package_digest="sha256:" + "1" * 64, base_digest="sha256:" + "1" * 64,

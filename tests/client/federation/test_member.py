@@ -16,6 +16,7 @@ from offsite.errors import (
     ArtefactError,
     BadDigest,
     ConfigError,
+    DataError,
     PolicyError,
     Replayed,
     RunFailed,
@@ -239,7 +240,6 @@ def test_another_package(federated, dropped_package):
         ({"audit_rows": 0}, "audit-rows"),
         ({"audit": True}, "none are set aside"),
         ({"audit": True, "audit_rows": 999, "tune": {"audit_share": 0.3}}, "no gate could fail"),
-        ({"data": "nowhere.txt"}, "no file named 'nowhere.txt'"),
         ({"tune": {"steps": 5}}, r"tune\.steps: the owner's round and job say it"),
         ({"tune": {"rank": 5}}, r"tune\.rank: the owner's round and job say it"),
         ({"tune": {"output": "x"}}, r"tune\.output: it is given beside tune"),
@@ -254,6 +254,11 @@ def test_another_package(federated, dropped_package):
 def test_settings_that_do_not_fit(federated, changes, message):
     with pytest.raises(ConfigError, match=message):
         federated.member("anna", **changes)
+
+
+def test_text_that_is_not_there(federated):
+    with pytest.raises(DataError, match=r"^nowhere\.txt: no such file$"):
+        federated.member("anna", data="nowhere.txt")
 
 
 def test_join_s_settings_are_the_member_s(federated):

@@ -30,7 +30,7 @@ def refused(**changes: object) -> str:
 
 def test_only_package_data_and_output_must_be_given():
     config = made()
-    assert (config.package, config.data, config.output) == (Path("package"), Path("notes.txt"), Path("bundle"))
+    assert (config.package, config.data, config.output) == (Path("package"), (Path("notes.txt"),), Path("bundle"))
     assert (config.adapter, config.placement, config.disclose, config.resume) == ("blocks", "2+2", (), False)
     for name in NEEDED:
         with pytest.raises(ConfigError, match=f"{name.upper()}|--{name}"):

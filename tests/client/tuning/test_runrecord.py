@@ -26,7 +26,7 @@ def test_the_record_names_everything_by_digest_and_repeats_the_split(settings, d
     found = read_run(run_path(config.output))
     assert found.bundle_digest == told["bundle_digest"] == open_bundle(config.output).digest
     assert (found.package_digest, found.base_digest) == (dropped_package.digest, dropped_package.manifest.base_digest)
-    assert found.data_sha256 == sha256_file(config.data)
+    assert found.data_sha256 == sha256_file(config.data[0])
     assert found.adapter == config.spec()
     assert (found.steps, found.batch_size, found.learning_rate) == (6, 4, 2e-3)
     assert (found.claim, found.canaries, found.num_canaries, found.job_id) == (None, None, 0, None)

@@ -138,7 +138,7 @@ def test_the_model_reads_like_the_package_with_the_bundle_in_it(settings, fixed,
     fresh = attach_to_package(dropped_package, spec, device=torch.device("cpu"), seed=99)
     fresh.load(open_bundle(config.output).load_tensors(names))
     text = prepare(
-        read_records(config.data), dropped_package.load_tokenizer(), block_tokens=32, batch_size=4, seed=config.seed
+        read_records(config.data[0]), dropped_package.load_tokenizer(), block_tokens=32, batch_size=4, seed=config.seed
     )
     total = count = 0
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_a_few_steps_equal_a_loop_written_by_hand(settings, dropped_package):
     optimiser = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}], 0.01
     )
-    text = prepare(read_records(config.data), dropped_package.load_tokenizer(), block_tokens=32, batch_size=4)
+    text = prepare(read_records(config.data[0]), dropped_package.load_tokenizer(), block_tokens=32, batch_size=4)
     for step in range(3):
         batch = text.batches.batch(step)
         optimiser.zero_grad()
@@ -496,7 +496,7 @@ def test_what_the_package_cannot_carry(request, settings, tmp_path, package_name
 )
 def test_steps_warmup_and_validations_follow_from_each_other(settings, letters_tokenizer, changes, expected, tmp_path):
     config = settings(tmp_path, **changes)
-    text = prepare(read_records(config.data), letters_tokenizer, block_tokens=32, batch_size=4)
+    text = prepare(read_records(config.data[0]), letters_tokenizer, block_tokens=32, batch_size=4)
     assert text.batches.num_steps_per_epoch == 20
     found = loop_settings(config, text)
     assert (found.steps, found.warmup_steps, found.evaluate_every) == expected
@@ -624,7 +624,7 @@ def test_tensors_that_are_not_finite_are_rejected_before_training(settings, drop
 def test_a_bundle_is_not_a_package(settings, dropped_package, tmp_path):
     config = settings(dropped_package.path, steps=2)
     run(config)
-    code = cli.run(["tune", str(config.output), "--data", str(config.data), "-o", str(tmp_path / "again")])
+    code = cli.run(["tune", str(config.output), "--data", str(config.data[0]), "-o", str(tmp_path / "again")])
     assert code == 3
 
 

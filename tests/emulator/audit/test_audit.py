@@ -181,8 +181,8 @@ def test_broken_off_and_resumed_it_writes_the_same_audit(settings, pack_speaker,
 @pytest.mark.slow
 def test_killed_and_resumed_is_an_unbroken_audit(settings, pack_speaker, tmp_path):
     config = settings(pack_speaker("drop", blocks=2))
-    words = ["audit", "package", str(config.package), "--model", config.model, "--heldout", str(config.heldout)]
-    words += ["--public", str(config.public), "--block-tokens", str(TOKENS), "--recovery-tokens", "2000,6000"]
+    words = ["audit", "package", str(config.package), "--model", config.model, "--heldout", str(config.heldout[0])]
+    words += ["--public", str(config.public[0]), "--block-tokens", str(TOKENS), "--recovery-tokens", "2000,6000"]
     words += ["--attack", "as_is_all", "--all-rates", "1e-3,3e-3", "--checkpoint-every", "4", "--device", "cpu"]
     command = [sys.executable, "-m", "offsite", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -267,7 +267,7 @@ def test_attacks_are_named_as_an_audit_may_name_them():
 
 def test_the_command_line_ends_with_one_json_object(settings, pack_speaker, tmp_path, capsys):
     config = settings(pack_speaker("drop", blocks=2), public=None, **NO_ATTACK)
-    words = [str(config.package), "--model", config.model, "--heldout", str(config.heldout), "--device", "cpu"]
+    words = [str(config.package), "--model", config.model, "--heldout", str(config.heldout[0]), "--device", "cpu"]
     words += ["--block-tokens", str(TOKENS), "-o", str(tmp_path / "audit"), "--max-capability", "0.5"]
     assert cli.run(["audit", "package", *words]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -14,7 +14,7 @@ GOOD = {"model": "m", "output": "out", "public": "text.txt"}
 def test_defaults_are_width_with_distillation() -> None:
     config = build(DistillConfig, flags=GOOD)
     assert (config.method, config.width, config.channels, config.blocks) == ("width", 0.33, "obs", None)
-    assert (config.bottom, config.top, config.public) == (2, 2, Path("text.txt"))
+    assert (config.bottom, config.top, config.public) == (2, 2, (Path("text.txt"),))
     assert config.steps > 0
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.cli import run as cli
+from offsite.digests import sha256_file, sha256_files
 from offsite.errors import RunFailed
 from offsite.text.records import read_records, split_by_document
 from server.evaluation.rehearse import Rehearsal
@@ -75,11 +76,14 @@ def last_of_each(words):
 
 @pytest.fixture
 def rehearse(dropped_package, llama_folder, texts, capsys):
-    def call(*more, model=llama_folder, package=dropped_package.path, settings=SETTINGS, heldout=True):
-        words = ["rehearse", str(model), "--package", str(package), "--data", str(texts / "public.jsonl")]
+    def call(
+        *more, model=llama_folder, package=dropped_package.path, settings=SETTINGS, heldout=True, data=("public",)
+    ):
+        words = ["rehearse", str(model), "--package", str(package)]
+        given = [] if "--data" in settings else [str(texts / f"{name}.jsonl") for name in data]
         words += ["--heldout", str(texts / "more.jsonl")] if heldout else []
         words += ["-o", str(texts / "found.json"), *settings, *more]
-        code = cli(last_of_each(words))
+        code = cli([*last_of_each(words), *(word for path in given for word in ("--data", path))])
         shown = capsys.readouterr()
         return code, json.loads(shown.out.splitlines()[-1]) if code == 0 else None, shown.err
 
@@ -126,7 +130,7 @@ def test_without_more_text_a_share_of_the_documents_is_measured_on(rehearse, in_
 
 def test_one_document_cannot_be_shared_out(rehearse, in_this_process, texts):
     (texts / "one.jsonl").write_text('{"text": "patient"}\n')
-    code, _, err = rehearse("--data", str(texts / "one.jsonl"), heldout=False)
+    code, _, err = rehearse(data=["one"], heldout=False)
     assert code == 2
     assert "1 document(s), expected at least two to hold one out" in err
     assert in_this_process == {}
@@ -137,9 +141,25 @@ def test_one_document_cannot_be_shared_out(rehearse, in_this_process, texts):
 def test_text_of_any_form_is_tuned_on_and_measured(row, rehearse, in_this_process, texts):
     rows = [{name: f"{value} {number}" for name, value in row.items()} for number in range(30)]
     (texts / "rows.jsonl").write_text("".join(json.dumps(own) + "\n" for own in rows))
-    words = ["--data", str(texts / "rows.jsonl"), "--learning-rate", "0.01", "--scale", "1"]
-    code, _, err = rehearse(*words, *(["--fields", "text=body"] if "body" in row else []), heldout=False)
+    words = ["--learning-rate", "0.01", "--scale", "1"]
+    more = ["--fields", "text=body"] if "body" in row else []
+    code, _, err = rehearse(*words, *more, heldout=False, data=["rows"])
     assert code == 0, err
+
+
+def test_files_of_different_forms_are_read_together_and_each_has_its_digest(rehearse, in_this_process, texts):
+    rows = [{"prompt": f"how high {number}", "completion": f" {number} degrees"} for number in range(30)]
+    (texts / "rows.jsonl").write_text("".join(json.dumps(own) + "\n" for own in rows))
+    code, _, err = rehearse("--learning-rate", "0.01", "--scale", "1", heldout=False, data=["public", "rows"])
+    assert code == 0, err
+    found = Rehearsal.model_validate_json((texts / "found.json").read_bytes())
+    files = [texts / "public.jsonl", texts / "rows.jsonl"]
+    assert found.data_files == tuple(map(sha256_file, files))
+    assert found.data_sha256 == found.heldout.sha256 == sha256_files(files)
+    assert [(one.name, one.sha256) for one in found.heldout.files] == [(one.name, sha256_file(one)) for one in files]
+    assert "--data public.jsonl --data rows.jsonl" in found.command
+    (words,) = (words for name, words in in_this_process.items() if name.startswith("tune"))
+    assert len([word for word in words if word == "--data"]) == 2
 
 
 def test_the_file_holds_no_path_and_no_text(rehearse, in_this_process, dropped_package, texts):
