@@ -24,7 +24,7 @@ def show(thing: Thing) -> dict[str, object]:
         ArtefactError: with the subclass of the check that failed.
     """
     manifest = open_adapted(thing.path)
-    say(f"adapted folder {thing.name}: {_FILES_AGREE}; it stays with the owner")
+    say(f"adapted folder {thing.name}: {_FILES_AGREE}")
     facts(
         {
             "form": f"{manifest.form}: {_FORMS[manifest.form]}",

@@ -102,12 +102,10 @@ def test_a_job_in_words(parties, monkeypatch):
 
 def test_a_jobs_terms_are_its_senders_words(parties):
     stated = read_job(parties.client / "job").job.model_dump()
-    terms = "Line one.\nverified: every byte\nten\u202egpj\n" + "x\n" * 500
+    terms = "Line one.\nverified: every byte\n" + "x\n" * 500
     write_job(parties.client / "other", Job(**{**stated, "terms": terms, "learning_rate": 0.002}))
     _, words = parties.inspect("client", "other")
-    assert (
-        "  terms        | Line one.\n               | verified: every byte\n               | ten\\u202egpj\n" in words
-    )
+    assert "  terms        | Line one.\n               | verified: every byte\n               | x\n" in words
     assert f"... of {len(terms):,} characters in all" in words
     assert len(words.splitlines()) < 110
     assert "0.002 advised" in words
@@ -408,7 +406,7 @@ def test_hostile_text_is_escaped(parties, party, file, where):
 
 
 @pytest.mark.parametrize("line", ["licence", "setting"])
-def test_a_direction_mark_in_a_package_is_escaped(parties, line):
+def test_a_direction_mark_in_a_package_is_refused_and_not_shown(parties, line):
     path = parties.owner / "package" / "offsite.json"
     marked = "MIT\u202e"
 
@@ -419,7 +417,9 @@ def test_a_direction_mark_in_a_package_is_escaped(parties, line):
             stated["method"]["settings"]["how"] = marked
 
     edited(path, change)
-    assert "MIT\\u202e" in parties.inspect("owner", "package")[1]
+    out, words = parties.inspect("owner", "package", code=3)
+    assert out == ""
+    assert "\u202e" not in words
 
 
 def test_every_kind_has_a_function_that_is_there():
