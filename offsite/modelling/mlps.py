@@ -41,7 +41,7 @@ MLP_NAMES: tuple[tuple[tuple[str, ...], str, bool], ...] = (
 FUSED_NAMES = (("gate_up_proj", 2), ("up_proj", 1))
 FUSED_OUTPUT = "down_proj"
 
-_LISTED = re.compile(r"((?:.*\.)?[a-z_]*experts)\.\d+")
+_LISTED = re.compile(r"((?:.*\.)?[a-z_]*experts)\.[0-9]+")
 _CONTAINER = re.compile(r"(^|\.)[a-z_]*experts?$")
 
 

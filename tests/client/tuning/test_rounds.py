@@ -323,7 +323,7 @@ def test_a_round_of_another_job(changes, error, message, whole_package, make_rou
     parties = {name: "-".join([letter * 4] * 13) for name, letter in (("owner", "a"), ("client", "b"))}
     stated = {"package_digest": whole_package.digest, "base_digest": whole_package.manifest.base_digest}
     job = Job(
-        job_id="1" * 32, created=1, expires=2, **parties, **{**stated, "adapter": spec_of(), "rounds": 3, **changes}
+        job_id="1" * 32, created=1, expires=2**39, **parties, **{**stated, "adapter": spec_of(), "rounds": 3, **changes}
     )
     write_job(tmp_path / "job", job)
     made = config(whole_package, make_round(whole_package), job=tmp_path / "job")
