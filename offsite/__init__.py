@@ -20,9 +20,9 @@ __all__ = [
     "digests",
     "errors",
     "faults",
+    "folders",
     "stages",
     "staging",
-    "store",
     "strictjson",
     "tensors",
 ]

@@ -9,8 +9,6 @@ between is made good by the same command.
 
 from __future__ import annotations
 
-import glob
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +24,7 @@ from offsite.errors import ArtefactError, ConfigError, PolicyError, RunFailed, W
 from offsite.faults import reach
 from offsite.modelling.fetch import fetched_folder, known
 from offsite.modelling.load import load_model, load_tokenizer
-from offsite.staging import refuse_existing, staged_folder
+from offsite.staging import leftovers, refuse_existing, remove, staged_folder
 from offsite.tensors import read_tensors, spec_of, write_tensors
 from server.plugging.adapted import AdaptedManifest, Form, open_adapted, stored_names
 from server.plugging.config import PlugConfig
@@ -133,8 +131,8 @@ def is_of(output: Path, entry: Entry, scale: float) -> bool:
 
 def collect_partial(output: Path) -> None:
     """What a plugging in to `output` that was killed left beside it is gone."""
-    for path in output.absolute().parent.glob(f".{glob.escape(output.name)}.*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in leftovers(output):
+        remove(path)
 
 
 def _plug_in(

@@ -16,9 +16,9 @@ import threading
 import pytest
 
 from offsite import faults
-from offsite import store as module
 from offsite.errors import BadDigest, Replayed, RunFailed, WrongBinding
-from offsite.store import Store, read_log, verify_log
+from offsite.state.chain import LINE_LIMIT_BYTES, read_log, verify_log
+from offsite.state.store import Store
 
 SCHEMA = ("CREATE TABLE words (word TEXT PRIMARY KEY, number INTEGER NOT NULL) STRICT",)
 STEPS = ("commit-before", "commit-after", "log-half", "log-after", "head-after")
@@ -192,7 +192,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from offsite.errors import RunFailed
-from offsite.store import Store
+from offsite.state.store import Store
 folder = Path(sys.argv[1])
 store = Store(folder / "words.db", ["CREATE TABLE words (word TEXT PRIMARY KEY, number INTEGER NOT NULL) STRICT"],
               anchor=folder / "keys" / "words.head")
@@ -366,6 +366,9 @@ def test_without_a_hook_a_fault_point_does_nothing():
 
 def test_a_line_beyond_the_limit_is_refused_and_changes_nothing(opened):
     with opened() as store:
-        with pytest.raises(ValueError, match="limit"), store.transaction() as transaction:
-            transaction.log("x", text="y" * module.LINE_LIMIT_BYTES)
+        with (
+            pytest.raises(RunFailed, match=r"'x' would be a log line of \d+ bytes, limit 65536$"),
+            store.transaction() as transaction,
+        ):
+            transaction.log("x", text="y" * LINE_LIMIT_BYTES)
         assert json.loads(store.log_path.read_bytes())["event"] == "schema"
