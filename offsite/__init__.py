@@ -20,10 +20,10 @@ __all__ = [
     "digests",
     "errors",
     "faults",
+    "folders",
     "problems",
     "stages",
     "staging",
-    "store",
     "strictjson",
     "tensors",
 ]

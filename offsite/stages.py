@@ -20,7 +20,7 @@ from typing import Any
 from offsite import __version__
 from offsite.console import PLAYED, say
 from offsite.errors import RunFailed
-from offsite.staging import staged_file
+from offsite.staging import leftovers, staged_file
 
 _POLL_SECONDS = 0.05
 _PATIENCE_SECONDS = 10.0
@@ -101,7 +101,7 @@ def _clear(stage: Stage) -> None:
     if stage.leaves is None:
         return
     folder, name = stage.leaves.parent, stage.leaves.name
-    for path in (stage.leaves, folder / f"{name}.work", *folder.glob(f".{name}.*.partial")):
+    for path in (stage.leaves, folder / f"{name}.work", *leftovers(stage.leaves)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -1,16 +1,23 @@
-"""Outputs appear whole or not at all: write beside the target, fsync, rename."""
+"""Outputs appear whole or not at all: write beside the target, fsync, rename.
+
+What is not whole yet is called ``.NAME.XXXXXXXX.partial``, with eight hexadecimal digits. It is held open while it is
+written: if it has to go, it is emptied through that handle, wherever somebody may have moved it meanwhile.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from offsite.errors import ConfigError, RunFailed
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def refuse_existing(out: Path) -> None:
@@ -50,28 +57,49 @@ def require_place(out: Path) -> None:
 def staged_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder beside `out` that becomes `out` when the block ends well.
 
-    Every file in it is flushed to disk before the rename. On any error the folder is removed and
+    Every file in it is flushed to disk before the rename. On any error the folder is emptied and removed, and
     nothing stands at `out`.
 
     Raises:
         ConfigError: when `out` exists.
-        RunFailed: when the disk is full or the folder cannot be written.
+        RunFailed: when the disk is full, the folder cannot be written, or somebody moved it meanwhile.
     """
+    with staged_handle(out) as (stage, _):
+        yield stage
+
+
+@contextmanager
+def staged_handle(out: Path) -> Iterator[tuple[Path, int]]:
+    """Yield as `staged_folder`, and with it the folder's handle: what is written through it never goes elsewhere."""
     refuse_existing(out)
     stage = _beside(out)
-    try:
-        stage.mkdir(parents=True)
-        yield stage
-        for path in sorted(stage.rglob("*")):
-            if path.is_file():
-                fsync(path)
-        fsync(stage)
-        stage.rename(out)
-        fsync(out.parent)
-    except OSError as error:
-        raise RunFailed(f"cannot write {out.name!r}: {_reason(error)}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    with _refusing(out):
+        stage.parent.mkdir(parents=True, exist_ok=True)
+        parent = os.open(stage.parent, _FOLDER & ~os.O_NOFOLLOW)
+        try:
+            os.mkdir(stage.name, dir_fd=parent)
+            folder = os.open(stage.name, _FOLDER, dir_fd=parent)
+            try:
+                yield stage, folder
+                for path in sorted(stage.rglob("*")):
+                    if path.is_file():
+                        fsync(path)
+                os.fsync(folder)
+                if not is_same(stage, folder):
+                    raise RunFailed(
+                        f"cannot write {out.name!r}: its folder was moved while it was written", hint="run it again"
+                    )
+                stage.rename(out)
+                os.fsync(parent)
+            except BaseException:
+                empty(folder)
+                with suppress(OSError):
+                    os.rmdir(stage.name, dir_fd=parent)
+                raise
+            finally:
+                os.close(folder)
+        finally:
+            os.close(parent)
 
 
 @contextmanager
@@ -85,16 +113,54 @@ def staged_file(out: Path, *, replace: bool = False) -> Iterator[Path]:
     if not replace:
         refuse_existing(out)
     stage = _beside(out)
-    try:
+    with _refusing(out):
         stage.parent.mkdir(parents=True, exist_ok=True)
-        yield stage
-        fsync(stage)
-        stage.replace(out)
-        fsync(out.parent)
-    except OSError as error:
-        raise RunFailed(f"cannot write {out.name!r}: {_reason(error)}") from error
-    finally:
-        stage.unlink(missing_ok=True)
+        parent = os.open(stage.parent, _FOLDER & ~os.O_NOFOLLOW)
+        try:
+            yield stage
+            fsync(stage)
+            os.rename(stage.name, out.name, src_dir_fd=parent, dst_dir_fd=parent)
+            os.fsync(parent)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(stage.name, dir_fd=parent)
+            os.close(parent)
+
+
+def leftovers(out: Path) -> list[Path]:
+    """Return what runs that were killed left beside `out`: what this module names so, and nothing else."""
+    form = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.partial")
+    try:
+        return sorted(path for path in out.absolute().parent.iterdir() if form.fullmatch(path.name))
+    except FileNotFoundError:
+        return []
+
+
+def remove(path: Path) -> None:
+    """The file, link or folder at `path` is gone, as far as the disk allows; no link in it is followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def empty(folder: int) -> None:
+    """Nothing is left in the open folder, as far as the disk allows, wherever it may stand now."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            try:
+                os.unlink(name, dir_fd=folder)
+            except OSError:
+                shutil.rmtree(name, ignore_errors=True, dir_fd=folder)
+
+
+def is_same(path: Path, folder: int) -> bool:
+    """Tell whether the open folder still stands at `path`."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return os.path.samestat(found, os.fstat(folder))
 
 
 def make_readable(folder: Path) -> None:
@@ -112,6 +178,14 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _refusing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"cannot write {out.name!r}: {_reason(error)}") from error
 
 
 def _reason(error: OSError) -> str:

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -92,17 +92,23 @@ def read_header(
         TooLarge: when the header is longer than `limit_bytes` or holds more than `max_tensors` entries.
         BadSchema: when the file is not a safetensors file, or not one in the form of `parse_header`.
     """
-    what = f"file {path.name!r}"
     with path.open("rb") as handle:
-        size = os.fstat(handle.fileno()).st_size
-        prefix = handle.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > size - 8:
-            raise BadSchema(f"{what} is not a safetensors file: header of {length} bytes in a file of {size}")
-        if length > limit_bytes:
-            raise TooLarge(f"{what}: header of {length} bytes, limit {limit_bytes}")
-        raw = handle.read(length)
-    return parse_header(raw, size - 8 - length, what=what, max_tensors=max_tensors)
+        return read_open_header(handle, what=f"file {path.name!r}", limit_bytes=limit_bytes, max_tensors=max_tensors)
+
+
+def read_open_header(
+    handle: BinaryIO, *, what: str, limit_bytes: int = HEADER_LIMIT_BYTES, max_tensors: int = MAX_TENSORS
+) -> dict[str, TensorSpec]:
+    """Return what an open file declares, as `read_header`; `what` names it in messages."""
+    size = os.fstat(handle.fileno()).st_size
+    handle.seek(0)
+    prefix = handle.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > size - 8:
+        raise BadSchema(f"{what} is not a safetensors file: header of {length} bytes in a file of {size}")
+    if length > limit_bytes:
+        raise TooLarge(f"{what}: header of {length} bytes, limit {limit_bytes}")
+    return parse_header(handle.read(length), size - 8 - length, what=what, max_tensors=max_tensors)
 
 
 def parse_header(

@@ -7,6 +7,7 @@ by hand.
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from offsite.console import Progress, say, table
 from offsite.digests import sha256_file
 from offsite.errors import ArtefactError, BadDigest, ConfigError, RunFailed, TooLarge, WrongBinding, WrongRecipient
 from offsite.exchange.wire import Offers, OfferSummary, Status, declare
+from offsite.folders import names_in
 from offsite.keys.identity import Identity, open_identity
 from offsite.keys.trust import TrustStore
 from offsite.sealed.folder import (
@@ -39,6 +41,7 @@ MAX_PART_BYTES = 8 * 2**20
 
 _POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.2, 5.0
 _MAX_ROUNDS = 100
+_PAYLOAD_NAME = re.compile(r"[0-9a-f]{64}\.enc")
 
 
 def pull_run(config: PullConfig) -> dict[str, object]:
@@ -263,15 +266,27 @@ def _prepare(work: Path, raw: RawSealed, manifest: SealedManifest) -> int:
     if work.is_symlink() or (work.exists() and not work.is_dir()):
         raise ConfigError(f"{work.name!r} is in the way", hint="delete it")
     known = work / MANIFEST_FILE
+    if work.is_dir() and not _is_own(work):
+        raise ConfigError(
+            f"{work.name!r} is in the way: it holds more than an unfinished pull", hint="choose another -o"
+        )
     if work.is_dir() and not (known.is_file() and known.read_bytes() == raw.manifest_raw):
         shutil.rmtree(work)
     (work / PAYLOAD).mkdir(parents=True, exist_ok=True)
     known.write_bytes(raw.manifest_raw)
     sizes = {file.payload_name: file.sealed_bytes for file in manifest.files}
     for path in (work / PAYLOAD).iterdir():
-        if path.is_symlink() or path.stat().st_size > sizes.get(path.name, -1):
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > sizes.get(path.name, -1):
             path.unlink()
     return sum(path.stat().st_size for path in (work / PAYLOAD).iterdir())
+
+
+def _is_own(work: Path) -> bool:
+    """Tell whether nothing lies in the work folder but what a pull writes there."""
+    payload = work / PAYLOAD
+    if payload.is_symlink() or names_in(work) - {MANIFEST_FILE, SIGNATURES_FILE, KEYS_FILE, PAYLOAD}:
+        return False
+    return not payload.is_dir() or all(_PAYLOAD_NAME.fullmatch(name) for name in names_in(payload))
 
 
 def _upload(exchange: ExchangeClient, sealed: Path, raw: RawSealed, manifest: SealedManifest) -> tuple[Status, int]:

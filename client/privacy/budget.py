@@ -4,12 +4,12 @@ A run is charged in full before its first step; resuming it charges nothing more
 budget: their privacy loss on it adds up, whatever else is in the files. The budget is set by the first run and can only
 be lowered. A bundle is recorded before it is written, and a run has one: other weights need another run.
 
-The folder holds ``budget.db`` with its hash-chained ``budget.log`` (`offsite.store`), and ``key``. Records are known by
-digests under that key, so the ledger tells nobody what is in the data: one of a record as it stands, and one of what
-it says (`offsite.text.fold`), so that a space more, another case or another Unicode form is no new record. Its head
-stands beside the folder; an older copy of the ledger is refused. A ledger and head that were both deleted are gone:
-nothing can remember for them. Nor can it see that two texts mean the same: a record in other words, in another order,
-or cut in two, is a new one.
+The folder holds ``budget.db`` with its hash-chained ``budget.log`` (`offsite.state.store`), and ``key``. Records are
+known by digests under that key, so the ledger tells nobody what is in the data: one of a record as it stands, and one
+of what it says (`offsite.text.fold`), so that a space more, another case or another Unicode form is no new record. Its
+head stands beside the folder; an older copy of the ledger is refused. A ledger and head that were both deleted are
+gone: nothing can remember for them. Nor can it see that two texts mean the same: a record in other words, in another
+order, or cut in two, is a new one.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import hmac
 import json
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from sqlite3 import Row
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from offsite.audits.accounting import Mechanism, pld_epsilon
-from offsite.errors import ConfigError, PolicyError, RunFailed
+from offsite.errors import ConfigError, PolicyError, Replayed, RunFailed
 from offsite.staging import fsync
-from offsite.store import Store
+from offsite.state.store import Rows, Store
 from offsite.text.fold import said
 from offsite.text.records import Record
 
@@ -110,7 +110,7 @@ class BudgetLedger:
         except OSError as error:
             raise RunFailed(f"cannot use ledger {folder.name!r}: {(error.strerror or 'i/o error').lower()}") from None
         anchor = folder.parent / f"{folder.name}.head"
-        self._store = Store(folder / "budget.db", _MIGRATIONS, anchor=anchor)
+        self._store = Store(folder / "budget.db", _MIGRATIONS, anchor=anchor, agree=_agree)
         try:
             self._require_key()
         except BaseException:
@@ -278,6 +278,29 @@ class BudgetLedger:
     def _digest(self, label: str, text: str) -> bytes:
         message = f"offsite/v1/budget-{label}\0{text}".encode()
         return hmac.new(self._key, message, hashlib.sha256).digest()[:16]
+
+
+def _agree(lines: Iterable[Mapping[str, Any]], rows: Rows) -> None:
+    """Return only if the runs are those of which the log's lines tell, as often resumed and released.
+
+    Raises:
+        Replayed: when they are others.
+    """
+    told: dict[str, list[Any]] = {}
+    for line in lines:
+        event, fields = line["event"], line["fields"]
+        if event == "charged":
+            told[fields["run"]] = [fields["budget"], 0, 0, None]
+        elif event == "resumed" and fields["run"] in told:
+            told[fields["run"]][1] += 1
+        elif event == "released":
+            told[fields["run"]][2:] = [told[fields["run"]][2] + 1, fields["weights"]]
+    found = rows("SELECT id, budget, num_resumes, num_releases, weights FROM runs")
+    if told != {row["id"]: list(tuple(row)[1:]) for row in found}:
+        raise Replayed(
+            "the budget ledger's runs are not what its log leads to: a file was turned back or edited",
+            hint="put the newest copies of budget.db, its log and its head back; older ones are never used",
+        )
 
 
 def _mechanism(row: Row) -> Mechanism:

@@ -18,6 +18,7 @@ from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.layout import Text
 from offsite.digests import DIGEST_PATTERN, sha256_bytes
 from offsite.errors import ArtefactError, TooLarge, WrongNames
+from offsite.folders import kind_of, listed, names_in, read_plain
 from offsite.keys.identity import FINGERPRINT_PATTERN
 from offsite.staging import staged_folder
 from offsite.strictjson import Strict, parse_strict
@@ -104,11 +105,12 @@ def read_job(folder: Path) -> OpenedJob:
         raise ArtefactError(f"no job folder named {folder.name!r}", hint="check the path")
     path = folder / JOB_NAME
     if path.is_symlink() or not path.is_file():
-        raise ArtefactError(f"folder {folder.name!r} holds no {JOB_NAME}", hint="open the sealed job first")
-    if extra := {found.name for found in folder.iterdir()} - {JOB_NAME}:
-        raise WrongNames(f"{folder.name!r}: {len(extra)} file(s) besides {JOB_NAME}")
-    with path.open("rb") as handle:
-        return parse_job(handle.read(JOB_LIMIT_BYTES + 1))
+        looks = kind_of(folder)
+        what = "" if looks is None else f": it is {looks}"
+        raise ArtefactError(f"folder {folder.name!r} holds no {JOB_NAME}{what}", hint="open the sealed job first")
+    if extra := names_in(folder) - {JOB_NAME}:
+        raise WrongNames(f"{folder.name!r} holds {listed(extra)} besides {JOB_NAME}")
+    return parse_job(read_plain(path, JOB_LIMIT_BYTES, JOB_NAME))
 
 
 def write_job(out: Path, job: Job) -> str:

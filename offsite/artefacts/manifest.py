@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import TypeVar
 from pydantic import Field, ValidationError
 
 from offsite.digests import DIGEST_PATTERN, sha256_bytes, sha256_file
-from offsite.errors import ArtefactError, BadDigest, BadSchema, TooLarge, WrongBinding, WrongNames
+from offsite.errors import ArtefactError, BadDigest, BadSchema, WrongBinding, WrongNames
+from offsite.folders import kind_of, listed, names_in, opened_plain, read_plain
 from offsite.strictjson import Strict
 from offsite.tensors import no_duplicates
 
@@ -43,12 +46,14 @@ def read_manifest(folder: Path, cls: type[Manifest], format_name: str) -> tuple[
     if not folder.is_dir():
         raise ArtefactError(f"no {kind} folder named {folder.name!r}", hint="check the path")
     if path.is_symlink() or not path.is_file():
+        looks = kind_of(folder)
         raise ArtefactError(
-            f"folder {folder.name!r} holds no {MANIFEST_NAME}", hint=f"is it a {kind} written by offsite?"
+            f"folder {folder.name!r} holds no {MANIFEST_NAME}" + ("" if looks is None else f": it is {looks}"),
+            hint="open it first: offsite open"
+            if looks and "sealed" in looks
+            else f"is it a {kind} written by offsite?",
         )
-    if path.stat().st_size > MANIFEST_LIMIT_BYTES:
-        raise TooLarge(f"{MANIFEST_NAME} of {folder.name!r}: over {MANIFEST_LIMIT_BYTES} bytes")
-    raw = path.read_bytes()
+    raw = read_plain(path, MANIFEST_LIMIT_BYTES, f"{MANIFEST_NAME} of {folder.name!r}")
     try:
         stated = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError):
@@ -90,18 +95,18 @@ def check_files(folder: Path, files: Mapping[str, FileEntry], allowed: re.Patter
     for name in files:
         if not allowed.fullmatch(name):
             raise WrongNames(f"{MANIFEST_NAME} of {folder.name!r} binds a file name that an artefact may not hold")
-    present = {path.name for path in folder.iterdir()} - {MANIFEST_NAME}
+    present = names_in(folder) - {MANIFEST_NAME}
     missing, extra = sorted(files.keys() - present), sorted(present - files.keys())
     if missing or extra:
-        what = f"file {missing[0]!r} is missing" if missing else f"{len(extra)} file(s) that the manifest does not bind"
+        what = f"file {missing[0]!r} is missing" if missing else f"the manifest does not bind {listed(extra)}"
         raise WrongNames(f"{folder.name!r}: {what}", hint="copy the folder again, whole and with nothing added")
     for name, entry in files.items():
         path = folder / name
         if path.is_symlink() or not path.is_file():
             raise WrongNames(f"{folder.name!r}: {name!r} is not a plain file")
-        if path.stat().st_size != entry.bytes:
-            raise BadDigest(
-                f"{folder.name!r}: {name!r} has {path.stat().st_size} bytes, the manifest says {entry.bytes}"
-            )
-        if sha256_file(path) != entry.sha256:
+        with opened_plain(path) as handle, open(handle, "rb", closefd=False) as file:
+            size, found = os.fstat(handle).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        if size != entry.bytes:
+            raise BadDigest(f"{folder.name!r}: {name!r} has {size} bytes, the manifest says {entry.bytes}")
+        if f"sha256:{found}" != entry.sha256:
             raise BadDigest(f"{folder.name!r}: SHA-256 of {name!r} is not the one the manifest states")

@@ -30,6 +30,7 @@ from offsite.artefacts.job import JOB_ID_PATTERN
 from offsite.audits.wordlist import WORDS
 from offsite.digests import DIGEST_PATTERN, sha256_bytes
 from offsite.errors import ArtefactError, BadDigest, BadSchema, PolicyError, TooLarge, WrongBinding, WrongNames
+from offsite.folders import listed, names_in
 from offsite.staging import staged_file, staged_folder
 from offsite.strictjson import Strict, parse_strict, write_compact
 from offsite.text.records import Record
@@ -364,8 +365,8 @@ def _read(folder: Path, name: str, limit_bytes: int, what: str, *, alone: bool =
     path = folder / name
     if path.is_symlink() or not path.is_file():
         raise ArtefactError(f"{what} {folder.name!r} holds no {name}", hint="offsite canaries writes it")
-    if alone and (extra := {found.name for found in folder.iterdir()} - {name}):
-        raise WrongNames(f"{what} {folder.name!r}: {len(extra)} file(s) besides {name}")
+    if alone and (extra := names_in(folder) - {name}):
+        raise WrongNames(f"{what} {folder.name!r} holds {listed(extra)} besides {name}")
     with path.open("rb") as handle:
         raw = handle.read(limit_bytes + 1)
     if len(raw) > limit_bytes:

@@ -22,6 +22,7 @@ from offsite.artefacts.job import JOB_ID_PATTERN
 from offsite.artefacts.layout import Key, Line, Method
 from offsite.digests import DIGEST_PATTERN, sha256_bytes
 from offsite.errors import ArtefactError, TooLarge, WrongNames
+from offsite.folders import listed, names_in
 from offsite.staging import staged_file, staged_folder
 from offsite.strictjson import Sparse, Strict, parse_object, parse_strict
 
@@ -420,8 +421,8 @@ def read_audit(folder: Path) -> tuple[Audit, str]:
     path = folder / AUDIT_NAME
     if path.is_symlink() or not path.is_file():
         raise ArtefactError(f"folder {folder.name!r} holds no {AUDIT_NAME}", hint="offsite audit writes it")
-    if extra := {found.name for found in folder.iterdir()} - {AUDIT_NAME}:
-        raise WrongNames(f"{folder.name!r}: {len(extra)} file(s) besides {AUDIT_NAME}")
+    if extra := names_in(folder) - {AUDIT_NAME}:
+        raise WrongNames(f"{folder.name!r} holds {listed(extra)} besides {AUDIT_NAME}")
     raw = _limited(path)
     return parse_audit(parse_object(raw, AUDIT_NAME)), sha256_bytes(raw)
 

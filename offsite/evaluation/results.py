@@ -181,21 +181,30 @@ def read_results(folder: Path) -> Results:
         raise ArtefactError(f"no folder named {folder.name!r}", hint="give the folder that offsite evaluate wrote")
     if not path.is_file():
         raise ArtefactError(f"folder {folder.name!r} holds no {RESULTS_NAME}", hint="offsite evaluate writes one")
-    if path.stat().st_size > LIMIT_BYTES:
-        raise TooLarge(f"{RESULTS_NAME} of {folder.name!r}: over {LIMIT_BYTES} bytes")
-    raw = path.read_bytes()
+    with path.open("rb") as handle:
+        return parse_results(handle.read(LIMIT_BYTES + 1), folder.name)
+
+
+def parse_results(raw: bytes, name: str) -> Results:
+    """Return what the bytes of a ``results.json`` hold; `name` is that of its folder, for messages.
+
+    Raises:
+        TooLarge, WrongBinding, BadSchema: as `read_results`.
+    """
+    if len(raw) > LIMIT_BYTES:
+        raise TooLarge(f"{RESULTS_NAME} of {name!r}: over {LIMIT_BYTES} bytes")
     try:
         stated = json.loads(raw)
     except (ValueError, RecursionError):
-        raise BadSchema(f"{RESULTS_NAME} of {folder.name!r} is not JSON") from None
+        raise BadSchema(f"{RESULTS_NAME} of {name!r} is not JSON") from None
     if not isinstance(stated, dict) or stated.get("format") != RESULTS_FORMAT:
-        raise WrongBinding(f"{RESULTS_NAME} of {folder.name!r} is not {RESULTS_FORMAT}")
+        raise WrongBinding(f"{RESULTS_NAME} of {name!r} is not {RESULTS_FORMAT}")
     try:
         return Results.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])[:120]
-        raise BadSchema(f"{RESULTS_NAME} of {folder.name!r}: {where}: {first['msg'].lower()}") from None
+        raise BadSchema(f"{RESULTS_NAME} of {name!r}: {where}: {first['msg'].lower()}") from None
 
 
 def read_logs(folder: Path) -> dict[str, list[LogRecord]]:

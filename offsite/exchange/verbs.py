@@ -7,9 +7,10 @@ file and no trace in the ledger.
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,10 @@ from offsite.artefacts.manifest import MANIFEST_NAME
 from offsite.artefacts.package import Package
 from offsite.artefacts.round import Round
 from offsite.console import say, utc
-from offsite.errors import ArtefactError, BadDigest, ConfigError, Expired, WrongBinding
-from offsite.evaluation.results import RESULTS_NAME, read_results
+from offsite.digests import sha256_bytes
+from offsite.errors import ArtefactError, BadDigest, ConfigError, Expired, WrongBinding, WrongNames
+from offsite.evaluation.results import RESULTS_NAME, parse_results
+from offsite.folders import kind_of, listed, names_in, opened_plain, read_plain
 from offsite.keys.files import read_passphrase
 from offsite.keys.identity import Identity, load_identity, open_identity
 from offsite.keys.trust import TrustStore
@@ -30,7 +33,7 @@ from offsite.privacyreport.record import PAGE_NAME, read_form
 from offsite.privacyreport.record import SIGNATURES_NAME as REPORT_SIGNATURES
 from offsite.sealed.config import OpenConfig, RewrapConfig, SealConfig
 from offsite.sealed.encryption import decrypt_files, encrypt_files, write_sealed
-from offsite.sealed.folder import KEYS_FILE, MANIFEST_FILE, PAYLOAD, SIGNATURES_FILE, check_payload, read_sealed
+from offsite.sealed.folder import KEYS_FILE, copy_sealed, read_sealed, require_recipient
 from offsite.sealed.ledger import Admission, Ledger
 from offsite.sealed.manifest import (
     NOTE_NAME,
@@ -44,7 +47,7 @@ from offsite.sealed.manifest import (
 )
 from offsite.sealed.recipients import read_keys, rotate, unwrap_keys, wrap_keys, write_keys
 from offsite.sealed.release import require_gates, write_release
-from offsite.staging import refuse_existing, staged_folder
+from offsite.staging import is_same, refuse_existing, staged_folder, staged_handle
 from offsite.strictjson import parse_object
 
 REPORT_NAME = "report.json"
@@ -52,10 +55,14 @@ REPORT_NAME = "report.json"
 
 @dataclass(frozen=True)
 class Content:
-    """What a plain folder holds, checked as its kind: its files, and its digest where it has one."""
+    """What a plain folder holds, checked as its kind: its files, and its digest where it has one.
+
+    `digests` are of the files' bytes as they were checked.
+    """
 
     kind: Kind
     files: Mapping[str, Path]
+    digests: Mapping[str, str]
     digest: str | None
     artefact: OpenedJob | Package | Round | Bundle | None
 
@@ -105,12 +112,7 @@ def seal_run(config: SealConfig, *, identity: Identity | None = None) -> dict[st
             ledger.remember(opened)
         elif ledger.job(job.job_id).digest != opened.digest:
             raise WrongBinding(f"{opened.job.job_id[:12]} is known here with other terms than those of --job")
-        encrypted = encrypt_files(content.files, stage, kind=content.kind, job_id=job.job_id)
-        if isinstance(content.artefact, Package | Round | Bundle):
-            for file in encrypted.files:
-                bound = content.artefact.manifest.files.get(file.name)
-                if file.sha256 != (content.digest if file.name == MANIFEST_NAME else bound and bound.sha256):
-                    raise BadDigest(f"{file.name!r} changed while it was sealed")
+        encrypted = encrypt_files(content.files, stage, kind=content.kind, job_id=job.job_id, digests=content.digests)
         with ledger.sending(job.job_id, content.kind) as slot:
             manifest = SealedManifest(
                 kind=content.kind,
@@ -160,9 +162,11 @@ def open_sealed(sealed: Path, out: Path, *, identity: Identity, trust: TrustStor
 
     Raises:
         ConfigError: when `out` exists.
-        ArtefactError: with the subclass of the check that failed; nothing is written and nothing is remembered then.
+        ArtefactError: with the subclass of the check that failed; nothing is written then. What the issuer signed and
+            was refused for what it says is remembered as seen; of anything else nothing is.
     """
     raw = read_sealed(sealed)
+    require_recipient(raw, identity.public.fingerprint)
     manifest = verify_sealed(
         raw.manifest_raw, raw.signatures_raw, lambda fingerprint: trust.require(fingerprint, now=now), now=now
     )
@@ -170,24 +174,37 @@ def open_sealed(sealed: Path, out: Path, *, identity: Identity, trust: TrustStor
     known = None if manifest.kind == "job" else ledger.job(manifest.job_id)
     if known is not None:
         bind(manifest, known.job)
-    with staged_folder(out) as stage, _named(stage.name, out.name):
-        stage.chmod(0o700)
-        decrypt_files(sealed, raw, manifest, identity, stage)
-        content = read_content(stage)
-        if content.kind != manifest.kind:
-            raise WrongBinding(f"sealed as a {manifest.kind}, what came out is a {content.kind}")
-        fresh = content.artefact if isinstance(content.artefact, OpenedJob) else None
-        job = fresh or known
-        if job is None:
-            raise WrongBinding(f"job {manifest.job_id[:12]} is not known here")
-        bind(manifest, job.job)
-        check_content(content, job.job)
-        if isinstance(content.artefact, Round) and content.artefact.manifest.round != manifest.round:
-            raise WrongBinding(
-                f"sealed as round {manifest.round}, what came out is round {content.artefact.manifest.round}"
-            )
+    with staged_handle(out) as (stage, handle), _named(stage.name, out.name):
+        os.fchmod(handle, 0o700)
+        decrypt_files(sealed, raw, manifest, identity, stage, handle=handle)
+        try:
+            content, fresh = _judged(stage, manifest, known)
+        except ArtefactError as error:
+            if is_same(stage, handle):  # otherwise it was not what had been decrypted
+                ledger.refuse(manifest, raw.digest, error)
+            raise
+        if content.digests != {file.name: file.sha256 for file in manifest.files}:
+            raise BadDigest("what was checked is not what was decrypted", hint="open it again")
         admission = ledger.admit(manifest, raw.digest, fresh)
     return Opened(manifest, raw.digest, content, admission)
+
+
+def _judged(stage: Path, manifest: SealedManifest, known: OpenedJob | None) -> tuple[Content, OpenedJob | None]:
+    """Return what was decrypted, and the job if it is one, once it is what the manifest and the job say."""
+    content = read_content(stage)
+    if content.kind != manifest.kind:
+        raise WrongBinding(f"sealed as a {manifest.kind}, what came out is a {content.kind}")
+    fresh = content.artefact if isinstance(content.artefact, OpenedJob) else None
+    job = fresh or known
+    if job is None:
+        raise WrongBinding(f"job {manifest.job_id[:12]} is not known here")
+    bind(manifest, job.job)
+    check_content(content, job.job)
+    if isinstance(content.artefact, Round) and content.artefact.manifest.round != manifest.round:
+        raise WrongBinding(
+            f"sealed as round {manifest.round}, what came out is round {content.artefact.manifest.round}"
+        )
+    return content, fresh
 
 
 def rewrap_run(config: RewrapConfig) -> dict[str, object]:
@@ -205,15 +222,12 @@ def rewrap_run(config: RewrapConfig) -> dict[str, object]:
     manifest = verify_sealed(
         raw.manifest_raw, raw.signatures_raw, lambda fingerprint: trust.require(fingerprint, now=now), now=now
     )
-    check_payload(config.sealed, manifest)
     found = read_keys(raw.keys_raw)
     rotation = rotate(manifest, raw.digest, old, new)
     wrap = wrap_keys(unwrap_keys(found, manifest, raw.digest, old), raw.digest, new.public, rotation)
     kept = [other for other in found.wraps if other.recipient != old.public.fingerprint]
     with staged_folder(config.output) as stage:
-        shutil.copytree(config.sealed / PAYLOAD, stage / PAYLOAD)
-        (stage / MANIFEST_FILE).write_bytes(raw.manifest_raw)
-        (stage / SIGNATURES_FILE).write_bytes(raw.signatures_raw)
+        copy_sealed(config.sealed, raw, manifest, stage)
         (stage / KEYS_FILE).write_bytes(write_keys([*kept, wrap]))
     say(f"{config.output.name!r} opens with the keys of {config.to.name!r}; {config.sealed.name!r} still with the old")
     return _told(manifest, raw.digest, None, config.output)
@@ -233,32 +247,45 @@ def read_content(folder: Path) -> Content:
         kind: Kind = "bundle"
         if not isinstance(artefact, Bundle):
             kind = "package" if isinstance(artefact, Package) else "round"
-        return Content(kind, {name: folder / name for name in names}, artefact.digest, artefact)
+        digests = {name: entry.sha256 for name, entry in artefact.manifest.files.items()}
+        digests[MANIFEST_NAME] = artefact.digest
+        return Content(kind, {name: folder / name for name in names}, digests, artefact.digest, artefact)
     if (folder / JOB_NAME).exists():
         opened = read_job(folder)
-        return Content("job", {JOB_NAME: folder / JOB_NAME}, opened.digest, opened)
-    found = {path.name: path for path in folder.iterdir()}
-    if found.keys() == {NOTE_NAME} and not found[NOTE_NAME].is_symlink() and found[NOTE_NAME].is_file():
-        return Content("note", found, None, None)
+        return Content("job", {JOB_NAME: folder / JOB_NAME}, {JOB_NAME: opened.digest}, opened.digest, opened)
+    found = {name: folder / name for name in names_in(folder)}
+    if found.keys() == {NOTE_NAME}:
+        with opened_plain(found[NOTE_NAME]) as handle, open(handle, "rb", closefd=False) as file:
+            digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        return Content("note", found, {NOTE_NAME: digest}, None, None)
     is_privacy = found.keys() >= {REPORT_NAME, REPORT_SIGNATURES}
     if is_privacy:
         found.pop(PAGE_NAME, None)  # no HTML crosses: the receiver makes the page anew, from what was signed
     if not found or not found.keys() <= ({REPORT_NAME, RESULTS_NAME} | ({REPORT_SIGNATURES} if is_privacy else set())):
-        raise ArtefactError(
-            f"folder {folder.name!r} is no job, package, round, bundle or report",
-            hint=f"a report is a folder with {RESULTS_NAME} or {REPORT_NAME} and nothing else",
-        )
-    for path in found.values():
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > REPORT_LIMIT_BYTES:
-            raise ArtefactError(
-                f"{path.name} of {folder.name!r} is no plain file of at most {REPORT_LIMIT_BYTES} bytes"
-            )
-        parse_object(path.read_bytes(), f"{path.name} of {folder.name!r}")
+        raise _no_content(folder, found.keys())
+    raw = {name: read_plain(path, REPORT_LIMIT_BYTES, f"{name} of {folder.name!r}") for name, path in found.items()}
+    for name, content in raw.items():
+        parse_object(content, f"{name} of {folder.name!r}")
     if is_privacy:
-        read_form(found[REPORT_NAME].read_bytes(), found[REPORT_SIGNATURES].read_bytes())
-    if RESULTS_NAME in found:
-        read_results(folder)
-    return Content("report", found, None, None)
+        read_form(raw[REPORT_NAME], raw[REPORT_SIGNATURES])
+    if RESULTS_NAME in raw:
+        parse_results(raw[RESULTS_NAME], folder.name)
+    return Content("report", found, {name: sha256_bytes(content) for name, content in raw.items()}, None, None)
+
+
+def _no_content(folder: Path, names: Iterable[str]) -> ArtefactError:
+    """Return the error for a folder that is nothing that could be sealed, told as far as it can be."""
+    looks = kind_of(folder)
+    if looks is not None and looks.startswith("a sealed"):
+        return ArtefactError(f"folder {folder.name!r} is {looks} already", hint="offsite open opens it")
+    of_report = {REPORT_NAME, RESULTS_NAME, REPORT_SIGNATURES}
+    if of_report & set(names):
+        return WrongNames(f"{folder.name!r}: a report does not hold {listed(set(names) - of_report)}")
+    what = "" if looks is None else f": it is {looks}"
+    return ArtefactError(
+        f"folder {folder.name!r} is no job, package, round, bundle or report{what}",
+        hint=f"a report is a folder with {RESULTS_NAME} or {REPORT_NAME} and nothing else",
+    )
 
 
 def check_content(content: Content, job: Job) -> None:

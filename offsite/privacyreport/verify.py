@@ -16,6 +16,7 @@ from offsite.artefacts.inspect import inspect_artefact
 from offsite.console import say
 from offsite.digests import sha256_bytes
 from offsite.errors import ArtefactError, BadDigest, Expired, Untrusted, WrongBinding, WrongNames
+from offsite.folders import listed, names_in
 from offsite.keys.files import read_limited
 from offsite.keys.identity import CARD_LIMIT_BYTES, CARD_NAME, PublicKeys, read_card
 from offsite.keys.trust import MAX_SKEW_SECONDS, Peer, TrustStore
@@ -92,10 +93,10 @@ def verify(config: ReportVerifyConfig, *, now: int) -> tuple[PrivacyReport, str]
 def _names(folder: Path) -> set[str]:
     if not folder.is_dir():
         raise ArtefactError(f"no report folder named {folder.name!r}", hint="check the path")
-    names = {path.name for path in folder.iterdir()}
+    names = names_in(folder)
     if extra := names - LIMITS_BYTES.keys():
         raise WrongNames(
-            f"{folder.name!r}: {len(extra)} file(s) that no signature of the report covers",
+            f"{folder.name!r}: no signature of the report covers {listed(extra)}",
             hint=f"it may hold {', '.join(LIMITS_BYTES)} and nothing else",
         )
     return names

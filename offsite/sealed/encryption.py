@@ -12,13 +12,16 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from cryptography.cobblestone import Cobblestone256Decryptor, Cobblestone256Encryptor
 from cryptography.exceptions import InvalidTag
 
 from offsite.errors import BadDigest, BadEncryption, BadSchema, TooLarge
+from offsite.folders import opened_plain
 from offsite.keys.identity import Identity, PublicKeys
 from offsite.sealed.folder import (
     BUFFER_BYTES,
@@ -46,7 +49,7 @@ from offsite.sealed.manifest import (
 )
 from offsite.sealed.recipients import read_keys, unwrap_keys, wrap_keys, write_keys
 from offsite.staging import staged_folder
-from offsite.tensors import read_header
+from offsite.tensors import read_open_header
 
 __all__ = [
     "Encrypted",
@@ -115,8 +118,18 @@ def seal_files(
         return write_sealed(stage, manifest, encrypted, identity, recipients)
 
 
-def encrypt_files(files: Mapping[str, Path], folder: Path, *, kind: Kind, job_id: str) -> Encrypted:
-    """Write the payload folder in `folder`: each file under a fresh key, bound to job, kind, name and index."""
+def encrypt_files(
+    files: Mapping[str, Path], folder: Path, *, kind: Kind, job_id: str, digests: Mapping[str, str] | None = None
+) -> Encrypted:
+    """Write the payload folder in `folder`: each file under a fresh key, bound to job, kind, name and index.
+
+    Args:
+        digests: SHA-256 of each file as it was checked; what is encrypted is that, or nothing.
+
+    Raises:
+        BadDigest: when a file is not the one that was checked.
+        WrongNames: when it is no plain file any more.
+    """
     payload = folder / PAYLOAD
     payload.mkdir()
     keys, entries = [], []
@@ -126,7 +139,11 @@ def encrypt_files(files: Mapping[str, Path], folder: Path, *, kind: Kind, job_id
         plain, sealed, partial = hashlib.sha256(), hashlib.sha256(), payload / f"{index}.partial"
         num_bytes = sealed_bytes = 0
         buffer = bytearray(BUFFER_BYTES)
-        with files[name].open("rb", buffering=0) as source, partial.open("xb", buffering=0) as target:
+        with (
+            opened_plain(files[name]) as handle,
+            open(handle, "rb", buffering=0, closefd=False) as source,
+            partial.open("xb", buffering=0) as target,
+        ):
             while count := source.readinto(buffer):
                 plain.update(memoryview(buffer)[:count])
                 piece = encryptor.update(memoryview(buffer)[:count])
@@ -136,6 +153,11 @@ def encrypt_files(files: Mapping[str, Path], folder: Path, *, kind: Kind, job_id
             piece = encryptor.finalize()
             sealed.update(piece)
             _write_all(target.fileno(), piece)
+            if digests is not None and "sha256:" + plain.hexdigest() != digests[name]:
+                raise BadDigest(
+                    f"{name!r} changed while it was sealed", hint="seal it again, with nobody at work on it"
+                )
+            declared = _tensors_digest(source, name)
         partial.rename(payload / f"{sealed.hexdigest()}.enc")
         entries.append(
             SealedFile(
@@ -144,7 +166,7 @@ def encrypt_files(files: Mapping[str, Path], folder: Path, *, kind: Kind, job_id
                 sha256="sha256:" + plain.hexdigest(),
                 sealed_bytes=sealed_bytes + len(piece),
                 sealed_sha256="sha256:" + sealed.hexdigest(),
-                tensors_sha256=_tensors_digest(files[name], name),
+                tensors_sha256=declared,
             )
         )
         keys.append(key)
@@ -172,7 +194,9 @@ def write_sealed(
     return digest
 
 
-def decrypt_files(path: Path, raw: RawSealed, manifest: SealedManifest, identity: Identity, out: Path) -> None:
+def decrypt_files(
+    path: Path, raw: RawSealed, manifest: SealedManifest, identity: Identity, out: Path, *, handle: int | None = None
+) -> None:
     """Write every file of the sealed folder into the existing folder `out`, under its logical name, once it agrees.
 
     A file has its name only after the last byte was authenticated and both digests fit; before that it is called
@@ -180,6 +204,7 @@ def decrypt_files(path: Path, raw: RawSealed, manifest: SealedManifest, identity
 
     Args:
         raw: what `read_sealed` returned; `manifest` is what `verify_sealed` made of it.
+        handle: of `out`, where it is open already: plain text goes there, whatever has come to stand at its path.
 
     Raises:
         WrongRecipient, BadSignature: when `identity` is not who it is sealed for; no payload is read before.
@@ -191,14 +216,23 @@ def decrypt_files(path: Path, raw: RawSealed, manifest: SealedManifest, identity
     keys = unwrap_keys(read_keys(raw.keys_raw), manifest, raw.digest, identity)
     with opened_folder(path) as folder, opened_payload(folder, path.name) as payload:
         check_listed(payload, manifest)
-        for index, (file, key) in enumerate(zip(manifest.files, keys, strict=True)):
-            _decrypt(payload, file, Cobblestone256Decryptor(key, manifest.context(index)), out)
+        target = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if handle is None else handle
+        try:
+            for index, (file, key) in enumerate(zip(manifest.files, keys, strict=True)):
+                _decrypt(payload, file, Cobblestone256Decryptor(key, manifest.context(index)), target)
+        finally:
+            if handle is None:
+                os.close(target)
 
 
-def _decrypt(payload: int, file: SealedFile, decryptor: Cobblestone256Decryptor, out: Path) -> None:
-    partial = out / f"{file.name}.partial"
+def _decrypt(payload: int, file: SealedFile, decryptor: Cobblestone256Decryptor, out: int) -> None:
+    partial = f"{file.name}.partial"
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        with opened_file(payload, file.payload_name, file.sealed_bytes) as source, partial.open("xb") as target:
+        with (
+            opened_file(payload, file.payload_name, file.sealed_bytes) as source,
+            os.fdopen(os.open(partial, flags, 0o666, dir_fd=out), "r+b", buffering=0) as target,
+        ):
             try:
                 digests = _pour(source, decryptor, target.fileno(), file.sealed_bytes)
             except InvalidTag:
@@ -206,14 +240,16 @@ def _decrypt(payload: int, file: SealedFile, decryptor: Cobblestone256Decryptor,
                     f"{file.name!r} does not decrypt: its bytes, order or end were changed",
                     hint="fetch the sealed folder again",
                 ) from None
+            declared = _tensors_digest(target, file.name) if digests[1] == file.sha256 else None
         if digests != (file.sealed_sha256, file.sha256):
             what = "encrypted file" if digests[0] != file.sealed_sha256 else "content"
             raise BadDigest(f"{file.name!r}: SHA-256 of its {what} is not the signed one")
-        if _tensors_digest(partial, file.name) != file.tensors_sha256:
+        if declared != file.tensors_sha256:
             raise BadSchema(f"{file.name!r} declares other tensors than the manifest says")
-        partial.rename(out / file.name)
+        os.rename(partial, file.name, src_dir_fd=out, dst_dir_fd=out)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(partial, dir_fd=out)
 
 
 def _pour(source: int, decryptor: Cobblestone256Decryptor, target: int, num_bytes: int) -> tuple[str, str]:
@@ -231,8 +267,9 @@ def _pour(source: int, decryptor: Cobblestone256Decryptor, target: int, num_byte
     return "sha256:" + sealed.hexdigest(), "sha256:" + plain.hexdigest()
 
 
-def _tensors_digest(path: Path, name: str) -> str | None:
-    return tensors_digest(read_header(path)) if name.endswith(".safetensors") else None
+def _tensors_digest(handle: BinaryIO, name: str) -> str | None:
+    found = read_open_header(handle, what=f"file {name!r}") if name.endswith(".safetensors") else None
+    return None if found is None else tensors_digest(found)
 
 
 def _write_all(handle: int, data: bytes) -> None:

@@ -9,22 +9,24 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from offsite.errors import ArtefactError, BadDigest, RunFailed, TooLarge, WrongNames
+from offsite.errors import ArtefactError, BadDigest, RunFailed, TooLarge, WrongBinding, WrongNames, WrongRecipient
+from offsite.folders import is_dropping, kind_of, listed, opened_plain, read_all
 from offsite.sealed.manifest import (
     MAX_FILES,
     SEALED_MANIFEST_LIMIT_BYTES,
     SIGNATURES_LIMIT_BYTES,
+    Kind,
     SealedManifest,
     sealed_digest,
 )
-from offsite.sealed.recipients import KEYS_LIMIT_BYTES
+from offsite.sealed.recipients import KEYS_LIMIT_BYTES, read_keys
+from offsite.strictjson import parse_strict
 
 MANIFEST_FILE, SIGNATURES_FILE, KEYS_FILE, PAYLOAD = "manifest.json", "signatures.json", "keys.json", "payload"
 BUFFER_BYTES = 2**20
@@ -34,6 +36,7 @@ _LIMITS = {
     SIGNATURES_FILE: SIGNATURES_LIMIT_BYTES,
     KEYS_FILE: KEYS_LIMIT_BYTES,
 }
+_WHOLE = "copy the folder again, whole and with nothing added"
 _PAYLOAD_NAME = re.compile(r"[0-9a-f]{64}\.enc")
 
 
@@ -63,16 +66,45 @@ def read_sealed(path: Path) -> RawSealed:
     with _readable(path.name), opened_folder(path) as folder:
         found, expected = names_in(folder), {*_LIMITS, PAYLOAD}
         if missing := sorted(expected - found):
+            kind = kind_of(path)
+            if kind is not None and not kind.startswith("a sealed"):
+                raise WrongNames(f"{path.name!r} is {kind}, not sealed", hint="use it as it is; offsite seal seals it")
             raise WrongNames(
                 f"{path.name!r}: {missing[0]!r} is missing", hint="is it a folder that offsite seal wrote?"
             )
         if extra := found - expected:
-            raise WrongNames(f"{path.name!r}: {len(extra)} file(s) that a sealed folder does not hold")
+            raise WrongNames(f"{path.name!r}: a sealed folder does not hold {listed(extra)}", hint=_WHOLE)
         with opened_payload(folder, path.name) as payload:
-            if not all(_PAYLOAD_NAME.fullmatch(name) for name in names_in(payload)):
-                raise WrongNames(f"{path.name!r}: {PAYLOAD} holds what a sealed folder does not hold")
+            if extra := {name for name in names_in(payload) if not _PAYLOAD_NAME.fullmatch(name)}:
+                raise WrongNames(
+                    f"{path.name!r}: {PAYLOAD} of a sealed folder does not hold {listed(extra)}", hint=_WHOLE
+                )
         return RawSealed(
             *(_read_small(folder, name, path.name) for name in (MANIFEST_FILE, SIGNATURES_FILE, KEYS_FILE))
+        )
+
+
+def require_recipient(raw: RawSealed, own: str, *, kind: Kind | None = None, verb: str = "") -> None:
+    """Return only if a sealed folder says that it is for key `own`, and of the one kind that a verb takes.
+
+    Nothing is verified: for refusing early, and for the true reason, what would be refused afterwards for another.
+
+    Raises:
+        WrongBinding: when it says that it is of another kind.
+        WrongRecipient: naming whom it says that it is for.
+    """
+    try:
+        manifest = parse_strict(raw.manifest_raw, SealedManifest, "manifest.json", {})
+        wrapped = {wrap.recipient for wrap in read_keys(raw.keys_raw).wraps}
+    except ArtefactError:
+        return  # what is wrong with it is for the checks to say
+    if kind is not None and manifest.kind != kind:
+        raise WrongBinding(f"this is a sealed {manifest.kind}, {verb} takes {kind}s", hint="offsite open opens it")
+    if own not in {*wrapped, *manifest.recipients}:
+        named = ", ".join(sorted(fingerprint[:9] for fingerprint in manifest.recipients))
+        raise WrongRecipient(
+            f"this {manifest.kind} is sealed for another key, {named}, not for {own[:9]}",
+            hint="is --keys the folder it was meant for?",
         )
 
 
@@ -102,11 +134,38 @@ def check_listed(payload: int, manifest: SealedManifest) -> None:
     found, expected = names_in(payload), {file.payload_name for file in manifest.files}
     if found != expected:
         what = f"{len(expected - found)} missing, {len(found - expected)} foreign"
-        raise WrongNames(f"the {PAYLOAD} folder is not what the manifest lists: {what}")
+        named = f": {listed(found - expected or expected - found)}"
+        raise WrongNames(f"the {PAYLOAD} folder is not what the manifest lists: {what}{named}", hint=_WHOLE)
+
+
+def copy_sealed(path: Path, raw: RawSealed, manifest: SealedManifest, out: Path) -> None:
+    """The existing folder `out` holds the sealed folder, byte for byte as the manifest lists it, and nothing else.
+
+    Each encrypted file is opened once: what is hashed is what is written.
+
+    Raises:
+        WrongNames, BadDigest: as `decrypt_files`.
+    """
+    (out / PAYLOAD).mkdir()
+    with _readable(path.name), opened_folder(path) as folder, opened_payload(folder, path.name) as payload:
+        check_listed(payload, manifest)
+        for file in manifest.files:
+            with (
+                opened_file(payload, file.payload_name, file.sealed_bytes) as source,
+                (out / PAYLOAD / file.payload_name).open("xb") as target,
+            ):
+                found = hashlib.sha256()
+                while piece := os.read(source, BUFFER_BYTES):
+                    found.update(piece)
+                    target.write(piece)
+            if found.hexdigest() != file.sealed_sha256.removeprefix("sha256:"):
+                raise BadDigest(f"{file.name!r}: SHA-256 of its encrypted file is not the signed one")
+    for name, content in zip(_LIMITS, (raw.manifest_raw, raw.signatures_raw, raw.keys_raw), strict=True):
+        (out / name).write_bytes(content)
 
 
 def names_in(folder: int) -> set[str]:
-    """Return the names in an open folder.
+    """Return the names in an open folder, without what file managers left.
 
     Raises:
         WrongNames: when there are more than any sealed folder holds; the rest are not looked at.
@@ -115,7 +174,7 @@ def names_in(folder: int) -> set[str]:
         names = {entry.name for entry in islice(found, MAX_FILES + 1)}
     if len(names) > MAX_FILES:
         raise WrongNames(f"a folder with more than {MAX_FILES} files is not a sealed one")
-    return names
+    return {name for name in names if not is_dropping(name)}
 
 
 @contextmanager
@@ -160,19 +219,11 @@ def opened_file(folder: int, name: str, num_bytes: int | None = None) -> Iterato
         WrongNames: when it is a link, a pipe, a device, or a file that has another name elsewhere.
         BadDigest: when it does not have `num_bytes`.
     """
-    try:
-        handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=folder)
-    except OSError:
-        raise WrongNames(f"{name!r} is not a plain file that can be read") from None
-    try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-            raise WrongNames(f"{name!r} is not a plain file of its own", hint="copy the sealed folder, without links")
-        if num_bytes is not None and found.st_size != num_bytes:
-            raise BadDigest(f"{name!r} has {found.st_size} bytes, the manifest says {num_bytes}")
+    with opened_plain(name, dir_fd=folder, alone=True) as handle:
+        size = os.fstat(handle).st_size
+        if num_bytes is not None and size != num_bytes:
+            raise BadDigest(f"{name!r} has {size} bytes, the manifest says {num_bytes}")
         yield handle
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -188,9 +239,4 @@ def _read_small(folder: int, name: str, shown: str) -> bytes:
         size = os.fstat(handle).st_size
         if size > _LIMITS[name]:
             raise TooLarge(f"{name} of {shown!r}: {size} bytes, limit {_LIMITS[name]}")
-        found = b""
-        while piece := os.read(handle, _LIMITS[name] + 1 - len(found)):
-            found += piece
-        if len(found) > _LIMITS[name]:
-            raise TooLarge(f"{name} of {shown!r}: over {_LIMITS[name]} bytes")
-        return found
+        return read_all(handle, _LIMITS[name], f"{name} of {shown!r}")

@@ -1,24 +1,25 @@
 """The replay ledger: what this party sealed and opened, so that nothing old, replayed or forked is taken for new.
 
 The ledger lies in the keys folder as ``ledger.db`` with a hash-chained ``ledger.log`` and a ``ledger.head``; an older
-copy of any one of them is noticed when it is opened (``offsite/store.py``). A whole folder turned back together is not:
-nothing in it remembers more. Jobs are remembered once their sealed form was opened, or sealed, here.
+copy of any one of them is noticed when it is opened (``offsite/state/store.py``). A whole folder turned back together
+is not: nothing in it remembers more. Jobs are remembered once their sealed form was opened, or sealed, here. What was
+refused for what its issuer signed counts as seen, so that an older one that was held back is not taken for new.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from sqlite3 import Row
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from offsite.artefacts.job import OpenedJob, parse_job
-from offsite.errors import Replayed, WrongBinding
+from offsite.errors import ArtefactError, Replayed, WrongBinding
 from offsite.keys.files import check_folder
 from offsite.sealed.manifest import Kind, SealedManifest
-from offsite.store import Store, Transaction, Value
+from offsite.state.store import Rows, Store, Transaction, Value
 
 LEDGER_NAME = "ledger.db"
 HEAD_NAME = "ledger.head"
@@ -35,6 +36,12 @@ _MIGRATIONS = (
         job_id TEXT NOT NULL REFERENCES jobs, issuer TEXT NOT NULL, kind TEXT NOT NULL, sequence INTEGER NOT NULL,
         round INTEGER NOT NULL, digest TEXT NOT NULL UNIQUE,
         PRIMARY KEY (job_id, issuer, kind, sequence)
+    ) STRICT
+    """,
+    """
+    CREATE TABLE refused (
+        job_id TEXT NOT NULL REFERENCES jobs, issuer TEXT NOT NULL, kind TEXT NOT NULL, sequence INTEGER NOT NULL,
+        digest TEXT NOT NULL UNIQUE, PRIMARY KEY (job_id, issuer, kind, sequence)
     ) STRICT
     """,
 )
@@ -63,7 +70,7 @@ class Ledger:
 
     def __init__(self, keys: Path) -> None:
         check_folder(keys)
-        self._store = Store(keys / LEDGER_NAME, _MIGRATIONS, anchor=keys / HEAD_NAME)
+        self._store = Store(keys / LEDGER_NAME, _MIGRATIONS, anchor=keys / HEAD_NAME, agree=_agree)
 
     def __enter__(self) -> Self:
         return self
@@ -129,6 +136,21 @@ class Ledger:
         """
         return _check(self._store.rows, manifest, digest)
 
+    def refuse(self, manifest: SealedManifest, digest: str, error: ArtefactError) -> None:
+        """The sealed artefact counts as seen here, though it was refused: an older one is no news afterwards.
+
+        For what its issuer signed, and nobody on the way can have caused. Again, or of a job that is not known here,
+        changes nothing.
+        """
+        place: list[Value] = [manifest.job_id, manifest.issuer, manifest.kind, manifest.sequence]
+        with self._store.transaction() as transaction:
+            if not transaction.execute("SELECT 1 FROM jobs WHERE job_id = ?", [manifest.job_id]).fetchone():
+                return
+            done = transaction.execute("INSERT OR IGNORE INTO refused VALUES (?, ?, ?, ?, ?)", [*place, digest])
+            if done.rowcount:
+                transaction.log("refused", job=manifest.job_id, kind=manifest.kind, sequence=manifest.sequence,
+                                digest=digest, check=type(error).__name__)  # fmt: skip
+
     def admit(self, manifest: SealedManifest, digest: str, opened: OpenedJob | None = None) -> Admission:
         """The sealed artefact counts as received here, once: the same one again changes nothing.
 
@@ -162,6 +184,25 @@ class Ledger:
             return found
 
 
+def _agree(lines: Iterable[Mapping[str, Any]], rows: Rows) -> None:
+    """Return only if the rows are those of which the log's lines tell, no more and no fewer.
+
+    Raises:
+        Replayed: naming the table.
+    """
+    told: dict[str, set[str]] = {"jobs": set(), "sent": set(), "received": set(), "refused": set()}
+    for line in lines:
+        table = {"job": "jobs", "sealed": "sent", "opened": "received", "refused": "refused"}.get(line["event"])
+        if table is not None:
+            told[table].add(line["fields"]["digest"])
+    for table, digests in told.items():
+        if digests != {row["digest"] for row in rows(f"SELECT digest FROM {table}")}:  # noqa: S608
+            raise Replayed(
+                f"the ledger's table {table!r} is not what its log leads to: a file was turned back or edited",
+                hint=f"put the newest copies of {LEDGER_NAME}, its log and its head back; older ones are never used",
+            )
+
+
 def _remember(transaction: Transaction, opened: OpenedJob) -> None:
     job_id = opened.job.job_id
     known = transaction.execute("SELECT digest FROM jobs WHERE job_id = ?", [job_id]).fetchone()
@@ -179,7 +220,11 @@ def _check(rows: Callable[..., list[Row]], manifest: SealedManifest, digest: str
         return "again"
     what, place = f"this {manifest.kind}", [manifest.job_id, manifest.issuer, manifest.kind]
     chain = "FROM received WHERE job_id = ? AND issuer = ? AND kind = ?"
-    newest = rows(f"SELECT sequence, digest {chain} ORDER BY sequence DESC LIMIT 1", place)
+    seen = f"SELECT sequence, digest {chain} UNION ALL SELECT sequence, digest {chain.replace('received', 'refused')}"
+    newest = rows(
+        f"SELECT * FROM ({seen}) WHERE digest <> ? ORDER BY sequence DESC LIMIT 1",  # noqa: S608
+        [*place, *place, digest],
+    )
     if newest:
         sequence = newest[0]["sequence"]
         if manifest.sequence < sequence:

@@ -17,6 +17,7 @@ No pickle: JSON and safetensors, whose exact names, shapes and dtypes are checke
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,12 +29,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offsite.errors import ConfigError, RunFailed
-from offsite.staging import staged_file, staged_folder
+from offsite.staging import remove, staged_file, staged_folder
 from offsite.training.processes import fill
 
 _FORMAT = 1
 _KEPT = 2
 _PREFIX = "checkpoint-"
+_PARTIAL = re.compile(r"\.[^/]+\.[0-9a-f]{8}\.partial")  # as offsite.staging names what is not whole yet
 _STATE = "state.json"
 _TRAINABLE = "trainable.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
@@ -75,8 +77,10 @@ def require_work(work: Path, *, resume: bool) -> None:
     Raises:
         ConfigError: when it holds something and `resume` is false, or is not a folder.
     """
-    if work.exists() and not work.is_dir():
-        raise ConfigError(f"work folder {work.name!r} is not a folder")
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise ConfigError(
+            f"work folder {work.name!r} is not a folder of its own", hint="put the output itself on the bigger disk"
+        )
     if not resume and work.is_dir() and any(work.iterdir()):
         raise ConfigError(
             f"work folder {work.name!r} holds an unfinished run", hint="add --resume to go on from it, or delete it"
@@ -86,10 +90,8 @@ def require_work(work: Path, *, resume: bool) -> None:
 def collect_stale(work: Path) -> None:
     """Remove what a killed run was still writing; all under `work` is whole afterwards."""
     for path in work.glob(".*.partial"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if _PARTIAL.fullmatch(path.name):
+            remove(path)
 
 
 def write_checkpoint(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.console import say
-from offsite.errors import ConfigError, OffsiteError
+from offsite.errors import ArtefactError, ConfigError, OffsiteError
 from offsite.exchange.wire import MAX_OFFERS, OfferSummary
-from offsite.sealed.folder import KEYS_FILE, MANIFEST_FILE, PAYLOAD, SIGNATURES_FILE
+from offsite.folders import names_in, read_all
+from offsite.sealed.folder import KEYS_FILE, MANIFEST_FILE, SIGNATURES_FILE, opened_file, opened_payload
 from offsite.sealed.manifest import SEALED_MANIFEST_LIMIT_BYTES, SealedManifest, sealed_digest
 from offsite.strictjson import parse_strict
 from server.http.refusals import not_found
@@ -58,10 +60,11 @@ class Outbox:
     def offers(self, client: str) -> list[Offer]:
         """Return what is offered to that client, oldest first."""
         found: dict[str, Offer] = {}
-        for path in sorted(self._folder.iterdir())[:_MAX_FOLDERS]:
-            offer = self._offer(path)
+        names = sorted(name for name in names_in(self._folder) if not name.startswith("."))
+        for name in names[:_MAX_FOLDERS]:
+            offer = self._offer(self._folder / name)
             if offer is not None:
-                found[path.name] = offer
+                found[name] = offer
         self._offers = found
         own = [offer for offer in found.values() if client in offer.manifest.recipients]
         return sorted(own, key=lambda offer: (offer.manifest.created, offer.manifest.sequence))[-MAX_OFFERS:]
@@ -76,37 +79,32 @@ class Outbox:
         if offer is None:
             raise not_found()
         sizes = {file.payload_name: file.sealed_bytes for file in offer.manifest.files}
-        if name in (MANIFEST_FILE, SIGNATURES_FILE, KEYS_FILE):
-            path, expected = offer.folder / name, None
-        elif name in sizes:
-            path, expected = offer.folder / PAYLOAD / name, sizes[name]
-        else:
-            raise not_found()
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
+            with _opened(offer.folder) as folder:
+                if name in (MANIFEST_FILE, SIGNATURES_FILE, KEYS_FILE):
+                    with opened_file(folder, name) as handle:
+                        return os.dup(handle), os.fstat(handle).st_size
+                if name not in sizes:
+                    raise not_found()
+                with opened_payload(folder, offer.folder.name) as payload, \
+                        opened_file(payload, name, sizes[name]) as handle:  # fmt: skip
+                    return os.dup(handle), sizes[name]
+        except (OSError, ArtefactError):
             raise not_found() from None
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode) or expected not in (None, found.st_size):
-            os.close(handle)
-            raise not_found()
-        return handle, found.st_size
 
     def _offer(self, path: Path) -> Offer | None:
         """Return the offer at `path`; None, told once to the owner, when it is not a sealed folder of theirs."""
         try:
-            known = (path / MANIFEST_FILE).stat()
-            stamp = (known.st_mtime_ns, known.st_ino)
-            before = self._offers.get(path.name)
-            if before is not None and before.stamp == stamp:
-                return before
-            if path.name.startswith(".") or path.is_symlink():
-                return None
-            with (path / MANIFEST_FILE).open("rb") as handle:
-                raw = handle.read(SEALED_MANIFEST_LIMIT_BYTES + 1)
+            with _opened(path) as folder, opened_file(folder, MANIFEST_FILE) as handle:
+                known = os.fstat(handle)
+                stamp = (known.st_mtime_ns, known.st_ino)
+                before = self._offers.get(path.name)
+                if before is not None and before.stamp == stamp:
+                    return before
+                raw = read_all(handle, SEALED_MANIFEST_LIMIT_BYTES, MANIFEST_FILE)
             manifest = parse_strict(raw, SealedManifest, MANIFEST_FILE, {})
         except (OSError, OffsiteError):
-            self._tell(path.name, "is not a sealed folder")
+            self._tell(path.name, "is not a sealed folder of plain files")
             return None
         if manifest.issuer != self._issuer:
             self._tell(path.name, "was not sealed by this owner")
@@ -114,6 +112,16 @@ class Outbox:
         return Offer(sealed_digest(raw).removeprefix("sha256:"), path, manifest, stamp)
 
     def _tell(self, name: str, why: str) -> None:
-        if name not in self._told and not name.startswith("."):
+        if name not in self._told:
             self._told.add(name)
-            say(f"warning: {name!r} in the outbox {why}; it is not offered")
+            say(f"warning: {name!a} in the outbox {why}; it is not offered")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Yield the handle of a folder in the outbox; a link to one is none, and nothing is waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield handle
+    finally:
+        os.close(handle)

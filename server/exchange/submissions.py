@@ -13,6 +13,7 @@ from offsite.keys.identity import Identity, PublicKeys
 from offsite.keys.trust import TrustStore
 from offsite.sealed.folder import MANIFEST_FILE, RawSealed, read_sealed
 from offsite.sealed.manifest import SealedManifest, verify_sealed
+from offsite.sealed.recipients import read_keys, unwrap_keys
 from offsite.strictjson import parse_object
 from offsite.tensors import TensorSpec
 from server.registry.intake import take_in
@@ -44,7 +45,8 @@ class Submissions:
         """Return the manifest once all that can be known before the payload comes is in order.
 
         Raises:
-            ArtefactError: a child for signature, schema, dates, job, round or sequence.
+            ArtefactError: a child for signature, schema, dates, job, round or sequence, or wrapped keys that do not
+                open.
         """
 
         def keys(issuer: str) -> PublicKeys:
@@ -55,12 +57,14 @@ class Submissions:
             if manifest.issuer != client:
                 raise WrongBinding("this note was sealed by another key than the one that hands it in")
             self._notes.check(manifest, self._registry.job(manifest.job_id))
+            unwrap_keys(read_keys(raw.keys_raw), manifest, raw.digest, self._identity)
             return manifest
         manifest, job = verify_envelope(raw.manifest_raw, raw.signatures_raw, keys, self._registry.job, now=now)
         if manifest.issuer != client:
             raise WrongBinding("this bundle was sealed by another key than the one that hands it in")
         check_unseen(manifest, raw.digest, self._registry.seen(manifest))
         verify_sizes(manifest, self._expected(job))
+        unwrap_keys(read_keys(raw.keys_raw), manifest, raw.digest, self._identity)  # before a byte of it is sent
         return manifest
 
     def _expected(self, job: Job) -> dict[str, TensorSpec]:

@@ -17,15 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from offsite.errors import OffsiteError, RunFailed, TooLarge
+from offsite.errors import ConfigError, OffsiteError, RunFailed, TooLarge
 from offsite.faults import reach
 from offsite.sealed.folder import KEYS_FILE, MANIFEST_FILE, PAYLOAD, SIGNATURES_FILE
 from offsite.sealed.manifest import SealedManifest
-from offsite.staging import fsync, staged_folder
+from offsite.staging import fsync, leftovers, remove, staged_file, staged_folder
 from offsite.strictjson import parse_strict
 from server.http.refusals import Refusal, busy, not_found
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_OWN = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.[0-9a-f]{8}\.partial")
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,13 @@ class UploadStore:
     """The unfinished uploads in one folder; safe to share between threads of one process.
 
     Args:
-        folder: made if missing; what a kill left half-made in it is removed, whole uploads go on.
+        folder: made if missing; what a kill left half-made in it is removed, whole uploads go on, and what has
+            another name than an upload is left alone.
         clock: seconds since 1970.
+
+    Raises:
+        ConfigError: when the folder is a link.
+        RunFailed: when it cannot be used.
     """
 
     def __init__(self, folder: Path, quotas: Quotas, *, clock: Callable[[], float] = time.time) -> None:
@@ -80,13 +86,21 @@ class UploadStore:
         self._mutex = threading.Lock()
         self._uploads: dict[str, Upload] = {}
         try:
+            if folder.is_symlink():
+                raise ConfigError(
+                    f"folder {folder.name!r} for uploads is a link, expected a folder of its own",
+                    hint="move the whole registry to the bigger disk, or mount that disk there",
+                )
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             for path in sorted(folder.iterdir()):
                 upload = self._found(path)
-                if upload is None:
-                    _remove(path)
-                else:
+                if upload is not None:
+                    for partial in (path / name for name in (MANIFEST_FILE, SIGNATURES_FILE, KEYS_FILE)):
+                        for left in leftovers(partial):
+                            remove(left)
                     self._uploads[upload.digest] = upload
+                elif _OWN.fullmatch(path.name) and not path.is_symlink():
+                    remove(path)
         except OSError as error:
             raise RunFailed(f"cannot use folder {folder.name!r}: {(error.strerror or 'i/o error').lower()}") from None
 
@@ -106,7 +120,7 @@ class UploadStore:
             raise TooLarge(f"the sealed bundle declares {num_bytes} bytes, limit {self._quotas.upload_bytes}")
         with self._mutex:
             if digest in self._uploads:
-                return self._uploads[digest]
+                return self._again(self._uploads[digest], raw)
             self._check_room(manifest.issuer, num_bytes)
             folder = self.folder / digest
             with staged_folder(folder) as stage:
@@ -116,6 +130,19 @@ class UploadStore:
             upload = Upload(digest, folder, manifest.issuer, _files(manifest), num_bytes, self._clock())
             self._uploads[digest] = upload
             return upload
+
+    def _again(self, upload: Upload, raw: tuple[bytes, bytes, bytes]) -> Upload:
+        """Return an upload that was begun before, with the signatures and wrapped keys of this declaration.
+
+        Neither is bound by the digest: those of the earlier one may be others, or wrong.
+        """
+        with upload.lock:
+            if not upload.is_closed:
+                for name, content in zip((MANIFEST_FILE, SIGNATURES_FILE, KEYS_FILE), raw, strict=True):
+                    if _content(upload.folder / name) != content:
+                        with staged_file(upload.folder / name, replace=True) as stage:
+                            stage.write_bytes(content)
+        return upload
 
     def get(self, digest: str, client: str) -> Upload | None:
         """Return the upload if there is one and it is that client's."""
@@ -161,7 +188,7 @@ class UploadStore:
     def discard(self, upload: Upload) -> None:
         """The upload is gone from disk, and its room is free."""
         self.close(upload)
-        _remove(upload.folder)
+        remove(upload.folder)
         with self._mutex:
             if self._uploads.get(upload.digest) is upload:
                 del self._uploads[upload.digest]
@@ -232,8 +259,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -150,7 +151,8 @@ class Federation:
         """Earlier rounds are in the outbox no more: they are closed, and each is as large as this one."""
         for one in self.participants.values():
             for path in self.outbox.glob(f"round-{one.job.job_id[:12]}-*"):
-                if path.name != _offered("round", one.job, number):
+                is_round = re.fullmatch(r"round-[0-9a-f]{12}-[0-9]{4,}", path.name)
+                if is_round and path.name != _offered("round", one.job, number):
                     shutil.rmtree(path, ignore_errors=True)
 
     def _sealed_for(self, digests: Mapping[str, str], number: int, what: str) -> dict[str, Path]:

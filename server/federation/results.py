@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from offsite.console import say, table
 from offsite.errors import ConfigError
-from offsite.staging import staged_file
+from offsite.staging import leftovers, remove, staged_file
 from server.federation.config import RoundsConfig
 from server.federation.evaluation import Watch, better, text_of, write_adapted
 from server.federation.federation import Federation
@@ -33,8 +32,8 @@ def require_output(config: RoundsConfig) -> None:
         raise ConfigError(f"output {out.name!r} is not a folder")
     if out.is_dir():
         for name in (RESULTS, ADAPTED):  # what a run left that was killed while it wrote them
-            for path in out.glob(f".{name}.*.partial"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in leftovers(out / name):
+                remove(path)
         if {path.name for path in out.iterdir()} - {RESULTS, ADAPTED}:
             raise ConfigError(f"output {out.name!r} holds something else", hint="choose another folder with -o")
 

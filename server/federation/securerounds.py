@@ -7,6 +7,7 @@ and the sum is held against what so many clipped updates can be. A round that wa
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -155,5 +156,6 @@ class SecureRounds:
         """Messages of secure rounds up to that one are gone, those in the outbox and those that came."""
         for one in self._federation.participants.values():
             for path in self._federation.outbox.glob(f"note-{one.job.job_id[:12]}-*"):
-                shutil.rmtree(path, ignore_errors=True)
+                if re.fullmatch(r"note-[0-9a-f]{12}-[0-9]{4,}-[0-9]{2,}", path.name):
+                    shutil.rmtree(path, ignore_errors=True)
         MessageStore(self._federation.registry).clear(number)

@@ -9,8 +9,6 @@ between is made good by the same command.
 
 from __future__ import annotations
 
-import glob
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +28,7 @@ from offsite.errors import ArtefactError, ConfigError, PolicyError, RunFailed, W
 from offsite.evaluation.results import read_results
 from offsite.faults import reach
 from offsite.modelling.load import load_model, load_tokenizer
-from offsite.staging import refuse_existing, staged_folder
+from offsite.staging import leftovers, refuse_existing, remove, staged_folder
 from offsite.tensors import read_tensors, spec_of, write_tensors
 from server.plugging.adapted import AdaptedManifest, finish_folder, open_adapted, stored_names
 from server.plugging.card import Card, Form, require_results
@@ -141,8 +139,8 @@ def is_of(output: Path, entry: Entry, scale: float) -> bool:
 
 def collect_partial(output: Path) -> None:
     """What a plugging in to `output` that was killed left beside it is gone."""
-    for path in output.absolute().parent.glob(f".{glob.escape(output.name)}.*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in leftovers(output):
+        remove(path)
 
 
 def licence_of(package: Path, record: OwnerRecord) -> str:

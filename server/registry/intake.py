@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,12 +25,13 @@ from offsite.artefacts.package import Package, open_package
 from offsite.artefacts.round import Round, open_round
 from offsite.console import say, say_next
 from offsite.digests import sha256_bytes
-from offsite.errors import ArtefactError, BadDigest, BadSchema, ConfigError, RunFailed, WrongBinding
+from offsite.errors import ArtefactError, BadDigest, ConfigError, RunFailed, TooLarge, WrongBinding, WrongNames
 from offsite.faults import reach
+from offsite.folders import opened_plain
 from offsite.keys.identity import Identity, open_identity
 from offsite.keys.trust import TrustStore
 from offsite.sealed.encryption import decrypt_files
-from offsite.sealed.folder import RawSealed, read_sealed
+from offsite.sealed.folder import RawSealed, read_sealed, require_recipient
 from offsite.sealed.manifest import SealedManifest
 from offsite.staging import fsync
 from offsite.tensors import ADAPTER_HEADER_LIMIT_BYTES, read_tensors
@@ -186,6 +185,7 @@ def _examine(
     """Verify, and register what follows from it."""
     digest = raw.digest
     try:
+        require_recipient(raw, identity.public.fingerprint, kind="bundle", verb="intake")
         manifest, job = verify_envelope(
             raw.manifest_raw, raw.signatures_raw, lambda key: trust.require(key, now=now), registry.job, now=now
         )
@@ -199,8 +199,11 @@ def _examine(
     package, record = job_package(registry, job)
     stage = registry.folder / "incoming" / short_id(digest)
     try:
-        verify_sizes(manifest, adapter_tensors(job.adapter, record))
         registry.receive(manifest, digest, now=now)
+        try:
+            verify_sizes(manifest, adapter_tensors(job.adapter, record))
+        except TooLarge as error:  # the client signed these sizes
+            return _refused(registry, digest, error, now, is_final=True)
         stage.mkdir(mode=0o700)
         decrypt_files(sealed, raw, manifest, identity, stage)
     except ArtefactError as error:
@@ -299,13 +302,10 @@ def _figures(norms: Mapping[str, UpdateNorms]) -> dict[str, object]:
 
 def _read_once(path: Path, digest: str | None, what: str) -> bytes:
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        raise BadDigest(f"{what}: its {path.name!r} is gone from the registry") from None
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise BadSchema(f"{what}: its {path.name!r} is not a plain file")
-        data = file.read()
+        with opened_plain(path) as handle, open(handle, "rb", closefd=False) as file:
+            data = file.read()
+    except WrongNames:
+        raise BadDigest(f"{what}: its {path.name!r} is gone from the registry, or no plain file") from None
     if sha256_bytes(data) != digest:
         raise BadDigest(
             f"{what}: its {path.name!r} in the registry is not the one that was verified",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
-from offsite.artefacts.job import Job
+from offsite.artefacts.job import JOB_ID_PATTERN, Job
 from offsite.artefacts.round import open_round
 from offsite.errors import Replayed, TooLarge, WrongBinding
-from offsite.sealed.folder import PAYLOAD, check_payload
+from offsite.sealed.folder import PAYLOAD, copy_sealed, read_sealed
 from offsite.sealed.manifest import SealedManifest, bind, sealed_size
 from offsite.secagg.terms import ENVELOPE_BYTES, read_terms
 from server.registry.federations import is_finished
 from server.registry.registry import Registry
 
+_NAME = re.compile(r"\.?([0-9]{5})-[0-9]{16}(?:\.partial)?")
 _MOST = 16  # of one client in one round; the protocol has five, one of which is large
 
 
@@ -59,12 +61,15 @@ class MessageStore:
         """
         place = self._place(manifest)
         if not place.is_dir():
-            check_payload(folder, manifest)
             place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             stage = place.with_name(f".{place.name}.partial")
             shutil.rmtree(stage, ignore_errors=True)
-            shutil.copytree(folder, stage)
-            stage.rename(place)
+            try:
+                stage.mkdir()
+                copy_sealed(folder, read_sealed(folder), manifest, stage)
+                stage.rename(place)
+            finally:
+                shutil.rmtree(stage, ignore_errors=True)
 
     def has(self, manifest: SealedManifest) -> bool:
         """Tell whether this very place is taken."""
@@ -77,7 +82,8 @@ class MessageStore:
     def clear(self, number: int) -> None:
         """Notes of rounds up to that one are gone."""
         for path in self._folder.glob("*/*-*"):  # and what a kill left half copied
-            if int(path.name.lstrip(".").partition("-")[0]) <= number:
+            found = _NAME.fullmatch(path.name)
+            if found and re.fullmatch(JOB_ID_PATTERN, path.parent.name) and int(found[1]) <= number:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _place(self, manifest: SealedManifest) -> Path:

@@ -1,13 +1,14 @@
 """The registry: the owner's models, packages, clients, jobs and bundles, and what became of each bundle.
 
 A bundle goes received -> verified -> accepted -> plugged-in -> served, or is refused. Every step is one transaction
-with its line in the log (``offsite/store.py``), and taking a step again changes nothing. One bundle that is not
+with its line in the log (``offsite/state/store.py``), and taking a step again changes nothing. One bundle that is not
 refused may stand for a job, client and round, and a digest stands for one bundle for ever: that is the replay ledger.
 
 The folder holds ``registry.db`` and ``registry.log``; ``registry.id``, after which the head in the keys folder is
 named; ``bundles/ID/``, the plain files of what was verified; ``incoming/``, what is being verified; ``rounds/DIGEST/``
-and ``federations/ID/``, what federations ask and what came of it. Nothing in ``incoming/`` and no bundle without its
-row outlives the next opening.
+and ``federations/ID/``, what federations ask and what came of it. No folder of a bundle in ``incoming/``, and none in
+``bundles/`` without its row, outlives the next opening; what has any other name is left alone, and a part that is a
+link to somewhere else is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -27,9 +28,11 @@ from typing import TYPE_CHECKING, Self
 from offsite.artefacts.job import Job
 from offsite.errors import ArtefactError, BadSchema, ConfigError, PolicyError, Replayed, RunFailed, WrongBinding
 from offsite.keys.files import check_folder
-from offsite.staging import staged_file
-from offsite.store import Head, Store, Transaction
+from offsite.staging import leftovers, remove, staged_file
+from offsite.state.chain import Head
+from offsite.state.store import Store, Transaction
 from server.registry.config import ID_PATTERN
+from server.registry.history import STANDING, agree, told_states
 from server.registry.rows import (
     MIGRATIONS,
     Entry,
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
 
 _PATH: tuple[State, ...] = ("received", "verified", "accepted", "plugged-in", "served")
 _MAX_REFUSALS = 10_000
+_PARTS = ("bundles", "incoming", "rounds")
+_LATER_PARTS = ("exchange", "federations", "notes", "outbox")
 
 
 class Registry:
@@ -74,7 +79,7 @@ class Registry:
             create: begin one when there is none.
 
         Raises:
-            ConfigError: when there is no registry, or no keys folder.
+            ConfigError: when there is no registry, or no keys folder, or a part of the registry is a link.
             Replayed: when the database, its log or its head was turned back.
             RunFailed: when the disk fails.
         """
@@ -82,13 +87,20 @@ class Registry:
             check_folder(keys_folder)  # refuses it
         if not create and not (folder / "registry.id").is_file():
             raise ConfigError(f"{folder.name!r} is no registry", hint="offsite job create makes one: --registry DIR")
+        for part in (*_PARTS, *_LATER_PARTS):
+            if (folder / part).is_symlink():
+                raise ConfigError(
+                    f"{part!r} of registry {folder.name!r} is a link, expected a folder of its own",
+                    hint="move the whole registry to the bigger disk, or mount that disk there",
+                )
         try:
-            for part in (folder, folder / "bundles", folder / "incoming", folder / "rounds"):
-                part.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in (folder, *(folder / part for part in _PARTS)):
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
             name = _registry_id(folder)
         except OSError as error:
             raise RunFailed(f"cannot use registry {folder.name!r}: {(error.strerror or 'i/o error').lower()}") from None
-        registry = cls(folder, Store(folder / "registry.db", MIGRATIONS, anchor=keys_folder / f"registry-{name}.head"))
+        anchor = keys_folder / f"registry-{name}.head"
+        registry = cls(folder, Store(folder / "registry.db", MIGRATIONS, anchor=anchor, agree=agree))
         try:
             registry.collect()
         except OSError as error:
@@ -218,7 +230,7 @@ class Registry:
         """The bundle is known as received and holds its round.
 
         Raises:
-            Replayed: when another holds the round, or a newer one of the job was received.
+            Replayed: when another holds the round, or a newer one of the job was received, whatever became of it.
         """
         now = _now(now)
         with self._store.transaction() as transaction:
@@ -364,10 +376,11 @@ class Registry:
             transaction.log(event, **fields)
 
     def verify_log(self) -> Head:
-        """Return the log's head once every line follows from the one before.
+        """Return the log's head once every line follows from the one before, and the rows from them all.
 
         Raises:
             BadDigest: naming the first line that does not.
+            Replayed: when the rows are others.
         """
         self._store.verify_log()
         return self._store.head
@@ -408,14 +421,32 @@ class Registry:
 
     def collect_locked(self) -> None:
         """As `collect`, for whoever holds `one_intake`."""
-        for path in (*(self.folder / "incoming").iterdir(), *self.folder.glob(".registry.id.*.partial")):
-            _remove(path)
+        incoming = [path for path in (self.folder / "incoming").iterdir() if re.fullmatch(ID_PATTERN, path.name)]
+        for path in (*incoming, *leftovers(self.folder / "registry.id")):
+            remove(path)
         for row in self._store.rows("SELECT digest FROM bundles WHERE state = 'received'"):
             self.forget(row["digest"])
         kept = {row["id"] for row in self._store.rows("SELECT id FROM bundles WHERE state <> 'refused'")}
-        for path in (self.folder / "bundles").iterdir():
-            if path.name not in kept:
-                _remove(path)
+        found = [path for path in (self.folder / "bundles").iterdir() if re.fullmatch(ID_PATTERN, path.name)]
+        if left := [path for path in found if path.name not in kept]:
+            self._require_unverified(left)
+            for path in left:
+                remove(path)
+
+    def _require_unverified(self, folders: Sequence[Path]) -> None:
+        """Return only if the log calls none of these bundles verified and not refused since.
+
+        Raises:
+            Replayed: when it does: the rows that know of them are lost.
+        """
+        told = {short_id(digest): states for digest, states in told_states(self._store.lines()).items()}
+        for path in folders:
+            if told.get(path.name, frozenset()) & STANDING:
+                raise Replayed(
+                    f"registry {self.folder.name!r} has lost the row of bundle {path.name}, which its log calls"
+                    " verified; nothing was deleted",
+                    hint="put the newest copies of registry.db, registry.log and its head back",
+                )
 
 
 def _now(now: int | None) -> int:
@@ -433,7 +464,7 @@ def _registry_id(folder: Path) -> str:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         if not path.exists():
-            if (folder / "registry.db").exists() or (folder / "registry.log").exists():
+            if any((folder / name).exists() for name in ("registry.db", "registry.db-wal", "registry.log")):
                 raise Replayed(f"registry {folder.name!r} has lost its registry.id", hint="put a copy of it back")
             with staged_file(path) as stage:
                 stage.write_text(secrets.token_hex(16) + "\n", encoding="ascii")
@@ -444,10 +475,3 @@ def _registry_id(folder: Path) -> str:
     if not re.fullmatch(r"[0-9a-f]{32}", found):
         raise BadSchema(f"registry.id of {folder.name!r} is damaged", hint="put a copy of it back")
     return found
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Rows of the registry: its schema, and what a row says.
 
-The schema's versions are only ever added to; ``offsite/store.py`` applies those that a database does not have yet.
+The schema's versions are only ever added to; ``offsite/state/store.py`` applies those that a database does not have.
 """
 
 from __future__ import annotations
@@ -107,7 +107,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of a job when a sealed bundle arrives: who holds its round, and the newest sequence number."""
+    """What is known of a job when a sealed bundle arrives: who holds its round, and the newest sequence number.
+
+    The newest counts also when it was refused, by the owner or for what its client signed: what was held back on the
+    way is no news afterwards. A refusal that the way here may have caused leaves no row, and counts for nothing.
+    """
 
     holder: str | None
     newest: int
@@ -152,7 +156,7 @@ def entry_of(row: sqlite3.Row) -> Entry:
 def seen_by(find: Callable[[str, tuple[str | int, ...]], list[sqlite3.Row]], manifest: SealedManifest) -> Seen:
     """Return what the rows that `find` finds say of the round and the sequence that the manifest claims."""
     whose = (manifest.job_id, manifest.issuer)
-    ours = "FROM bundles WHERE job_id = ? AND client = ? AND state <> 'refused'"
-    holder = find(f"SELECT digest {ours} AND round = ?", (*whose, manifest.round))
+    ours = "FROM bundles WHERE job_id = ? AND client = ?"
+    holder = find(f"SELECT digest {ours} AND state <> 'refused' AND round = ?", (*whose, manifest.round))
     newest = find(f"SELECT coalesce(max(sequence), 0) {ours}", whose)
     return Seen(holder[0][0] if holder else None, int(newest[0][0]))

@@ -68,7 +68,8 @@ def log_verify_run(config: LogVerifyConfig) -> dict[str, object]:
     """Carry out ``offsite log verify``."""
     with _opened(config) as registry:
         head = registry.verify_log()
-    say(f"{head.number} line(s), each follows from the one before, and the head in the keys folder is the last")
+    say(f"{head.number} line(s), each follows from the one before, and the head in the keys folder is the last;")
+    say("the registry's rows are those that the lines lead to")
     return {"lines": head.number, "head": head.hash}
 
 

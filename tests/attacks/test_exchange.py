@@ -21,7 +21,7 @@ from offsite.exchange.wire import Offers, Status, declare
 from offsite.keys.identity import generate
 from offsite.keys.trust import TrustStore
 from offsite.sealed.folder import read_sealed
-from offsite.store import read_log
+from offsite.state.chain import read_log
 
 DENIED = {"reason": "Untrusted", "message": "this request is not accepted"}
 QUICK = {"head_seconds": 0.6, "body_seconds": 0.6, "min_rate": 1e6, "stall_seconds": 0.6}

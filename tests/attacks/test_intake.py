@@ -41,7 +41,7 @@ from offsite.errors import (
     WrongShape,
 )
 from offsite.sealed import encryption as seal
-from offsite.store import verify_log
+from offsite.state.chain import verify_log
 from server.registry.registry import Registry
 
 DAY = 86400
@@ -208,6 +208,47 @@ def test_row_12_a_sequence_number_that_was_passed(exchange, sealed):
     assert exchange.take_in(sealed(job, round=2, sequence=6)).state == "verified"
 
 
+def too_loud(folder):
+    scaled(B, 1000.0)(folder)
+
+
+@pytest.mark.parametrize("by", ["its content", "its sizes", "the owner"])
+def test_row_12_what_was_held_back_is_no_news_after_a_newer_one_was_refused(
+    by, exchange, sealed, small_bundle, tamper, tmp_path
+):
+    """Sequence 1 does not come, 2 comes and is refused for good, then 1 comes."""
+    job = exchange.job()
+    held_back = sealed(job, sequence=1)
+    if by == "its content":
+        bad = tamper(small_bundle.path, change=too_loud, redeclare=True)
+        refused(exchange.take_in(exchange.seal(bad, job, tmp_path / "loud", sequence=2)), NormTooLarge)
+    elif by == "its sizes":
+        save_file({"x": torch.zeros(600_000)}, tmp_path / "large")
+        files = {"offsite.json": small_bundle.path / "offsite.json", "adapter.safetensors": tmp_path / "large"}
+        refused(exchange.take_in(sealed(job, files=files, sequence=2)), TooLarge)
+    else:
+        exchange.registry.refuse(exchange.take_in(sealed(job, sequence=2)).id)
+    found = exchange.take_in(held_back)
+    refused(found, Replayed)
+    assert "not newer than 2" in str(found.error)
+    assert exchange.take_in(sealed(job, sequence=3)).state == "verified"
+
+
+@pytest.mark.parametrize("damaged", ["payload", "keys.json", "signatures.json"])
+def test_row_12_what_anybody_on_the_way_can_have_refused_passes_no_sequence_number(damaged, exchange, sealed, tmp_path):
+    """Otherwise a carrier could spoil a copy of the second, and the first would never be taken."""
+    job = exchange.job()
+    first, second = sealed(job, sequence=1), sealed(job, sequence=2, round=2)
+    copy = shutil.copytree(second, tmp_path / "copy")
+    target = next((copy / "payload").iterdir()) if damaged == "payload" else copy / damaged
+    raw = bytearray(target.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    target.write_bytes(raw)
+    assert exchange.take_in(copy).state == "refused"
+    assert exchange.take_in(first).state == "verified"
+    assert exchange.take_in(second).state == "verified"
+
+
 @pytest.mark.parametrize("part", ["registry.db", "registry.log", "everything", "head"])
 def test_row_12_a_registry_restored_from_a_backup(part, exchange, sealed, tmp_path):
     """A bundle that was taken in must not be unknown again because an old copy was put back."""
@@ -263,7 +304,7 @@ def test_other_kinds_and_bindings_are_refused(exchange, sealed, small_bundle, id
         ({"expires": job.expires + 1}, WrongBinding),
         ({"recipients": [identities["stranger"].public]}, WrongRecipient),
         ({"recipients": [owner.public, identities["stranger"].public]}, WrongRecipient),
-        ({"identity": owner, "recipients": [exchange.client.public]}, WrongBinding),
+        ({"identity": owner, "recipients": [exchange.client.public]}, WrongRecipient),
         ({"kind": "report", "files": {"report.json": report}}, WrongBinding),
         ({"files": alone}, WrongNames),
     ):

@@ -1,5 +1,7 @@
 """Attempts on a sealed folder on its way: each is refused with its class, leaves no file and no trace in the ledger.
 
+One trace is wanted: what its issuer signed and is refused for what it says counts as seen.
+
 Rows are those of the attack table in ``docs/security.md``. Where an attack needs a signature, its own issuer makes it:
 what is refused then is refused although both signatures are good.
 """
@@ -29,6 +31,7 @@ from offsite.errors import (
     BadSignature,
     Expired,
     Replayed,
+    RunFailed,
     TooLarge,
     Untrusted,
     WrongBinding,
@@ -39,6 +42,7 @@ from offsite.exchange import verbs as sealing
 from offsite.exchange.verbs import open_sealed
 from offsite.keys.trust import TrustStore
 from offsite.sealed import encryption as seal
+from offsite.sealed.config import SealConfig
 from offsite.sealed.encryption import seal_files
 from offsite.sealed.folder import read_sealed
 from offsite.sealed.ledger import Ledger
@@ -108,8 +112,12 @@ class Arena:
             now=self.now if now is None else now,
         )
 
-    def refused(self, sealed, error, *, match=None, receiver=None, now=None):
-        """The attempt fails with that very class, leaves no file and no trace."""
+    def refused(self, sealed, error, *, match=None, receiver=None, now=None, signed=False):
+        """The attempt fails with that very class, leaves no file and no trace.
+
+        Args:
+            signed: its issuer signed what it is refused for; then it is remembered as seen, and nothing more.
+        """
         receiver = receiver or self.owner
         head, before = self.ledger[receiver]._store.head, set(self.folder.iterdir())
         with pytest.raises(ArtefactError, match=match) as caught:
@@ -117,7 +125,11 @@ class Arena:
         kinds = error if isinstance(error, tuple) else (error,)
         assert type(caught.value) in kinds, f"{type(caught.value).__name__}: {caught.value}"
         assert set(self.folder.iterdir()) == before
-        assert self.ledger[receiver]._store.head == head
+        if signed:
+            last = list(self.ledger[receiver]._store.lines())[-1]
+            assert (last["number"], last["event"]) == (head.number + 1, "refused")
+        else:
+            assert self.ledger[receiver]._store.head == head
         message = str(caught.value)
         assert "\n" not in message
         assert str(self.folder) not in message
@@ -418,7 +430,7 @@ def test_row_37_nor_one_of_the_files_beside_it(arena, name, version):
 def test_row_37_nor_one_inside(arena, tamper):
     other = tamper(arena.bundle.path, edit=lambda stated: stated.update(format="offsite/bundle/2"))
     sealed = arena.seal(files={path.name: path for path in other.iterdir()})
-    arena.refused(sealed, WrongBinding, match="offsite/package/1")
+    arena.refused(sealed, WrongBinding, match="offsite/package/1", signed=True)
 
 
 def test_row_10_signed_bytes_are_not_written_anew(arena):
@@ -520,6 +532,33 @@ def test_row_11_the_client_refuses_changed_terms(arena):
     files = {JOB_NAME: arena.folder / JOB_NAME}
     sealed = arena.seal(sender=arena.owner, job=job, files=files, kind="job", round=0)
     arena.refused(sealed, Replayed, match="other terms", receiver=arena.client)
+
+
+def test_row_12_what_was_held_back_is_no_news_after_a_newer_one_was_refused(arena):
+    """Report 1 is held back, report 2 is refused for what it says, then 1 comes; 3 is taken."""
+    first = arena.report(REPORT, "first")
+    digest = read_sealed(first).digest
+    second = arena.report(b"[]", "second", sequence=2, previous=digest)
+    arena.refused(second, BadSchema, signed=True)
+    arena.refused(first, Replayed, match="number 2 came before it")
+    arena.refused(second, BadSchema)  # the same again is judged again, and remembered once
+    third = arena.report(REPORT, "third", sequence=3, previous=read_sealed(second).digest)
+    assert arena.attempt(third).admission == "new"
+
+
+@pytest.mark.parametrize("damaged", ["payload", "keys.json", "signatures.json"])
+def test_row_12_what_anybody_on_the_way_can_have_refused_passes_no_sequence_number(arena, damaged):
+    first = arena.report(REPORT, "first")
+    second = arena.report(REPORT + b" ", "second", sequence=2, previous=read_sealed(first).digest)
+    target = payloads(second)[0] if damaged == "payload" else second / damaged
+    raw = target.read_bytes()
+    target.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(ArtefactError):
+        arena.attempt(second)
+    assert arena.attempt(first).admission == "new"
+    shutil.rmtree(arena.folder / "out")
+    target.write_bytes(raw)
+    assert arena.attempt(second).admission == "new"
 
 
 def test_row_12_a_ledger_restored_from_a_backup(arena, tmp_path):
@@ -724,6 +763,112 @@ def test_row_15_what_was_opened_is_what_is_used(arena, monkeypatch):
     assert (arena.folder / "out" / "report.json").read_bytes() == REPORT
 
 
+def plain_text_in(folder):
+    return [path for path in folder.rglob("*") if path.is_file() and REPORT[:1000] in path.read_bytes()]
+
+
+@pytest.mark.parametrize("when", ["before", "while", "after"])
+@pytest.mark.parametrize("fake", [False, True])
+def test_row_15_the_outputs_parent_moved_away_while_it_is_opened(arena, monkeypatch, tmp_path, when, fake):
+    """The plain text is not written into another folder of that name, and none stays in the one that was moved."""
+    sealed, out = arena.report(REPORT), tmp_path / "parent" / "out"
+    (arena.folder / "report.json").unlink()
+    out.parent.mkdir()
+
+    def swap():
+        if (tmp_path / "moved").exists():
+            return
+        (stage,) = out.parent.iterdir()
+        out.parent.rename(tmp_path / "moved")
+        out.parent.mkdir()
+        if fake:
+            stage.mkdir()
+
+    def then(module, name, *, before=True):
+        real = getattr(module, name)
+
+        def wrapped(*arguments, **named):
+            if before:
+                swap()
+            found = real(*arguments, **named)
+            swap()
+            return found
+
+        monkeypatch.setattr(module, name, wrapped)
+
+    points = {"before": (sealing, "decrypt_files"), "while": (seal, "check_listed"), "after": (sealing, "read_content")}
+    then(*points[when], before=when != "after")
+    with pytest.raises((ArtefactError, RunFailed)):
+        open_sealed(
+            sealed,
+            out,
+            identity=arena.owner.identity,
+            trust=arena.trust[arena.owner],
+            ledger=arena.ledger[arena.owner],
+            now=arena.now,
+        )
+    assert plain_text_in(tmp_path) == []
+    assert not out.exists()
+    assert list((tmp_path / "moved").iterdir()) == []
+
+
+KINDS_SEALED = ["job", "package", "round", "bundle", "report", "note"]
+
+
+@pytest.mark.parametrize("kind", KINDS_SEALED)
+def test_row_15_what_was_checked_is_what_is_sealed(kind, arena, plain_round, monkeypatch, tmp_path):
+    """A file that is swapped between check and encryption is refused, of every kind; for a link or a pipe, too."""
+    source = tmp_path / "input"
+    source.mkdir()
+    files = {
+        "job": {JOB_NAME: arena.job.model_dump_json().encode()},
+        "package": {path.name: path.read_bytes() for path in arena.package.path.iterdir()},
+        "round": {name: path.read_bytes() for name, path in plain_round.items()},
+        "bundle": {path.name: path.read_bytes() for path in arena.bundle.path.iterdir()},
+        "report": {"report.json": b'{"figure": 1}'},
+        "note": {"note.bin": b"masked"},
+    }[kind]
+    for name, content in files.items():
+        (source / name).write_bytes(content)
+    sender = arena.client if kind == "bundle" else arena.owner
+    job_folder = tmp_path / "job"
+    job_folder.mkdir()
+    (job_folder / JOB_NAME).write_text(arena.job.model_dump_json())
+    with monkeypatch.context() as patch:
+        config = SealConfig(
+            input=source,
+            output=tmp_path / "sealed",
+            job=None if kind == "job" else job_folder,
+            keys=sender.keys,
+            passphrase_file=sender.passphrase,
+            accept_leakage=kind == "bundle",
+        )
+        for swap in ("content", "link", "pipe"):
+            for name in files:
+                kept, check = (source / name).read_bytes(), sealing.check_content
+
+                def then_swap(content, job, name=name, kept=kept, check=check, swap=swap):
+                    check(content, job)
+                    (source / name).unlink()
+                    if swap == "content":
+                        (source / name).write_bytes(kept + b" ")
+                    elif swap == "pipe":
+                        os.mkfifo(source / name)
+                    else:
+                        (tmp_path / "elsewhere").write_bytes(kept)
+                        (source / name).symlink_to(tmp_path / "elsewhere")
+
+                patch.setattr(sealing, "check_content", then_swap)
+                with pytest.raises(BadDigest if swap == "content" else WrongNames):
+                    sealing.seal_run(config, identity=sender.identity)
+                patch.setattr(sealing, "check_content", check)
+                assert not (tmp_path / "sealed").exists()
+                assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+                (source / name).unlink()
+                (source / name).write_bytes(kept)
+        assert sealing.seal_run(config, identity=sender.identity)["output"] == "sealed"
+
+
 def test_row_15_a_manifest_swapped_after_it_was_verified(arena, monkeypatch):
     sealed = arena.report(REPORT)
     verify = sealing.verify_sealed
@@ -806,10 +951,10 @@ def test_row_21_a_whole_exchange_unpickles_nothing(arena, tripwires):
 def test_one_kind_sealed_as_another(arena):
     files = {path.name: path for path in arena.package.path.iterdir() if path.name == "offsite.json"}
     sealed = arena.seal(sender=arena.owner, files=files, kind="package", round=0)
-    arena.refused(sealed, WrongNames, receiver=arena.client)
+    arena.refused(sealed, WrongNames, receiver=arena.client, signed=True)
     (arena.folder / "offsite.json").write_text("{}")
     files = {"offsite.json": arena.folder / "offsite.json"}
-    arena.refused(arena.seal("empty", files=files), (WrongBinding, BadSchema))
+    arena.refused(arena.seal("empty", files=files), (WrongBinding, BadSchema), signed=True)
 
 
 def test_tensors_that_the_manifest_does_not_declare(arena):
@@ -822,7 +967,7 @@ def test_the_owners_part_is_not_the_clients(arena):
     (arena.folder / JOB_NAME).write_text(arena.job.model_dump_json())
     files = {JOB_NAME: arena.folder / JOB_NAME}
     sealed = arena.seal(files=files, kind="job", round=0)
-    arena.refused(sealed, WrongBinding, match="no such part")
+    arena.refused(sealed, WrongBinding, match="no such part", signed=True)
 
 
 # The round of a federation: only the owner asks one
@@ -854,7 +999,9 @@ def test_a_round_has_a_number_of_the_job_s(arena, plain_round):
     beyond = arena.seal("beyond", kind="round", sender=arena.owner, files=plain_round, round=3)
     arena.refused(beyond, WrongBinding, receiver=arena.client, match="is for round 3, the job has 2")
     other = arena.seal("other", kind="round", sender=arena.owner, files=plain_round, round=2)
-    arena.refused(other, WrongBinding, receiver=arena.client, match="sealed as round 2, what came out is round 1")
+    arena.refused(
+        other, WrongBinding, receiver=arena.client, match="sealed as round 2, what came out is round 1", signed=True
+    )
     zero = arena.seal("zero", kind="round", sender=arena.owner, files=plain_round)
     arena.resign(zero, lambda stated: stated.update(round=0), signer=arena.owner, receiver=arena.client)
     arena.refused(zero, BadSchema, receiver=arena.client, match="from 1 on")
@@ -863,7 +1010,7 @@ def test_a_round_has_a_number_of_the_job_s(arena, plain_round):
 def test_a_bundle_sealed_as_a_round(arena):
     files = {"offsite.json": arena.bundle.path / "offsite.json"}
     sealed = arena.seal(kind="round", sender=arena.owner, files=files)
-    arena.refused(sealed, WrongNames, receiver=arena.client)
+    arena.refused(sealed, WrongNames, receiver=arena.client, signed=True)
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "round.py", "../offsite.json", "offsite.json/x", ""])

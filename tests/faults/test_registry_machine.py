@@ -104,8 +104,7 @@ class Machine(RuleBasedStateMachine):
             assert state in ("plugged-in", "served")
         else:
             assert state not in ("plugged-in", "served")
-            self.known[number] = ("refused", round_number)
-            self.newest = max((0, *(e.sequence for e in self.registry.entries() if e.state != "refused")))
+            self.known[number] = ("refused", round_number)  # its sequence number stays the newest that was seen
 
     @precondition(lambda self: self.known)
     @rule(point=st.sampled_from(POINTS), to=st.sampled_from((*PATH, "refused")), number=numbers)
@@ -138,7 +137,6 @@ class Machine(RuleBasedStateMachine):
             assert found == (to if moves and point != "commit-before" else state)
         assert found in (state, to)
         self.known[number] = (found, round_number)
-        self.newest = max((0, *(e.sequence for e in self.registry.entries() if e.state != "refused")))
 
     @precondition(lambda self: self.known)
     @rule(number=numbers)

@@ -125,7 +125,7 @@ def test_a_stage_is_run_again_when_anything_differs(scripts, party, tmp_path, ch
     stage = Stage("make", party, [MAKE], party / "made", {"model": "sha256:a"})
     play([stage], tmp_path / "notes")
     (party / "made.work").mkdir()
-    (party / ".made.0a1b.partial").mkdir()
+    (party / ".made.0a1b2c3d.partial").mkdir()
     again = Stage("make", party, [MAKE], party / "made", {"model": "sha256:a"})
     change(again, tmp_path / "notes")
     play([again], tmp_path / "notes")

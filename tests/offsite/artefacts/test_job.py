@@ -70,5 +70,5 @@ def test_what_is_no_job(tmp_path, make_job):
     with pytest.raises(ConfigError, match="already exists"):
         write_job(tmp_path / "job", make_job())
     (tmp_path / "job" / "more.txt").touch()
-    with pytest.raises(WrongNames, match="1 file"):
+    with pytest.raises(WrongNames, match=r"holds 'more\.txt' besides"):
         read_job(tmp_path / "job")

@@ -124,9 +124,13 @@ def swap_for_folder(folder):
 
 CHANGES = {
     "a missing file": (lambda folder: (folder / "a.bin").unlink(), WrongNames, "file 'a.bin' is missing"),
-    "one more file": (lambda folder: (folder / "c.bin").write_text("x"), WrongNames, "1 file.s. that the manifest"),
-    "a hidden file": (lambda folder: (folder / ".hidden").write_text("x"), WrongNames, "1 file"),
-    "a folder": (lambda folder: (folder / "more").mkdir(), WrongNames, "1 file"),
+    "one more file": (
+        lambda folder: (folder / "c.bin").write_text("x"),
+        WrongNames,
+        "the manifest does not bind 'c.bin'$",
+    ),
+    "a hidden file": (lambda folder: (folder / ".hidden").write_text("x"), WrongNames, "not bind '.hidden'$"),
+    "a folder": (lambda folder: (folder / "more").mkdir(), WrongNames, "not bind 'more'$"),
     "a link to the same bytes": (swap_for_link, WrongNames, "'a.bin' is not a plain file"),
     "a pipe": (swap_for_pipe, WrongNames, "'a.bin' is not a plain file"),
     "a folder of that name": (swap_for_folder, WrongNames, "'a.bin' is not a plain file"),

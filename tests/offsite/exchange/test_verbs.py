@@ -132,8 +132,13 @@ REFUSALS = [
     ("client", "seal {other} --job job -o out", 3, "another adapter than the job asks for"),
     ("owner", "seal job --job edited -o out", 2, "--job names another job"),
     ("client", "open nowhere -o out", 3, "no sealed folder named 'nowhere'"),
-    ("client", "open job -o out", 3, "'keys.json' is missing"),
-    ("owner", "open package.sealed -o out", 3, "is not pinned here"),
+    ("client", "open job -o out", 3, "'job' is a job, not sealed"),
+    ("owner", "open package.sealed -o out", 3, "this package is sealed for another key, {client_key}, not for"),
+    ("client", "open {package} -o out", 3, "is a package, not sealed"),
+    ("client", "open {bundle} -o out", 3, "is a bundle, not sealed"),
+    ("client", "seal package.sealed --job job -o out", 3, "'package.sealed' is a sealed package already"),
+    ("client", "seal {keys} --job job -o out", 3, "it is a keys folder"),
+    ("client", "seal {package} --job job.sealed -o out", 3, "'job.sealed' holds no job.json: it is a sealed job"),
     ("client", "open package.sealed -o job", 2, "output 'job' already exists"),
 ]
 
@@ -150,12 +155,13 @@ def test_refusals(opened, desk, parties, job, dropped_package, narrow_package, t
         (opened / name / file).write_text(text)
     write_job(opened / "edited", job.model_copy(update={"rounds": 1}))
     names = {"package": dropped_package.path, "bundle": tiny_bundle.path, "narrow": narrow_package.path}
+    names |= {"keys": parties[1].keys, "client_key": parties[1].fingerprint[:9]}
     names["other"] = tamper(tiny_bundle.path, edit=lambda stated: stated["adapter"].update(alpha=4.0))
     before = sorted(path.name for path in opened.iterdir())
     for who, words, code, message in REFUSALS:
         party = parties[("owner", "client").index(who)]
         error = desk(party, *words.format(**names).split(), code=code)
-        assert message in error, words
+        assert message.format(**names) in error, words
         assert sorted(path.name for path in opened.iterdir()) == before, words
 
 

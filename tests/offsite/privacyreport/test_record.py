@@ -568,7 +568,7 @@ def test_what_is_no_privacy_report_is_not_sealed_as_one(case, world, desk, parti
 REFUSALS = {
     "--audit nowhere": (3, "no audit folder named 'nowhere'"),
     "--audit job": (3, "holds no audit.json"),
-    "--audit crowded": (3, "1 file(s) besides audit.json"),
+    "--audit crowded": (3, "besides audit.json"),
     "--audit rewritten": (3, "not written in the one form"),
     "--audit plain --audit private": (2, "two audits are of kind 'bundle'"),
     "--audit plain --audit plugged --audit package-audit --audit elsewhere": (2, "at most 3"),

@@ -287,9 +287,17 @@ BROKEN = {
         ArtefactError,
         "report.signatures.json",
     ),
-    "a file more": (lambda b: (b.report / "notes.txt").write_text("x"), WrongNames, "1 file"),
-    "a hidden file": (lambda b: (b.report / ".x").write_text("x"), WrongNames, "1 file"),
-    "results beside it": (lambda b: (b.report / "results.json").write_text("{}"), WrongNames, "1 file"),
+    "a file more": (
+        lambda b: (b.report / "notes.txt").write_text("x"),
+        WrongNames,
+        "no signature of the report covers ",
+    ),
+    "a hidden file": (lambda b: (b.report / ".x").write_text("x"), WrongNames, "no signature of the report covers "),
+    "results beside it": (
+        lambda b: (b.report / "results.json").write_text("{}"),
+        WrongNames,
+        "no signature of the report covers ",
+    ),
     "a link": (
         lambda b: (
             (b.report / "report.json").rename(b.folder / "x") and (b.report / "report.json").symlink_to(b.folder / "x")

@@ -121,6 +121,24 @@ def test_older_forked_and_unlinked_ones_are_refused(ledger, job, sequence, previ
     assert ledger.admit(manifest_of(job, sequence=9, previous=digest_of(7)), digest_of(9)) == "new"  # some were lost
 
 
+def test_row_12_what_was_refused_counts_as_seen(ledger, job):
+    """One was held back, two was refused for what it says: then one is no news, two is judged again, three follows."""
+    two = manifest_of(job, sequence=2, previous=digest_of(1))
+    for _ in range(2):
+        ledger.refuse(two, digest_of(2), WrongBinding("another package"))
+        with pytest.raises(Replayed, match="number 1 of its issuer's, number 2 came before it"):
+            ledger.admit(manifest_of(job), digest_of(1))
+        assert ledger.check(two, digest_of(2)) == "new"
+    assert ledger.admit(manifest_of(job, sequence=3, previous=digest_of(2)), digest_of(3)) == "new"
+    assert [line["event"] for line in ledger._store.lines()].count("refused") == 1
+    ledger._store.verify_log()
+
+
+def test_what_was_refused_of_an_unknown_job_leaves_nothing(ledger, make_job):
+    ledger.refuse(manifest_of(make_job()), digest_of(2), WrongBinding("another package"))
+    assert [line["event"] for line in ledger._store.lines()] == ["schema", "job"]
+
+
 def test_kinds_and_issuers_are_counted_apart(ledger, job):
     ledger.admit(manifest_of(job, sequence=5, previous=digest_of(4)), digest_of(5))
     assert ledger.admit(manifest_of(job, "report"), digest_of(6)) == "new"

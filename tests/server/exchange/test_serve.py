@@ -49,7 +49,7 @@ def test_an_upload_is_where_it_was_after_a_restart(sealed, tmp_path):
     name = max(upload.files, key=upload.files.get)
     data = (sealed / "payload" / name).read_bytes()
     assert store.append(upload, name, 0, data[:100]) == 100
-    (tmp_path / "uploads" / ".half.partial").mkdir()
+    (tmp_path / "uploads" / f".{'1' * 64}.0123abcd.partial").mkdir()
     (tmp_path / "uploads" / ("0" * 64)).mkdir()
     again = UploadStore(tmp_path / "uploads", ROOM)
     found = again.get(upload.digest, upload.client)

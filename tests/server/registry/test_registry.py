@@ -32,7 +32,7 @@ def arrived(exchange):
 
 
 def events(exchange):
-    from offsite.store import read_log
+    from offsite.state.chain import read_log
 
     return [line["event"] for line in read_log(exchange.registry_folder / "registry.log")]
 
@@ -130,8 +130,8 @@ def test_verdicts_tell_the_class_of_a_refusal(exchange, arrived):
     assert isinstance(found.error, NotFinite)
     with pytest.raises(NotFinite, match="holds NaN"):
         registry.advance(bundle_id, "accepted")
-    arrived(DIGESTS[2])
-    arrived(DIGESTS[0], round=2, sequence=2)  # once it passes, the refusals before are of no interest
+    arrived(DIGESTS[2], sequence=2)
+    arrived(DIGESTS[0], round=2, sequence=3)  # once it passes, the refusals before are of no interest
     assert registry.refusals() == []
 
 
@@ -150,16 +150,35 @@ def test_opening_collects_what_a_crash_left(exchange, arrived):
     lost = arrived(DIGESTS[1], state="received", round=2, sequence=2)
     folder = exchange.registry_folder
     (folder / "incoming" / lost).mkdir()
-    (folder / "incoming" / "file").write_bytes(b"x")
     (folder / "bundles" / "0123456789abcdef").mkdir()
-    (folder / ".registry.id.0.partial").write_bytes(b"x")
+    (folder / ".registry.id.0123abcd.partial").write_bytes(b"x")
+    foreign = [folder / "incoming" / "file", folder / "bundles" / "file", folder / ".registry.id.notes.partial"]
+    for path in foreign:
+        path.write_bytes(b"theirs")
     (folder / "bundles" / "link").symlink_to("/etc")
     registry = exchange.opened()
     assert [entry.id for entry in registry.entries()] == [kept]
-    assert [path.name for path in (folder / "bundles").iterdir()] == [kept]
-    assert not list((folder / "incoming").iterdir())
-    assert not list(folder.glob(".*"))
+    assert {path.name for path in (folder / "bundles").iterdir()} == {kept, "link", "file"}
+    assert [path.name for path in (folder / "incoming").iterdir()] == ["file"]
+    assert {path.read_bytes() for path in foreign} == {b"theirs"}  # whatever has another name than ours stays
+    assert [path.name for path in folder.glob(".*")] == [".registry.id.notes.partial"]
     assert events(exchange)[-1] == "forgotten"
+
+
+@pytest.mark.parametrize("part", ["bundles", "incoming", "rounds", "federations", "notes", "exchange", "outbox"])
+def test_a_part_that_is_a_link_to_a_bigger_disk_is_refused_and_nothing_on_it_is_touched(exchange, tmp_path, part):
+    exchange.job()
+    exchange.close()
+    disk, folder = tmp_path / "disk", exchange.registry_folder
+    disk.mkdir()
+    for name in ("photos", "0123456789abcdef", "a" * 64):
+        (disk / name / "inside").mkdir(parents=True)
+    if (folder / part).exists():
+        (folder / part).rmdir()
+    (folder / part).symlink_to(disk)
+    with pytest.raises(ConfigError, match=f"^'{part}' of registry .* is a link, expected a folder of its own$"):
+        exchange.opened()
+    assert len(list(disk.rglob("inside"))) == 3
 
 
 def test_opening_leaves_an_intake_that_is_under_way_alone(exchange, arrived):

@@ -16,9 +16,9 @@ import threading
 import pytest
 
 from offsite import faults
-from offsite import store as module
 from offsite.errors import BadDigest, Replayed, RunFailed, WrongBinding
-from offsite.store import Store, read_log, verify_log
+from offsite.state.chain import LINE_LIMIT_BYTES, read_log, verify_log
+from offsite.state.store import Store
 
 SCHEMA = ("CREATE TABLE words (word TEXT PRIMARY KEY, number INTEGER NOT NULL) STRICT",)
 STEPS = ("commit-before", "commit-after", "log-half", "log-after", "head-after")
@@ -127,6 +127,19 @@ def test_migrations_apply_once_and_a_newer_schema_is_refused(opened):
         opened()
 
 
+def test_a_store_that_another_process_brought_up_meanwhile_is_not_written_to(opened):
+    """Its sum over the rows would leave out the new column."""
+    with opened() as old:
+        add(old, "one")
+        with opened((*SCHEMA, "ALTER TABLE words ADD COLUMN language TEXT")) as new:
+            with pytest.raises(WrongBinding, match="schema version 3, this offsite knows up to 2"):
+                add(old, "two")
+            with new.transaction() as transaction:
+                transaction.execute("INSERT INTO words VALUES ('two', 3, 'en')")
+                transaction.log("added", word="two")
+            assert new.verify_log() == 4
+
+
 def test_a_migration_that_fails_leaves_the_old_schema(opened):
     with opened() as store:
         add(store, "one")
@@ -192,7 +205,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from offsite.errors import RunFailed
-from offsite.store import Store
+from offsite.state.store import Store
 folder = Path(sys.argv[1])
 store = Store(folder / "words.db", ["CREATE TABLE words (word TEXT PRIMARY KEY, number INTEGER NOT NULL) STRICT"],
               anchor=folder / "keys" / "words.head")
@@ -366,6 +379,9 @@ def test_without_a_hook_a_fault_point_does_nothing():
 
 def test_a_line_beyond_the_limit_is_refused_and_changes_nothing(opened):
     with opened() as store:
-        with pytest.raises(ValueError, match="limit"), store.transaction() as transaction:
-            transaction.log("x", text="y" * module.LINE_LIMIT_BYTES)
+        with (
+            pytest.raises(RunFailed, match=r"'x' would be a log line of \d+ bytes, limit 65536$"),
+            store.transaction() as transaction,
+        ):
+            transaction.log("x", text="y" * LINE_LIMIT_BYTES)
         assert json.loads(store.log_path.read_bytes())["event"] == "schema"
