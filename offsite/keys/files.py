@@ -147,9 +147,11 @@ def check_folder(folder: Path) -> None:
 
 
 def _for_people(folder: Path) -> str:
-    """Return the place as it was typed, or from the home folder on: the usual one was not typed at all."""
+    """Return the place as it was typed, or from the home folder on; of one elsewhere the name alone."""
     home = Path.home()
-    return repr(f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder))
+    if folder.is_relative_to(home):
+        return repr(f"~/{folder.relative_to(home)}")  # the usual one was not typed at all
+    return repr(folder.name if folder.is_absolute() else str(folder))
 
 
 def _other_keys(missing: Path) -> str:
