@@ -243,7 +243,9 @@ def _all_problems(cls: type[BaseModel], error: ValidationError) -> str:
             problems.append(f"{spelled} is missing")
         else:
             inside = model_in(field.annotation) if field is not None and len(names) == 1 else None
-            if inside is None:
+            if item["type"] == "string_pattern_mismatch" and field is not None and field.description:
+                problems.append(f"{spelled}: expected {field.description}, found {item['input']!r}")
+            elif inside is None:
                 problems.append(f"{spelled}: {expected(item)}, found {item['input']!r}{guess(item)}")
             else:
                 problems.append(f"{spelled}: {_pairs(spelled, inside, item['input'])}")

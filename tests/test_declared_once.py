@@ -12,6 +12,7 @@ SEVERAL = {
     "output": "every verb writes something else, and its line says what",
     "package": "the line says which package it has to be, as it came or with its owner's record",
     "data": "the line says whose text it is and what for: tuned on, measured on, audited",
+    "results": "the line says what they are taken for: an audit's figures, or an adapted folder's card",
     "sealed": "the line says what has to be sealed in it",
     "model": "a word where the verb is about the model, a flag where it is about something else",
     "job": "what a job is asked for is each verb's own: its adapter, its terms, its name",

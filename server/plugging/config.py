@@ -46,5 +46,7 @@ class PlugConfig(AcceptedConfig, ScaleSettings):
         json_schema_extra=USUAL,
     )
     results: Path | None = Field(
-        None, description="results folder of evaluating this bundle; its figures go into the README"
+        None,
+        description="results folder of evaluating this bundle; its figures go into the README",
+        json_schema_extra=USUAL,
     )

@@ -46,7 +46,7 @@ def test_a_real_verb_in_a_partys_folder(party, tmp_path, dropped_package, capfd)
     assert caught.value.hint
     err = capfd.readouterr().err
     assert "$ offsite inspect 'a name with spaces'" in err
-    assert "offsite: error: no package folder named 'a name with spaces'" in err
+    assert "offsite: error: no file or folder named 'a name with spaces'" in err
 
 
 def test_a_module_in_the_partys_folder_is_not_run(party, tmp_path, dropped_package):

@@ -253,7 +253,7 @@ def test_an_address_that_is_none_is_a_setting_gone_wrong(capsys, live_exchange, 
 
 def test_nobody_at_home_is_a_run_that_failed_and_can_be_repeated(capsys, live_exchange, tmp_path):
     live_exchange.url = "http://127.0.0.1:9"
-    code, _, err = pull(capsys, live_exchange, tmp_path / "out", "--patience-seconds", "0.5")
+    code, _, err = pull(capsys, live_exchange, tmp_path / "out")
     assert (code, "the exchange cannot be used: no connection" in err) == (5, True), err
     assert not list(tmp_path.glob("out*"))
 

@@ -42,7 +42,7 @@ def given(tmp_path, monkeypatch):
 )
 def test_settings_that_are_none(setting, value, given):
     flags = {name: str(found) for name, found in given.items()}
-    with pytest.raises(ConfigError, match=f"(?i){setting}: string should match"):
+    with pytest.raises(ConfigError, match=f"(?i){setting}: expected (HOST:PORT|SHA-256)"):
         build(NodeConfig, flags={**flags, setting: value})
 
 

@@ -169,7 +169,7 @@ def test_every_stage_is_a_verb_with_words_it_takes(noted, tmp_path, monkeypatch,
         assert settings[name].model == str(llama_like)
     for name in ("distill", "reference", "tune"):
         assert settings[name].seed == 5
-    assert settings["tune"].data == Path("private.jsonl.gz")
+    assert settings["tune"].data == (Path("private.jsonl.gz"),)
     assert settings["tune"].disclose == ()
     assert [prompt.strip() for prompt in settings["evaluate"].prompt] == [module._question().strip()]
     assert settings["evaluate"].reference == ("lora_full=lora-full",)
