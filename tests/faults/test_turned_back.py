@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from client.privacy.budget import BudgetLedger
+from client.privacy.budget import BudgetLedger, Members
 from client.privacy.dpsgd import Guarantee
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.job import Job, parse_job
@@ -104,7 +104,7 @@ class BudgetCase:
 
     @staticmethod
     def step(ledger: BudgetLedger, number: int) -> None:
-        members = [bytes([number, other]) * 8 for other in range(20)]
+        members = Members([bytes([number, other]) * 8 for other in range(20)], [bytes([number, 99]) * 8])
         run = ledger.charge(members, GUARANTEE, place=f"place {number}", settings="s", budget=None).run
         ledger.resumed(run)
         ledger.release(run, digest_of(number))
