@@ -421,20 +421,18 @@ class Store:
             raise _turned_back(name, f"{ends}, its log or head remembers more")
         if num_bytes < state.previous_bytes:
             raise _turned_back(name, "has a log that lost lines")
-        if anchor == state.head:
-            if self._log_end(state) != b"".join(state.lines):
-                raise _turned_back(name, f"has a log whose end is not entry {state.head.number}")
-            return False
-        if anchor != state.previous:
+        if anchor == state.head and self._log_end(state) != b"".join(state.lines):
+            raise _turned_back(name, f"has a log whose end is not entry {state.head.number}")
+        if anchor not in (state.head, state.previous):
             raise _turned_back(name, f"ends at entry {state.head.number}, its head at {anchor.number}")
         last = state.previous
         for line in state.lines:
             if not follows(line, last.number + 1, last.hash):
                 raise _turned_back(name, "holds lines that do not follow from its log")
             last = Head(number=last.number + 1, hash=sha256_bytes(line))
-        if last != state.head:
+        if last != state.head or not state.lines:
             raise _turned_back(name, "holds lines that do not lead to its head")
-        return True
+        return anchor != state.head
 
     def _log_end(self, state: _State) -> bytes:
         if not self.log_path.exists():

@@ -16,8 +16,10 @@ import threading
 import pytest
 
 from offsite import faults
+from offsite.digests import sha256_bytes
 from offsite.errors import BadDigest, Replayed, RunFailed, WrongBinding
-from offsite.state.chain import LINE_LIMIT_BYTES, read_log, verify_log
+from offsite.state import rowsum
+from offsite.state.chain import LINE_LIMIT_BYTES, read_log, verify_log, write_line
 from offsite.state.store import Store
 
 SCHEMA = ("CREATE TABLE words (word TEXT PRIMARY KEY, number INTEGER NOT NULL) STRICT",)
@@ -333,6 +335,32 @@ def test_a_log_that_was_edited_is_noticed(opened, tmp_path):
             verify_log(log)
     log.write_bytes(raw)
     opened().close()
+
+
+@pytest.mark.parametrize("lines_left", [1, 0])
+def test_rows_log_and_database_rewritten_beside_the_newest_head_are_noticed(lines_left, opened, tmp_path):
+    with opened() as store:
+        add(store, "one")
+        add(store, "two")
+    log, database = tmp_path / "words.log", sqlite3.connect(tmp_path / "words.db", isolation_level=None)
+    lines = log.read_bytes().splitlines(keepends=True)
+    database.execute("UPDATE words SET number = 99 WHERE word = 'one'")
+    total = rowsum.whole(database)
+    old = json.loads(lines[-1])
+    forged = write_line(3, old["time"], old["event"], old["fields"], old["previous"], sha256_bytes(total))
+    assert len(forged) == len(lines[-1])
+    database.execute("UPDATE store_state SET total = ?", (total,))
+    if lines_left:
+        database.execute("UPDATE store_lines SET line = ?", (forged,))
+        log.write_bytes(b"".join([*lines[:-1], forged]))
+    else:
+        database.execute("DELETE FROM store_lines")
+        database.execute(
+            "UPDATE store_state SET previous_number = number, previous_hash = hash, previous_bytes = log_bytes"
+        )
+    database.close()
+    with pytest.raises(Replayed, match="do not lead to its head"):
+        opened()
 
 
 def test_a_damaged_head_or_database_is_one_line(opened, tmp_path):
