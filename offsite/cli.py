@@ -197,7 +197,7 @@ def _command(name: str, verb: Verb, cls: type[VerbConfig], arguments: list[str])
 
     def command(**given: Any) -> int:
         words: list[str] = list(given.pop("words") or [])
-        file, as_json = given.pop("config_file"), given.pop("as_json")
+        file, as_json = _only("--config", given.pop("config_file") or []), given.pop("as_json")
         overrides = [word for word in words if _is_override(word)]
         plain = [word for word in words if word not in overrides]
         if len(plain) > len(positional):
@@ -205,6 +205,7 @@ def _command(name: str, verb: Verb, cls: type[VerbConfig], arguments: list[str])
         flags = {field: _once(cls, field, value) for field, value in given.items() if value not in (None, [])}
         flags.update(zip(positional, plain, strict=False))
         config = build(cls, file=Path(file) if file else None, overrides=overrides, flags=flags)
+        _require_reachable(config)
         _guard()
         if getattr(config, "launch", 0) > 1 and "RANK" not in os.environ:
             launch = _resolve("offsite.training.processes:launch")
@@ -240,9 +241,31 @@ def _once(cls: type[VerbConfig], field: str, value: object) -> object:
 
     if not isinstance(value, list) or declared(cls.model_fields[field]).get("repeated"):
         return value
-    if len(value) > 1:
-        raise ConfigError(f"{flag_name(field)} is given {len(value)} times, it takes one value")
-    return value[0]
+    return _only(flag_name(field), value)
+
+
+def _only(flag: str, values: list[str]) -> str | None:
+    """Return the one value of a flag, None where it was not given; more than one is refused."""
+    if len(values) > 1:
+        raise ConfigError(f"{flag} is given {len(values)} times, it takes one value")
+    return values[0] if values else None
+
+
+def _require_reachable(config: VerbConfig) -> None:
+    """Return only if it can be told of every path that was given whether something is there.
+
+    Raises:
+        ConfigError: naming one that is too long, or behind a folder that this user may not look into.
+    """
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path):
+                try:
+                    path.expanduser().exists()
+                except (OSError, RuntimeError) as error:
+                    why = (getattr(error, "strerror", None) or str(error)).lower()
+                    raise ConfigError(f"{path.name[:60]!r} cannot be looked for: {why}") from None
 
 
 def _what_stays(config: VerbConfig) -> str:
@@ -280,7 +303,7 @@ def _flags(cls: type[VerbConfig]) -> list[inspect.Parameter]:
         option = typer.Option(*spellings(field, info), help=explained(info), show_default=False, **given)
         parameters.append(_parameter(field, kind | None, option))
     option = typer.Option("--config", help=CONFIG[1], click_type=value(Path), show_default=False)
-    parameters.append(_parameter("config_file", str | None, option))
+    parameters.append(_parameter("config_file", list[str] | None, option))
     as_json = typer.Option("--json", help=JSON[1], show_default=False)
     parameters.append(_parameter("as_json", bool | None, as_json))
     return parameters

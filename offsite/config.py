@@ -142,6 +142,9 @@ def _put_flag(cls: type[BaseModel], values: dict[str, Any], name: str, given: ob
     if not (is_model and words and all("=" in word for word in words)):
         values[name] = _json_value(cls.model_fields[name], given)
         return
+    keys = [word.partition("=")[0] for word in words]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise ConfigError(f"{flag_name(name)}: {twice} is given twice", hint="one of the two has to go")
     for word in words:
         key, _, text = word.partition("=")
         _put(cls, values, [name, *key.split(".")], text)
@@ -175,7 +178,12 @@ def _json_value(field: FieldInfo, given: object) -> object:
     words = [word for word in words if word.strip()]  # a repeated flag's words keep their spaces and line ends
     if get_origin(many) is not dict:
         return [_item(get_args(many)[0], word) for word in words]
-    return dict(word.split("=", 1) for word in words) if all("=" in word for word in words) else given
+    if not all("=" in word for word in words):
+        return given
+    pairs = [word.split("=", 1) for word in words]
+    if twice := next((key for key, _ in pairs if [one for one, _ in pairs].count(key) > 1), None):
+        raise ConfigError(f"{twice} is given twice", hint="one of the two has to go")
+    return dict(pairs)
 
 
 def _item(kind: Any, text: str) -> object:

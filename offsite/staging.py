@@ -44,7 +44,8 @@ def require_place(out: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(f"the parent of output {out.name!r} is not a folder")
     try:
-        handle, probe = tempfile.mkstemp(prefix=".offsite-", dir=folder)
+        # at least as long as what is written beside it: a name that is too long is told before the work, not after it
+        handle, probe = tempfile.mkstemp(prefix=f".{out.name}.log.jsonl.", suffix=".partial", dir=folder)
         os.close(handle)
         Path(probe).unlink()
     except OSError as error:

@@ -56,7 +56,11 @@ def _package(thing: Thing, package: Package) -> dict[str, object]:
             f" + {layout.num_top} top",
             "middle": f"{manifest.method.name}{f' ({settings})' if settings else ''}",
             "adapters": f"on the ends {in_middle}",
-            **{name: f"{value:,.6g}" for name, value in manifest.figures.items()},
+        }
+    )
+    facts({name: f"{value:,.6g}" for name, value in manifest.figures.items()})  # apart: its names are the sender's
+    facts(
+        {
             "licence": manifest.licence or "none stated",
             "terms": f"{len(manifest.terms)} characters, in offsite.json" if manifest.terms else None,
         }

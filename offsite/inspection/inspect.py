@@ -107,7 +107,8 @@ def run(config: InspectConfig) -> dict[str, object]:
     names = Names(keys)
     if config.keys is not None:
         names.store  # noqa: B018 - a folder that is named must be one
-    thing = Thing(config.thing, names, int(time.time()), config.tensors)
+    path = config.thing if config.thing.name else config.thing.absolute()  # "." has no name to be told by
+    thing = Thing(path, names, int(time.time()), config.tensors)
     try:
         found = recognise(thing.path)
     except ArtefactError as error:

@@ -29,6 +29,26 @@ def test_a_short_flag_and_its_long_one_are_one(capsys):
     assert "--output is given 2 times" in capsys.readouterr().err
 
 
+def test_one_settings_file_is_read(tmp_path, capsys):
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).write_text("cache: x\n")
+    files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    assert cli.run(["fetch", "name", *files]) == 2
+    assert "--config is given 2 times, it takes one value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--dp", "epsilon=3,epsilon=8"], "--dp: epsilon is given twice"),
+        (["--fields", "text=a,text=b"], "text is given twice"),
+    ],
+)
+def test_a_setting_inside_one_is_given_once(flags, told, capsys):
+    assert cli.run(["tune", "package", "--data", "a.txt", "-o", "out", *flags]) == 2
+    assert f"offsite: error: {told}" in capsys.readouterr().err
+
+
 def test_a_key_is_given_once():
     with pytest.raises(ConfigError, match="cache is given twice"):
         build(FetchConfig, overrides=["cache=a", "cache=b"], flags={"name": "x"})

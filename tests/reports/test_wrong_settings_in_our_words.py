@@ -68,6 +68,18 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_is_read(parti
     assert "choose another place with -o" in parties.told
 
 
+def test_a_name_too_long_for_what_is_written_beside_it_is_told_before_the_work(parties, monkeypatch):
+    monkeypatch.setattr(module, "open_package", lambda _: pytest.fail("work had begun"))
+    parties.run("client", f"tune package --data private.jsonl -o {'b' * 240}", code=2)
+    assert "cannot be written there: file name too long" in parties.told
+
+
+@pytest.mark.parametrize("words", ["inspect {0}", "tune {0} --data {0} -o {0}", "audit bundle p b --data {0} -o out"])
+def test_a_path_that_cannot_be_looked_for_is_one_line(parties, words):
+    parties.run("client", words.format("a" * 300), code=2)
+    assert "cannot be looked for: file name too long" in parties.told
+
+
 def test_asking_for_a_place_leaves_nothing_there(parties):
     before = sorted(path.name for path in parties.client.iterdir())
     parties.run("client", "tune nothing --data private.jsonl -o deep/er/out", code=3)

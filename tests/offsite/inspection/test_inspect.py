@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from offsite import cli
 from offsite.artefacts.job import Job, read_job, write_job
 from offsite.console import utc
 from offsite.inspection.inspect import ELSEWHERE, FILES, FOLDERS, MARKED, recognise
@@ -437,3 +438,21 @@ def test_every_kind_has_a_function_that_is_there():
 def test_nothing_but_the_file_that_tells_the_kind_is_read(parties):
     shutil.rmtree(parties.client / "package.sealed" / "payload")
     assert recognise(parties.client / "package.sealed").what == "sealed folder"
+
+
+def test_the_current_folder_is_told_by_its_name(tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cli.run(["inspect", "."]) == 3
+    assert "folder 'here' is empty" in capsys.readouterr().err
+
+
+def test_a_packages_figures_stand_in_the_place_of_nothing(parties, tmp_path):
+    shutil.copytree(parties.owner / "package", parties.owner / "renamed")
+    manifest = parties.owner / "renamed" / "offsite.json"
+    stated = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**stated, "figures": {"digest": 7.0, "architecture": 8.0}}))
+    told, words = parties.inspect("owner", "renamed")
+    assert told["digest"] in words
+    assert "bottom + " in words
+    shutil.rmtree(parties.owner / "renamed")
