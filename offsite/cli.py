@@ -207,15 +207,15 @@ def _command(name: str, verb: Verb, cls: type[VerbConfig], arguments: list[str])
         config = build(cls, file=Path(file) if file else None, overrides=overrides, flags=flags)
         _require_reachable(config)
         _guard()
+        output = getattr(config, "output", None)
+        if isinstance(output, Path):
+            require_place(output)  # before the run is sealed off, which would deny the trial
         if getattr(config, "launch", 0) > 1 and "RANK" not in os.environ:
             launch = _resolve("offsite.training.processes:launch")
             return int(launch(config.launch, arguments))  # type: ignore[attr-defined]
         if getattr(config, "sealed_off", False):
             enter = _resolve("client.tuning.sandbox:enter")
             enter(config)  # before the function's module loads torch and starts threads
-        output = getattr(config, "output", None)
-        if isinstance(output, Path):
-            require_place(output)
         try:
             if name in HEAVY and "torch" not in sys.modules and _speaks():
                 print(f"{name}: loading", file=sys.stderr, flush=True)

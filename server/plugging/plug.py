@@ -59,7 +59,7 @@ def run(config: PlugConfig) -> dict[str, object]:
     """
     with Registry.open(config.registry, config.keys) as registry, registry.one_plug_in():
         entry = accepted(registry, config.id)
-        if entry.state == "accepted" and is_of(config.output, entry, config.scale):
+        if entry.state == "accepted" and is_of(config.output, entry, config.scale, merged=config.merge):
             say(f"{config.output.name} was published before the registry was told; now it is")
             manifest = open_adapted(config.output)
             _remember(config, manifest)
@@ -125,8 +125,8 @@ def record_of(registry: Registry, entry: Entry, package: Path | None) -> OwnerRe
     return record
 
 
-def is_of(output: Path, entry: Entry, scale: float) -> bool:
-    """Tell whether a sound adapted folder of this bundle, at this scale, stands at `output`."""
+def is_of(output: Path, entry: Entry, scale: float, *, merged: bool) -> bool:
+    """Tell whether a sound adapted folder of this bundle, at this scale and merged or not, stands at `output`."""
     if not output.is_dir():
         return False
     try:
@@ -134,7 +134,7 @@ def is_of(output: Path, entry: Entry, scale: float) -> bool:
     except ArtefactError:
         return False
     of_bundle = manifest.intake == entry.id and manifest.bundle_digest == entry.bundle_digest
-    return of_bundle and manifest.scale == scale
+    return of_bundle and manifest.scale == scale and (manifest.form == "merged") == merged
 
 
 def collect_partial(output: Path) -> None:

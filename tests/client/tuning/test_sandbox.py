@@ -29,6 +29,7 @@ from client.tuning.sandbox import (
     sealed_off,
     sealing,
 )
+from offsite import cli
 from offsite.artefacts.bundle import open_bundle
 from offsite.config import build
 from offsite.errors import ConfigError, PolicyError
@@ -357,6 +358,16 @@ def test_a_verb_tells_how_it_went_only_when_asked(config, monkeypatch):
     assert run(relative)["sealed_off"]["connections"] == 0
     assert seen[0].output == config.output  # whole, so that every write can be judged
     assert run(config.model_copy(update={"sealed_off": False})) == {"steps": 1}
+
+
+def test_the_outputs_place_is_tried_before_the_seal(here, monkeypatch):
+    """From the command line's side: the seal denies every other name beside the output."""
+    words = ["tune", str(here / "package"), "--data", str(here / "notes.txt"), "-o", str(here / "new"), "--sealed-off"]
+    order = []
+    monkeypatch.setattr(cli, "require_place", lambda _: order.append("place"))
+    monkeypatch.setattr(module, "enter", lambda _: order.append("seal"))
+    assert cli.run(words) != 0
+    assert order == ["place", "seal"]
 
 
 def test_one_of_several_processes_is_refused(config, monkeypatch):

@@ -396,6 +396,8 @@ def test_row_24_published_before_the_registry_was_told_is_made_good(
     finally:
         faults.set_hook(None)
     assert (tmp_path / "adapted").is_dir()
+    with pytest.raises(ConfigError, match="already exists"):  # what stands there is not what is asked for now
+        run(settings.model_copy(update={"merge": True}))
     assert run(settings)["bundle_digest"] == bundle.digest
     with pytest.raises(ConfigError, match="already exists"):
         run(settings)
