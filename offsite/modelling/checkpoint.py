@@ -16,7 +16,11 @@ from offsite.errors import ConfigError, UnsupportedModel
 from offsite.modelling.locate import Place, quiet_libraries, shown
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _QUANTISER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+
+_AGAIN = "copy or download that file again"
+_LFS_POINTER = b"version https://git-lfs"
 
 # Tensors that older versions of an architecture saved and newer ones derive: constants, no weights.
 _DERIVED = re.compile(r"(^|\.)(inv_freq|original_inv_freq|masked_bias|position_ids|token_type_ids|causal_mask)$")
@@ -53,6 +57,41 @@ def refuse_unusable(place: Place) -> None:
             "on it",
             hint="merge it into the model and save that, or move adapter_config.json and its weights elsewhere",
         )
+
+
+def require_whole(place: Place) -> None:
+    """Return only if every weight file of the checkpoint can be opened: its header fits its length.
+
+    Raises:
+        ConfigError: naming the file that is cut short, damaged, or stands for one that was never fetched.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder, name = folder_of(place), shown(place.source)
+    for file in [] if folder is None else sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                continue
+        except (OSError, SafetensorError, ValueError):
+            pass
+        if _starts_with(file, _LFS_POINTER):
+            raise ConfigError(
+                f"{file.name} of model {name} is a Git LFS pointer, not the weights themselves",
+                hint="git lfs pull in that folder brings them",
+            )
+        raise ConfigError(f"{file.name} of model {name} is cut short or damaged", hint=_AGAIN)
+
+
+def require_sound_tokenizer(place: Place) -> None:
+    """Return only if the small files that a tokenizer is read from are JSON, as far as they are there.
+
+    Raises:
+        ConfigError: naming the file that is not.
+    """
+    folder, name = folder_of(place), shown(place.source)
+    for file in _TOKENIZER_FILES:
+        if folder is not None and (folder / file).is_file():
+            read_object(folder / file, f"{file} of model {name}")
 
 
 def refuse_adapted(model: object, name: str) -> None:
@@ -124,10 +163,18 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        raise ConfigError(f"{what} is not JSON") from None
+        raise ConfigError(f"{what} is not JSON", hint=_AGAIN) from None
     if not isinstance(stated, dict):
-        raise ConfigError(f"{what} is not a JSON object")
+        raise ConfigError(f"{what} is not a JSON object", hint=_AGAIN)
     return stated
+
+
+def _starts_with(file: Path, start: bytes) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(start)) == start
+    except OSError:
+        return False
 
 
 def _folder(place: Place) -> Path | None:

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from offsite.console import say
 from offsite.errors import ConfigError, UnsupportedModel
-from offsite.modelling.checkpoint import folder_of, refuse_adapted, refuse_unusable, split_unexpected
+from offsite.modelling.checkpoint import (
+    folder_of,
+    refuse_adapted,
+    refuse_unusable,
+    require_sound_tokenizer,
+    require_whole,
+    split_unexpected,
+)
 from offsite.modelling.locate import HINT, Place, locate, quiet_libraries, shown
 
 if TYPE_CHECKING:
@@ -45,11 +52,17 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> PreTra
                 local_files_only=place.is_cached,
             )
     except OSError as error:
+        require_whole(place)
         raise ConfigError(f"no usable model under {shown(name)}: {_first_line(error, place)}", hint=HINT) from None
     except (ImportError, ValueError) as error:
+        require_whole(place)
         raise UnsupportedModel(f"model {shown(name)}: {_first_line(error, place)}") from None
     except (RuntimeError, SafetensorError):
-        raise ConfigError(f"the weights of model {shown(name)} are not those its config.json describes") from None
+        require_whole(place)
+        raise ConfigError(
+            f"the weights of model {shown(name)} are not those its config.json describes",
+            hint="the two are of different models, or config.json was edited; copy the model's folder anew",
+        ) from None
     except (*_MALFORMED, StrictDataclassError) as error:
         raise UnsupportedModel(
             f"the config.json of model {shown(name)} does not describe a model that transformers can build: "
@@ -79,6 +92,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
                 place.source, trust_remote_code=False, local_files_only=place.is_cached
             )
     except (ImportError, OSError, ValueError, *_MALFORMED) as error:
+        require_sound_tokenizer(place)
         raise ConfigError(f"no usable tokenizer under {shown(name)}: {_first_line(error, place)}", hint=HINT) from None
     named: Any = tokenizer.chat_template
     tokenizer.chat_template = one_template(tokenizer)

@@ -6,6 +6,7 @@ name, or has no network, hears so within seconds and in one line.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,16 @@ from offsite.errors import ConfigError
 HINT = "give a folder with config.json and safetensors weights, a hub id, or run: offsite fetch smollm2-135m"
 HUB_TIMEOUT_SECONDS = 5.0
 """How long the hub may take to say whether a model is there; downloads take as long as they take."""
+
+_NO_MODELS = {
+    "offsite.json:offsite/package/": (
+        "an offsite package",
+        "give the folder that the package was made of; a package holds the ends whole and the middle reduced",
+    ),
+    "offsite.json:offsite/bundle/": ("an offsite bundle", "give the folder of the model that its package was made of"),
+    "manifest.json:offsite/sealed/": ("a sealed folder", "offsite open shows what was sealed; give the full model"),
+}
+"""Folders of offsite's that are at times given for a full model: by a file and the format in it, what to say."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
@@ -92,6 +103,10 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def _require_configuration(folder: Path) -> None:
+    for marker, (kind, hint) in _NO_MODELS.items():
+        file, _, stated = marker.partition(":")
+        if _format_of(folder / file).startswith(stated):
+            raise ConfigError(f"folder {folder.name!r} is {kind}, not the full model", hint=hint)
     if (folder / "config.json").is_file():
         return
     if (folder / "adapter_config.json").is_file():
@@ -100,6 +115,16 @@ def _require_configuration(folder: Path) -> None:
             hint="merge the adapter into its base model first, and name the folder of the merged checkpoint",
         )
     raise ConfigError(f"folder {folder.name!r} holds no config.json", hint=HINT)
+
+
+def _format_of(file: Path) -> str:
+    """Return the format that a JSON file states; empty when there is none, or no such file."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return ""
+    stated = found.get("format") if isinstance(found, dict) else None
+    return stated if isinstance(stated, str) else ""
 
 
 def _folders_here() -> list[str]:

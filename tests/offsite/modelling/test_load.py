@@ -98,7 +98,10 @@ def wrong_shape(folder):
     [
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json of model 'llama' is not JSON"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no usable model under 'llama'"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100), "the weights of model 'llama' are not"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100),
+            "model.safetensors of model 'llama' is cut",
+        ),
         (wrong_shape, "the weights of model 'llama' are not those its config"),
     ],
 )
