@@ -67,6 +67,10 @@ def _dispatch(arguments: list[str]) -> int:
         found = meant(error.option_name, _flag_names(chosen))
         raise ConfigError(f"no such option {error.option_name!r}{found}", hint=_help_of(chosen)) from None
     except click.UsageError as error:
+        group = arguments[0] if arguments else ""
+        if chosen is None and group in GROUPS and error.format_message().startswith("Missing command"):
+            words = ", ".join(name.split()[1] for name in VERBS if name.startswith(f"{group} "))
+            raise ConfigError(f"offsite {group} needs a second word: {words}", hint=f"offsite {group} --help") from None
         raise ConfigError(_one_line(error.format_message()), hint=_help_of(chosen)) from None
     except click.exceptions.Abort:
         raise KeyboardInterrupt from None
@@ -202,6 +206,8 @@ def _command(name: str, verb: Verb, cls: type[VerbConfig], arguments: list[str])
         plain = [word for word in words if word not in overrides]
         if len(plain) > len(positional):
             raise ConfigError(f"unexpected word {plain[len(positional)]!r}", hint=f"offsite {name} --help")
+        for field, value in given.items():
+            _require_no_flag(cls, field, value)
         flags = {field: _once(cls, field, value) for field, value in given.items() if value not in (None, [])}
         flags.update(zip(positional, plain, strict=False))
         config = build(cls, file=Path(file) if file else None, overrides=overrides, flags=flags)
@@ -229,6 +235,16 @@ def _command(name: str, verb: Verb, cls: type[VerbConfig], arguments: list[str])
         return 0
 
     return _with_signature(command, _flags(cls))
+
+
+def _require_no_flag(cls: type[VerbConfig], field: str, value: object) -> None:
+    """Return only if no flag of the verb stands where another one's value belongs."""
+    from offsite.config import flag_name
+
+    flags = {flag_name(name) for name in cls.model_fields}
+    for word in value if isinstance(value, list) else []:
+        if word in flags:
+            raise ConfigError(f"{flag_name(field)} takes a value, found the flag {word!r} in its place")
 
 
 def _once(cls: type[VerbConfig], field: str, value: object) -> object:

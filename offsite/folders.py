@@ -55,7 +55,7 @@ def kind_of(folder: Path) -> str | None:
         if "offsite.json" in names:
             with opened_plain(folder / "offsite.json") as handle:
                 found = _FORMAT.search(os.read(handle, _PEEK_BYTES).decode("utf-8", "replace"))
-            return None if found is None else _with_article(found[1] + (" folder" if found[1] == "adapted" else ""))
+            return None if found is None else with_article(found[1] + (" folder" if found[1] == "adapted" else ""))
     except (OSError, WrongNames):
         return None
     for name, kind in (
@@ -81,7 +81,8 @@ def _sealed_kind(folder: Path) -> str:
     return f"a sealed {kind}" if known else "a sealed folder"
 
 
-def _with_article(noun: str) -> str:
+def with_article(noun: str) -> str:
+    """Return the noun with a or an before it."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 

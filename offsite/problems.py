@@ -32,6 +32,7 @@ _KINDS = (
     ("path", "a path"),
     ("list", "a list"),
     ("tuple", "a list"),
+    ("dict", "NAME=VALUE,..."),
     ("string_pattern_mismatch", "another form"),
 )
 

@@ -16,6 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from offsite.errors import ConfigError, RunFailed
+from offsite.folders import kind_of
+
+_CLOSED = ("a package", "a bundle", "a round", "an adapted folder", "a sealed", "a job", "a report")
+"""What `kind_of` calls folders that hold what their manifest or signature binds, and nothing besides."""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -43,6 +47,12 @@ def require_place(out: Path) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise ConfigError(f"the parent of output {out.name!r} is not a folder")
+    for each in (folder.absolute(), folder.absolute().parent):
+        if (kind := kind_of(each)) is not None and kind.startswith(_CLOSED):
+            raise ConfigError(
+                f"output {out.name!r} would lie inside of {each.name!r}, {kind}, and nothing may be added to that",
+                hint="choose another place with -o",
+            )
     try:
         # at least as long as what is written beside it: a name that is too long is told before the work, not after it
         handle, probe = tempfile.mkstemp(prefix=f".{out.name}.log.jsonl.", suffix=".partial", dir=folder)

@@ -49,7 +49,7 @@ from offsite.audits.record import (
 )
 from offsite.audits.scores import RowScores, score_rows, signals
 from offsite.audits.statistics import require_extra
-from offsite.console import progress, say
+from offsite.console import progress, say, say_next
 from offsite.digests import sha256_file
 from offsite.errors import ConfigError, WrongBinding
 from offsite.modelling.context import context_of
@@ -108,7 +108,10 @@ def run(config: AuditBundleConfig) -> dict[str, object]:
     digest = write_audit(config.output, audit)
     gates = bundle_gates(audit)
     show(audit, gates, num_nonmembers=rows.num_available)
-    say(f"audit: {config.output.name} is written; offsite seal BUNDLE --audit {config.output.name} asks its gates")
+    say(f"audit: {config.output.name} is written; offsite seal asks its gates")
+    if config.round is None:
+        sealed = config.bundle.with_name(f"{config.bundle.name}.sealed")
+        say_next("offsite", "seal", config.bundle, "--job", "JOB", "--audit", config.output, "-o", sealed)
     return _result(config, audit, digest) | {
         "gates": {gate.name: gate.verdict for gate in gates},
         "passed": passed(gates),

@@ -463,15 +463,10 @@ def _say_outcome(config: TuneConfig, outcome: Outcome) -> None:
             say("WARNING: tuning made it worse. This bundle is of no use to the owner; it was written all the same.")
             say(f"  try a lower --learning-rate: {config.rate() / 10:g} instead of {config.rate():g}, or more data")
     if config.round is None:
-        job = ["--job", "JOB"] if config.job is None else ["--job", config.job]
-        beside = config.output.with_name
-        if config.canaries is not None or config.audit_share:
-            planted = [] if config.canaries is None else ["--canaries", config.canaries]
-            texts = [word for path in config.data for word in ("--data", path)]
-            audit = ["offsite", "audit", "bundle", config.package, config.output, *texts, *planted]
-            say_next(*audit, "-o", beside(f"{config.output.name}-audit"))
-        else:
-            say_next("offsite", "seal", config.output, *job, "-o", beside(f"{config.output.name}.sealed"))
+        planted = [] if config.canaries is None else ["--canaries", config.canaries]
+        texts = [word for path in config.data for word in ("--data", path)]
+        audit = ["offsite", "audit", "bundle", config.package, config.output, *texts, *planted]
+        say_next(*audit, "-o", config.output.with_name(f"{config.output.name}-audit"))
 
 
 def _finish(output: Path, work: Path) -> None:

@@ -8,6 +8,7 @@ of the file's bytes.
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -107,10 +108,16 @@ def read_job(folder: Path) -> OpenedJob:
     if path.is_symlink() or not path.is_file():
         looks = kind_of(folder)
         what = "" if looks is None else f": it is {looks}"
-        raise ArtefactError(f"folder {folder.name!r} holds no {JOB_NAME}{what}", hint="open the sealed job first")
+        raise ArtefactError(f"folder {folder.name!r} holds no {JOB_NAME}{what}", hint=_hint(folder, looks))
     if extra := names_in(folder) - {JOB_NAME}:
         raise WrongNames(f"{folder.name!r} holds {listed(extra)} besides {JOB_NAME}")
     return parse_job(read_plain(path, JOB_LIMIT_BYTES, JOB_NAME))
+
+
+def _hint(folder: Path, looks: str | None) -> str:
+    if looks == "a sealed job":
+        return f"open it first: offsite open {shlex.quote(folder.name)} -o NEW-FOLDER"
+    return "name the folder that offsite job create wrote, or that a sealed job was opened to"
 
 
 def write_job(out: Path, job: Job) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -14,11 +15,12 @@ from pydantic import Field, ValidationError
 
 from offsite.digests import DIGEST_PATTERN, sha256_bytes, sha256_file
 from offsite.errors import ArtefactError, BadDigest, BadSchema, WrongBinding, WrongNames
-from offsite.folders import kind_of, listed, names_in, opened_plain, read_plain
+from offsite.folders import kind_of, listed, names_in, opened_plain, read_plain, with_article
 from offsite.strictjson import Strict
 from offsite.tensors import no_duplicates
 
 MANIFEST_NAME = "offsite.json"
+_WHOLE = "copy the folder again, whole and with nothing added"
 MANIFEST_LIMIT_BYTES = 32 * 2**20
 
 
@@ -43,15 +45,16 @@ def read_manifest(folder: Path, cls: type[Manifest], format_name: str) -> tuple[
     """
     path = folder / MANIFEST_NAME
     kind = format_name.split("/")[1]
+    noun = "adapted folder" if kind == "adapted" else kind
     if not folder.is_dir():
         raise ArtefactError(f"no {kind} folder named {folder.name!r}", hint="check the path")
     if path.is_symlink() or not path.is_file():
         looks = kind_of(folder)
         raise ArtefactError(
             f"folder {folder.name!r} holds no {MANIFEST_NAME}" + ("" if looks is None else f": it is {looks}"),
-            hint="open it first: offsite open"
+            hint=f"open it first: offsite open {shlex.quote(folder.name)} -o NEW-FOLDER"
             if looks and "sealed" in looks
-            else f"is it a {kind} written by offsite?",
+            else f"name {with_article(noun)} that offsite wrote",
         )
     raw = read_plain(path, MANIFEST_LIMIT_BYTES, f"{MANIFEST_NAME} of {folder.name!r}")
     try:
@@ -61,6 +64,11 @@ def read_manifest(folder: Path, cls: type[Manifest], format_name: str) -> tuple[
     found = stated.get("format") if isinstance(stated, dict) else None
     if found != format_name:
         shown = found if isinstance(found, str) and re.fullmatch(r"[a-z/0-9-]{1,40}", found) else "another format"
+        if shown.startswith("offsite/") and (looks := kind_of(folder)) and not shown.startswith(f"offsite/{kind}/"):
+            raise WrongBinding(
+                f"{folder.name!r} is {looks}, expected {with_article(noun)}",
+                hint="check the order of the folders named",
+            )
         raise WrongBinding(f"{folder.name!r} is {shown}, expected {format_name}")
     try:
         return cls.model_validate_json(raw), sha256_bytes(raw)
@@ -99,7 +107,7 @@ def check_files(folder: Path, files: Mapping[str, FileEntry], allowed: re.Patter
     missing, extra = sorted(files.keys() - present), sorted(present - files.keys())
     if missing or extra:
         what = f"file {missing[0]!r} is missing" if missing else f"the manifest does not bind {listed(extra)}"
-        raise WrongNames(f"{folder.name!r}: {what}", hint="copy the folder again, whole and with nothing added")
+        raise WrongNames(f"{folder.name!r}: {what}", hint=_WHOLE)
     for name, entry in files.items():
         path = folder / name
         if path.is_symlink() or not path.is_file():
@@ -107,6 +115,6 @@ def check_files(folder: Path, files: Mapping[str, FileEntry], allowed: re.Patter
         with opened_plain(path) as handle, open(handle, "rb", closefd=False) as file:
             size, found = os.fstat(handle).st_size, hashlib.file_digest(file, "sha256").hexdigest()
         if size != entry.bytes:
-            raise BadDigest(f"{folder.name!r}: {name!r} has {size} bytes, the manifest says {entry.bytes}")
+            raise BadDigest(f"{folder.name!r}: {name!r} has {size} bytes, the manifest says {entry.bytes}", hint=_WHOLE)
         if f"sha256:{found}" != entry.sha256:
             raise BadDigest(f"{folder.name!r}: SHA-256 of {name!r} is not the one the manifest states")

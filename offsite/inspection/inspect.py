@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,8 +19,9 @@ from typing import Any
 from offsite.artefacts.manifest import MANIFEST_LIMIT_BYTES
 from offsite.console import say
 from offsite.errors import ArtefactError, BadSchema, WrongBinding
+from offsite.folders import kind_of
 from offsite.inspection.config import InspectConfig
-from offsite.inspection.thing import Names, Thing, read_plain
+from offsite.inspection.thing import Names, Thing, name_of, read_plain
 from offsite.inspection.words import rows, shown
 from offsite.keys.config import DEFAULT_KEYS
 from offsite.sealed.manifest import REPORT_LIMIT_BYTES
@@ -131,19 +133,35 @@ def recognise(path: Path) -> Recognised:
     if path.is_dir():
         return _folder(path)
     raw = read_plain(path, REPORT_LIMIT_BYTES)
-    name = shown(path.name, 120)
+    name = name_of(path)
     if path.name in _WITHIN:
         return _folder(path.parent)
     try:
         stated = _format(raw, name)
     except BadSchema:
-        raise ArtefactError(f"{name!r} is a file that offsite did not write", hint=_hint()) from None
+        _refuse_part(path)
+        raise ArtefactError(f"{name!r} is no file that offsite shows", hint=_hint()) from None
     if stated in ELSEWHERE:
         what, verb = ELSEWHERE[stated]
         raise ArtefactError(f"{name!r} is {what}", hint=f"{verb} works with it")
     if stated not in FILES:
+        if not stated:
+            _refuse_part(path)
         raise WrongBinding(f"{name!r} states {_named(stated)}, which is no file that offsite shows", hint=_hint())
     return Recognised(FILES[stated][0], path, FILES[stated][1])
+
+
+def _refuse_part(path: Path) -> None:
+    """Return only if the file does not lie in a folder that is told as a whole, such as one of keys.
+
+    Raises:
+        ArtefactError: naming that folder; what the file holds is not told.
+    """
+    folder = Path(os.path.normpath(path.absolute())).parent
+    kind = kind_of(folder)
+    if kind is not None and kind != "a model":
+        given = shlex.quote(os.path.normpath(path.parent))
+        raise ArtefactError(f"{name_of(path)!r} lies in {kind} and is told with it", hint=f"offsite inspect {given}")
 
 
 def _folder(path: Path) -> Recognised:
@@ -151,10 +169,10 @@ def _folder(path: Path) -> Recognised:
     for marker, formats in FOLDERS.items():
         if marker in names:
             raw = read_plain(path / marker, max(MANIFEST_LIMIT_BYTES, REPORT_LIMIT_BYTES))
-            stated = _format(raw, f"{marker} of {shown(path.name, 120)!r}")
+            stated = _format(raw, f"{marker} of {name_of(path)!r}")
             if stated not in formats:
                 raise WrongBinding(
-                    f"{shown(path.name, 120)!r}: {marker} states {_named(stated)}, expected "
+                    f"{name_of(path)!r}: {marker} states {_named(stated)}, expected "
                     f"{' or '.join(one for one in formats if one)}",
                     hint="both sides need the same offsite" if stated.startswith("offsite/") else _hint(),
                 )
@@ -164,8 +182,8 @@ def _folder(path: Path) -> Recognised:
             return Recognised(what, path, shower)
     listed = ", ".join(repr(shown(one, 60)) for one in names[:_MAX_NAMED])
     more = f" and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""
-    told = f"folder {shown(path.name, 120)!r} holds {listed}{more}: nothing that offsite knows"
-    raise ArtefactError(told if names else f"folder {shown(path.name, 120)!r} is empty", hint=_hint(names))
+    told = f"folder {name_of(path)!r} holds {listed}{more}: nothing that offsite knows"
+    raise ArtefactError(told if names else f"folder {name_of(path)!r} is empty", hint=_hint(names))
 
 
 def _hint(names: list[str] | None = None) -> str:
@@ -179,7 +197,7 @@ def _names_in(path: Path) -> list[str]:
         with os.scandir(path) as found:
             return sorted(entry.name for entry in islice(found, _MAX_ENTRIES))
     except OSError:
-        raise ArtefactError(f"folder {shown(path.name, 120)!r} cannot be read") from None
+        raise ArtefactError(f"folder {name_of(path)!r} cannot be read") from None
 
 
 def _format(raw: bytes, what: str) -> str:

@@ -77,7 +77,12 @@ class Thing:
     @property
     def name(self) -> str:
         """Its name, fit for a terminal."""
-        return shown(Path(os.path.normpath(self.path.absolute())).name, 120)
+        return name_of(self.path)
+
+
+def name_of(path: Path) -> str:
+    """Return the last part of a path, fit for a terminal; of ``.`` the name of the folder that it is."""
+    return shown(Path(os.path.normpath(path.absolute())).name, 120)
 
 
 def read_plain(path: Path, limit_bytes: int) -> bytes:
@@ -89,7 +94,7 @@ def read_plain(path: Path, limit_bytes: int) -> bytes:
         TooLarge: when it is over the limit.
         RunFailed: when the disk does not give its bytes.
     """
-    name = shown(path.name, 120)
+    name = name_of(path)
     try:
         handle = os.open(path, _OPEN)
     except FileNotFoundError:

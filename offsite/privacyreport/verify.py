@@ -7,6 +7,7 @@ anew; and the bundle and package that were given. The first check that fails is 
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from offsite.artefacts.inspect import inspect_artefact
 from offsite.console import say
 from offsite.digests import sha256_bytes
 from offsite.errors import ArtefactError, BadDigest, Expired, Untrusted, WrongBinding, WrongNames
-from offsite.folders import listed, names_in
+from offsite.folders import kind_of, listed, names_in
 from offsite.keys.files import read_limited
 from offsite.keys.identity import CARD_LIMIT_BYTES, CARD_NAME, PublicKeys, read_card
 from offsite.keys.trust import MAX_SKEW_SECONDS, Peer, TrustStore
@@ -93,6 +94,12 @@ def verify(config: ReportVerifyConfig, *, now: int) -> tuple[PrivacyReport, str]
 def _names(folder: Path) -> set[str]:
     if not folder.is_dir():
         raise ArtefactError(f"no report folder named {folder.name!r}", hint="check the path")
+    looks = kind_of(folder)
+    if looks is not None and looks.startswith("a sealed"):
+        raise WrongNames(
+            f"{folder.name!r} is {looks}, not a report that was opened",
+            hint=f"open it first: offsite open {shlex.quote(folder.name)} -o NEW-FOLDER",
+        )
     names = names_in(folder)
     if extra := names - LIMITS_BYTES.keys():
         raise WrongNames(

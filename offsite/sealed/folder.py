@@ -222,7 +222,7 @@ def opened_file(folder: int, name: str, num_bytes: int | None = None) -> Iterato
     with opened_plain(name, dir_fd=folder, alone=True) as handle:
         size = os.fstat(handle).st_size
         if num_bytes is not None and size != num_bytes:
-            raise BadDigest(f"{name!r} has {size} bytes, the manifest says {num_bytes}")
+            raise BadDigest(f"{name!r} has {size} bytes, the manifest says {num_bytes}", hint=_WHOLE)
         yield handle
 
 

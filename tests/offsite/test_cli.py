@@ -96,7 +96,7 @@ def test_a_word_with_an_equals_sign_that_is_a_file_is_a_file(tmp_path, monkeypat
         ),
         (["echo", "m", "-o", "x", "--num-steps", "two"], "found 'two'", None),
         (["echo", "m", "-o", "x", "numsteps=2"], "unknown setting 'numsteps'", None),
-        (["report"], "missing command", "offsite --help"),
+        (["report"], "offsite report needs a second word: run, privacy", "offsite report --help"),
         (["report", "rum"], "no such command 'rum'", "offsite --help"),
     ],
 )

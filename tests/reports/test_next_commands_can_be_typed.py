@@ -26,8 +26,10 @@ def test_from_a_job_to_an_adapted_model(parties):
         parties.run("client", f"open ../owner/{name}.sealed --keys keys -o new-{name}")
     tune = "tune new-package --job new-second --data private.jsonl --steps 2 --block-tokens 64 -o new-bundle"
     parties.run("client", tune)
+    (audit,) = parties.next_commands()
+    parties.run("client", audit)
     (seal,) = parties.next_commands()
-    parties.run("client", f"{seal} --accept-leakage --keys keys")
+    parties.run("client", f"{seal.replace('JOB', 'new-second')} --accept-leakage --keys keys")
 
     parties.run("owner", "intake ../client/new-bundle.sealed --registry registry --keys keys")
     (accept,) = parties.next_commands()

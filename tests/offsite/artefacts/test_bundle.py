@@ -254,7 +254,7 @@ def test_a_bundle_of_another_package_or_base(bundle, dropped_package, narrow_pac
 def test_no_bundle_at_all(tmp_path, dropped_package):
     with pytest.raises(ArtefactError, match="no bundle folder named 'gone'"):
         open_bundle(tmp_path / "gone")
-    with pytest.raises(WrongBinding, match="'package' is offsite/package/1, expected offsite/bundle/1"):
+    with pytest.raises(WrongBinding, match="'package' is a package, expected a bundle"):
         open_bundle(dropped_package.path)
 
 

@@ -269,5 +269,5 @@ def test_a_round_of_another_job(written, job, changes, message):
 def test_no_round_at_all(tmp_path, dropped_package):
     with pytest.raises(ArtefactError, match="no round folder named 'gone'"):
         open_round(tmp_path / "gone")
-    with pytest.raises(WrongBinding, match=r"is offsite/package/1, expected offsite/round/1"):
+    with pytest.raises(WrongBinding, match="is a package, expected a round"):
         open_round(dropped_package.path)

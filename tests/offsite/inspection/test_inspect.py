@@ -316,7 +316,7 @@ def test_what_other_verbs_work_with_is_named(parties, stated):
 
 def test_what_is_unknown_is_said_in_one_line(parties):
     for party, thing, said in (
-        ("client", "private.jsonl", "'private.jsonl' is a file that offsite did not write"),
+        ("client", "private.jsonl", "'private.jsonl' is no file that offsite shows"),
         ("client", "nothing", "no file or folder named 'nothing'"),
         (
             "client",
@@ -324,7 +324,7 @@ def test_what_is_unknown_is_said_in_one_line(parties):
             "format 'offsite/canaries-used/1', which is no file that offsite shows",
         ),
         ("owner", "model", "'config.json', 'generation_config.json', 'model.safetensors'"),
-        ("owner", "model/model.safetensors", "did not write"),
+        ("owner", "model/model.safetensors", "is no file that offsite shows"),
     ):
         out, words = parties.inspect(party, thing, code=3)
         assert out == ""
