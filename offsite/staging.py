@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from offsite.errors import ConfigError, RunFailed
-from offsite.folders import kind_of
+from offsite.folders import kind_of, names_in
 
-_CLOSED = ("a package", "a bundle", "a round", "an adapted folder", "a sealed", "a job", "a report")
+_CLOSED = ("a package", "a bundle", "a round", "an adapted folder", "a sealed")
 """What `kind_of` calls folders that hold what their manifest or signature binds, and nothing besides."""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -48,7 +48,8 @@ def require_place(out: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(f"the parent of output {out.name!r} is not a folder")
     for each in (folder.absolute(), folder.absolute().parent):
-        if (kind := kind_of(each)) is not None and kind.startswith(_CLOSED):
+        kind = kind_of(each)
+        if kind is not None and (kind.startswith(_CLOSED) or _is_alone(each, kind)):
             raise ConfigError(
                 f"output {out.name!r} would lie inside of {each.name!r}, {kind}, and nothing may be added to that",
                 hint="choose another place with -o",
@@ -62,6 +63,12 @@ def require_place(out: Path) -> None:
         raise ConfigError(
             f"output {out.name!r} cannot be written there: {_reason(error)}", hint="choose another place with -o"
         ) from None
+
+
+def _is_alone(folder: Path, kind: str) -> bool:
+    """Tell whether a job or a signed report is all that the folder holds; other files have those names, too."""
+    alone = {"a job": {"job.json"}, "a report": {"report.json", "report.signatures.json"}}.get(kind)
+    return alone is not None and alone <= names_in(folder) <= {*alone, "report.html"}
 
 
 @contextmanager

@@ -75,6 +75,13 @@ def test_nothing_is_added_to_a_folder_that_is_bound_whole(parties, place):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_folder_with_files_of_such_names_and_others_takes_an_output(parties):
+    (parties.client / "job.json").write_text("{}")
+    (parties.client / "report.json").write_text("{}")
+    parties.run("client", f"tune package --job job {TUNE}")
+    assert (parties.client / "again").is_dir()
+
+
 def test_parts_of_a_folder_are_told_with_it(parties):
     for thing, kind in (
         ("keys/signing-ed25519.pem", "a keys folder"),
