@@ -104,8 +104,10 @@ def test_it_runs_from_a_folder_with_modules_of_the_same_names(installed, elsewhe
     where = "import client, offsite, server; print(client.__file__, offsite.__file__, server.__file__)"
     for path in call(installed / "python", "-P", "-c", where, cwd=elsewhere).stdout.split():
         assert Path(path).is_relative_to(installed.parent)
+    (elsewhere / "x.txt").write_text("text")
     refused = call(installed / "offsite", "tune", "nothing", "--data", "x.txt", "-o", "out", cwd=elsewhere, code=3)
     assert refused.stderr.splitlines() == [
+        "tune: loading",
         "offsite: error: no package folder named 'nothing'",
         "offsite: hint: check the path",
     ]

@@ -199,6 +199,8 @@ def serve(folder: Path) -> tuple[subprocess.Popen[str], str, int]:
         text=True,
     )
     line = process.stderr.readline()
+    while line.endswith(": loading\n"):
+        line = process.stderr.readline()
     if "http://" not in line:
         raise SystemExit(f"the exchange did not start: {line}")
     time.sleep(1)

@@ -54,6 +54,7 @@ def run_blocks(text: str, folder: Path, port: int, **told: str) -> str:
             continue
         for long, short in {**SHORTER, "--port 8000": f"--port {port}", ":8000/": f":{port}/"}.items():
             block = block.replace(long, short)
+        block = _once(block, " --block-tokens 64")
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", block],
             cwd=folder,
@@ -68,6 +69,15 @@ def run_blocks(text: str, folder: Path, port: int, **told: str) -> str:
         printed.append(done.stdout)
         assert done.returncode == 0, f"{block}\nended with {done.returncode}:\n{done.stdout}"
     return "\n".join(printed)
+
+
+def _once(block: str, words: str) -> str:
+    """Return the block with `words` at most once in each command, which may go on over several lines."""
+    kept = []
+    for command in re.split(r"(?<!\\)\n", block):
+        before, found, after = command.partition(words)
+        kept.append(before + found + after.replace(words, ""))
+    return "\n".join(kept)
 
 
 def fingerprint(party: Path) -> str:

@@ -104,7 +104,7 @@ def test_the_whole_verb_says_a_line_and_a_hint(name, words, tmp_path):
     assert done.returncode == 2
     assert words in done.stderr
     others = [line for line in done.stderr.splitlines() if not line.startswith(("offsite: error:", "offsite: hint:"))]
-    assert others == [f"loading {Path(name).name!r}"]
-    assert len(done.stderr.splitlines()) == 3
+    assert others == ["distill: loading", f"loading {Path(name).name!r}"]
+    assert len(done.stderr.splitlines()) == 4
     assert time.monotonic() - began < 60  # most of it is importing
     assert not Path(tmp_path / "package").exists()

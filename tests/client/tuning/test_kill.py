@@ -25,7 +25,8 @@ TIMED = {"seconds", "tokens_per_second", "peak_bytes", "bundle"}
 
 
 def words(package, data, output, *more):
-    small = ["--block-tokens", "32", "--precision", "fp32", "--device", "cpu", "--learning-rate", "0.01"]
+    small = ["--block-tokens", "32", "--precision", "fp32", "--device", "cpu"]
+    small += [] if "--learning-rate" in more else ["--learning-rate", "0.01"]
     return ["tune", str(package.path), "--data", str(data), "-o", str(output), *small, *more]
 
 

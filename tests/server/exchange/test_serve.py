@@ -223,6 +223,7 @@ def test_the_verb_says_where_it_serves_and_ends_cleanly(live_exchange, number):
         text=True,
         env={**os.environ, "PYTHONPATH": str(root)},
     )
+    assert process.stderr.readline() == "exchange serve: loading\n"
     line = process.stderr.readline()
     url = line.split(" at ")[1].split(";")[0]
     with ExchangeClient(url, live_exchange.client.identity, live_exchange.owner.fingerprint) as exchange:
