@@ -294,7 +294,8 @@ def _agree(lines: Iterable[Mapping[str, Any]], rows: Rows) -> None:
         elif event == "resumed" and fields["run"] in told:
             told[fields["run"]][1] += 1
         elif event == "released":
-            told[fields["run"]][2:] = [told[fields["run"]][2] + 1, fields["weights"]]
+            run = told.setdefault(fields["run"], [None, 0, 0, None])  # of no charge: no row is like that
+            run[2:] = [run[2] + 1, fields["weights"]]
     found = rows("SELECT id, budget, num_resumes, num_releases, weights FROM runs")
     if told != {row["id"]: list(tuple(row)[1:]) for row in found}:
         raise Replayed(

@@ -198,3 +198,11 @@ def test_another_key_is_refused(tmp_path):
         BudgetLedger(folder)
     key.chmod(0o600)
     BudgetLedger(folder).__exit__()
+
+
+def test_a_release_of_a_run_that_was_never_charged_is_noticed():
+    from client.privacy.budget import _agree
+
+    line = {"event": "released", "fields": {"run": "5" * 32, "weights": "sha256:" + "5" * 64}}
+    with pytest.raises(Replayed, match="not what its log leads to"):
+        _agree([line], lambda *_: [])
