@@ -126,7 +126,8 @@ def run_tasks(
         results = quietly(
             lambda: harness.evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False),
             lambda kind: DataError(
-                f"tasks {', '.join(names)}: the harness fails on a row ({kind})", hint="check the task file's templates"
+                f"tasks {', '.join(names)}: the harness fails on a row ({kind})",
+                hint="check the task file's templates and its rows; a smaller --batch-size if memory ran out",
             ),
         )
     return {name: _figures(results, name) for name in names}
