@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from table import shown, spread
 
 from benchmarks.record import environment
-from server.evaluation.metrics import recovery
+from offsite.evaluation.figures import recovery
 
 ADAPTER = "lora-all"
 SEED = 0

@@ -10,7 +10,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from server.evaluation.metrics import capability, gap, recovery
+from offsite.evaluation.figures import gap, recovery
+from server.evaluation.metrics import capability
 
 REFERENCES = {"lora_full": "keep-all/lora-all", "ceiling": "keep-all/ends", "full": "keep-all/blocks-all"}
 

@@ -1,3 +1,3 @@
 """Measuring a model: perplexity, multiple-choice tasks, sampled answers, and the folder of results."""
 
-__all__ = ["config", "measure", "results", "sampling", "tasks"]
+__all__ = ["config", "figures", "measure", "results", "sampling", "tasks"]

@@ -16,31 +16,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from offsite.evaluation.figures import gap, recovery, withheld
 from offsite.evaluation.results import Summary
 
 REFERENCES = {"recovery_vs_lora": "lora_full", "recovery_vs_ceiling": "ceiling", "recovery_vs_full": "full"}
 """Each recovery and the reference row it is measured against."""
 
 
-def recovery(plugged_in: float, zero_shot: float, reference: float | None) -> float | None:
-    """Return (plugged in - zero-shot) / (reference - zero-shot).
-
-    Returns:
-        None when the reference was not run, or does not differ from zero-shot, so that there is nothing to recover.
-    """
-    if reference is None or reference == zero_shot:
-        return None
-    return (plugged_in - zero_shot) / (reference - zero_shot)
-
-
-def gap(emulator_tuned: float, plugged_in: float) -> float | None:
-    """Return emulator-tuned / plugged in; None when plugged in is 0, as an accuracy can be."""
-    return emulator_tuned / plugged_in if plugged_in else None
-
-
 def capability(emulator_zero_shot: float, zero_shot: float) -> float:
     """Return ln(emulator zero-shot / full zero-shot), both perplexities, in nats per token."""
-    return math.log(emulator_zero_shot / zero_shot)
+    return withheld(emulator_zero_shot, zero_shot)
 
 
 def summarise(values: Mapping[str, float]) -> Summary:

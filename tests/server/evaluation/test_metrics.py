@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offsite.evaluation.results import Summary
-from server.evaluation.metrics import REFERENCES, capability, compare, gap, recovery, summarise
+from offsite.evaluation.figures import gap, recovery
+from server.evaluation.metrics import REFERENCES, capability, compare, summarise
 
 PERPLEXITIES = st.floats(1.0, 1e6)
 
