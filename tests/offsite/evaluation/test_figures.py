@@ -13,7 +13,8 @@ def test_recovery_in_nats_is_less_flattering_where_zero_shot_is_far_off() -> Non
     assert recovery(20.3, 124.4, 14.0) == pytest.approx(104.1 / 110.4)
     found = recovery_nats(20.3, 124.4, 14.0)
     assert found == pytest.approx(math.log(124.4 / 20.3) / math.log(124.4 / 14.0))
-    assert found is not None and round(found, 2) == 0.83
+    assert found is not None
+    assert round(found, 2) == 0.83
 
 
 @pytest.mark.parametrize("figure", [recovery, recovery_nats])

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offsite.evaluation.results import Summary
 from offsite.evaluation.figures import gap, recovery
+from offsite.evaluation.results import Summary
 from server.evaluation.metrics import REFERENCES, capability, compare, summarise
 
 PERPLEXITIES = st.floats(1.0, 1e6)
