@@ -241,7 +241,12 @@ def write_full(sources: Path, out: Path) -> None:
     others = [row for row in train if row["document"] not in private]
     write_rows(out / "public_medquad.jsonl.gz", as_text(others))
     write_rows(out / "medquad_heldout.jsonl.gz", held_out)
-    for name, split in (("arc_easy", "test"), ("arc_challenge", "test"), ("piqa", "validation"), ("openbookqa", "test")):
+    for name, split in (
+        ("arc_easy", "test"),
+        ("arc_challenge", "test"),
+        ("piqa", "validation"),
+        ("openbookqa", "test"),
+    ):
         questions = list(choice_rows(sources / name / f"{split}.jsonl.gz"))
         write_questions(name, questions, choice_rows(sources / name / "train.jsonl.gz"), out)
     questions = list(answer_rows(sources / "webquestions/test.json.gz"))
@@ -250,7 +255,7 @@ def write_full(sources: Path, out: Path) -> None:
 
 
 def write_questions(name: str, questions: list[Row], training: Iterable[Row], out: Path) -> None:
-    """The questions chosen by hash are in ``NAME_eval``, more in the same order in ``NAME_more``; rows in ``NAME_train``."""
+    """Questions chosen by hash are in ``NAME_eval``, more in that order in ``NAME_more``; rows in ``NAME_train``."""
     questions.sort(key=lambda row: draw(str(row["question"]), name))
     write_rows(out / f"{name}_eval.jsonl.gz", questions[:NUM_QUESTIONS])
     write_rows(out / f"{name}_more.jsonl.gz", questions[:NUM_MORE_QUESTIONS])
