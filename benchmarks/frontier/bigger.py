@@ -19,12 +19,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import torch
 import yaml
 from run import finished, found, planned, work_off, write
 
 from benchmarks.data.models import SOURCES
 from benchmarks.record import environment
+from client.tuning.tune import attach_to_package
+from offsite.artefacts.package import open_package
 from offsite.modelling.fetch import bring
+from offsite.text.batches import pad_id
 
 
 def main() -> None:
@@ -65,7 +69,7 @@ def check(plan: dict[str, Any], given: argparse.Namespace) -> None:
     client, heldout = (found(plan[key], given.data) for key in ("client", "heldout"))
     frontier.start(plan["model"], given.threads, client, heldout, str(given.work))
     model, blocks = frontier.full_model(), frontier.heldout()
-    pad = frontier.pad_id(frontier.tokenizer())
+    pad = pad_id(frontier.tokenizer())
     chosen = [blocks[number * len(blocks) // 4] for number in range(4)]
     told: dict[str, Any] = {"parameters": sum(one.numel() for one in model.parameters())}
     told["perplexity_float32"] = frontier.measure_examples(model, chosen, pad)
@@ -76,8 +80,8 @@ def check(plan: dict[str, Any], given: argparse.Namespace) -> None:
     del model
     make_package({"package": "check", "model": plan["model"], "distill": {"method": "keep-all", "steps": 0}})
     spec = frontier.spec_for({})
-    opened = frontier.open_package(frontier.package_path("check"))
-    attached = frontier.attach_to_package(opened, spec, device=frontier.torch.device("cpu"), seed=0)
+    opened = open_package(frontier.package_path("check"))
+    attached = attach_to_package(opened, spec, device=torch.device("cpu"), seed=0)
     text = frontier.client_text(client, 4, 0)
     losses: list[float] = []
     began, cpu = time.monotonic(), time.process_time()
