@@ -72,9 +72,15 @@ def check(plan: dict[str, Any], given: argparse.Namespace) -> None:
     pad = pad_id(frontier.tokenizer())
     chosen = [blocks[number * len(blocks) // 4] for number in range(4)]
     told: dict[str, Any] = {"parameters": sum(one.numel() for one in model.parameters())}
+    print(
+        f"loaded {told['parameters']:,} parameters; four blocks in float32, then in bfloat16",
+        file=sys.stderr,
+        flush=True,
+    )
     told["perplexity_float32"] = frontier.measure_examples(model, chosen, pad)
     with frontier.half(model):
         told["perplexity_half"] = frontier.measure_examples(model, chosen, pad)
+    print(json.dumps(told), flush=True)
     told["zero_shot_peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     frontier.full_model.cache_clear()
     del model
