@@ -5,7 +5,8 @@
 
 SOURCES is a folder that holds ``wikitext-2/{train,valid}.txt.gz`` and ``wikitext-2/raw/wiki.test.raw.gz``,
 ``medquad/all.jsonl.gz`` (one question and answer a row, fields source, file, focus, question, answer), and
-for ``--full`` ``openwebtext-1k``, ``c4-demo``, ``wiki-demo``, ``pubmedqa``, ``arc_easy``, ``piqa`` and ``openbookqa``.
+for ``--full`` ``openwebtext-1k``, ``c4-demo``, ``wiki-demo``, ``pubmedqa``, ``arc_easy``, ``arc_challenge``, ``piqa``,
+``openbookqa`` and ``webquestions``.
 Every choice is by hash, every file is written without a time stamp: the same sources give the same bytes.
 """
 
@@ -18,12 +19,13 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 Row = dict[str, object]
 
 NUM_PRIVATE_ROWS, NUM_HELDOUT_ROWS, NUM_PUBLIC_ARTICLES = 4200, 650, 200
-NUM_QUESTIONS = 300
+NUM_QUESTIONS, NUM_MORE_QUESTIONS = 300, 1000
 ANSWER_CHARACTERS = (30, 1500)
 HELD_OUT = 0.1
 
@@ -198,10 +200,17 @@ def choice_rows(path: Path) -> Iterator[Row]:
             yield {"question": question, "choices": row["choices"], "answer": row["gold"]}
 
 
+def answer_rows(path: Path) -> Iterator[Row]:
+    """Question and all its right answers, of WebQuestions rows."""
+    for row in json.loads("".join(read_lines(path))):
+        yield {"question": row["qText"], "answers": row["answers"]}
+
+
 def tuning_rows(rows: Iterable[Row], asked: set[str]) -> Iterator[Row]:
     for number, row in enumerate(rows):
         if row["question"] not in asked:
-            completion = f" {row['choices'][row['answer']].strip()}"  # type: ignore[index]
+            answer = row["choices"][row["answer"]] if "choices" in row else row["answers"][0]  # type: ignore[index]
+            completion = f" {answer.strip()}"
             prompt = f"Question: {row['question']}\nAnswer:"
             yield {"prompt": prompt, "completion": completion, "document": f"{number:05d}"}
 
@@ -232,13 +241,25 @@ def write_full(sources: Path, out: Path) -> None:
     others = [row for row in train if row["document"] not in private]
     write_rows(out / "public_medquad.jsonl.gz", as_text(others))
     write_rows(out / "medquad_heldout.jsonl.gz", held_out)
-    for name, split in (("arc_easy", "test"), ("piqa", "validation"), ("openbookqa", "test")):
+    for name, split in (
+        ("arc_easy", "test"),
+        ("arc_challenge", "test"),
+        ("piqa", "validation"),
+        ("openbookqa", "test"),
+    ):
         questions = list(choice_rows(sources / name / f"{split}.jsonl.gz"))
-        questions.sort(key=lambda row: draw(str(row["question"]), name))
-        write_rows(out / f"{name}_eval.jsonl.gz", questions[:NUM_QUESTIONS])
-        asked = {str(row["question"]) for row in questions}
-        tuning = tuning_rows(choice_rows(sources / name / "train.jsonl.gz"), asked)
-        write_rows(out / f"{name}_train.jsonl.gz", tuning)
+        write_questions(name, questions, choice_rows(sources / name / "train.jsonl.gz"), out)
+    questions = list(answer_rows(sources / "webquestions/test.json.gz"))
+    parts = (answer_rows(sources / f"webquestions/{split}.json.gz") for split in ("trainmodel", "val", "devtest"))
+    write_questions("webquestions", questions, chain.from_iterable(parts), out)
+
+
+def write_questions(name: str, questions: list[Row], training: Iterable[Row], out: Path) -> None:
+    """Questions chosen by hash are in ``NAME_eval``, more in that order in ``NAME_more``; rows in ``NAME_train``."""
+    questions.sort(key=lambda row: draw(str(row["question"]), name))
+    write_rows(out / f"{name}_eval.jsonl.gz", questions[:NUM_QUESTIONS])
+    write_rows(out / f"{name}_more.jsonl.gz", questions[:NUM_MORE_QUESTIONS])
+    write_rows(out / f"{name}_train.jsonl.gz", tuning_rows(training, {str(row["question"]) for row in questions}))
 
 
 def main() -> int:

