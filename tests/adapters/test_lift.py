@@ -26,7 +26,9 @@ def full_dims(full, record):
     return found
 
 
-@pytest.mark.parametrize(("name", "placement"), [("llama", "all"), ("gpt2", "all"), ("phi3", "all"), ("llama", "last:3")])
+@pytest.mark.parametrize(
+    ("name", "placement"), [("llama", "all"), ("gpt2", "all"), ("phi3", "all"), ("llama", "last:3")]
+)
 def test_lifted_onto_the_full_model_it_does_what_it_did(tmp_path, tiny, make_package, name, placement):
     """The oracle: the full model with the other channels silenced is the narrow model, with the adapter too."""
     full = tiny(name)

@@ -64,7 +64,7 @@ def test_all_blocks_by_their_number_are_all_blocks(narrow_package):
 
 def test_the_last_blocks_stay_in_the_end_where_the_middle_cannot_be_lifted(dropped_package):
     assert placed_blocks(spec(placement="last:2"), dropped_package.layout) == ("top.0", "top.1")
-    with pytest.raises(ConfigError, match="--placement last:3: .*keeps no module one to one") as caught:
+    with pytest.raises(ConfigError, match=r"--placement last:3: .*keeps no module one to one") as caught:
         placed_blocks(spec(placement="last:3"), dropped_package.layout)
     assert caught.value.hint == "use --placement 2+2"
 
