@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.layout import Layout
 from offsite.errors import ConfigError
@@ -10,19 +12,27 @@ from offsite.errors import ConfigError
 def placed_blocks(spec: AdapterSpec, layout: Layout) -> tuple[str, ...]:
     """Return the canonical blocks that carry the adapter, in model order.
 
-    Counts are taken from the outside: ``1+2`` is the first block of the model and its last two.
+    Counts are taken from the outside: ``1+2`` is the first block of the model and its last two. ``last:5`` are the
+    package's last five blocks in its own numbering, those of the middle among them.
 
     Raises:
-        ConfigError: when an end has fewer blocks than asked for, or ``all`` is asked of a package whose middle keeps
-            nothing that can be lifted into the full model.
+        ConfigError: when there are fewer blocks than asked for, or blocks of the middle are asked of a package whose
+            middle keeps nothing that can be lifted into the full model.
     """
     if spec.counts is None:
-        if not layout.adaptable_middle:
+        every = tuple(layout.blocks)
+        if spec.last is not None and spec.last > len(every):
             raise ConfigError(
-                "--placement all: this package's middle keeps no module one to one with the full model",
+                f"--placement {spec.placement}: the package has {len(every)} blocks",
+                hint=f"use at most --placement last:{len(every)}",
+            )
+        placed = every[-spec.last :] if spec.last is not None else every
+        if in_middle(placed) and not layout.adaptable_middle:
+            raise ConfigError(
+                f"--placement {spec.placement}: this package's middle keeps no module one to one with the full model",
                 hint=f"use --placement {layout.num_bottom}+{layout.num_top}",
             )
-        return tuple(layout.blocks)
+        return placed
     bottom, top = spec.counts
     if bottom > layout.num_bottom or top > layout.num_top:
         raise ConfigError(
@@ -34,6 +44,11 @@ def placed_blocks(spec: AdapterSpec, layout: Layout) -> tuple[str, ...]:
         [f"bottom.{number}" for number in range(bottom)]
         + [f"top.{number}" for number in range(first_top, layout.num_top)]
     )
+
+
+def in_middle(blocks: Iterable[str]) -> bool:
+    """Tell whether any of these canonical blocks is one of the middle."""
+    return any(block.startswith("middle.") for block in blocks)
 
 
 def placed_linears(spec: AdapterSpec, layout: Layout, *, same_size_only: bool = False) -> dict[str, tuple[int, int]]:

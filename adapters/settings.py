@@ -36,7 +36,7 @@ class AdapterShape(VerbConfig):
     )
     placement: str = Field(
         "2+2",
-        description="blocks of the bottom and top end that carry it, as 2+2 or 0+2, or all",
+        description="blocks that carry it: of the bottom and top end, as 2+2 or 0+2; the last ones, as last:8; or all",
         json_schema_extra=ADAPTER,
     )
     targets: Literal["all-linear", "attention", "mlp"] = Field(
@@ -73,7 +73,7 @@ class AdapterSettings(AdapterShape):
                     f"--adapter {self.adapter}: expected one of {kinds}{meant(self.adapter, LEARNING_RATES)}"
                 )
             if "placement" in wrong:
-                problems.append(f"--placement {self.placement}: expected BOTTOM+TOP, as 2+2 or 0+2, or all")
+                problems.append(f"--placement {self.placement}: expected BOTTOM+TOP, as 2+2 or 0+2, last:N, or all")
             raise ConfigError(
                 "; ".join(problems) or f"--placement {self.placement}: no block is left to train",
                 hint="BOTTOM and TOP count the blocks that carry the adapter, from the outside",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from adapters.kinds import Attached, register_kind
-from adapters.place import placed_blocks
+from adapters.place import in_middle, placed_blocks
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.layout import Layout
 from offsite.errors import ConfigError, UnsupportedModel
@@ -24,9 +24,9 @@ _FLOATS = {"bfloat16", "float16", "float32", "float64"}
 def declare(spec: AdapterSpec, layout: Layout, block_tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """Return every floating parameter of the placed blocks; for BitFit only those of one dimension."""
     blocks = placed_blocks(spec, layout)
-    if spec.counts is None and not layout.middle_whole:
+    if in_middle(blocks) and not layout.middle_whole:
         raise ConfigError(
-            f"--adapter {spec.kind} --placement all needs a package whose middle blocks are whole",
+            f"--adapter {spec.kind} --placement {spec.placement} needs a package whose middle blocks are whole",
             hint=f"use --placement {layout.num_bottom}+{layout.num_top}, or --adapter lora",
         )
     found = {

@@ -1,14 +1,15 @@
 """Clipped gradients: sums over privacy units, each clipped to a norm, by hooks, by ghost clipping, or one by one.
 
 A unit is one example, or all rows of one user. Its gradient is that of the mean over its rows of the row's mean loss
-per counted token; units whose gradient is not finite contribute zero. Whatever the engine, the sum over a set of units
-and the sum over the set without one of them differ by at most `clip` in L2 norm.
+per counted token, or of the same with each token's loss times its own probability, which is held fixed and depends on
+the row and the weights alone. Units whose gradient is not finite contribute zero. Whatever the engine, the sum over a
+set of units and the sum over the set without one of them differ by at most `clip` in L2 norm.
 
 Opacus computes per-row gradients layer by layer and gets some layers wrong or not at all, always loudly in what we have
 seen (OPT's flattened tokens, tied weights). So an engine is taken only after it gave the sums that the one-by-one loop
 gives, on rows made up here.
 
-Source: DP-SGD, arXiv:1607.00133; ghost clipping, arXiv:2110.05679.
+Source: DP-SGD, arXiv:1607.00133; ghost clipping, arXiv:2110.05679; weights of tokens, arXiv:2508.05629.
 """
 
 from __future__ import annotations
@@ -68,13 +69,15 @@ class OneByOne:
         rows: int,
         pad_id: int,
         autocast: Autocast,
+        weighs_tokens: bool = False,
     ) -> None:
         """Start on `model`, whose `trainable` parameters require a gradient.
 
         Args:
             rows: most rows that go through the model at once.
+            weighs_tokens: each token's loss counts times its own probability.
         """
-        self.model, self.trainable, self.clip = model, dict(trainable), clip
+        self.model, self.trainable, self.clip, self._weighs = model, dict(trainable), clip, weighs_tokens
         self.rows, self.pad_id, self.autocast = rows, pad_id, autocast
         self.num_zeroed = 0
 
@@ -103,7 +106,7 @@ class OneByOne:
         self._clear()
 
     def _losses(self, rows: Sequence[Example]) -> Tensor:
-        """Return each row's mean loss in nats per counted token, (B,) float32."""
+        """Return each row's mean loss in nats per counted token, weighed or not, (B,) float32."""
         device = next(iter(self.trainable.values())).device
         batch = {name: tensor.to(device) for name, tensor in collate(rows, self.pad_id).items()}
         targets_BT = batch["labels"][:, 1:]
@@ -114,6 +117,8 @@ class OneByOne:
             losses_N = functional.cross_entropy(
                 logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
             )
+        if self._weighs:
+            losses_N = losses_N * (-losses_N.detach()).exp()
         counts_B = (targets_BT != IGNORED).sum(1).clamp(min=1)
         return losses_N.view_as(targets_BT).sum(1) / counts_B
 
@@ -285,11 +290,13 @@ def choose(
     autocast: Autocast,
     wanted: Literal["hooks", "ghost", "one-by-one"],
     is_bf16: bool,
+    weighs_tokens: bool = False,
 ) -> Clipper:
     """Return the wanted engine if it gives the one-by-one loop's sums on made-up rows, else that loop."""
     if wanted == "ghost":
         autocast, is_bf16 = nullcontext, False
     settings: dict[str, Any] = {"clip": clip, "rows": rows, "pad_id": pad_id, "autocast": autocast}
+    settings["weighs_tokens"] = weighs_tokens
     reference = OneByOne(model, trainable, **settings)
     kind: type[OneByOne] | None = {"hooks": Hooks, "ghost": Ghost}.get(wanted)
     if kind is None:

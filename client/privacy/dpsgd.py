@@ -174,6 +174,7 @@ class PrivateStepper(Stepper):
         pad_id: int,
         engine: Literal["auto", "hooks", "ghost", "one-by-one"] = "auto",
         rows_at_once: int | None = None,
+        weighs_tokens: bool = False,
     ) -> None:
         """Choose the engine that clips, by memory unless it is named, and check it against the one-by-one loop."""
         super().__init__(model, trainable, step_loss, config, processes)
@@ -190,6 +191,7 @@ class PrivateStepper(Stepper):
             autocast=self._autocast,
             wanted=wanted,
             is_bf16=self._bf16,
+            weighs_tokens=weighs_tokens,
         )
 
     def step(self, number: int, batch: Batch) -> Stepped:

@@ -38,6 +38,7 @@ class PrivateRun:
     settings: DPSettings
     pad_id: int
     ledger: BudgetLedger = field(repr=False)
+    weighs_tokens: bool = False
     stepper: PrivateStepper | None = field(default=None, repr=False)
 
     @property
@@ -69,6 +70,7 @@ class PrivateRun:
             pad_id=self.pad_id,
             engine=self.settings.engine,
             rows_at_once=self.settings.rows_at_once,
+            weighs_tokens=self.weighs_tokens,
         )
         say(f"private: gradients are clipped {_HOW[self.stepper.clipper.name]}")
         return self.stepper
@@ -115,6 +117,7 @@ def private_run(
     resume: bool,
     work: Path,
     binding: Mapping[str, str],
+    weighs_tokens: bool = False,
 ) -> Iterator[PrivateRun]:
     """Yield the run these settings ask for, charged in full; a resumed one as it was charged, at no further cost.
 
@@ -130,6 +133,7 @@ def private_run(
         resume: go on with the run whose checkpoints are in `work`, if there are any.
         work: folder of the run's checkpoints.
         binding: what a resumed run must share, `private_binding` among it.
+        weighs_tokens: each token's loss counts times its own probability, held fixed (arXiv:2508.05629).
 
     Raises:
         ConfigError, DataError: when the settings or the text give no meaningful guarantee.
@@ -164,7 +168,7 @@ def private_run(
             users = {unit[0].document for unit in units} if settings.unit == "user" else ()
             members = ledger.members(records, users=users)
             account = ledger.charge(members, guarantee, place=place, settings=digest, budget=settings.budget)
-        run = PrivateRun(units, guarantee, account, settings, pad_id, ledger)
+        run = PrivateRun(units, guarantee, account, settings, pad_id, ledger, weighs_tokens)
         _say(run)
         try:
             yield run

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 from adapters.rates import LEARNING_RATES
 from adapters.settings import ADAPTER_FIELDS, TuningSettings
 from client.privacy.config import DPSettings
+from client.tuning.objective import ObjectiveSettings
 from offsite.artefacts.bundle import DISCLOSABLE, AdapterSpec
 from offsite.artefacts.job import Job
 from offsite.artefacts.round import RoundManifest
@@ -32,7 +33,7 @@ class PrivateTextSettings(VerbConfig):
     )
 
 
-class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, LoopSettings):
+class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, ObjectiveSettings, LoopSettings):
     """Settings of ``offsite tune PACKAGE --data FILE -o BUNDLE``."""
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -122,6 +123,12 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, LoopSe
         if self.sealed_off and self.launch > 1:
             problems.append("--launch: --sealed-off runs in one process, several must connect to each other")
         problems += self._private_problems()
+        problems += self.objective_problems(
+            round_=self.round is not None,
+            dp=self.dp is not None,
+            launch=self.launch > 1,
+            packed=self.pack and "pack" in self.model_fields_set,
+        )
         try:
             self.spec()
         except ConfigError as error:
@@ -161,8 +168,8 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, LoopSe
 
     @property
     def packed(self) -> bool:
-        """Whether sequences are filled across rows: as `pack` says, never with --dp."""
-        return self.pack and self.dp is None
+        """Whether sequences are filled across rows: as `pack` says, never with --dp or of pairs of answers."""
+        return self.pack and self.dp is None and self.objective != "spin"
 
     @property
     def by_user(self) -> bool:

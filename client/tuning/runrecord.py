@@ -39,6 +39,7 @@ def record_of(
     job_id: str | None = None,
     canaries: str | None = None,
     answered: AnsweredRound | None = None,
+    anchor: str | None = None,
 ) -> KeptRun:
     """Return the record of a run that ended so, of a bundle whose digest is not known yet: it has all zeros.
 
@@ -49,6 +50,7 @@ def record_of(
         guarantee: what `PrivateRun.release` returned, of a private run.
         canaries: digest of the canary set committed to, if any was trained on.
         answered: the federation's round that the run answered, if any.
+        anchor: digest of the anchor's file, if there is one.
     """
     claim = None if guarantee is None else {name: guarantee[name] for name in Claim.model_fields}
     return KeptRun(
@@ -59,6 +61,7 @@ def record_of(
         adapter=config.spec(),
         data_sha256=data_sha256,
         data_files=tuple(data_files) if len(data_files) > 1 else (),
+        objective=config.stated(anchor),
         text=text_settings(config),
         num_records=text.num_records,
         num_drawn=_num_drawn(text, outcome.best_step, config.batch_size, is_private=claim is not None),

@@ -23,6 +23,7 @@ from adapters.rates import LEARNING_RATES
 from client.privacy.run import PrivateRun, private_binding, private_run
 from client.tuning.config import TuneConfig
 from client.tuning.data import TrainingText, prepare, require_fit, say_text
+from client.tuning.learning import anchor_digest, bound_objective, learning_for
 from client.tuning.rounds import Begun, answered, begin, first_step, grow, round_for, start_seed, with_proximal
 from client.tuning.runrecord import Planted, planted_for, read_as, record_of, text_settings
 from client.tuning.sandbox import require_quiet, sealing
@@ -44,7 +45,7 @@ from offsite.text.records import require_files
 from offsite.training.checkpoints import require_work
 from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
-from offsite.training.loop import Outcome, train
+from offsite.training.loop import Batches, Outcome, train
 from offsite.training.processes import is_launched, world
 from offsite.training.step import StepLoss, Stepper, uses_bf16
 
@@ -109,6 +110,7 @@ def tune(
     sent_as: str = "float32",
     private: PrivateRun | None = None,
     loss: StepLoss = next_token_loss,
+    batches: Batches | None = None,
 ) -> Outcome:
     """The adapter holds the weights of the lowest validation loss; of a private run, those after the last step.
 
@@ -117,6 +119,7 @@ def tune(
         work: folder for checkpoints and the log; the caller removes it.
         sent_as: dtype of the bundle, in which something must have changed.
         loss: what is minimised.
+        batches: read in place of the text's own, where the loss takes more than those hold.
         private: draws the batches and takes the steps; private text then has no say in which weights are kept, and is
             validated on once, at the end.
 
@@ -140,7 +143,7 @@ def tune(
     outcome = train(
         model,
         attached.trainable,
-        text.batches if private is None else private.batches(),
+        (batches or text.batches) if private is None else private.batches(),
         loss,
         settings,
         work=work,
@@ -211,6 +214,7 @@ def run(config: TuneConfig) -> dict[str, object]:
     device = choose_device(config.device)
     tokenizer = package.load_tokenizer()
     digests = [sha256_file(path) for path in config.data]
+    anchor = anchor_digest(config, digests)
     text = prepare(
         read_as(config.data, text_settings(config), share_documents=config.by_user),
         tokenizer,
@@ -231,8 +235,19 @@ def run(config: TuneConfig) -> dict[str, object]:
     require_fit(text, attached.model)  # type: ignore[arg-type]
     if config.gradient_checkpointing:
         _checkpoint_activations(attached.model)
+    binding = _binding(config, package, planted, begun, joined_digest(digests)) | bound_objective(config, anchor)
+    learning = learning_for(
+        config,
+        attached,
+        package,
+        text,
+        tokenizer,
+        next_token_loss,
+        steps=loop_settings(config, text).steps,
+        work=work,
+        binding=binding,
+    )
     _make_room(work)
-    binding = _binding(config, package, planted, begun, joined_digest(digests))
     spending = _charged(config, text, work, binding) if config.dp else nullcontext()
     with spending as private:
         if private is not None:
@@ -246,11 +261,12 @@ def run(config: TuneConfig) -> dict[str, object]:
             text,
             loop_settings(config, text).model_copy(update={"seed": start_seed(config.seed, round_)}),
             work=work,
-            resume=config.resume,
+            resume=config.resume or config.objective == "spin",  # whose answers lie there before the first step
             binding=binding,
             sent_as=config.adapter_dtype,
             private=private,
-            loss=with_proximal(next_token_loss, attached, begun, spec),
+            loss=with_proximal(learning.loss, attached, begun, spec),
+            batches=learning.batches,
         )
         if not world().is_main:
             return {}
@@ -266,6 +282,7 @@ def run(config: TuneConfig) -> dict[str, object]:
             job_id=None if job is None else job.job_id,
             canaries=planted.commitment,
             answered=answered(round_),
+            anchor=anchor,
         )
         figures = {
             "num_records": text.num_records,
@@ -319,7 +336,7 @@ def _release(
         figures=[*losses, *losses_in(work_folder(config.output) / "log.jsonl")],
         spec=config.spec(),
         disclosed={name: figures[name] for name in config.disclose},
-        paths=[*config.data, config.output, config.package],
+        paths=[*config.data, config.output, config.package, *([] if config.anchor is None else [config.anchor])],
         known=names,
     )
     require_clean(scan)
@@ -441,6 +458,7 @@ def _charged(
         resume=config.resume,
         work=work,
         binding=binding,
+        weighs_tokens=config.objective == "dft",
     )
 
 

@@ -53,7 +53,7 @@ class AdapterSpec(Strict):
     """Which adapter, where it sits and how large it is."""
 
     kind: str = Field("blocks", pattern=r"^[a-z][a-z0-9-]{0,31}$")
-    placement: str = Field("2+2", pattern=r"^(all|[0-9]{1,4}\+[0-9]{1,4})$")
+    placement: str = Field("2+2", pattern=r"^(all|last:[1-9][0-9]{0,3}|[0-9]{1,4}\+[0-9]{1,4})$")
     targets: Literal["all-linear", "attention", "mlp"] = "all-linear"
     rank: int = Field(8, ge=1, le=4096)
     alpha: float = Field(16.0, gt=0)
@@ -62,17 +62,25 @@ class AdapterSpec(Strict):
 
     @model_validator(mode="after")
     def _not_empty(self) -> AdapterSpec:
-        if self.placement != "all" and self.counts == (0, 0):
+        if self.counts == (0, 0):
             raise ValueError("placement 0+0 leaves no block to train")
         return self
 
     @property
     def counts(self) -> tuple[int, int] | None:
-        """Blocks of the bottom and top end that carry the adapter, counted from the outside; None for ``all``."""
-        if self.placement == "all":
+        """Blocks of the bottom and top end that carry the adapter, counted from the outside.
+
+        None for ``all`` and ``last:N``, which may take in blocks of the middle.
+        """
+        if self.placement == "all" or self.last is not None:
             return None
         bottom, top = self.placement.split("+")
         return int(bottom), int(top)
+
+    @property
+    def last(self) -> int | None:
+        """How many blocks carry the adapter, the package's last ones, of ``last:N``; None for the other placements."""
+        return int(self.placement.removeprefix("last:")) if self.placement.startswith("last:") else None
 
 
 class BundleManifest(Strict):

@@ -109,6 +109,23 @@ class TextSettings(Strict):
     seed: Count
 
 
+class Objective(Sparse):
+    """What a run minimised, where that was not the next token's loss alone.
+
+    ``spin_beta`` is of pairs of answers; ``anchor_sha256`` is the digest of the public text on which the tuned emulator
+    was held to the untuned one, with ``anchor_weight``; ``channel_dropout`` the chance of an MLP's channel to be left
+    out of a step.
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"spin_beta", "anchor_sha256", "anchor_weight", "channel_dropout"})
+
+    loss: Literal["next-token", "dft", "spin"]
+    spin_beta: float | None = Field(None, gt=0)
+    anchor_sha256: Digest | None = None
+    anchor_weight: float | None = Field(None, gt=0)
+    channel_dropout: float | None = Field(None, gt=0, lt=1)
+
+
 class AnsweredRound(Strict):
     """The round of a federation that a run answered, and at which step of the client's text the run began."""
 
@@ -153,12 +170,14 @@ class Run(Strict):
 class KeptRun(Sparse, Run):
     """The record as it lies at the client's: with the digest of every file, where the data was several.
 
-    ``data_sha256`` is the digest of all of them then (`offsite.digests.sha256_files`).
+    ``data_sha256`` is the digest of all of them then (`offsite.digests.sha256_files`). ``objective`` is None for a run
+    that minimised the next token's loss.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"data_files"})
+    optional: ClassVar[frozenset[str]] = frozenset({"data_files", "objective"})
 
     data_files: tuple[Digest, ...] = ()
+    objective: Objective | None = None
 
 
 def quoted(run: Run) -> Run:

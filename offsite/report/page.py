@@ -89,6 +89,8 @@ def _times(figure: Summary | None) -> str:
 def _kind(results: Results) -> str:
     adapter = results.adapter
     where = "every block" if adapter.placement == "all" else f"the ends' {adapter.placement} blocks"
+    if adapter.last is not None:
+        where = f"the last {adapter.last} blocks"
     if adapter.kind in ("lora", "rslora", "dora"):
         return f"{adapter.kind} of rank {adapter.rank} on {where}, {adapter.targets}"
     return f"{'whole' if adapter.kind == 'blocks' else adapter.kind}: {where}"

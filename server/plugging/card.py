@@ -77,9 +77,10 @@ class Card:
     def _table(self) -> str:
         adapter = self.adapter
         kind = adapter.kind if adapter.kind in ("blocks", "bitfit") else f"{adapter.kind}, rank {adapter.rank}"
+        where = f"the last {adapter.last} blocks" if adapter.last else f"blocks of the ends: {adapter.placement}"
         rows = [
             ("base model", f"`{self.base.name}`, digest of its tensors `{self.base_digest}`"),
-            ("adapter", f"{kind}; blocks of the ends: {adapter.placement}; {adapter.targets}"),
+            ("adapter", f"{kind}; {where}; {adapter.targets}"),
             ("licence", self.licence or "none stated"),
         ]
         if self.scale != 1:

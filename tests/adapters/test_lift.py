@@ -26,12 +26,14 @@ def full_dims(full, record):
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
-def test_lifted_onto_the_full_model_it_does_what_it_did(tmp_path, tiny, make_package, name):
+@pytest.mark.parametrize(
+    ("name", "placement"), [("llama", "all"), ("gpt2", "all"), ("phi3", "all"), ("llama", "last:3")]
+)
+def test_lifted_onto_the_full_model_it_does_what_it_did(tmp_path, tiny, make_package, name, placement):
     """The oracle: the full model with the other channels silenced is the narrow model, with the adapter too."""
     full = tiny(name)
     package = make_package(tmp_path / "package", model=full, kept=tuple(range(6)), channels=CHANNELS)
-    spec = AdapterSpec(kind="lora", placement="all", rank=3, dtype="float32")
+    spec = AdapterSpec(kind="lora", placement=placement, rank=3, dtype="float32")
     names = declared(spec, package.layout, package.block_tensors())
     tuned = attach(package.load_model(), spec, package.layout.blocks, names)
     generator = torch.Generator().manual_seed(0)

@@ -39,6 +39,36 @@ def test_all_blocks_where_the_middle_can_be_lifted(narrow_package, dropped_packa
     assert caught.value.hint == "use --placement 2+2"
 
 
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [
+        ("last:1", ("top.1",)),
+        ("last:2", ("top.0", "top.1")),
+        ("last:4", ("middle.2", "middle.3", "top.0", "top.1")),
+        ("last:7", ("bottom.1", "middle.0", "middle.1", "middle.2", "middle.3", "top.0", "top.1")),
+    ],
+)
+def test_the_last_blocks_take_in_the_middle(narrow_package, placement, expected):
+    assert placed_blocks(spec(placement=placement), narrow_package.layout) == expected
+    names = placed_linears(spec(placement=placement, targets="mlp"), narrow_package.layout)
+    assert tuple(dict.fromkeys(".".join(name.split(".")[:2]) for name in names)) == expected
+    assert {name.split(".", 2)[2] for name in names} == {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+
+
+def test_all_blocks_by_their_number_are_all_blocks(narrow_package):
+    assert placed_blocks(spec(placement="last:8"), narrow_package.layout) == tuple(narrow_package.layout.blocks)
+    with pytest.raises(ConfigError, match="--placement last:9: the package has 8 blocks") as caught:
+        placed_blocks(spec(placement="last:9"), narrow_package.layout)
+    assert caught.value.hint == "use at most --placement last:8"
+
+
+def test_the_last_blocks_stay_in_the_end_where_the_middle_cannot_be_lifted(dropped_package):
+    assert placed_blocks(spec(placement="last:2"), dropped_package.layout) == ("top.0", "top.1")
+    with pytest.raises(ConfigError, match=r"--placement last:3: .*keeps no module one to one") as caught:
+        placed_blocks(spec(placement="last:3"), dropped_package.layout)
+    assert caught.value.hint == "use --placement 2+2"
+
+
 def test_linears_by_target(dropped_package):
     layout = dropped_package.layout
     every = placed_linears(spec(placement="1+0"), layout)

@@ -57,6 +57,15 @@ def test_everywhere_only_where_the_middle_is_whole(whole_package, narrow_package
     assert "--adapter lora" in caught.value.hint
 
 
+def test_the_last_whole_blocks_take_in_the_middle_only_where_it_is_whole(whole_package, narrow_package):
+    _, names = names_of(whole_package, kind="blocks", placement="last:3")
+    assert {".".join(name.split(".")[:2]) for name in names} == {"middle.3", "top.0", "top.1"}
+    _, names = names_of(narrow_package, kind="blocks", placement="last:2")
+    assert {name.split(".")[0] for name in names} == {"top"}
+    with pytest.raises(ConfigError, match="--placement last:3 needs a package whose middle blocks are whole"):
+        names_of(narrow_package, kind="blocks", placement="last:3")
+
+
 def test_masters_are_float32_and_everything_else_stays(dropped_package):
     spec, names = names_of(dropped_package, kind="blocks", placement="0+1")
     model = dropped_package.load_model(dtype="bfloat16")

@@ -115,6 +115,33 @@ def test_clipped_sums_are_those_of_a_loop(family, kind):
     assert all(tensor.grad is None for tensor in trainable.values())
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_weighed_tokens_are_clipped_by_every_engine_as_by_a_loop(family):
+    """The oracle: with each token's weight held fixed, the gradient is that of minus its probability."""
+    model, trainable = model_of(family, "lora")
+    chosen = units(5)
+    for clip in (0.01, 1e6):
+        expected = zeros(trainable)
+        for (row,) in chosen:
+            shares = model(input_ids=torch.tensor([row.input_ids])).logits[0].softmax(-1)
+            places = [place for place, label in enumerate(row.labels) if label != -100 and place]
+            mean = -sum(shares[place - 1, row.input_ids[place]] for place in places) / len(places)
+            grads = torch.autograd.grad(mean, list(trainable.values()))
+            length = torch.cat([grad.flatten() for grad in grads]).double().norm()
+            for name, grad in zip(trainable, grads, strict=True):
+                expected[name] += grad.double() * min(1.0, clip / float(length))
+        for wanted in ENGINES:
+            engine = choose(
+                model, trainable, clip=clip, rows=3, pad_id=0, autocast=nullcontext, wanted=wanted, is_bf16=False,
+                weighs_tokens=True,
+            )  # fmt: skip
+            assert engine.name == ("one-by-one" if family == "opt" else wanted)
+            found = sums_of(engine, chosen)
+            engine.close()
+            difference = {name: found[name] - expected[name] for name in expected}
+            assert norm(difference) < 1e-4 * norm(expected), (clip, wanted)
+
+
 def test_a_users_gradient_is_that_of_the_mean_over_the_rows():
     model, trainable = model_of("llama", "blocks")
     chosen = units(4, rows=3)

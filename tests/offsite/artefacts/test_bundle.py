@@ -261,4 +261,20 @@ def test_no_bundle_at_all(tmp_path, dropped_package):
 def test_counts_of_a_placement():
     assert AdapterSpec(placement="0+2").counts == (0, 2)
     assert AdapterSpec(placement="all").counts is None
+    assert (AdapterSpec(placement="last:12").counts, AdapterSpec(placement="last:12").last) == (None, 12)
+    assert [AdapterSpec(placement=one).last for one in ("all", "0+2")] == [None, None]
+    for wrong in (
+        "last",
+        "last:",
+        "last:0",
+        "last:01",
+        "last:-1",
+        "last:12345",
+        "last:3+2",
+        "Last:3",
+        "last:3 ",
+        "last:٣",
+    ):
+        with pytest.raises(ValueError, match="pattern"):
+            AdapterSpec(placement=wrong)
     assert set(DISCLOSABLE) == {"num_records", "num_tokens", "steps", "validation_loss"}
