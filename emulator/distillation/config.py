@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from emulator.compression.methods import METHODS
+from emulator.compression.unequal import wider_blocks
 from offsite.artefacts.layout import Line
 from offsite.config import COMPRESSION, MEASURING, OUTPUT, POSITIONAL, REPEATED, TRAINING, USUAL, VerbConfig
 from offsite.modelling.config import ModelFlag, ModelWord
 from offsite.text.config import TextFiles, TextSettings
 from offsite.training.config import LoopSettings
+
+
+def _several(given: Any) -> Any:
+    """Return what stands between commas, of one string or of each of several."""
+    each = (given,) if isinstance(given, str) else given
+    if not isinstance(each, list | tuple) or not all(isinstance(one, str) for one in each):
+        return given
+    return tuple(part.strip() for one in each for part in one.split(","))
+
+
+def _blocks(stated: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what is stated of blocks, only if it can be read."""
+    wider_blocks(stated)
+    return stated
 
 
 class OwnPackageSettings(ModelFlag):
@@ -62,6 +77,27 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
         description="width: share of the MLP channels that each middle block keeps",
         json_schema_extra=USUAL,
     )
+    wider: Annotated[tuple[str, ...], BeforeValidator(_several), AfterValidator(_blocks)] = Field(
+        (),
+        description="width: a larger share for some blocks, as 2-8:0.67, numbered from 0 through the full model as in "
+        "its checkpoint; may be repeated",
+        json_schema_extra=COMPRESSION | REPEATED,
+    )
+    variant: int = Field(
+        0,
+        ge=0,
+        lt=2**31,
+        description="width: number of another choice of channels, for packages of one size that keep different ones; "
+        "0 for the best by what is measured",
+        json_schema_extra=COMPRESSION,
+    )
+    variant_noise: float = Field(
+        0.5,
+        gt=0,
+        le=10,
+        description="width: how far variants stray: standard deviation of the log of what a channel counts",
+        json_schema_extra=COMPRESSION,
+    )
     channels: Literal["obs", "activation"] = Field(
         "obs",
         description="width: leave out channels one by one, each time the one that the others best make up for (optimal "
@@ -71,6 +107,14 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
     refit: bool = Field(
         True,
         description="width: fit the kept channels' outgoing weights to the whole MLP's output on public text",
+        json_schema_extra=COMPRESSION,
+    )
+    refit_jacobian: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="width: choose and refit for the gradient that the MLP hands on as well, which counts this much "
+        "against its output; 0 for the output alone",
         json_schema_extra=COMPRESSION,
     )
     blocks: int | None = Field(
@@ -153,10 +197,17 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
             found.append(
                 "--channels obs leaves out what refitting makes up for, expected --refit or --channels activation"
             )
+        if self.refit_jacobian and (self.channels != "obs" or not self.refit):
+            found.append("--refit-jacobian chooses and refits at once, expected --channels obs and --refit")
+        if too_small := [one for one in self.wider if min(wider_blocks([one]).values()) <= self.width]:
+            found.append(f"--wider {too_small[0]}: expected a share above --width {self.width:g}")
+        if "variant_noise" in given and not self.variant:
+            found.append("--variant-noise says how far a --variant strays, and there is none")
         takes = {"blocks": "drop", "choice": "drop", "width": "width", "channels": "width", "refit": "width"}
+        takes |= dict.fromkeys(("wider", "variant", "variant_noise", "refit_jacobian"), "width")
         for field, method in takes.items():
             if field in given and self.method in {*takes.values(), "keep-all"} and self.method != method:
-                found.append(f"--{field} belongs to method {method}, not to {self.method}")
+                found.append(f"--{field.replace('_', '-')} belongs to method {method}, not to {self.method}")
         return found
 
     def _text_problems(self) -> list[str]:

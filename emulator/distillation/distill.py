@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emulator.compression.compress import Compressed, Recipe, compress, middle_blocks
 from emulator.compression.finished import FinishedBlocks
+from emulator.compression.unequal import wider_blocks
 from emulator.distillation.config import DistillConfig
 from emulator.distillation.imitation import Distilled, distill
 from emulator.distillation.launched import in_processes
@@ -77,7 +78,12 @@ def run(config: DistillConfig) -> dict[str, object]:
         distilled = _distilled(config, owned, text, compressed, processes)
     package = _published(config, owned, compressed, distilled, terms) if processes.is_main else None
     processes.wait()
-    return {**_told(config, package, distilled), **sizes, "seconds": round(time.monotonic() - began, 3)}
+    return {
+        **_told(config, package, distilled),
+        **compressed.settings,
+        **sizes,
+        "seconds": round(time.monotonic() - began, 3),
+    }
 
 
 @dataclass(frozen=True)
@@ -134,12 +140,18 @@ def _recipe(config: DistillConfig, text: PublicText | None, owned: _Owned, proce
     calibration = () if text is None else text.calibration
     depends = [owned.digest, str(owned.full.dtype), config.bottom, config.top, config.width, config.channels]
     depends += [config.refit, None if text is None else text.digest, len(calibration), config.batch_size, config.seed]
+    depends += [sorted(wider_blocks(config.wider).items()), config.variant, config.variant_noise, config.refit_jacobian]
     return Recipe(
         blocks=config.blocks,
         choice=config.choice,
         width=config.width,
+        wider=wider_blocks(config.wider),
         channels=config.channels,
+        variant=config.variant,
+        variant_noise=config.variant_noise,
         refit=config.refit,
+        refit_jacobian=config.refit_jacobian,
+        seed=config.seed,
         calibration=calibration,
         finished=FinishedBlocks(
             _work(config) / "compression",
@@ -196,6 +208,8 @@ def _distilled(
 
 def _identity(config: DistillConfig, compressed: Compressed) -> str:
     chosen = [config.method, config.refit, compressed.kept, sorted(compressed.channels.items())]
+    if config.refit_jacobian:  # the same channels may be fitted otherwise
+        chosen.append(config.refit_jacobian)
     return json.dumps([*chosen, sorted(compressed.experts.items())] if compressed.experts else chosen)
 
 

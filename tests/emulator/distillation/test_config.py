@@ -28,6 +28,8 @@ def test_defaults_are_width_with_distillation() -> None:
         {"method": "width", "width": "1", "steps": "0"},
         {"channels": "activation", "refit": "false"},
         {"learning_rate": "1e-3", "kl_weight": "0"},
+        {"refit_jacobian": "0.1", "width": "0.5", "wider": "2-8:0.67, 12:1"},
+        {"variant": "3", "variant_noise": "1", "channels": "activation"},
     ],
 )
 def test_what_goes_together(changes: dict[str, str | None]) -> None:
@@ -45,6 +47,14 @@ def test_what_goes_together(changes: dict[str, str | None]) -> None:
         ({"method": "drop", "blocks": "3", "width": "0.5"}, "--width belongs to method width, not to drop"),
         ({"method": "drop", "blocks": "3", "channels": "obs"}, "--channels belongs to method width, not to drop"),
         ({"refit": "false"}, "--channels obs leaves out what refitting makes up for"),
+        ({"refit_jacobian": "0.1", "channels": "activation"}, "--refit-jacobian chooses and refits at once"),
+        ({"method": "drop", "blocks": "3", "refit_jacobian": "0.1"}, "--refit-jacobian belongs to method width"),
+        ({"method": "drop", "blocks": "3", "variant": "1"}, "--variant belongs to method width, not to drop"),
+        ({"wider": "2-8:0.2"}, "--wider 2-8:0.2: expected a share above --width 0.33"),
+        ({"wider": "2-8"}, "'2-8' is not of the form FIRST-LAST:SHARE"),
+        ({"wider": "2-8:0.5,8:0.6"}, "block 8 is named already"),
+        ({"variant_noise": "1"}, "--variant-noise says how far a --variant strays"),
+        ({"variant": "-1"}, "--variant: "),
         ({"blocks": "3"}, "--blocks belongs to method drop, not to width"),
         ({"method": "keep-all"}, "nothing to distil"),
         ({"width": "1"}, "nothing to distil"),
