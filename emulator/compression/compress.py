@@ -139,7 +139,10 @@ def keep_all(model: PreTrainedModel, plan: Plan, _recipe: Recipe) -> Compressed:
 
 @register_compressor("drop")
 def drop(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
-    """Some blocks of the middle whole, its first and last among them. Source: arXiv:2302.04870."""
+    """Some blocks of the middle whole, its first and last among them. Source: arXiv:2302.04870.
+
+    An adapter on a kept block is one on the full model's own (FedProxy, arXiv:2604.19015).
+    """
     if recipe.blocks is None:
         raise ConfigError("method drop needs the number of middle blocks to keep")
     if recipe.choice == "uniform":
@@ -149,7 +152,8 @@ def drop(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
     else:
         raise ConfigError(f"unknown choice {recipe.choice!r} of blocks, expected uniform or influence")
     kept = (*plan.bottom, *(plan.middle[i] for i in chosen), *plan.top)
-    return Compressed(extract(model, {plan.stack.name: kept}), kept, {}, (), {"blocks": recipe.blocks})
+    emulator = extract(model, {plan.stack.name: kept})
+    return Compressed(emulator, kept, {}, adaptable(middle_blocks(emulator, plan)), {"blocks": recipe.blocks})
 
 
 @register_compressor("width")
