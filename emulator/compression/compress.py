@@ -14,9 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from emulator.compression.activations import Batch
-from emulator.compression.choose import by_influence, measure_influences, uniform
+from emulator.compression.choose import by_clusters, by_influence, measure_influences, measure_similarities, uniform
 from emulator.compression.finished import FinishedBlocks, Kept
-from emulator.compression.jacobian import backwards, require_dense, weighed
+from emulator.compression.gradients import require_dense
+from emulator.compression.gradot import gradient_keeping, scored, sensitivities
+from emulator.compression.jacobian import backwards, weighed
 from emulator.compression.methods import METHODS
 from emulator.compression.unequal import favour
 from emulator.compression.width import (
@@ -43,10 +45,11 @@ class Recipe:
 
     Attributes:
         blocks: number of middle blocks that ``drop`` keeps.
-        choice: ``uniform`` or ``influence``, how ``drop`` chooses them.
+        choice: ``uniform``, ``influence`` or ``crash``, how ``drop`` chooses them.
         width: share of the MLP channels that ``width`` keeps in each block.
         wider: other shares, by number of the full model's block.
-        channels: ``obs`` or ``activation``, how ``width`` chooses them.
+        channels: ``obs``, ``activation`` or ``gradot``, how ``width`` chooses them.
+        gradot_lambda: what the loss that a channel's going adds counts for its going, with ``gradot``.
         variant: which of many choices ``width`` makes; 0 for the best by what it measures.
         variant_noise: how far the others stray: standard deviation of the log of each channel's cost.
         refit: whether ``width`` fits the kept channels' outgoing weights to the whole MLP's output.
@@ -61,6 +64,7 @@ class Recipe:
     width: float = 1.0
     wider: Mapping[int, float] = field(default_factory=dict)
     channels: str = "obs"
+    gradot_lambda: float = 0.1
     variant: int = 0
     variant_noise: float = 0.5
     refit: bool = True
@@ -98,7 +102,7 @@ class Compressed:
 Compressor = Callable[[PreTrainedModel, Plan, Recipe], Compressed]
 
 _COMPRESSORS: dict[str, Compressor] = {}
-_CHOICES = {"obs": eliminate, "activation": strongest}
+_CHOICES = {"obs": eliminate, "activation": strongest, "gradot": gradient_keeping}
 
 
 def register_compressor(name: str) -> Callable[[Compressor], Compressor]:
@@ -139,7 +143,7 @@ def keep_all(model: PreTrainedModel, plan: Plan, _recipe: Recipe) -> Compressed:
 
 @register_compressor("drop")
 def drop(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
-    """Some blocks of the middle whole, its first and last among them. Source: arXiv:2302.04870.
+    """Some blocks of the middle whole, usually its first and last among them. Source: arXiv:2302.04870.
 
     An adapter on a kept block is one on the full model's own (FedProxy, arXiv:2604.19015).
     """
@@ -149,8 +153,10 @@ def drop(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
         chosen = uniform(plan.num_middle, recipe.blocks)
     elif recipe.choice == "influence":
         chosen = by_influence(measure_influences(model, middle_blocks(model, plan), recipe.calibration), recipe.blocks)
+    elif recipe.choice == "crash":
+        chosen = by_clusters(measure_similarities(model, middle_blocks(model, plan), recipe.calibration), recipe.blocks)
     else:
-        raise ConfigError(f"unknown choice {recipe.choice!r} of blocks, expected uniform or influence")
+        raise ConfigError(f"unknown choice {recipe.choice!r} of blocks, expected uniform, influence or crash")
     kept = (*plan.bottom, *(plan.middle[i] for i in chosen), *plan.top)
     emulator = extract(model, {plan.stack.name: kept})
     return Compressed(emulator, kept, {}, adaptable(middle_blocks(emulator, plan)), {"blocks": recipe.blocks})
@@ -160,9 +166,9 @@ def drop(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
 def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
     """Every block with fewer MLP channels, those that do most on public text. Source: arXiv:2404.11536."""
     if recipe.channels not in _CHOICES:
-        raise ConfigError(f"unknown choice {recipe.channels!r} of channels, expected {' or '.join(_CHOICES)}")
+        raise ConfigError(f"unknown choice {recipe.channels!r} of channels, expected {', '.join(_CHOICES)}")
     full_blocks = middle_blocks(model, plan)
-    if recipe.refit_jacobian:
+    if recipe.refit_jacobian or recipe.channels == "gradot":
         require_dense(full_blocks)
     parts = [find_mlps(block) for block in full_blocks]
     kept = (*plan.bottom, *plan.middle, *plan.top)
@@ -187,6 +193,8 @@ def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
         if recipe.refit_jacobian and left:
             backward = backwards(model, to_read, recipe.calibration, seed=recipe.seed)
             found = weighed(found, backward, recipe.refit_jacobian)
+        if recipe.channels == "gradot" and left:
+            found = scored(found, sensitivities(model, to_read, recipe.calibration, recipe.gradot_lambda))
         for done, number in enumerate(left, start=len(before) + 1):
             chosen[number] = {}
             for part in parts[number]:

@@ -14,7 +14,7 @@ Shapes: B rows, T tokens, N tokens in a row, C channels, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +24,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from emulator.compression.activations import Batch, forward, on_device, real_tokens, seen_by
+from emulator.compression.gradients import push_back
 from emulator.compression.width import MOMENTS_LIMIT_BYTES, Activity
 from offsite.console import Progress, progress
 from offsite.errors import UnsupportedModel
 from offsite.modelling.blocks import hidden_of
 from offsite.modelling.mlps import Mlp, find_mlp, outgoing_weight
-
-TOKENS_TOGETHER = 2048
-"""Tokens whose logits a backward pass holds at once, at most; a row is never cut. It does not change the result."""
 
 _TINY = 1e-12  # keeps a hidden state of zeros from dividing by zero
 
@@ -51,19 +49,6 @@ class Backward:
 
     moment: Tensor
     metric: Tensor
-
-
-def require_dense(blocks: Sequence[nn.Module]) -> None:
-    """Return only if every block has one MLP that is no mixture of experts.
-
-    Raises:
-        UnsupportedModel: naming the block that has another.
-    """
-    for block in blocks:
-        try:
-            find_mlp(block)
-        except UnsupportedModel as error:
-            raise UnsupportedModel(f"--refit-jacobian knows blocks with one MLP: {error}") from None
 
 
 def weighed(found: Iterator[Activity], backward: Iterator[Backward], share: float) -> Iterator[Activity]:
@@ -118,9 +103,8 @@ class _Passed:
         self.inverse_size: Tensor | float = 0.0
         self.num_tokens = 0
 
-    def see_gradient(self, gradient: Tensor, real_BT: Tensor) -> None:
+    def see_gradient(self, _read: Tensor, _output: Tensor, gradient_ND: Tensor) -> None:
         """Count the loss's gradient at the MLP's output."""
-        gradient_ND = gradient.float().reshape(-1, gradient.shape[-1]) * real_BT.reshape(-1)[:, None]
         self.metric = self.metric + gradient_ND.T @ gradient_ND
         self.squares.append(gradient_ND.square().sum(-1))
 
@@ -151,9 +135,7 @@ def _read(model: nn.Module, group: Sequence[_Passed], batches: Sequence[Batch], 
     for number, batch in enumerate(batches):
         here = on_device(batch, device)
         real_BT = real_tokens(here)
-        rows = max(1, TOKENS_TOGETHER // real_BT.shape[1])
-        for first in range(0, len(real_BT), rows):
-            _push_back(model, group, {name: tensor[first : first + rows] for name, tensor in here.items()})
+        push_back(model, here, [(one.block.get_submodule(one.mlp.output), one.see_gradient) for one in group])
 
         def see(which: int, _before: Tensor, output: Any, real_BT: Tensor = real_BT) -> None:
             group[which].see_output(hidden_of(output), real_BT)
@@ -166,33 +148,6 @@ def _read(model: nn.Module, group: Sequence[_Passed], batches: Sequence[Batch], 
             except NotImplementedError:
                 raise UnsupportedModel("--refit-jacobian: the MLPs' activation has no forward derivative") from None
         bar.update(number + 1)
-
-
-def _push_back(model: nn.Module, group: Sequence[_Passed], batch: Batch) -> None:
-    """One backward pass of the loss; every block of `group` saw its MLP's gradients. No weight's gradient is made."""
-    real_BT = real_tokens(batch)
-
-    def watch(one: _Passed) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            output.register_hook(lambda gradient: one.see_gradient(gradient, real_BT))
-
-        return hook
-
-    with ExitStack() as stack, torch.enable_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                stack.callback(parameter.requires_grad_, True)
-                parameter.requires_grad_(False)
-        embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-        first = embedding.register_forward_hook(lambda _module, _args, output: output.detach().requires_grad_())
-        stack.callback(first.remove)
-        for one in group:
-            stack.callback(one.block.get_submodule(one.mlp.output).register_forward_hook(watch(one)).remove)
-        logits_BTV = forward(model, batch, real_BT.shape[1])
-        counts_BT = real_BT[:, 1:] & real_BT[:, :-1]
-        wanted_N = batch["input_ids"][:, 1:][counts_BT]
-        loss = nn.functional.cross_entropy(logits_BTV[:, :-1][counts_BT].float(), wanted_N, reduction="sum")
-        loss.backward()
 
 
 @contextmanager

@@ -91,12 +91,14 @@ class Activity:
         moment: mean product of activations, float32: (C, C), or its diagonal (C,) where that is enough.
         metric: (D, D) float32, in which `eliminate` counts what is lost of the output; None: all directions alike.
         favour: (C,), what the cost of leaving out each channel is multiplied by; None: nothing.
+        sensitivity: (C,) float32, what leaving out each channel costs by a measure of its own; None: not measured.
     """
 
     mean: Tensor
     moment: Tensor
     metric: Tensor | None = None
     favour: Tensor | None = None
+    sensitivity: Tensor | None = None
 
     @property
     def square(self) -> Tensor:

@@ -98,10 +98,18 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
         description="width: how far variants stray: standard deviation of the log of what a channel counts",
         json_schema_extra=COMPRESSION,
     )
-    channels: Literal["obs", "activation"] = Field(
+    channels: Literal["obs", "activation", "gradot"] = Field(
         "obs",
         description="width: leave out channels one by one, each time the one that the others best make up for (optimal "
-        "brain surgeon), or keep those of the largest activation times outgoing norm",
+        "brain surgeon), or keep those of the largest activation times outgoing norm, or (gradot) leave out those "
+        "whose going changes gradients least and adds most to the loss",
+        json_schema_extra=COMPRESSION,
+    )
+    gradot_lambda: float = Field(
+        0.1,
+        ge=0,
+        le=1e6,
+        description="width with --channels gradot: what the loss that a channel's going adds counts for its going",
         json_schema_extra=COMPRESSION,
     )
     refit: bool = Field(
@@ -120,12 +128,13 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
     blocks: int | None = Field(
         None,
         ge=1,
-        description="drop: number of middle blocks kept, its first and last included",
+        description="drop: number of middle blocks kept",
         json_schema_extra=USUAL,
     )
-    choice: Literal["uniform", "influence"] = Field(
+    choice: Literal["uniform", "influence", "crash"] = Field(
         "uniform",
-        description="drop: keep evenly spaced blocks, or those that turn the hidden state most on public text",
+        description="drop: keep evenly spaced blocks, or those that turn the hidden state most on public text, each "
+        "time with the middle's first and last; or (crash) the centres of clusters of blocks that give alike",
         json_schema_extra=COMPRESSION,
     )
     bottom: int = Field(2, ge=0, description="blocks in the bottom end", json_schema_extra=COMPRESSION)
@@ -201,10 +210,12 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
             found.append("--refit-jacobian chooses and refits at once, expected --channels obs and --refit")
         if too_small := [one for one in self.wider if min(wider_blocks([one]).values()) <= self.width]:
             found.append(f"--wider {too_small[0]}: expected a share above --width {self.width:g}")
+        if "gradot_lambda" in given and self.channels != "gradot":
+            found.append("--gradot-lambda belongs to --channels gradot")
         if "variant_noise" in given and not self.variant:
             found.append("--variant-noise says how far a --variant strays, and there is none")
         takes = {"blocks": "drop", "choice": "drop", "width": "width", "channels": "width", "refit": "width"}
-        takes |= dict.fromkeys(("wider", "variant", "variant_noise", "refit_jacobian"), "width")
+        takes |= dict.fromkeys(("wider", "variant", "variant_noise", "refit_jacobian", "gradot_lambda"), "width")
         for field, method in takes.items():
             if field in given and self.method in {*takes.values(), "keep-all"} and self.method != method:
                 found.append(f"--{field.replace('_', '-')} belongs to method {method}, not to {self.method}")
@@ -216,7 +227,7 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
             reasons = {
                 "--steps above 0": self.steps > 0,
                 "method width": self.method == "width",
-                "--choice influence": self.choice == "influence",
+                f"--choice {self.choice}": self.choice != "uniform",
             }
             needed = [reason for reason, holds in reasons.items() if holds]
             if needed:

@@ -141,12 +141,14 @@ def _recipe(config: DistillConfig, text: PublicText | None, owned: _Owned, proce
     depends = [owned.digest, str(owned.full.dtype), config.bottom, config.top, config.width, config.channels]
     depends += [config.refit, None if text is None else text.digest, len(calibration), config.batch_size, config.seed]
     depends += [sorted(wider_blocks(config.wider).items()), config.variant, config.variant_noise, config.refit_jacobian]
+    depends += [config.gradot_lambda]
     return Recipe(
         blocks=config.blocks,
         choice=config.choice,
         width=config.width,
         wider=wider_blocks(config.wider),
         channels=config.channels,
+        gradot_lambda=config.gradot_lambda,
         variant=config.variant,
         variant_noise=config.variant_noise,
         refit=config.refit,

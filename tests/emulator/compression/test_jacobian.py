@@ -74,7 +74,7 @@ def gathered(architecture, model, block, texts, seed):
 
 @pytest.mark.parametrize("architecture", CHANNELS)
 def test_moments_are_those_of_the_derivatives_and_gradients(tiny, batch, architecture: str, monkeypatch) -> None:
-    monkeypatch.setattr("emulator.compression.jacobian.TOKENS_TOGETHER", 60)  # a batch is pushed back in parts
+    monkeypatch.setattr("emulator.compression.gradients.TOKENS_TOGETHER", 60)  # a batch is pushed back in parts
     model = tiny(architecture).requires_grad_(True)
     block = block_list(model, make_plan(model).stack)[2]
     texts = two_texts(batch)
@@ -212,7 +212,7 @@ def test_every_block_with_one_mlp_can_be_fitted(name, batch) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mixtral", "one MLP: the MLP of MixtralDecoderLayer is a mixture of experts"),
+        ("mixtral", "with one MLP: the MLP of MixtralDecoderLayer is a mixture of experts"),
         ("bloom", "activation has no forward derivative"),
         ("bitnet", "ffn_sub_norm"),
     ],

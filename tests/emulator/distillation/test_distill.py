@@ -378,6 +378,7 @@ def test_choosing_channels_goes_on_where_it_was_broken_off(
         {"wider": "1:0.75"},
         {"variant": "1"},
         {"refit_jacobian": "0.1"},
+        {"channels": "gradot"},
     ],
 )
 def test_blocks_chosen_under_other_settings_are_chosen_again(
