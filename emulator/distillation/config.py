@@ -169,6 +169,17 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
         description="share of token positions, drawn anew each step, at which KL is computed",
         json_schema_extra=TRAINING,
     )
+    elevate: float = Field(
+        0.0,
+        ge=0,
+        le=20,
+        description="after distilling: train the emulator to be worse than the full model by this many nats a token; "
+        "0 for not at all",
+        json_schema_extra=TRAINING,
+    )
+    elevate_steps: int = Field(
+        25, ge=1, description="steps of --elevate, at a quarter of the learning rate", json_schema_extra=TRAINING
+    )
     evaluate_every: int = Field(
         0, ge=0, description="steps between measurements of fidelity; 0 for one at the end", json_schema_extra=MEASURING
     )
@@ -237,6 +248,10 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
             found.append(f"--resume: nothing to resume with --method {self.method} --steps 0")
         if self.steps > 0 and self.accumulate > self.batch_size:
             found.append(f"--accumulate {self.accumulate}: a batch of {self.batch_size} cannot be cut into more parts")
+        if self.elevate and (self.steps == 0 or self.launch > 1):
+            found.append("--elevate goes on from a distillation in one process: expected --steps above 0, no --launch")
+        if "elevate_steps" in self.model_fields_set and not self.elevate:
+            found.append("--elevate-steps belongs to --elevate, which is 0")
         if self.hidden_weight == 0 and self.kl_weight == 0 and self.steps > 0:
             found.append("--hidden-weight and --kl-weight are both 0, which leaves nothing to learn")
         return found

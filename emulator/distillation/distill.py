@@ -23,6 +23,7 @@ from emulator.compression.compress import Compressed, Recipe, compress, middle_b
 from emulator.compression.finished import FinishedBlocks
 from emulator.compression.unequal import wider_blocks
 from emulator.distillation.config import DistillConfig
+from emulator.distillation.elevate import elevate
 from emulator.distillation.imitation import Distilled, distill
 from emulator.distillation.launched import in_processes
 from emulator.distillation.objective import Weights
@@ -76,10 +77,15 @@ def run(config: DistillConfig) -> dict[str, object]:
     distilled = None
     if config.steps and text is not None:
         distilled = _distilled(config, owned, text, compressed, processes)
+    margin: dict[str, object] = {}
+    if config.elevate and text is not None and distilled is not None:
+        distilled, nats = _elevated(config, owned, text, compressed, distilled, processes)
+        margin = {"elevated_nats": nats}
     package = _published(config, owned, compressed, distilled, terms) if processes.is_main else None
     processes.wait()
     return {
         **_told(config, package, distilled),
+        **margin,
         **compressed.settings,
         **sizes,
         "seconds": round(time.monotonic() - began, 3),
@@ -181,7 +187,53 @@ def _work(config: DistillConfig) -> Path:
 def _distilled(
     config: DistillConfig, owned: _Owned, text: PublicText, compressed: Compressed, processes: Processes
 ) -> Distilled:
-    loop = LoopConfig(
+    return distill(
+        owned.full,
+        compressed,
+        owned.plan,
+        text,
+        _loop(config),
+        weights=Weights(config.hidden_weight, config.kl_weight, config.kl_share),
+        work=_work(config),
+        resume=True,  # what the folder holds is of this run: that was asked before anything was loaded
+        binding={"full model": owned.digest, "emulator": _identity(config, compressed)},
+        processes=processes,
+    )
+
+
+def _elevated(
+    config: DistillConfig,
+    owned: _Owned,
+    text: PublicText,
+    compressed: Compressed,
+    distilled: Distilled,
+    processes: Processes,
+) -> tuple[Distilled, float]:
+    """The distilled emulator is worse by the margin; returns it and by how much it is."""
+    say(f"distill: raising the emulator's loss to {config.elevate:g} nats above the full model's")
+    steps = config.elevate_steps
+    rates = {"learning_rate": config.learning_rate / 4, "warmup_steps": min(config.warmup_steps, steps // 4)}
+    return elevate(
+        owned.full,
+        compressed,
+        owned.plan,
+        text,
+        distilled,
+        _loop(config).model_copy(update={"steps": steps, **rates}),
+        margin_nats=config.elevate,
+        work=_work(config) / "elevation",
+        binding={"full model": owned.digest, "emulator": _identity(config, compressed), "distilled": _bound(config)},
+        processes=processes,
+    )
+
+
+def _bound(config: DistillConfig) -> str:
+    """Return what the distillation before an elevation was made of."""
+    return json.dumps([config.steps, config.learning_rate, config.hidden_weight, config.kl_weight, config.kl_share])
+
+
+def _loop(config: DistillConfig) -> LoopConfig:
+    return LoopConfig(
         steps=config.steps,
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_steps,
@@ -193,18 +245,6 @@ def _distilled(
         checkpoint_every=config.checkpoint_every,
         evaluate_every=config.evaluate_every,
         tensorboard=config.tensorboard,
-    )
-    return distill(
-        owned.full,
-        compressed,
-        owned.plan,
-        text,
-        loop,
-        weights=Weights(config.hidden_weight, config.kl_weight, config.kl_share),
-        work=_work(config),
-        resume=True,  # what the folder holds is of this run: that was asked before anything was loaded
-        binding={"full model": owned.digest, "emulator": _identity(config, compressed)},
-        processes=processes,
     )
 
 
