@@ -92,6 +92,7 @@ def make_package(full_llama: LlamaForCausalLM, letters_tokenizer: PreTrainedToke
         channels: dict[str, tuple[int, ...]] | None = None,
         ends: tuple[int, int] = (2, 2),
         dtype: str = "float32",
+        adaptable: bool = False,
         **changes: Any,
     ) -> Package:
         full = full_llama if model is None else model
@@ -102,7 +103,7 @@ def make_package(full_llama: LlamaForCausalLM, letters_tokenizer: PreTrainedToke
             block = blocks[ends[0] + int(name.split(".")[1])]
             slice_mlp(block, find_mlp(block), torch.tensor(numbers))
         whole = not channels and len(kept) == stack.num_blocks
-        inner = _linears(blocks[ends[0]]) if channels or whole else ()
+        inner = _linears(blocks[ends[0]]) if channels or whole or adaptable else ()
         layout = describe_layout(
             emulator, num_bottom=ends[0], num_top=ends[1], adaptable_middle=inner, middle_whole=whole
         )
@@ -140,6 +141,13 @@ def _linears(block: torch.nn.Module) -> tuple[str, ...]:
 def dropped_package(tmp_path_factory: pytest.TempPathFactory, make_package: PackageMaker) -> Package:
     """A package without the full model's block 3; read only."""
     return make_package(tmp_path_factory.mktemp("dropped") / "package")
+
+
+@pytest.fixture(scope="session")
+def kept_package(tmp_path_factory: pytest.TempPathFactory, make_package: PackageMaker) -> Package:
+    """A package without the full model's blocks 3 and 4, whose kept blocks all take an adapter; read only."""
+    out = tmp_path_factory.mktemp("kept") / "package"
+    return make_package(out, kept=(0, 1, 2, 5, 6, 7), adaptable=True)
 
 
 @pytest.fixture(scope="session")

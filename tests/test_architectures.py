@@ -27,6 +27,7 @@ MIXTURES = """gpt_oss olmoe qwen2_moe phimoe llama4_text granitemoehybrid qwen3_
 DROPPED = {  # architecture: what width says of it
     "bitnet": r"has a weight that is not a linear's: mlp\.ffn_sub_norm\.weight",
 }
+KEPT_BLOCKS = ["stablelm", "glm4", "bitnet", "lfm2", "qwen2_moe", "gpt_oss", "bamba", "mpt"]
 WHOLE_BLOCKS = ["helium", "gpt_oss", "qwen3_next", "lfm2", "nemotron", "bamba", "llama4_text"]
 
 
@@ -60,6 +61,36 @@ def test_lora_goes_the_whole_way(name, letters_tokenizer, tmp_path):
     assert (found.vanilla - found.own).abs().max() < 1e-4 * size
     assert found.reached == found.wanted
     assert torch.equal(logits(packed.full), found.before)
+
+
+@pytest.mark.parametrize("name", KEPT_BLOCKS)
+def test_lora_on_every_kept_block_is_added_to_the_full_models_own(name, letters_tokenizer, tmp_path):
+    """Against adding B A to the weights of blocks 0, 1, 3, 4 and 5 by hand; the block left out stays as it is."""
+    packed = pack(tiny(name), letters_tokenizer, tmp_path / "package", "drop", blocks=3, choice="influence")
+    assert packed.package.layout.adaptable_middle
+    bundle = tune(packed.package, tmp_path / "bundle", low_rank(packed.package))
+    found = plug_in(packed, bundle, tmp_path)
+    [left_out] = set(range(6)) - set(packed.record.kept)
+    by_hand, tensors = tiny(name), bundle.load_tensors(bundle.manifest.tensors)
+    blocks = by_hand.get_submodule(packed.package.layout.stack)
+    reached = set()
+    for canonical, a in tensors.items():
+        module, _, part = canonical.rpartition(".")
+        role, number, inner = module.split(".", 2)
+        if part != "lora_A":
+            continue
+        place = {"bottom": 0, "middle": 1, "top": 4}[role] + int(number)
+        reached.add(packed.record.kept[place])
+        linear = blocks[packed.record.kept[place]].get_submodule(inner)
+        change = bundle.manifest.adapter.alpha / 2 * tensors[f"{module}.lora_B"] @ a
+        with torch.no_grad():
+            linear.weight += change.T if type(linear).__name__ == "Conv1D" else change
+    assert reached == set(range(6)) - {left_out}
+    size = (found.own - found.before).abs().max()
+    assert size > 1e-2 * found.before.abs().max()
+    for one in (found.own, found.merged, found.vanilla):
+        assert (one - logits(by_hand)).abs().max() < 1e-3 * size
+    assert not any(f".{left_out}." in name for name in found.reached)
 
 
 @pytest.mark.parametrize("name", WHOLE_BLOCKS)

@@ -1,14 +1,15 @@
 """Which blocks of the middle an emulator by layer-drop keeps.
 
-The numbers here count within the middle, from 0. The first and the last block of the middle are always
-kept: they meet the trainable ends, and whoever loses the last one leaves the top end without its input
-(rounding with ``int`` did so in an earlier system for many pairs of sizes).
+The numbers here count within the middle, from 0. Spaced evenly or by influence, the first and the last block of the
+middle are always kept: they meet the trainable ends, and whoever loses the last one leaves the top end without its
+input (rounding with ``int`` did so in an earlier system for many pairs of sizes). Clusters are kept by their centres.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,6 +52,34 @@ def by_influence(influences: Sequence[float], num_kept: int) -> tuple[int, ...]:
         return (0,)
     inner = sorted(range(1, num_middle - 1), key=lambda i: (-influences[i], i))
     return tuple(sorted({0, num_middle - 1, *inner[: num_kept - 2]}))
+
+
+def by_clusters(similarities: Sequence[float], num_kept: int) -> tuple[int, ...]:
+    """Return the centres of `num_kept` clusters of neighbouring blocks, ascending.
+
+    Every block starts as a cluster of its own; again and again the two neighbours merge whose blocks that touch are
+    the most alike, of equals the earlier two. The centre of a cluster of n blocks is its block n // 2.
+
+    Args:
+        similarities: how alike blocks i and i + 1 are, one number fewer than the middle has blocks, as
+            `measure_similarities` returns them.
+
+    Raises:
+        ConfigError: as `uniform`.
+
+    Source: "clustering" and "removing" of CRaSh, arXiv:2310.15477. Its third part, "sharing", repeats kept
+    blocks to the full depth: what is sent then holds them several times over, and no adapter lifts from a repetition.
+    """
+    num_middle = len(similarities) + 1
+    check_num_kept(num_middle, num_kept)
+    merged = set(sorted(range(num_middle - 1), key=lambda i: (-similarities[i], i))[: num_middle - num_kept])
+    clusters = [[0]]
+    for block in range(1, num_middle):
+        if block - 1 in merged:
+            clusters[-1].append(block)
+        else:
+            clusters.append([block])
+    return tuple(cluster[len(cluster) // 2] for cluster in clusters)
 
 
 def check_num_kept(num_middle: int, num_kept: int) -> None:
@@ -96,3 +125,43 @@ def measure_influences(model: nn.Module, blocks: Sequence[nn.Module], batches: I
     if count == 0:
         raise ConfigError("measuring the blocks' influence needs public text, found none")
     return [total / count for total in sums]
+
+
+@torch.no_grad()
+def measure_similarities(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Batch]) -> list[float]:
+    """Return how alike what each block and the next one give is, between 0 and 1: linear CKA over rows of text.
+
+    A row stands as the mean of its hidden states, each weighing as its position counted from 1; padding does not
+    count. Rows are centred. A block whose rows are all alike is like no other: 0.
+
+    Args:
+        blocks: neighbouring blocks of `model`, in their order.
+        batches: public text as ``input_ids`` and ``attention_mask``, (batch, tokens) int64.
+
+    Raises:
+        ConfigError: with fewer than two rows of text.
+
+    Source: the similarity by which CRaSh, arXiv:2310.15477, clusters; linear CKA: arXiv:1905.00414.
+    """
+    rows: list[list[Tensor]] = [[] for _ in blocks]
+    for batch in batches:
+        here = on_device(batch, next(model.parameters()).device)
+        real_BT = real_tokens(here)
+        place_BT = real_BT.cumsum(1) * real_BT
+        weight_BT = place_BT / place_BT.sum(1, keepdim=True).clamp(min=1)
+
+        def see(number: int, _before: Tensor, output: Any, weight_BT: Tensor = weight_BT) -> None:
+            rows[number].append(torch.einsum("bt,btd->bd", weight_BT.double(), hidden_of(output).double()).cpu())
+
+        with seen_by(blocks, see):
+            forward(model, here)
+    if not rows[0] or sum(map(len, rows[0])) < 2:
+        raise ConfigError("measuring how alike blocks are needs public text of at least two rows")
+    grams = []
+    for found in rows:
+        rows_RD = torch.cat(found)
+        centred_RD = rows_RD - rows_RD.mean(0)
+        gram_RR = centred_RD @ centred_RD.T
+        size = gram_RR.norm()
+        grams.append(gram_RR / size if size > 0 else gram_RR)
+    return [float((one * other).sum()) for one, other in pairwise(grams)]

@@ -8,15 +8,19 @@ too, and import the module in ``emulator/distillation/distill.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from emulator.compression.activations import Batch
-from emulator.compression.choose import by_influence, measure_influences, uniform
+from emulator.compression.choose import by_clusters, by_influence, measure_influences, measure_similarities, uniform
 from emulator.compression.finished import FinishedBlocks, Kept
+from emulator.compression.gradients import require_dense
+from emulator.compression.gradot import gradient_keeping, scored, sensitivities
+from emulator.compression.jacobian import backwards, weighed
 from emulator.compression.methods import METHODS
+from emulator.compression.unequal import favour
 from emulator.compression.width import (
     MULTIPLE,
     Activity,
@@ -41,10 +45,16 @@ class Recipe:
 
     Attributes:
         blocks: number of middle blocks that ``drop`` keeps.
-        choice: ``uniform`` or ``influence``, how ``drop`` chooses them.
+        choice: ``uniform``, ``influence`` or ``crash``, how ``drop`` chooses them.
         width: share of the MLP channels that ``width`` keeps in each block.
-        channels: ``obs`` or ``activation``, how ``width`` chooses them.
+        wider: other shares, by number of the full model's block.
+        channels: ``obs``, ``activation`` or ``gradot``, how ``width`` chooses them.
+        gradot_lambda: what the loss that a channel's going adds counts for its going, with ``gradot``.
+        variant: which of many choices ``width`` makes; 0 for the best by what it measures.
+        variant_noise: how far the others stray: standard deviation of the log of each channel's cost.
         refit: whether ``width`` fits the kept channels' outgoing weights to the whole MLP's output.
+        refit_jacobian: what the gradient that ``width`` hands on counts against its output; 0 for the output alone.
+        seed: of the random directions that this takes.
         calibration: public text, ``input_ids`` and ``attention_mask`` of (batch, tokens) int64 each.
         finished: where ``width`` keeps each block that it is done with, and finds those of a broken run.
     """
@@ -52,8 +62,14 @@ class Recipe:
     blocks: int | None = None
     choice: str = "uniform"
     width: float = 1.0
+    wider: Mapping[int, float] = field(default_factory=dict)
     channels: str = "obs"
+    gradot_lambda: float = 0.1
+    variant: int = 0
+    variant_noise: float = 0.5
     refit: bool = True
+    refit_jacobian: float = 0.0
+    seed: int = 0
     calibration: Sequence[Batch] = field(default=(), repr=False)
     finished: FinishedBlocks = field(default=FinishedBlocks(None, ""), repr=False)
 
@@ -70,6 +86,7 @@ class Compressed:
         adaptable_middle: names inside a middle block of linears on which an adapter lifts into the full model.
         settings: what the package may state of the method: nothing of the full model's numbering.
         middle_whole: the middle is the full model's own, block for block.
+        variant: as in the recipe, for the owner's record.
     """
 
     model: PreTrainedModel
@@ -79,12 +96,13 @@ class Compressed:
     settings: Mapping[str, float | int | str]
     middle_whole: bool = False
     experts: Mapping[str, Kept] = field(default_factory=dict)
+    variant: int = 0
 
 
 Compressor = Callable[[PreTrainedModel, Plan, Recipe], Compressed]
 
 _COMPRESSORS: dict[str, Compressor] = {}
-_CHOICES = {"obs": eliminate, "activation": strongest}
+_CHOICES = {"obs": eliminate, "activation": strongest, "gradot": gradient_keeping}
 
 
 def register_compressor(name: str) -> Callable[[Compressor], Compressor]:
@@ -125,30 +143,39 @@ def keep_all(model: PreTrainedModel, plan: Plan, _recipe: Recipe) -> Compressed:
 
 @register_compressor("drop")
 def drop(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
-    """Some blocks of the middle whole, its first and last among them. Source: arXiv:2302.04870."""
+    """Some blocks of the middle whole, usually its first and last among them. Source: arXiv:2302.04870.
+
+    An adapter on a kept block is one on the full model's own (FedProxy, arXiv:2604.19015).
+    """
     if recipe.blocks is None:
         raise ConfigError("method drop needs the number of middle blocks to keep")
     if recipe.choice == "uniform":
         chosen = uniform(plan.num_middle, recipe.blocks)
     elif recipe.choice == "influence":
         chosen = by_influence(measure_influences(model, middle_blocks(model, plan), recipe.calibration), recipe.blocks)
+    elif recipe.choice == "crash":
+        chosen = by_clusters(measure_similarities(model, middle_blocks(model, plan), recipe.calibration), recipe.blocks)
     else:
-        raise ConfigError(f"unknown choice {recipe.choice!r} of blocks, expected uniform or influence")
+        raise ConfigError(f"unknown choice {recipe.choice!r} of blocks, expected uniform, influence or crash")
     kept = (*plan.bottom, *(plan.middle[i] for i in chosen), *plan.top)
-    return Compressed(extract(model, {plan.stack.name: kept}), kept, {}, (), {"blocks": recipe.blocks})
+    emulator = extract(model, {plan.stack.name: kept})
+    return Compressed(emulator, kept, {}, adaptable(middle_blocks(emulator, plan)), {"blocks": recipe.blocks})
 
 
 @register_compressor("width")
 def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
     """Every block with fewer MLP channels, those that do most on public text. Source: arXiv:2404.11536."""
     if recipe.channels not in _CHOICES:
-        raise ConfigError(f"unknown choice {recipe.channels!r} of channels, expected {' or '.join(_CHOICES)}")
+        raise ConfigError(f"unknown choice {recipe.channels!r} of channels, expected {', '.join(_CHOICES)}")
     full_blocks = middle_blocks(model, plan)
+    if recipe.refit_jacobian or recipe.channels == "gradot":
+        require_dense(full_blocks)
     parts = [find_mlps(block) for block in full_blocks]
     kept = (*plan.bottom, *plan.middle, *plan.top)
     emulator = extract(model, {plan.stack.name: kept})
     blocks = middle_blocks(emulator, plan)
-    narrower = [i for i, own in enumerate(parts) if any(_num(part, recipe) < part.num_channels for part in own)]
+    nums = {(i, part.place): _num(part, share) for i, share in enumerate(_shares(plan, recipe)) for part in parts[i]}
+    narrower = [i for i, own in enumerate(parts) if any(nums[i, part.place] < part.num_channels for part in own)]
     before = {i: known for i in narrower if (known := recipe.finished.channels(i)) is not None}
     left = [i for i in narrower if i not in before]
     for number, known in before.items():
@@ -163,12 +190,18 @@ def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
             bar.update(len(before))
         to_read = [full_blocks[i] for i in left]
         found = activities(model, to_read, recipe.calibration, products=products) if left else iter(())
+        if recipe.refit_jacobian and left:
+            backward = backwards(model, to_read, recipe.calibration, seed=recipe.seed)
+            found = weighed(found, backward, recipe.refit_jacobian)
+        if recipe.channels == "gradot" and left:
+            found = scored(found, sensitivities(model, to_read, recipe.calibration, recipe.gradot_lambda))
         for done, number in enumerate(left, start=len(before) + 1):
             chosen[number] = {}
             for part in parts[number]:
                 seen = [next(found) for _ in range(part.num_experts)]
-                if _num(part, recipe) < part.num_channels:
-                    chosen[number][part.place] = _narrowed(blocks[number], full_blocks[number], part, seen, recipe)
+                if (num := nums[number, part.place]) < part.num_channels:
+                    seen = _favoured(seen, recipe, f"{number}.{part.place}")
+                    chosen[number][part.place] = _narrowed(blocks[number], full_blocks[number], part, seen, num, recipe)
             recipe.finished.keep(number, chosen[number], blocks[number], full_blocks[number])
             bar.update(done)
     channels, experts = _by_adapter(full_blocks, parts, chosen)
@@ -177,25 +210,54 @@ def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
         kept,
         channels,
         adaptable(blocks),
-        {"width": recipe.width},
+        {"width": _average(parts, nums) if recipe.wider else recipe.width},
         middle_whole=not chosen,
         experts=experts,
+        variant=recipe.variant,
     )
 
 
-def _num(part: Part, recipe: Recipe) -> int:
+def _shares(plan: Plan, recipe: Recipe) -> list[float]:
+    """Return the share of channels that each block of the middle keeps."""
+    if outside := sorted(recipe.wider.keys() - set(plan.middle)):
+        raise ConfigError(
+            f"--wider names block {outside[0]}, expected blocks of the middle: {plan.middle[0]} to {plan.middle[-1]}",
+            hint="blocks count from 0 through the full model, as in its checkpoint",
+        )
+    return [recipe.wider.get(number, recipe.width) for number in plan.middle]
+
+
+def _average(parts: Sequence[Sequence[Part]], nums: Mapping[tuple[int, str], int]) -> float:
+    """Return which share of all MLP channels of the middle is kept, to four digits."""
+    every = [(part.num_experts, part.num_channels, nums[i, part.place]) for i, own in enumerate(parts) for part in own]
+    return round(sum(e * num for e, _, num in every) / sum(e * num for e, num, _ in every), 4)
+
+
+def _favoured(seen: Sequence[Activity], recipe: Recipe, place: str) -> list[Activity]:
+    """Return the activities with what the recipe's variant favours; those of variant 0 as they are."""
+    if not recipe.variant:
+        return list(seen)
+    return [
+        replace(one, favour=favour(recipe.variant, recipe.variant_noise, f"{place}.{number}", len(one.mean)))
+        for number, one in enumerate(seen)
+    ]
+
+
+def _num(part: Part, share: float) -> int:
     """Return how many channels the part keeps: of experts in one tensor never fewer than a tile.
 
     What multiplies those takes no rows of other lengths.
     """
-    num = num_kept(part.num_channels, recipe.width)
+    num = num_kept(part.num_channels, share)
     return min(part.num_channels, max(MULTIPLE, num)) if isinstance(part, Experts) and not part.members else num
 
 
-def _narrowed(block: nn.Module, full_block: nn.Module, part: Part, seen: Sequence[Activity], recipe: Recipe) -> Kept:
+def _narrowed(
+    block: nn.Module, full_block: nn.Module, part: Part, seen: Sequence[Activity], num: int, recipe: Recipe
+) -> Kept:
     """Narrow one MLP of `block`, or every expert, and return the channels kept: by expert, ascending."""
     whole = [Unit(full_block, part, number) for number in range(part.num_experts)]
-    choose, num = _CHOICES[recipe.channels], _num(part, recipe)
+    choose = _CHOICES[recipe.channels]
     chosen = [choose(unit, activity, num) for unit, activity in zip(whole, seen, strict=True)]
     narrowed = narrow(block, part, chosen)
     if recipe.refit:

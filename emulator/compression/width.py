@@ -89,10 +89,16 @@ class Activity:
     Attributes:
         mean: (C,) float32, mean activation.
         moment: mean product of activations, float32: (C, C), or its diagonal (C,) where that is enough.
+        metric: (D, D) float32, in which `eliminate` counts what is lost of the output; None: all directions alike.
+        favour: (C,), what the cost of leaving out each channel is multiplied by; None: nothing.
+        sensitivity: (C,) float32, what leaving out each channel costs by a measure of its own; None: not measured.
     """
 
     mean: Tensor
     moment: Tensor
+    metric: Tensor | None = None
+    favour: Tensor | None = None
+    sensitivity: Tensor | None = None
 
     @property
     def square(self) -> Tensor:
@@ -282,17 +288,21 @@ def eliminate(unit: Unit, activity: Activity, num: int) -> list[int]:
     Each time that channel goes whose loss costs least once the outgoing weights of those that are left make up for
     it: the problem that `refit` solves for the set that remains, so two channels that say the same do not both stay.
     With H the moments of `activity`, of (C, C), plus the ridge, that is the least ``|w_c|^2 / [H^-1]_cc``; then w
-    and H^-1 are brought up to date.
+    and H^-1 are brought up to date. Under a metric of the output its square root times the weights stands for them.
 
     Source: optimal brain surgeon (Hassibi and Stork, 1993), by structures as in ZipLM, arXiv:2302.04089.
     """
     weight_DC = unit.outgoing.double()
+    if activity.metric is not None:  # |root w|^2 is w^T metric w
+        weight_DC = _root(activity.metric) @ weight_DC
     moment_CC = _moment(unit, activity)
     moment_CC.diagonal().add_(RIDGE * moment_CC.diagonal().median() + 1e-12)
     inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(moment_CC))
     left = torch.arange(len(inverse_CC), device=inverse_CC.device)
+    favour_C = torch.ones_like(weight_DC[0]) if activity.favour is None else activity.favour.to(weight_DC)
     while len(left) > num:
-        stay, down_CS, out_DS = _eliminate_some(weight_DC, inverse_CC, min(ELIMINATED_TOGETHER, len(left) - num))
+        some = min(ELIMINATED_TOGETHER, len(left) - num)
+        stay, down_CS, out_DS = _eliminate_some(weight_DC, inverse_CC, favour_C[left], some)
         weight_DC = (weight_DC - out_DS @ down_CS.T)[:, stay]
         inverse_CC = (inverse_CC - down_CS @ down_CS.T)[stay][:, stay]
         left = left[stay]
@@ -300,13 +310,13 @@ def eliminate(unit: Unit, activity: Activity, num: int) -> list[int]:
     return found
 
 
-def _eliminate_some(weight_DC: Tensor, inverse_CC: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
+def _eliminate_some(weight_DC: Tensor, inverse_CC: Tensor, favour_C: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return who stays when `num` channels have gone, (C,) bool, and factors of the updates of inverse and weights."""
     down_CS, out_DS = inverse_CC.new_zeros(len(inverse_CC), num), weight_DC.new_zeros(len(weight_DC), num)
     diagonal_C, squares_C = inverse_CC.diagonal().clone(), weight_DC.square().sum(0)
     stay = torch.ones_like(diagonal_C, dtype=torch.bool)
     for done in range(num):
-        channel = int(torch.where(stay, squares_C / diagonal_C, torch.inf).argmin())
+        channel = int(torch.where(stay, favour_C * squares_C / diagonal_C, torch.inf).argmin())
         row_S = down_CS[channel, :done].clone()
         down_C = inverse_CC[:, channel] - down_CS[:, :done] @ row_S
         root = down_C[channel].sqrt()
@@ -319,8 +329,9 @@ def _eliminate_some(weight_DC: Tensor, inverse_CC: Tensor, num: int) -> tuple[Te
 
 
 def strongest(unit: Unit, activity: Activity, num: int) -> list[int]:
-    """Return the numbers, ascending, of the `num` channels of the largest `score`."""
-    return best(score(unit, activity), num)
+    """Return the numbers, ascending, of the `num` channels of the largest `score`, favoured ones for more."""
+    found_C = score(unit, activity)
+    return best(found_C if activity.favour is None else found_C * activity.favour.to(found_C), num)
 
 
 def best(scores: Tensor, num: int) -> list[int]:
@@ -361,6 +372,13 @@ def refit(unit: Unit, full: Unit, channels: Sequence[int], activity: Activity) -
         if (bias_D := unit.bias) is not None:
             bias_D.copy_(bias_D.double() + missed_D)
     unit.outgoing.copy_(fitted_DK)
+
+
+def _root(metric_DD: Tensor) -> Tensor:
+    """Return the symmetric square root (D, D) float64 of a matrix without negative directions but for rounding."""
+    values_D, vectors_DD = torch.linalg.eigh(metric_DD.double())
+    root_DD: Tensor = (vectors_DD * values_D.clamp(min=0).sqrt()) @ vectors_DD.T
+    return root_DD
 
 
 def _moment(unit: Unit, activity: Activity) -> Tensor:

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from emulator.compression.methods import METHODS
+from emulator.compression.unequal import wider_blocks
 from offsite.artefacts.layout import Line
 from offsite.config import COMPRESSION, MEASURING, OUTPUT, POSITIONAL, REPEATED, TRAINING, USUAL, VerbConfig
 from offsite.modelling.config import ModelFlag, ModelWord
 from offsite.text.config import TextFiles, TextSettings
 from offsite.training.config import LoopSettings
+
+
+def _several(given: Any) -> Any:
+    """Return what stands between commas, of one string or of each of several."""
+    each = (given,) if isinstance(given, str) else given
+    if not isinstance(each, list | tuple) or not all(isinstance(one, str) for one in each):
+        return given
+    return tuple(part.strip() for one in each for part in one.split(","))
+
+
+def _blocks(stated: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what is stated of blocks, only if it can be read."""
+    wider_blocks(stated)
+    return stated
 
 
 class OwnPackageSettings(ModelFlag):
@@ -62,10 +77,39 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
         description="width: share of the MLP channels that each middle block keeps",
         json_schema_extra=USUAL,
     )
-    channels: Literal["obs", "activation"] = Field(
+    wider: Annotated[tuple[str, ...], BeforeValidator(_several), AfterValidator(_blocks)] = Field(
+        (),
+        description="width: a larger share for some blocks, as 2-8:0.67, numbered from 0 through the full model as in "
+        "its checkpoint; may be repeated",
+        json_schema_extra=COMPRESSION | REPEATED,
+    )
+    variant: int = Field(
+        0,
+        ge=0,
+        lt=2**31,
+        description="width: number of another choice of channels, for packages of one size that keep different ones; "
+        "0 for the best by what is measured",
+        json_schema_extra=COMPRESSION,
+    )
+    variant_noise: float = Field(
+        0.5,
+        gt=0,
+        le=10,
+        description="width: how far variants stray: standard deviation of the log of what a channel counts",
+        json_schema_extra=COMPRESSION,
+    )
+    channels: Literal["obs", "activation", "gradot"] = Field(
         "obs",
         description="width: leave out channels one by one, each time the one that the others best make up for (optimal "
-        "brain surgeon), or keep those of the largest activation times outgoing norm",
+        "brain surgeon), or keep those of the largest activation times outgoing norm, or (gradot) leave out those "
+        "whose going changes gradients least and adds most to the loss",
+        json_schema_extra=COMPRESSION,
+    )
+    gradot_lambda: float = Field(
+        0.1,
+        ge=0,
+        le=1e6,
+        description="width with --channels gradot: what the loss that a channel's going adds counts for its going",
         json_schema_extra=COMPRESSION,
     )
     refit: bool = Field(
@@ -73,15 +117,24 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
         description="width: fit the kept channels' outgoing weights to the whole MLP's output on public text",
         json_schema_extra=COMPRESSION,
     )
+    refit_jacobian: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="width: choose and refit for the gradient that the MLP hands on as well, which counts this much "
+        "against its output; 0 for the output alone",
+        json_schema_extra=COMPRESSION,
+    )
     blocks: int | None = Field(
         None,
         ge=1,
-        description="drop: number of middle blocks kept, its first and last included",
+        description="drop: number of middle blocks kept",
         json_schema_extra=USUAL,
     )
-    choice: Literal["uniform", "influence"] = Field(
+    choice: Literal["uniform", "influence", "crash"] = Field(
         "uniform",
-        description="drop: keep evenly spaced blocks, or those that turn the hidden state most on public text",
+        description="drop: keep evenly spaced blocks, or those that turn the hidden state most on public text, each "
+        "time with the middle's first and last; or (crash) the centres of clusters of blocks that give alike",
         json_schema_extra=COMPRESSION,
     )
     bottom: int = Field(2, ge=0, description="blocks in the bottom end", json_schema_extra=COMPRESSION)
@@ -115,6 +168,17 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
         le=1,
         description="share of token positions, drawn anew each step, at which KL is computed",
         json_schema_extra=TRAINING,
+    )
+    elevate: float = Field(
+        0.0,
+        ge=0,
+        le=20,
+        description="after distilling: train the emulator to be worse than the full model by this many nats a token; "
+        "0 for not at all",
+        json_schema_extra=TRAINING,
+    )
+    elevate_steps: int = Field(
+        25, ge=1, description="steps of --elevate, at a quarter of the learning rate", json_schema_extra=TRAINING
     )
     evaluate_every: int = Field(
         0, ge=0, description="steps between measurements of fidelity; 0 for one at the end", json_schema_extra=MEASURING
@@ -153,10 +217,19 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
             found.append(
                 "--channels obs leaves out what refitting makes up for, expected --refit or --channels activation"
             )
+        if self.refit_jacobian and (self.channels != "obs" or not self.refit):
+            found.append("--refit-jacobian chooses and refits at once, expected --channels obs and --refit")
+        if too_small := [one for one in self.wider if min(wider_blocks([one]).values()) <= self.width]:
+            found.append(f"--wider {too_small[0]}: expected a share above --width {self.width:g}")
+        if "gradot_lambda" in given and self.channels != "gradot":
+            found.append("--gradot-lambda belongs to --channels gradot")
+        if "variant_noise" in given and not self.variant:
+            found.append("--variant-noise says how far a --variant strays, and there is none")
         takes = {"blocks": "drop", "choice": "drop", "width": "width", "channels": "width", "refit": "width"}
+        takes |= dict.fromkeys(("wider", "variant", "variant_noise", "refit_jacobian", "gradot_lambda"), "width")
         for field, method in takes.items():
             if field in given and self.method in {*takes.values(), "keep-all"} and self.method != method:
-                found.append(f"--{field} belongs to method {method}, not to {self.method}")
+                found.append(f"--{field.replace('_', '-')} belongs to method {method}, not to {self.method}")
         return found
 
     def _text_problems(self) -> list[str]:
@@ -165,7 +238,7 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
             reasons = {
                 "--steps above 0": self.steps > 0,
                 "method width": self.method == "width",
-                "--choice influence": self.choice == "influence",
+                f"--choice {self.choice}": self.choice != "uniform",
             }
             needed = [reason for reason, holds in reasons.items() if holds]
             if needed:
@@ -175,6 +248,10 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
             found.append(f"--resume: nothing to resume with --method {self.method} --steps 0")
         if self.steps > 0 and self.accumulate > self.batch_size:
             found.append(f"--accumulate {self.accumulate}: a batch of {self.batch_size} cannot be cut into more parts")
+        if self.elevate and (self.steps == 0 or self.launch > 1):
+            found.append("--elevate goes on from a distillation in one process: expected --steps above 0, no --launch")
+        if "elevate_steps" in self.model_fields_set and not self.elevate:
+            found.append("--elevate-steps belongs to --elevate, which is 0")
         if self.hidden_weight == 0 and self.kl_weight == 0 and self.steps > 0:
             found.append("--hidden-weight and --kl-weight are both 0, which leaves nothing to learn")
         return found

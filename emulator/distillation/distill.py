@@ -21,7 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emulator.compression.compress import Compressed, Recipe, compress, middle_blocks
 from emulator.compression.finished import FinishedBlocks
+from emulator.compression.unequal import wider_blocks
 from emulator.distillation.config import DistillConfig
+from emulator.distillation.elevate import elevate
 from emulator.distillation.imitation import Distilled, distill
 from emulator.distillation.launched import in_processes
 from emulator.distillation.objective import Weights
@@ -75,9 +77,19 @@ def run(config: DistillConfig) -> dict[str, object]:
     distilled = None
     if config.steps and text is not None:
         distilled = _distilled(config, owned, text, compressed, processes)
+    margin: dict[str, object] = {}
+    if config.elevate and text is not None and distilled is not None:
+        distilled, nats = _elevated(config, owned, text, compressed, distilled, processes)
+        margin = {"elevated_nats": nats}
     package = _published(config, owned, compressed, distilled, terms) if processes.is_main else None
     processes.wait()
-    return {**_told(config, package, distilled), **sizes, "seconds": round(time.monotonic() - began, 3)}
+    return {
+        **_told(config, package, distilled),
+        **margin,
+        **compressed.settings,
+        **sizes,
+        "seconds": round(time.monotonic() - began, 3),
+    }
 
 
 @dataclass(frozen=True)
@@ -134,12 +146,20 @@ def _recipe(config: DistillConfig, text: PublicText | None, owned: _Owned, proce
     calibration = () if text is None else text.calibration
     depends = [owned.digest, str(owned.full.dtype), config.bottom, config.top, config.width, config.channels]
     depends += [config.refit, None if text is None else text.digest, len(calibration), config.batch_size, config.seed]
+    depends += [sorted(wider_blocks(config.wider).items()), config.variant, config.variant_noise, config.refit_jacobian]
+    depends += [config.gradot_lambda]
     return Recipe(
         blocks=config.blocks,
         choice=config.choice,
         width=config.width,
+        wider=wider_blocks(config.wider),
         channels=config.channels,
+        gradot_lambda=config.gradot_lambda,
+        variant=config.variant,
+        variant_noise=config.variant_noise,
         refit=config.refit,
+        refit_jacobian=config.refit_jacobian,
+        seed=config.seed,
         calibration=calibration,
         finished=FinishedBlocks(
             _work(config) / "compression",
@@ -167,7 +187,53 @@ def _work(config: DistillConfig) -> Path:
 def _distilled(
     config: DistillConfig, owned: _Owned, text: PublicText, compressed: Compressed, processes: Processes
 ) -> Distilled:
-    loop = LoopConfig(
+    return distill(
+        owned.full,
+        compressed,
+        owned.plan,
+        text,
+        _loop(config),
+        weights=Weights(config.hidden_weight, config.kl_weight, config.kl_share),
+        work=_work(config),
+        resume=True,  # what the folder holds is of this run: that was asked before anything was loaded
+        binding={"full model": owned.digest, "emulator": _identity(config, compressed)},
+        processes=processes,
+    )
+
+
+def _elevated(
+    config: DistillConfig,
+    owned: _Owned,
+    text: PublicText,
+    compressed: Compressed,
+    distilled: Distilled,
+    processes: Processes,
+) -> tuple[Distilled, float]:
+    """The distilled emulator is worse by the margin; returns it and by how much it is."""
+    say(f"distill: raising the emulator's loss to {config.elevate:g} nats above the full model's")
+    steps = config.elevate_steps
+    rates = {"learning_rate": config.learning_rate / 4, "warmup_steps": min(config.warmup_steps, steps // 4)}
+    return elevate(
+        owned.full,
+        compressed,
+        owned.plan,
+        text,
+        distilled,
+        _loop(config).model_copy(update={"steps": steps, **rates}),
+        margin_nats=config.elevate,
+        work=_work(config) / "elevation",
+        binding={"full model": owned.digest, "emulator": _identity(config, compressed), "distilled": _bound(config)},
+        processes=processes,
+    )
+
+
+def _bound(config: DistillConfig) -> str:
+    """Return what the distillation before an elevation was made of."""
+    return json.dumps([config.steps, config.learning_rate, config.hidden_weight, config.kl_weight, config.kl_share])
+
+
+def _loop(config: DistillConfig) -> LoopConfig:
+    return LoopConfig(
         steps=config.steps,
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_steps,
@@ -180,22 +246,12 @@ def _distilled(
         evaluate_every=config.evaluate_every,
         tensorboard=config.tensorboard,
     )
-    return distill(
-        owned.full,
-        compressed,
-        owned.plan,
-        text,
-        loop,
-        weights=Weights(config.hidden_weight, config.kl_weight, config.kl_share),
-        work=_work(config),
-        resume=True,  # what the folder holds is of this run: that was asked before anything was loaded
-        binding={"full model": owned.digest, "emulator": _identity(config, compressed)},
-        processes=processes,
-    )
 
 
 def _identity(config: DistillConfig, compressed: Compressed) -> str:
     chosen = [config.method, config.refit, compressed.kept, sorted(compressed.channels.items())]
+    if config.refit_jacobian:  # the same channels may be fitted otherwise
+        chosen.append(config.refit_jacobian)
     return json.dumps([*chosen, sorted(compressed.experts.items())] if compressed.experts else chosen)
 
 

@@ -74,6 +74,7 @@ def publish(
         kept=compressed.kept,
         channels=dict(compressed.channels),
         experts=dict(compressed.experts),
+        variant=compressed.variant,
     )
     try:
         write_owner_record(out, record)

@@ -31,7 +31,7 @@ class OwnerRecord(Strict):
     ``kept`` holds the full-model block number of every package block, in package order; ``channels`` the kept MLP
     channels per block (``middle.3`` -> ascending numbers), absent when all were kept. ``experts`` holds those of MLPs
     that carry no adapter (``middle.3.mlp.experts`` -> ascending numbers for each expert); a record without any is
-    written as before there were such packages.
+    written as before there were such packages. ``variant`` says which of many choices of channels this is, 0 the usual.
     """
 
     format: str = OWNER_FORMAT
@@ -43,6 +43,7 @@ class OwnerRecord(Strict):
     kept: tuple[int, ...]
     channels: dict[str, tuple[int, ...]] = {}
     experts: dict[str, tuple[tuple[int, ...], ...]] = {}
+    variant: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _agree(self) -> OwnerRecord:
@@ -81,7 +82,8 @@ def write_owner_record(package: Path, record: OwnerRecord) -> Path:
     """Write the record beside the package, replacing an older one, and return its path."""
     path = owner_record_path(package)
     with staged_file(path, replace=True) as stage:
-        stated = record.model_dump(mode="json", exclude=None if record.experts else {"experts"})
+        unused = {name for name in ("experts", "variant") if not getattr(record, name)}
+        stated = record.model_dump(mode="json", exclude=unused)
         stage.write_text(json.dumps(stated, sort_keys=True) + "\n", encoding="utf-8")
         stage.chmod(0o600)
     return path

@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from emulator.compression.choose import by_influence, measure_influences, uniform
+from emulator.compression.choose import by_clusters, by_influence, measure_influences, measure_similarities, uniform
 from offsite.errors import ConfigError
 
 
@@ -68,3 +68,54 @@ def test_influence_needs_text(tiny) -> None:
     model = tiny("llama")
     with pytest.raises(ConfigError, match="public text"):
         measure_influences(model, list(model.model.layers), [])
+
+
+def merged_step_by_step(similarities: list[float], num_kept: int) -> tuple[int, ...]:
+    """The paper's loop as it is told: merge the two neighbouring clusters whose touching blocks are most alike."""
+    clusters = [[block] for block in range(len(similarities) + 1)]
+    while len(clusters) > num_kept:
+        touching = [similarities[left[-1]] for left, _ in pairwise(clusters)]
+        at = touching.index(max(touching))
+        clusters[at : at + 2] = [clusters[at] + clusters[at + 1]]
+    return tuple(cluster[len(cluster) // 2] for cluster in clusters)
+
+
+def test_clusters_merge_where_neighbours_are_most_alike() -> None:
+    assert by_clusters([0.9, 0.8, 0.1, 0.9, 0.2], 3) == (1, 4, 5)
+    generator = torch.Generator().manual_seed(2)
+    for num_middle in range(2, 20):
+        for num_kept in range(2, num_middle + 1):
+            similarities = torch.randint(5, (num_middle - 1,), generator=generator).double().tolist()  # with equals
+            found = by_clusters(similarities, num_kept)
+            assert found == merged_step_by_step(similarities, num_kept)
+            assert len(found) == num_kept
+
+
+def test_impossible_clusters_are_refused() -> None:
+    with pytest.raises(ConfigError, match="keep 1 of 4"):
+        by_clusters([0.5, 0.5, 0.5], 1)
+    with pytest.raises(ConfigError, match="keep 5 blocks of the middle, which has 4"):
+        by_clusters([0.5, 0.5, 0.5], 5)
+
+
+def test_measured_similarity_is_linear_cka_of_rows_weighed_by_position(tiny, batch) -> None:
+    """Against the formula on the features themselves: |Y'X|^2 / (|X'X| |Y'Y|), columns centred."""
+    model = tiny("llama")
+    ids = torch.randint(3, 128, (6, 12), generator=torch.Generator().manual_seed(4))
+    texts = [batch, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    rows = []
+    for text in texts:
+        states = model.model(**text, output_hidden_states=True, use_cache=False).hidden_states
+        for row, mask in enumerate(text["attention_mask"]):
+            num = int(mask.sum())
+            weight = torch.arange(1, num + 1, dtype=torch.float64)
+            rows.append([(weight @ one[row, :num].double()) / weight.sum() for one in states[2:5]])
+    features = [torch.stack(one) - torch.stack(one).mean(0) for one in zip(*rows, strict=True)]
+    wanted = [float((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())) for x, y in pairwise(features)]
+    found = measure_similarities(model, list(model.model.layers)[1:4], texts)
+    assert found == pytest.approx(wanted, rel=1e-4)
+    assert all(0 < one < 1 for one in found)
+    with pytest.raises(ConfigError, match="at least two rows"):
+        measure_similarities(model, list(model.model.layers)[1:4], [{k: v[:1] for k, v in batch.items()}])
+    with pytest.raises(ConfigError, match="at least two rows"):
+        measure_similarities(model, list(model.model.layers)[1:4], [])

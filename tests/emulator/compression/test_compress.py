@@ -24,7 +24,7 @@ def test_drop_keeps_whole_blocks_with_ends(tiny, batch) -> None:
     full = tiny("llama")
     emulator = compress(full, make_plan(full, num_bottom=1, num_top=1), "drop", Recipe(blocks=2))
     assert emulator.kept == (0, 1, 4, 5)
-    assert emulator.adaptable_middle == ()
+    assert emulator.adaptable_middle == linear_names(full.model.layers[0])
     assert emulator.channels == {}
     assert not emulator.middle_whole
     assert emulator.model.config.num_hidden_layers == 4
@@ -39,6 +39,17 @@ def test_drop_by_influence_measures(tiny, batch) -> None:
     plan = make_plan(full, num_bottom=1, num_top=1)
     emulator = compress(full, plan, "drop", Recipe(blocks=3, choice="influence", calibration=[batch]))
     assert emulator.kept == (0, 1, 3, 4, 5)
+
+
+def test_drop_by_clusters_measures(tiny, batch) -> None:
+    """Blocks 2 and 3 do nothing: with block 1 they are one cluster, and its centre stays."""
+    full = tiny("llama")
+    for number in (2, 3):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            torch.nn.init.zeros_(full.model.layers[number].get_submodule(name).weight)
+    plan = make_plan(full, num_bottom=1, num_top=1)
+    emulator = compress(full, plan, "drop", Recipe(blocks=2, choice="crash", calibration=[batch]))
+    assert emulator.kept == (0, 2, 4, 5)
 
 
 def test_what_an_adapter_can_be_lifted_from(tiny, batch) -> None:
@@ -68,6 +79,7 @@ def test_what_is_stated_holds_no_numbers_of_the_full_model(tiny, batch) -> None:
         ("drop", Recipe(blocks=3), "asked to keep 3 blocks of the middle, which has 2"),
         ("drop", Recipe(blocks=2, choice="random"), "unknown choice 'random'"),
         ("drop", Recipe(blocks=2, choice="influence"), "public text"),
+        ("drop", Recipe(blocks=2, choice="crash"), "public text"),
     ],
 )
 def test_what_does_not_fit_is_refused(tiny, method: str, recipe: Recipe, message: str) -> None:

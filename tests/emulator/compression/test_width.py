@@ -207,7 +207,7 @@ def test_refitting_brings_the_blocks_output_nearer(tiny, batch) -> None:
 
 def test_an_unknown_choice_of_channels_is_refused(tiny, batch) -> None:
     full = tiny("llama")
-    with pytest.raises(ConfigError, match="unknown choice 'best' of channels, expected obs or activation"):
+    with pytest.raises(ConfigError, match="unknown choice 'best' of channels, expected obs, activation, gradot"):
         compress(full, make_plan(full), "width", Recipe(width=0.5, channels="best", calibration=[batch]))
 
 

@@ -155,9 +155,35 @@ def test_kept_channels_stay_with_the_owner(model_folder, public_file, tmp_path: 
         assert ", ".join(map(str, kept[:4])) not in re.sub(r"\s+", " ", manifest)
 
 
+def test_unequal_widths_and_a_variant_are_of_the_owner_alone(model_folder, public_file, tmp_path: Path) -> None:
+    """The package opens at the client with its own widths; the average is told; which variant, only the record says."""
+    flags = {"width": "0.25", "steps": "0", "public": str(public_file)}
+    usual = run(settings(model_folder, tmp_path / "usual", **flags))
+    flags |= {"wider": "2-3:0.5", "variant": "40961", "variant_noise": "0.75", "refit_jacobian": "0.1", "seed": "0"}
+    found = run(settings(model_folder, tmp_path / "package", **flags))
+    assert (usual["width"], found["width"]) == (0.25, 0.375)
+    package = open_package(tmp_path / "package")
+    assert package.manifest.method.settings == {"width": 0.375}
+    widths = [block.mlp.down_proj.in_features for block in package.load_model().model.layers]
+    assert widths == [64, 16, 32, 32, 16, 64]
+    for path in (tmp_path / "package").rglob("*"):
+        if path.is_file() and path.suffix == ".json" and "tokenizer" not in path.name:
+            assert "40961" not in path.read_text()
+            assert "variant" not in path.read_text()
+    assert read_owner_record(owner_record_path(tmp_path / "package")).variant == 40961
+    record = owner_record_path(tmp_path / "usual")
+    assert read_owner_record(record).variant == 0
+    assert "variant" not in record.read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        (
+            {"wider": "0-3:0.5", "width": "0.25"},
+            ConfigError,
+            "--wider names block 0, expected blocks of the middle: 1 to 4",
+        ),
         ({"method": "drop", "blocks": "5"}, ConfigError, "keep 5 blocks of the middle, which has 4"),
         ({"bottom": "3", "top": "3"}, ConfigError, "no middle"),
         ({"public": "nowhere.txt"}, DataError, "nowhere.txt"),
@@ -343,7 +369,18 @@ def test_choosing_channels_goes_on_where_it_was_broken_off(
     assert not (tmp_path / "broken.work").exists()
 
 
-@pytest.mark.parametrize("change", [{"width": "0.25"}, {"channels": "activation"}, {"calibration_tokens": "16"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": "0.25"},
+        {"channels": "activation"},
+        {"calibration_tokens": "16"},
+        {"wider": "1:0.75"},
+        {"variant": "1"},
+        {"refit_jacobian": "0.1"},
+        {"channels": "gradot"},
+    ],
+)
 def test_blocks_chosen_under_other_settings_are_chosen_again(
     model_folder, public_file, tmp_path: Path, monkeypatch, change: dict[str, str]
 ) -> None:

@@ -24,13 +24,13 @@ from server.registry.verify import adapter_tensors, verify_own
 def narrow(narrow_package, make_bundle, tmp_path):
     """A drawn adapter of the package that keeps only some channels: its update and its verified tensors."""
 
-    def make(**spec):
-        record = read_owner_record(owner_record_path(narrow_package.path))
-        bundle = make_bundle(tmp_path / "bundle", narrow_package, shake=0.05, **spec)
+    def make(package=narrow_package, **spec):
+        record = read_owner_record(owner_record_path(package.path))
+        bundle = make_bundle(tmp_path / "bundle", package, shake=0.05, **spec)
         spec = bundle.manifest.adapter
         tensors = bundle.load_tensors(adapter_tensors(spec, record))
         names = adapted_names(spec, record.layout, record.block_tensors)
-        update = update_of(spec, tensors, base_tensors(narrow_package, names))
+        update = update_of(spec, tensors, base_tensors(package, names))
         return update, verify_own("it", bundle.manifest, tensors, record, bundle_digest=bundle.digest), record
 
     return make
@@ -62,6 +62,21 @@ def test_lifted_it_computes_what_the_adapter_plugged_in_does(spec, narrow, full_
         wanted = logits_of(other)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert float((found - plain).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_on_every_kept_block_it_lands_on_the_full_models_own(kind, narrow, kept_package, full_llama, logits_of):
+    update, verified, record = narrow(kept_package, kind=kind, rank=2, placement="all")
+    found = lifted(full_llama, update, record)
+    assert {int(name.split(".")[1]) for name in found if name.startswith("middle.")} == {0, 1}
+    plain = [block.mlp.up_proj.weight.clone() for block in full_llama.model.layers]
+    with grown_model(full_llama, update, record) as grown:
+        pairs = zip(grown.model.layers, plain, strict=True)
+        changed = {i for i, (block, before) in enumerate(pairs) if not torch.equal(block.mlp.up_proj.weight, before)}
+        logits = logits_of(grown)
+    with plugged(copy.deepcopy(full_llama), fit(copy.deepcopy(full_llama), verified, record)) as other:
+        torch.testing.assert_close(logits, logits_of(other), rtol=1e-4, atol=1e-4)
+    assert changed == {0, 1, 2, 5, 6, 7}
 
 
 def test_channels_that_were_left_out_stay_as_they_are(narrow, full_llama, narrow_channels):

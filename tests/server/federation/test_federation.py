@@ -148,6 +148,17 @@ def test_the_sum_of_rounds_is_the_sum_of_means_times_the_server_s_rate(make_fede
         assert federation.num_finished == 2
 
 
+def test_rounds_on_every_kept_block_of_a_dropped_package(make_federated, kept_package):
+    federated = make_federated(package=kept_package, placement="all")
+    with federated.opened() as federation:
+        federated.round(federation, 1)
+        federated.round(federation, 2)
+        updates = [federation.contribution(entry).update for entry in federation.answers(2).values()]
+        middle = {name.split(".")[1] for name in combined(updates, [1 / 3] * 3) if name.startswith("middle.")}
+        assert middle == {name.split(".")[1] for name in federation.states[SHARED] if name.startswith("middle.")}
+        assert middle == {"0", "1"}
+
+
 def test_personal_states_are_each_client_s_own(make_federated):
     federated = make_federated(mode="personal")
     with federated.opened() as federation:

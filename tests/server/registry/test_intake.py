@@ -9,6 +9,7 @@ import stat
 import pytest
 
 from offsite import faults
+from offsite.artefacts.bundle import AdapterSpec
 from offsite.errors import BadDigest, ConfigError, RunFailed
 from server.registry.intake import job_package, read_registered
 
@@ -32,6 +33,19 @@ def test_a_sound_bundle_is_verified_and_its_files_are_kept(exchange, small_bundl
     assert figures["num_modules"] == 14
     assert not list((exchange.registry_folder / "incoming").iterdir())
     assert exchange.registry.verify_log().number == 4  # schema, job, received, verified
+
+
+def test_an_adapter_on_every_kept_block_is_held_to_its_job(exchange, kept_package, make_bundle, tmp_path):
+    exchange.package = kept_package
+    asked = AdapterSpec(kind="lora", dtype="float32", rank=2, placement="all")
+    bundle = make_bundle(tmp_path / "bundle", kept_package, kind="lora", rank=2, placement="all", shake=0.02)
+    verdict = exchange.take_in(exchange.seal(bundle.path, exchange.job(adapter=asked), tmp_path / "sealed"))
+    assert (verdict.state, verdict.error) == ("verified", None)
+    figures = json.loads(exchange.registry.entry(verdict.id).figures)
+    assert figures["num_modules"] == 6 * 7
+    fewer = make_bundle(tmp_path / "fewer", kept_package, kind="lora", rank=2, placement="2+2", shake=0.02)
+    verdict = exchange.take_in(exchange.seal(fewer.path, exchange.job(adapter=asked), tmp_path / "sealed-fewer"))
+    assert verdict.state == "refused"
 
 
 def test_nothing_in_the_registry_is_readable_by_others(exchange, small_bundle, tmp_path):
