@@ -1,4 +1,4 @@
-"""The attack that heals a package's model on public text: which of its weights learn, and by which loss."""
+"""What learns of a package's model on public text, when an attack heals it or a client is played, and by which loss."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapters.kinds import attach
+from adapters.kinds import attach, declared
 from emulator.compression.activations import Batch, on_device
 from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.package import Package
 from offsite.modelling.blocks import block_list, decoder_stack, linear_dims, linear_names
 from offsite.tensors import TensorSpec
 from offsite.text.batches import IGNORED
 
 LORA = AdapterSpec(kind="lora", rank=8, alpha=16.0, placement="all", dtype="float32")
-"""The adapter by which ``lora`` heals: on every linear of every block."""
+"""The adapter by which ``lora`` heals: on every linear of every block. A client's, on those that may carry one."""
 
 
 def healing(model: PreTrainedModel, heal: str, *, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
@@ -46,6 +47,22 @@ def healing(model: PreTrainedModel, heal: str, *, seed: int) -> tuple[nn.Module,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         attached = attach(model, LORA, sites, names)
+    return attached.model, attached.trainable
+
+
+def tuning(model: PreTrainedModel, package: Package, *, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """Return `model`, changed in place, with an adapter as a client of usual settings puts it on, and what learns of it.
+
+    Args:
+        model: the package's, in float32.
+
+    Raises:
+        ConfigError, UnsupportedModel: when the package cannot carry it.
+    """
+    names = declared(LORA, package.layout, package.block_tensors())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        attached = attach(model, LORA, package.layout.blocks, names)
     return attached.model, attached.trainable
 
 
