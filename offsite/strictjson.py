@@ -41,7 +41,7 @@ class Strict(BaseModel):
 
 
 class Sparse(Strict):
-    """Base of what is written without those fields of ``optional`` that have their default: what has none stays as it was.
+    """Base of what is written without those fields of ``optional`` that have their default: so files stay as they were.
 
     A zero that is not the default is written: it says something.
     """

@@ -30,6 +30,7 @@ from emulator.audit.capability import (
     text_capability,
 )
 from emulator.audit.config import AuditPackageConfig
+from emulator.audit.heal import usual_adapter
 from emulator.audit.input import Given, open_given
 from emulator.audit.recovery import CLIENT, Attacker, Knowledge, Losses, Setting
 from emulator.audit.similarity import similarity
@@ -226,7 +227,8 @@ def _rehearse(config: AuditPackageConfig, given: Given, losses: Losses, work: Pa
     run = _attacker(config, given, given.field, losses, work).rehearse(config.client_steps)
     text = "text of the field" if config.field_text else "the public text"
     steps, num_rates = config.client_steps, len(config.client_rates)
-    found = by_rehearsal(run, full=losses.full, steps=steps, num_rates=num_rates, text=text)
+    adapter = usual_adapter(given.package.layout)
+    found = by_rehearsal(run, adapter, full=losses.full, steps=steps, num_rates=num_rates, text=text)
     say(f"rehearsed client: {found.nats:.3f} nats per token are withheld after {run.num_tokens:,} tokens")
     return found
 

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 from adapters.kinds import attach, declared
 from emulator.compression.activations import Batch, on_device
 from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.layout import Layout
 from offsite.artefacts.package import Package
 from offsite.modelling.blocks import block_list, decoder_stack, linear_dims, linear_names
 from offsite.tensors import TensorSpec
 from offsite.text.batches import IGNORED
 
 LORA = AdapterSpec(kind="lora", rank=8, alpha=16.0, placement="all", dtype="float32")
-"""The adapter by which ``lora`` heals: on every linear of every block. A client's, on those that may carry one."""
+"""The adapter by which ``lora`` heals: on every linear of every block."""
 
 
 def healing(model: PreTrainedModel, heal: str, *, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
@@ -50,8 +51,15 @@ def healing(model: PreTrainedModel, heal: str, *, seed: int) -> tuple[nn.Module,
     return attached.model, attached.trainable
 
 
+def usual_adapter(layout: Layout) -> AdapterSpec:
+    """Return the adapter of a client of usual settings: low-rank, on every linear that this package lets it use."""
+    if layout.adaptable_middle:
+        return LORA
+    return LORA.model_copy(update={"placement": f"{layout.num_bottom}+{layout.num_top}"})
+
+
 def tuning(model: PreTrainedModel, package: Package, *, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """Return `model`, changed in place, with an adapter as a client of usual settings puts it on, and what learns of it.
+    """Return `model`, changed in place, with the adapter of a client of usual settings on it, and what learns of it.
 
     Args:
         model: the package's, in float32.
@@ -59,10 +67,11 @@ def tuning(model: PreTrainedModel, package: Package, *, seed: int) -> tuple[nn.M
     Raises:
         ConfigError, UnsupportedModel: when the package cannot carry it.
     """
-    names = declared(LORA, package.layout, package.block_tensors())
+    spec = usual_adapter(package.layout)
+    names = declared(spec, package.layout, package.block_tensors())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        attached = attach(model, LORA, package.layout.blocks, names)
+        attached = attach(model, spec, package.layout.blocks, names)
     return attached.model, attached.trainable
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from adapters.targets import require_carried
 from emulator.audit.capability import HeldOut, held_out, task_chance
 from emulator.audit.config import AuditPackageConfig
-from emulator.audit.heal import LORA
+from emulator.audit.heal import usual_adapter
 from emulator.audit.refill import require_start
 from emulator.audit.withheld import without
 from emulator.distillation.public import PublicText, prepare
@@ -131,7 +131,7 @@ def _field_text(
     if not config.client_steps or not (config.field_text or public):
         return None
     try:
-        require_carried(package, LORA)
+        require_carried(package, usual_adapter(package.layout))
     except UnsupportedModel as error:
         hint = "--client-steps 0 leaves the rehearsed client out"
         raise UnsupportedModel(f"no client can be played on this package: {error}", hint=hint) from error

@@ -45,7 +45,9 @@ def show(audit: PackageAudit, gates: Sequence[Gate]) -> None:
 
 
 def _show_withheld(audit: PackageAudit) -> None:
-    as_sent = f"{audit.withheld_zero_shot or 0:.3f} nats per token as sent, which is no measure of what a client is left with"
+    as_sent = (
+        f"{audit.withheld_zero_shot or 0:.3f} nats per token as sent, which is no measure of what a client is left with"
+    )
     if not audit.withheld:
         say(f"withheld after tuning: not measured; {as_sent}")
         return

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from emulator.audit.heal import LORA
 from emulator.audit.recovery import Run
+from offsite.artefacts.bundle import AdapterSpec
 from offsite.audits.record import Capability, Recovery, Way, Withheld
 from offsite.console import say
 from offsite.evaluation import figures
@@ -19,16 +19,18 @@ from offsite.evaluation.results import Results
 from offsite.text.records import Record
 
 
-def by_rehearsal(run: Run, *, full: float, steps: int, num_rates: int, text: str) -> Withheld:
+def by_rehearsal(run: Run, adapter: AdapterSpec, *, full: float, steps: int, num_rates: int, text: str) -> Withheld:
     """Return what a client that the owner played is left with.
 
     Args:
+        adapter: that it tuned.
         full: the full model's loss in nats per token.
         num_rates: of which the run's was the best on text held out.
         text: what it was tuned on, in words.
     """
     rate = f"rate {run.rate:g}" + (f", the best of {num_rates} on text held out" if num_rates > 1 else "")
-    told = f"{LORA.kind} of rank {LORA.rank} on every linear, {steps} step(s) on {text}, {rate}"
+    where = "every linear" if adapter.placement == "all" else f"every linear of {adapter.placement} blocks"
+    told = f"{adapter.kind} of rank {adapter.rank} on {where}, {steps} step(s) on {text}, {rate}"
     return _withheld("rehearsed client", math.exp(run.loss), full, run.num_tokens, told)
 
 

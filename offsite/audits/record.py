@@ -362,8 +362,8 @@ class Recovery(Strict):
 
 
 Way = Literal["rehearsed client", "client", "recovery attack"]
-"""Ways in which an emulator was tuned before it was asked what it lacks: by a client that the owner played on public text
-of the field, by the client itself, by an attack that heals it on public text with all its weights free."""
+"""By whom an emulator was tuned before it was measured what it lacks: a client that the owner played on public text of the
+field, the client itself, an attack that heals it on public text."""
 
 
 class Withheld(Strict):

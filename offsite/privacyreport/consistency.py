@@ -276,7 +276,9 @@ def _withheld(audit: PackageAudit) -> Iterator[str]:
     known: dict[Way, list[float]] = {"client": [], "recovery attack": []}
     for text in (one for one in audit.capabilities if one.name == "perplexity"):
         for one in audit.withheld:
-            yield from _differs(f"what is withheld after tuning by a {one.way}", one.nats, math.log(one.perplexity) - text.full)
+            yield from _differs(
+                f"what is withheld after tuning by a {one.way}", one.nats, math.log(one.perplexity) - text.full
+            )
         known["client"] = [] if text.emulator_tuned is None else [text.emulator_tuned]
     points = [point for one in audit.recovery for point in one.points]
     if any(point.num_tokens for point in points):

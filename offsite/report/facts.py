@@ -85,8 +85,8 @@ def limits(results: Results) -> list[str]:
         f"The emulator gives capability away. Whoever has the package has a model of perplexity "
         f"{number(rows['emulator_zero_shot'].perplexity.mean)} on this text, against "
         f"{number(rows['zero_shot'].perplexity.mean)} of the full model ({_as_sent(results)}), and after tuning one of "
-        f"{number(rows['emulator_tuned'].perplexity.mean)}{after}. How much of the middle could be rebuilt from it was not "
-        "measured.",
+        f"{number(rows['emulator_tuned'].perplexity.mean)}{after}. How much of the middle could be rebuilt from it was "
+        "not measured.",
         f"One text was measured on: {results.data.num_tokens:,} tokens, from a file of {results.data.num_records:,} "
         "records. Whether either side had seen it is for those who chose it to say.",
     ]

@@ -48,9 +48,10 @@ METRICS = {
 }
 
 
-LATER = frozenset(
-    f"recovery_nats_vs_{reference}" for reference in ("lora", "ceiling", "full")
-) | {"withheld_after_tuning", "withheld_zero_shot"}
+LATER = frozenset(f"recovery_nats_vs_{reference}" for reference in ("lora", "ceiling", "full")) | {
+    "withheld_after_tuning",
+    "withheld_zero_shot",
+}
 """What results of earlier versions do not have. Those that have it call capability by what it is."""
 
 

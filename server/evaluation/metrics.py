@@ -9,10 +9,10 @@ A *figure* is linear perplexity (not its logarithm) or accuracy; the definitions
   where zero-shot is far off.
 - ``gap``: emulator-tuned over plugged in. Above 1 in perplexity, the client's own copy is worse than what the owner
   ends up with.
-- ``withheld_after_tuning``: ln(emulator-tuned / full zero-shot), by the real client: what its own copy lacks of the full
-  model as it was, in nats per token. 0 or less and nothing is withheld.
-- ``withheld_zero_shot``: the same of the emulator as it was sent. No measure of what a client is left with: tuning heals
-  some emulators and not others. ``capability`` is this figure under its first name, for those who read it there.
+- ``withheld_after_tuning``: ln(emulator-tuned / full zero-shot), by the real client: what its own copy lacks of the
+  full model as it was, in nats per token. 0 or less and nothing is withheld.
+- ``withheld_zero_shot``: the same of the emulator as it was sent. No measure of what a client is left with: tuning
+  heals some emulators and not others. ``capability`` is this figure under its first name, for those who read it there.
 
 The formulas are those of `offsite.evaluation.figures`.
 """

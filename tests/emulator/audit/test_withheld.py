@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from emulator.audit.heal import LORA
 from emulator.audit.recovery import Run
 from emulator.audit.withheld import by_attack, by_client, by_rehearsal, without
 from offsite.audits.record import Capability, Recovery, RecoveryPoint
@@ -25,14 +26,18 @@ def attack(name, *points):
 
 def test_a_rehearsed_client_by_its_loss():
     run = Run(chosen_by=2.0, loss=3.25, num_tokens=640, trained_parameters=9, rate=2e-3, seconds=1.0)
-    found = by_rehearsal(run, full=3.0, steps=40, num_rates=2, text="text of the field")
+    found = by_rehearsal(run, LORA, full=3.0, steps=40, num_rates=2, text="text of the field")
     assert found.way == "rehearsed client"
     assert found.nats == pytest.approx(0.25)
     assert found.perplexity == pytest.approx(math.exp(3.25))
     assert found.num_tokens == 640
     for words in ("rank 8", "40 step(s) on text of the field", "rate 0.002, the best of 2"):
         assert words in found.told
-    alone = by_rehearsal(run, full=3.5, steps=40, num_rates=1, text="text of the field")
+    alone = by_rehearsal(run, LORA, full=3.5, steps=40, num_rates=1, text="text of the field")
+    ends = by_rehearsal(
+        run, LORA.model_copy(update={"placement": "1+2"}), full=3.5, steps=40, num_rates=1, text="the public text"
+    )
+    assert "on every linear of 1+2 blocks, 40 step(s) on the public text" in ends.told
     assert alone.nats == pytest.approx(-0.25)  # better than the full model was: nothing is withheld
     assert "the best of" not in alone.told
 

@@ -90,7 +90,9 @@ def test_every_row_is_what_the_models_compute(
         {seed: math.log(value / found["zero_shot"]) for seed, value in tuned.items()}
     )
     assert found["recovery_nats_vs_full"] == pytest.approx(
-        sum(math.log(found["zero_shot"] / value) for value in expected) / 3 / math.log(found["zero_shot"] / found["full"])
+        sum(math.log(found["zero_shot"] / value) for value in expected)
+        / 3
+        / math.log(found["zero_shot"] / found["full"])
     )
     assert (found["num_seeds"], found["adapter_bytes"]) == (3, seeds[0].num_bytes)
     assert found["package_bytes"] == dropped_package.num_bytes
@@ -162,7 +164,16 @@ def test_the_table_is_on_stderr(evaluate, seeds, dropped_package, capsys):
     evaluate(dropped_package, seeds[:2])
     captured = capsys.readouterr()
     assert captured.out == ""
-    for words in ("zero shot", "emulator tuned", "plugged in", "±", "gap", "withheld after tuning", "withheld zero shot", "sent "):
+    for words in (
+        "zero shot",
+        "emulator tuned",
+        "plugged in",
+        "±",
+        "gap",
+        "withheld after tuning",
+        "withheld zero shot",
+        "sent ",
+    ):
         assert words in captured.err
 
 
