@@ -1,4 +1,4 @@
-"""Draw the frontier: what an owner recovers against the capability given away.
+"""Draw the frontier: what an owner recovers against what is withheld from the client once it has tuned.
 
 Run as: ``python benchmarks/quality/plot.py RESULTS.json docs/images/frontier.svg``.
 """
@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from table import is_reference
+from table import after_tuning, is_reference
 
 MARKS = {"ends": "o", "lora-ends": "s", "lora-all": "^", "lora-all-low": "<", "lora-attention": "v", "blocks-all": "D"}
 COLOURS = {"width": "#2563a8", "drop": "#b3541e"}
@@ -38,7 +38,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
         if row in off:
             continue
         axes.errorbar(
-            row["capability"],
+            _withheld(row, result),
             recovered["mean"],
             yerr=recovered["deviation"] or 0,
             fmt=MARKS[row["adapter"]],
@@ -47,10 +47,10 @@ def draw(result: dict[str, Any], out: Path) -> None:
             capsize=2,
         )
         top = max(recovered["mean"], labels.get(row["package"], (0.0, LOWEST))[1])
-        labels[row["package"]] = (row["capability"], top)
+        labels[row["package"]] = (_withheld(row, result), top)
     for package, (right, up) in _apart(labels).items():
         axes.annotate(package, labels[package], (right + 0.05, up), fontsize=7, va="center")
-    beyond = [f"{row['package']} {row['recovery_vs_lora']['mean']:.2f} at {row['capability']:.1f} nats" for row in off]
+    beyond = [f"{row['package']} {row['recovery_vs_lora']['mean']:.2f} at {_withheld(row, result):.1f} nats" for row in off]
     axes.text(0.99, 0.02, "\n".join(["not shown:", *beyond]) if beyond else "", transform=axes.transAxes, ha="right",
               fontsize=7, color="#555")  # fmt: skip
     axes.set_ylim(LOWEST, 1.05)
@@ -59,7 +59,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
         if any(row["adapter"] == adapter for row in shown if row not in off):
             axes.plot([], [], mark, color="#555", label=adapter)
     axes.axhline(1.0, color="#999", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("capability withheld: ln(emulator zero-shot / full zero-shot), nats per token; 0 gives all away")
+    axes.set_xlabel("withheld after tuning: ln(emulator-tuned / full zero-shot), nats per token; 0 gives all away")
     axes.set_ylabel("recovery against LoRA on the full model")
     axes.set_title("blue: width, brown: drop; hollow: training-free, filled: distilled", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
@@ -67,6 +67,11 @@ def draw(result: dict[str, Any], out: Path) -> None:
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Date": None})
+
+
+def _withheld(row: dict[str, Any], result: dict[str, Any]) -> float:
+    found = after_tuning(row, result)
+    return 0.0 if found is None else float(found["mean"])
 
 
 def _apart(points: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:

@@ -362,8 +362,8 @@ class Recovery(Strict):
 
 
 Way = Literal["rehearsed client", "client", "recovery attack"]
-"""By whom an emulator was tuned before it was measured what it lacks: a client that the owner played on public text of the
-field, the client itself, an attack that heals it on public text."""
+"""By whom an emulator was tuned before it was measured what it lacks: a client that the owner played on public text of
+the field, the client itself, an attack that heals it on public text."""
 
 
 class Withheld(Strict):

@@ -103,7 +103,7 @@ def _package_audit(audit: PackageAudit) -> dict[str, object]:
     kept = {one.name: one.kept for one in audit.capabilities}
     regained = {one.attack: one.best for one in audit.recovery}
     left = {one.way.replace(" ", "_"): one.nats for one in audit.withheld}
-    told = {"package_digest": audit.package_digest, "kept": kept, "regained": regained}
+    told: dict[str, object] = {"package_digest": audit.package_digest, "kept": kept, "regained": regained}
     return told | ({"withheld": left} if left else {})
 
 

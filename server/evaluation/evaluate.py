@@ -276,7 +276,7 @@ def to_rows(scores: Mapping[RowName, Mapping[str, Score]]) -> tuple[dict[RowName
 
 def perplexity_metrics(rows: Mapping[RowName, Row]) -> dict[str, Summary | None]:
     """Return recoveries and gap of the perplexities, and what is withheld."""
-    perplexities = {name: row.perplexity for name, row in rows.items()}
+    perplexities: dict[str, Summary] = {name: row.perplexity for name, row in rows.items()}
     return compare(perplexities) | compare_nats(perplexities)
 
 
