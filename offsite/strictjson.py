@@ -41,13 +41,18 @@ class Strict(BaseModel):
 
 
 class Sparse(Strict):
-    """Base of what is written without those fields of ``optional`` that are empty: what has none stays as it was."""
+    """Base of what is written without those fields of ``optional`` that have their default: so files stay as they were.
+
+    A zero that is not the default is written: it says something.
+    """
 
     optional: ClassVar[frozenset[str]] = frozenset()
 
     @model_serializer(mode="wrap")
-    def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in write(self).items() if value or name not in self.optional}
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        usual = {name for name in self.optional if getattr(self, name) == fields[name].get_default()}
+        return {name: value for name, value in write(self).items() if name not in usual}
 
 
 Model = TypeVar("Model", bound=Strict)

@@ -10,8 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from offsite.evaluation.figures import gap, recovery
-from server.evaluation.metrics import capability
+from offsite.evaluation.figures import gap, recovery, recovery_nats, withheld
 
 REFERENCES = {"lora_full": "keep-all/lora-all", "ceiling": "keep-all/ends", "full": "keep-all/blocks-all"}
 
@@ -46,7 +45,7 @@ def summarise_jobs(plan: dict[str, Any], jobs: list[dict[str, Any]], arms: list[
             "package_bytes": package["package_bytes"],
             "adapter_bytes": found[0]["found"]["adapter_bytes"],
             "emulator_zero_shot": package["perplexity"],
-            "capability": capability(package["perplexity"], zero),
+            "capability": withheld(package["perplexity"], zero),
             "emulator_tuned": spread(tuned),
             "plugged_in": spread(plugged),
             "gap": spread([gap(a, b) for a, b in zip(tuned, plugged, strict=True)]),
@@ -60,6 +59,17 @@ def summarise_jobs(plan: dict[str, Any], jobs: list[dict[str, Any]], arms: list[
     return {"zero_shot": zero, "references": references, "packages": packages, "rows": rows}
 
 
+def after_tuning(row: dict[str, Any], result: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what is withheld after tuning, in nats per token, of a row of finished jobs, seed by seed."""
+    return spread([withheld(value, result["zero_shot"]) for value in row["emulator_tuned"]["values"]])
+
+
+def in_nats(row: dict[str, Any], result: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the recovery against LoRA on the full model of a row's log perplexities, seed by seed."""
+    reference = result["references"]["lora_full"]
+    return spread([recovery_nats(value, result["zero_shot"], reference) for value in row["plugged_in"]["values"]])
+
+
 def is_reference(package: str) -> bool:
     """Tell whether the package keeps every block, so that its client is the owner itself."""
     return package.startswith("keep-all")
@@ -69,7 +79,7 @@ def write_table(result: dict[str, Any]) -> str:
     """Return the rows as a Markdown table."""
     head = (
         "package | of the middle | emulator zero-shot | adapter | rate | seeds | emulator-tuned | plugged in | vs LoRA "
-        "| vs ceiling | vs full | gap | capability | adapter MB"
+        "| recovery in nats | vs ceiling | vs full | gap | withheld after tuning | withheld zero-shot | adapter MB"
     )
     lines = [f"| {head} |", "|" + " --- |" * head.count("|") + " --- |"]
     for row in result["rows"]:
@@ -84,9 +94,11 @@ def write_table(result: dict[str, Any]) -> str:
             "-" if reference else shown(row["emulator_tuned"]),
             shown(row["plugged_in"]),
             shown(row["recovery_vs_lora"], 2),
+            shown(in_nats(row, result), 2),
             shown(row["recovery_vs_ceiling"], 2),
             shown(row["recovery_vs_full"], 2),
             "-" if reference else shown(row["gap"], 2),
+            "-" if reference else shown(after_tuning(row, result), 2),
             "-" if reference else f"{row['capability']:.2f}",
             f"{row['adapter_bytes'] / 1e6:.1f}",
         ]

@@ -2,7 +2,8 @@
 
 The Python API, in order: `emulator.audit.capability` scores emulator and full model above chance,
 `emulator.audit.similarity` compares weights and hidden states, `emulator.audit.recovery` tries to regain what was lost,
-`emulator.audit.union` adds up what several packages hold. `run` is the verb: it does all of them and writes the audit.
+`emulator.audit.withheld` says what a client lacks after tuning, `emulator.audit.union` adds up what several packages
+hold. `run` is the verb: it does all of them and writes the audit.
 
 An audit is a measurement: it is written whatever it finds. What refuses to let a package go is ``offsite seal PACKAGE
 --audit AUDIT`` with a limit.
@@ -29,16 +30,19 @@ from emulator.audit.capability import (
     text_capability,
 )
 from emulator.audit.config import AuditPackageConfig
+from emulator.audit.heal import usual_adapter
 from emulator.audit.input import Given, open_given
-from emulator.audit.recovery import Attacker, Knowledge, Losses, Setting
+from emulator.audit.recovery import CLIENT, Attacker, Knowledge, Losses, Setting
 from emulator.audit.similarity import similarity
 from emulator.audit.table import figures, show
 from emulator.audit.union import union_share
+from emulator.audit.withheld import by_attack, by_client, by_rehearsal
 from emulator.compression.activations import Batch
+from emulator.distillation.public import PublicText
 from offsite import __version__
 from offsite.artefacts.owner import OwnerRecord
 from offsite.audits.gates import package_gates
-from offsite.audits.record import Capability, PackageAudit, Recovery, Similarity, Union, write_audit
+from offsite.audits.record import Capability, PackageAudit, Recovery, Similarity, Union, Withheld, write_audit
 from offsite.console import say
 from offsite.digests import model_digest, sha256_files
 from offsite.errors import WrongBinding
@@ -76,7 +80,13 @@ def run(config: AuditPackageConfig) -> dict[str, object]:
     require_work(work, resume=config.resume)
     given = open_given(config)
     found = _measure(config, given)
+    rehearsed = _rehearse(config, given, found.losses, work)
     recovery, recovery_text = _recover(config, given, found.losses, work)
+    left = [
+        rehearsed,
+        by_client(found.capabilities[0], given.results),
+        by_attack(recovery, full=found.losses.full),
+    ]
     audit = PackageAudit(
         package_digest=given.package.digest,
         base_digest=given.record.base_digest,
@@ -87,6 +97,7 @@ def run(config: AuditPackageConfig) -> dict[str, object]:
         similarity=found.similarity,
         recovery=recovery,
         recovery_text=recovery_text,
+        withheld=tuple(one for one in left if one is not None),
         union=_union(given, found),
         versions={"offsite": __version__, **{name: version(name) for name in LIBRARIES}},
     )
@@ -97,6 +108,7 @@ def run(config: AuditPackageConfig) -> dict[str, object]:
         max_capability=config.max_capability,
         max_recovery=config.max_recovery,
         max_union=config.max_union,
+        min_withheld=config.min_withheld,
     )
     show(audit, gates)
     say(
@@ -204,16 +216,40 @@ def _emulator_parameters(record: OwnerRecord) -> int:
     )
 
 
-# --- what an attacker can do without it
+# --- what can be done without it
+
+
+def _rehearse(config: AuditPackageConfig, given: Given, losses: Losses, work: Path) -> Withheld | None:
+    """Return what a client is left with that is played on text of the field; None where there is none."""
+    if given.field is None:
+        say("withheld after tuning: no client is played")
+        return None
+    run = _attacker(config, given, given.field, losses, work).rehearse(config.client_steps)
+    text = "text of the field" if config.field_text else "the public text"
+    steps, num_rates = config.client_steps, len(config.client_rates)
+    adapter = usual_adapter(given.package.layout)
+    found = by_rehearsal(run, adapter, full=losses.full, steps=steps, num_rates=num_rates, text=text)
+    say(f"rehearsed client: {found.nats:.3f} nats per token are withheld after {run.num_tokens:,} tokens")
+    return found
 
 
 def _recover(config: AuditPackageConfig, given: Given, losses: Losses, work: Path) -> tuple[tuple[Recovery, ...], str]:
     if given.attackers is None:
         say("recovery: no public text was given, no attack is tried")
         return (), ""
+    attacker = _attacker(config, given, given.attackers, losses, work)
+    found = attacker.attack(config.attack)
+    num = sum(len(example.input_ids) for example in given.public)
+    return found, (
+        f"from the package alone, knowing that the full model has {attacker.knowledge.num_blocks} blocks; public text "
+        f"of {num:,} tokens, rates chosen on {config.holdout:.0%} of its documents"
+    )
+
+
+def _attacker(config: AuditPackageConfig, given: Given, text: PublicText, losses: Losses, work: Path) -> Attacker:
     setting = Setting(
         marks=config.recovery_tokens,
-        rates={"lora": config.lora_rates, "all": config.all_rates},
+        rates={"lora": config.lora_rates, "all": config.all_rates, CLIENT: config.client_rates},
         step_tokens=config.batch_size * config.block_tokens,
         work=work,
         seed=config.seed,
@@ -221,13 +257,7 @@ def _recover(config: AuditPackageConfig, given: Given, losses: Losses, work: Pat
         checkpoint_every=config.checkpoint_every,
         device=str(given.device),
     )
-    knowledge = Knowledge(num_blocks=given.record.num_blocks)
-    found = Attacker(given.package, knowledge, given.attackers, setting, given.text, losses).attack(config.attack)
-    num = sum(len(example.input_ids) for example in given.public)
-    return found, (
-        f"from the package alone, knowing that the full model has {knowledge.num_blocks} blocks; public text of "
-        f"{num:,} tokens, rates chosen on {config.holdout:.0%} of its documents"
-    )
+    return Attacker(given.package, Knowledge(given.record.num_blocks), text, setting, given.text, losses)
 
 
 def _union(given: Given, found: _Measured) -> Union | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from adapters.rates import LEARNING_RATES
 from emulator.distillation.config import OwnPackageSettings
 from offsite.audits.config import PackageGates
-from offsite.config import ATTACK, DATA, MEASURING, OUTPUT, REPEATED, USUAL
+from offsite.config import ATTACK, DATA, MEASURING, OUTPUT, REPEATED, USUAL, flag_name
 from offsite.evaluation.config import HeldoutSettings
 from offsite.text.config import TextFiles
 from offsite.training.config import CheckpointSettings
@@ -95,6 +97,26 @@ class AuditPackageConfig(OwnPackageSettings, HeldoutSettings, CheckpointSettings
         json_schema_extra=ATTACK,
     )
 
+    field_text: TextFiles = Field(
+        (),
+        description="text of the clients' field, read as --heldout is, that a client is played on; may be repeated; "
+        "default: the public text",
+        json_schema_extra=USUAL | REPEATED,
+    )
+    client_steps: int = Field(
+        40,
+        ge=0,
+        description="steps of the client that is played (lora of rank 8 on every linear), to measure what is withheld "
+        "after tuning; 0: none is",
+        json_schema_extra=MEASURING,
+    )
+    client_rates: tuple[Rate, ...] = Field(
+        (LEARNING_RATES["lora"], 8e-3),
+        min_length=1,
+        description="its learning rates; the best on field text held out counts",
+        json_schema_extra=MEASURING,
+    )
+
     earlier: tuple[Path, ...] = Field(
         (),
         description="another package of the same model, its owner's record beside it; repeat it for others: what all "
@@ -110,12 +132,22 @@ class AuditPackageConfig(OwnPackageSettings, HeldoutSettings, CheckpointSettings
             problems.append("--recovery-tokens: expected ascending numbers")
         if unknown := [name for name in self.attack if name not in ATTACKS]:
             problems.append(f"--attack: found {unknown[0]!r}, expected one of {', '.join(ATTACKS)}")
-        attacks = {"recovery_tokens", "attack", "lora_rates", "all_rates", "holdout", "resume"}
-        if not self.public and (given := sorted(attacks & self.model_fields_set)):
-            flags = ", ".join("--" + name.replace("_", "-") for name in given)
-            problems.append(f"{flags}: attacks need public text, and --public is missing")
+        attacks, both = {"recovery_tokens", "attack", "lora_rates", "all_rates"}, {"holdout", "resume"}
+        if not self.public:
+            needing = attacks if self.field_text else attacks | both
+            if given := sorted(needing & self.model_fields_set):
+                problems.append(f"{_flags(given)}: attacks need public text, and --public is missing")
+        client = {"client_steps", "client_rates"} & self.model_fields_set
+        if client and not (self.public or self.field_text or self.client_steps == 0):
+            problems.append(f"{_flags(sorted(client))}: a client is played on --field-text or --public, give one")
+        if self.field_text and not self.client_steps:
+            problems.append("--field-text: no client is played on it with --client-steps 0")
         if self.max_union is not None and not self.earlier:
             problems.append("--max-union: nothing to unite, --earlier is missing")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join(map(flag_name, names))

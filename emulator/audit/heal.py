@@ -1,4 +1,4 @@
-"""The attack that heals a package's model on public text: which of its weights learn, and by which loss."""
+"""What learns of a package's model on public text, when an attack heals it or a client is played, and by which loss."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapters.kinds import attach
+from adapters.kinds import attach, declared
 from emulator.compression.activations import Batch, on_device
 from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.layout import Layout
+from offsite.artefacts.package import Package
 from offsite.modelling.blocks import block_list, decoder_stack, linear_dims, linear_names
 from offsite.tensors import TensorSpec
 from offsite.text.batches import IGNORED
@@ -46,6 +48,30 @@ def healing(model: PreTrainedModel, heal: str, *, seed: int) -> tuple[nn.Module,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         attached = attach(model, LORA, sites, names)
+    return attached.model, attached.trainable
+
+
+def usual_adapter(layout: Layout) -> AdapterSpec:
+    """Return the adapter of a client of usual settings: low-rank, on every linear that this package lets it use."""
+    if layout.adaptable_middle:
+        return LORA
+    return LORA.model_copy(update={"placement": f"{layout.num_bottom}+{layout.num_top}"})
+
+
+def tuning(model: PreTrainedModel, package: Package, *, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """Return `model`, changed in place, with the adapter of a client of usual settings on it, and what learns of it.
+
+    Args:
+        model: the package's, in float32.
+
+    Raises:
+        ConfigError, UnsupportedModel: when the package cannot carry it.
+    """
+    spec = usual_adapter(package.layout)
+    names = declared(spec, package.layout, package.block_tensors())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        attached = attach(model, spec, package.layout.blocks, names)
     return attached.model, attached.trainable
 
 

@@ -8,15 +8,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adapters.targets import require_carried
 from emulator.audit.capability import HeldOut, held_out, task_chance
 from emulator.audit.config import AuditPackageConfig
+from emulator.audit.heal import usual_adapter
 from emulator.audit.refill import require_start
+from emulator.audit.withheld import without
 from emulator.distillation.public import PublicText, prepare
 from offsite.artefacts.owner import OwnerRecord, owner_record_path, read_owner_record
 from offsite.artefacts.package import Package, open_package
-from offsite.errors import ConfigError, WrongBinding
+from offsite.errors import ConfigError, UnsupportedModel, WrongBinding
 from offsite.evaluation.results import Results, read_results
 from offsite.text.batches import Example, encode
 from offsite.text.records import Record, read_files, require_files
@@ -32,6 +35,7 @@ class Given:
         text: held-out text as it is measured on.
         public: public text, empty when there is none.
         attackers: the same in batches, for attacks.
+        field: text of the clients' field in batches, for a client that is played; None where none is.
     """
 
     package: Package
@@ -42,6 +46,7 @@ class Given:
     text: HeldOut
     public: Sequence[Example] = field(repr=False)
     attackers: PublicText | None
+    field: PublicText | None
     device: torch.device
 
 
@@ -54,6 +59,7 @@ def open_given(config: AuditPackageConfig) -> Given:
     """
     require_files(config.heldout)
     require_files(config.public)
+    require_files(config.field_text)
     package = open_package(config.package)
     record = _record(config.package)
     if record.package_digest != package.digest:
@@ -79,8 +85,9 @@ def open_given(config: AuditPackageConfig) -> Given:
     public = _public_records(config)
     examples = encode(public, tokenizer, context=config.block_tokens, whole_text=True).examples if public else []
     attackers = _attackers_text(config, package, record, tokenizer, public) if public else None
+    field_text = _field_text(config, package, tokenizer, public, records)
     device = choose_device(config.device)
-    return Given(package, record, earlier, results, tokenizer, text, examples, attackers, device)
+    return Given(package, record, earlier, results, tokenizer, text, examples, attackers, field_text, device)
 
 
 def _record(package: Path) -> OwnerRecord:
@@ -110,8 +117,43 @@ def _attackers_text(
     for name in config.attack:
         if not name.startswith("refill_"):
             require_start(name.rpartition("_")[0], model, package.layout, record.num_blocks)
+    return _in_batches(config, public, tokenizer, model, packed=True)
+
+
+def _field_text(
+    config: AuditPackageConfig,
+    package: Package,
+    tokenizer: PreTrainedTokenizerBase,
+    public: Sequence[Record],
+    held_out: Sequence[Record],
+) -> PublicText | None:
+    """Return what a client is played on, without what is measured on, when there is text and one can be played."""
+    if not config.client_steps or not (config.field_text or public):
+        return None
+    try:
+        require_carried(package, usual_adapter(package.layout))
+    except UnsupportedModel as error:
+        hint = "--client-steps 0 leaves the rehearsed client out"
+        raise UnsupportedModel(f"no client can be played on this package: {error}", hint=hint) from error
+    records = public
+    if config.field_text:
+        records = read_files(
+            config.field_text, fields=config.fields, document_field=config.document_field, separator=config.separator
+        )
+    packed = config.pack if config.field_text else True
+    return _in_batches(config, without(records, held_out), tokenizer, package.empty_model(), packed=packed)
+
+
+def _in_batches(
+    config: AuditPackageConfig,
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    *,
+    packed: bool,
+) -> PublicText:
     return prepare(
-        public,
+        records,
         tokenizer,
         model,
         block_tokens=config.block_tokens,
@@ -120,6 +162,7 @@ def _attackers_text(
         holdout=config.holdout,
         evaluation_tokens=16 * config.block_tokens,
         calibration_tokens=1,
+        packed=packed,
     )
 
 

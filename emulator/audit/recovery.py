@@ -9,6 +9,8 @@ public text held out is what counts. With two rates that is all of them at every
 
 *Regained* is ``(emulator - attacked) / (emulator - full)``, in nats per token of the owner's held-out text. Where the
 emulator is as good as the full model, nothing is left to regain, and all of it counts as regained: 1.
+
+A *rehearsed client* is one more run of the same kind, of `emulator.audit.heal.tuning` on text of the field.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from emulator.audit.capability import HeldOut
-from emulator.audit.heal import healing, mean_loss, next_token_loss
+from emulator.audit.heal import healing, mean_loss, next_token_loss, tuning
 from emulator.audit.refill import missing, refilled
 from emulator.distillation.public import PublicText
 from offsite.artefacts.package import Package
@@ -36,6 +38,10 @@ from offsite.training.loop import train
 
 LEAST_LOST = 0.01
 """Nats per token: where the emulator lost no more than this, nothing is left to regain."""
+
+
+CLIENT = "client"
+"""The way of tuning of a rehearsed client, beside the attacks' ways of healing."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What one run ended with: losses in nats per token, on public text held out and on the owner's."""
 
     chosen_by: float
@@ -139,7 +145,7 @@ class Attacker:
 
     def heal(self, start: str, heal: str, loss_at_zero: float) -> Recovery:
         """Return the curve of one attack: at 0 tokens and at every mark."""
-        points, runs = [self._point(0, loss_at_zero)], list[_Run]()
+        points, runs = [self._point(0, loss_at_zero)], list[Run]()
         for mark in filter(None, self.setting.marks):
             rates = _neighbours(self.setting.rates[heal], runs[-1].rate) if runs else self.setting.rates[heal]
             runs.append(self._best_run(start, heal, mark, rates))
@@ -148,6 +154,15 @@ class Attacker:
             say(f"recovery: {start}_{heal} has regained {regained:.3f} after {num_tokens:,} tokens")
         trained = runs[-1].trained_parameters if runs else 0
         return Recovery(attack=f"{start}_{heal}", trained_parameters=trained, points=tuple(points))
+
+    def rehearse(self, steps: int) -> Run:
+        """Return what a client of usual settings ends with after so many steps, at the best of its rates.
+
+        Raises:
+            ConfigError: what is in the work folder is of other settings.
+            RunFailed: no rate ends with a finite loss, or the disk is full.
+        """
+        return self._best_run("as_is", CLIENT, steps * self.setting.step_tokens, self.setting.rates[CLIENT])
 
     def start(self, name: str) -> PreTrainedModel:
         """Return a model of its own, in float32, where that start leaves off."""
@@ -173,23 +188,24 @@ class Attacker:
     def _point(self, num_tokens: int, loss: float) -> RecoveryPoint:
         return RecoveryPoint(num_tokens=num_tokens, perplexity=math.exp(loss), regained=self.losses.regained(loss))
 
-    def _best_run(self, start: str, heal: str, mark: int, rates: Sequence[float]) -> _Run:
+    def _best_run(self, start: str, heal: str, mark: int, rates: Sequence[float]) -> Run:
         """Return the run that is best on public text held out; a rate too high to end with a number is left out."""
-        tried, problem = list[_Run](), None
+        tried, problem = list[Run](), None
         for rate in rates:
             try:
                 tried.append(self._run(start, heal, mark, rate))
             except RunFailed as error:
                 problem = error
-                say(f"recovery: {start}_{heal} at rate {rate:g} failed: {error}")
+                say(f"{_told(start, heal)} at rate {rate:g} failed: {error}")
         if not tried and problem is not None:
             raise problem
         return min(tried, key=lambda run: run.chosen_by)
 
-    def _run(self, start: str, heal: str, mark: int, rate: float) -> _Run:
+    def _run(self, start: str, heal: str, mark: int, rate: float) -> Run:
         """Return what a run found; one that ended before is not run again, one that was broken off goes on."""
         setting = self.setting
-        name = f"{start}_{heal}-{mark}-{rate:g}"
+        tried = "rehearsed_client" if heal == CLIENT else f"{start}_{heal}"
+        name, told = f"{tried}-{mark}-{rate:g}", f"{_told(start, heal)}, {mark:,} tokens at {rate:g}"
         done, work = setting.work / f"{name}.json", setting.work / name
         steps = max(1, round(mark / setting.step_tokens))
         epoch = self.text.train.num_steps_per_epoch
@@ -202,27 +218,31 @@ class Attacker:
             checkpoint_every=setting.checkpoint_every,
             evaluate_every=steps // 4 if steps > epoch else 0,  # text read twice can be learnt by heart
         )
-        binding = {"package": self.package.digest, "public text": self.text.digest, "attack": f"{start}_{heal}"}
+        binding = {"package": self.package.digest, "public text": self.text.digest, "attack": tried}
         stated = json.dumps([loop.binding(), binding, self.ruler.digest], sort_keys=True)
         if done.is_file():
             return _read(done, stated)
-        model, trainable = healing(self.start(start), heal, seed=setting.seed)
+        model = self.start(start)
+        if heal == CLIENT:
+            learner, trainable = tuning(model, self.package, seed=setting.seed)
+        else:
+            learner, trainable = healing(model, heal, seed=setting.seed)
         outcome = train(
-            model,
+            learner,
             trainable,
             self.text.train,
             next_token_loss,
             loop,
             work=work,
             resume=work.is_dir(),
-            label=f"recovery: {name}",
-            evaluate=lambda: mean_loss(model, self.text.held_out),
+            label=told,
+            evaluate=lambda: mean_loss(learner, self.text.held_out),
             keep_best=loop.evaluate_every > 0,
             binding=binding,
         )
-        found = _Run(
+        found = Run(
             chosen_by=math.inf if outcome.best_loss is None else outcome.best_loss,
-            loss=self.ruler.loss(model, f"recovery: {name}"),  # type: ignore[arg-type]
+            loss=self.ruler.loss(learner, told),  # type: ignore[arg-type]
             num_tokens=outcome.tokens,
             trained_parameters=sum(parameter.numel() for parameter in trainable.values()),
             rate=rate,
@@ -234,6 +254,10 @@ class Attacker:
         return found
 
 
+def _told(start: str, heal: str) -> str:
+    return "rehearsed client" if heal == CLIENT else f"recovery: {start}_{heal}"
+
+
 def _neighbours(rates: Sequence[float], rate: float) -> Sequence[float]:
     """Return the rate and those next to it by size."""
     ordered = sorted(set(rates))
@@ -241,10 +265,10 @@ def _neighbours(rates: Sequence[float], rate: float) -> Sequence[float]:
     return ordered[max(0, at - 1) : at + 2]
 
 
-def _read(done: Path, stated: str) -> _Run:
+def _read(done: Path, stated: str) -> Run:
     try:
         content = json.loads(done.read_text(encoding="utf-8"))
-        found = _Run(**content["found"]) if content["stated"] == stated else None
+        found = Run(**content["found"]) if content["stated"] == stated else None
     except (ValueError, KeyError, TypeError):
         found = None
     if found is None:

@@ -15,7 +15,8 @@ def show(audit: PackageAudit, gates: Sequence[Gate]) -> None:
         [f"{one.name}, {one.metric}", *(f"{value:.3f}" for value in (one.chance, one.full, one.emulator, one.kept))]
         for one in audit.capabilities
     ]
-    table("capability kept by the emulator", ["", "chance", "full model", "emulator", "kept"], rows)
+    table("capability kept by the emulator as sent", ["", "chance", "full model", "emulator", "kept"], rows)
+    _show_withheld(audit)
     alike, total = audit.similarity, audit.similarity.num_parameters
     whole, rows_too = alike.num_verbatim / total, alike.num_verbatim_by_row / total
     say(f"verbatim: {whole:.3f} of the model's parameters by whole tensors, {rows_too:.3f} with rows and columns")
@@ -43,13 +44,36 @@ def show(audit: PackageAudit, gates: Sequence[Gate]) -> None:
         say(f"{gate.name}: {gate.verdict}: {gate.told}, limit {gate.limit}")
 
 
+def _show_withheld(audit: PackageAudit) -> None:
+    as_sent = (
+        f"{audit.withheld_zero_shot or 0:.3f} nats per token as sent, which is no measure of what a client is left with"
+    )
+    if not audit.withheld:
+        say(f"withheld after tuning: not measured; {as_sent}")
+        return
+    rows = [
+        [
+            one.way,
+            f"{one.nats:.3f}",
+            f"{one.perplexity:,.2f}",
+            "" if one.num_tokens is None else f"{one.num_tokens:,}",
+            one.told,
+        ]
+        for one in audit.withheld
+    ]
+    table("withheld after tuning, nats per token", ["by", "withheld", "perplexity", "tokens", "how"], rows)
+    say(f"withheld zero-shot: {as_sent}")
+
+
 def figures(audit: PackageAudit, gates: Sequence[Gate]) -> dict[str, object]:
     """Return the audit's main figures and the verdicts, as JSON takes them.
 
-    ``gap`` is emulator-tuned less plugged in, in nats per token; None without ``--results``.
+    ``gap`` is emulator-tuned less plugged in, in nats per token; None without ``--results``. ``withheld`` has the nats
+    per token by way of tuning, ``withheld_after_tuning`` the least of them.
     """
     alike, text = audit.similarity, audit.capabilities[0]
     tuned, plugged = text.emulator_tuned, text.plugged_in
+    least = audit.least_withheld
     return {
         "package_digest": audit.package_digest,
         "kept": text.kept,
@@ -57,6 +81,9 @@ def figures(audit: PackageAudit, gates: Sequence[Gate]) -> dict[str, object]:
         "emulator": text.emulator,
         "chance": text.chance,
         "gap": None if tuned is None or plugged is None else tuned - plugged,
+        "withheld": {one.way.replace(" ", "_"): one.nats for one in audit.withheld},
+        "withheld_after_tuning": None if least is None else least.nats,
+        "withheld_zero_shot": audit.withheld_zero_shot,
         "verbatim": alike.num_verbatim / alike.num_parameters,
         "verbatim_by_row": alike.num_verbatim_by_row / alike.num_parameters,
         "within_rounding": None

@@ -45,6 +45,7 @@ def prepare(
     evaluation_tokens: int,
     calibration_tokens: int,
     first_step: int = 0,
+    packed: bool = True,
 ) -> PublicText:
     """Return the records as blocks of `block_tokens`, in batches of `batch_size`, split by document.
 
@@ -54,6 +55,7 @@ def prepare(
         evaluation_tokens: of the held-out text, at most so many tokens, at least one block.
         calibration_tokens: of the training text, at most so many tokens, at least one batch.
         first_step: batches that earlier runs have taken; these go on after them.
+        packed: fill the blocks across rows; otherwise one row each, of at most `block_tokens`.
 
     Raises:
         DataError: too few documents to hold any out, or nothing to learn from.
@@ -61,8 +63,8 @@ def prepare(
     """
     require_context(model, block_tokens, "blocks")
     train, held_out = (records, []) if holdout is None else split_by_document(records, fraction=holdout, seed=seed)
-    blocks = _blocks(train, tokenizer, block_tokens)
-    held_blocks = _blocks(held_out, tokenizer, block_tokens)[: max(1, evaluation_tokens // block_tokens)]
+    blocks = _blocks(train, tokenizer, block_tokens, packed)
+    held_blocks = _blocks(held_out, tokenizer, block_tokens, packed)[: max(1, evaluation_tokens // block_tokens)]
     _check_vocabulary(model, [*blocks, *held_blocks])
     pad = pad_id(tokenizer)
     batches = Batches(blocks, batch_size=batch_size, seed=seed, pad_id=pad, first_step=first_step)
@@ -75,11 +77,13 @@ def prepare(
     )
 
 
-def _blocks(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, block_tokens: int) -> list[Example]:
+def _blocks(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, block_tokens: int, packed: bool
+) -> list[Example]:
     if not records:
         return []
-    encoded = encode(records, tokenizer, context=block_tokens, whole_text=True)
-    return pack(encoded.examples, block_tokens=block_tokens)
+    encoded = encode(records, tokenizer, context=block_tokens, whole_text=packed)
+    return pack(encoded.examples, block_tokens=block_tokens) if packed else list(encoded.examples)
 
 
 def _check_vocabulary(model: PreTrainedModel, blocks: Sequence[Example]) -> None:

@@ -27,6 +27,13 @@ class PackageGates(VerbConfig):
         description="package audit: largest share of the middle in all packages together",
         json_schema_extra=PRIVACY,
     )
+    min_withheld: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="package audit: nats per token that the tuned emulator must stay above the full model as it was, "
+        "by every way of tuning measured",
+        json_schema_extra=PRIVACY,
+    )
 
 
 class LeakageSettings(VerbConfig):

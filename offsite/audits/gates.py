@@ -118,6 +118,7 @@ def package_gates(
     max_capability: float | None = None,
     max_recovery: float | None = None,
     max_union: float | None = None,
+    min_withheld: float | None = None,
 ) -> tuple[Gate, ...]:
     """Return one gate for each limit that is given.
 
@@ -125,6 +126,7 @@ def package_gates(
         max_capability: largest share of the full model's perplexity skill that the emulator may have.
         max_recovery: largest share of the lost capability that any attack may have regained.
         max_union: largest share of the middle's parameters that all packages together may hold.
+        min_withheld: nats per token that must be withheld after tuning, by the least of the ways that were measured.
     """
     found = []
     if max_capability is not None:
@@ -137,6 +139,8 @@ def package_gates(
         share = None if audit.union is None else audit.union.share_union
         told = "no other package was given" if share is None else f"together the packages hold {share:.2f} of it"
         found.append(_at_most("union", share, max_union, told))
+    if min_withheld is not None:
+        found.append(_withheld(audit, min_withheld))
     return tuple(found)
 
 
@@ -159,6 +163,19 @@ def _recovered(audit: PackageAudit, limit: float) -> Gate:
     most = max(point.num_tokens for one in audit.recovery for point in one.points)
     told = f"an attack regained {best:.2f} of what was lost, the longest was on {most:,} tokens"
     return _unless(_at_most("recovery", best, limit, told), "" if most else "no attack was trained on any text")
+
+
+def _withheld(audit: PackageAudit, limit: float) -> Gate:
+    least = audit.least_withheld
+    if least is None:
+        return Gate(
+            name="withheld", verdict="not measurable", limit=limit, told="no tuning of the emulator was measured"
+        )
+    ways = f"the least of {len(audit.withheld)} ways" if len(audit.withheld) > 1 else "the one way measured"
+    tokens = "" if least.num_tokens is None else f" on {least.num_tokens:,} tokens"
+    told = f"{least.nats:.2f} nats per token are withheld after tuning by a {least.way}{tokens}, {ways}"
+    verdict: Verdict = "passed" if least.nats >= limit else "failed"
+    return Gate(name="withheld", verdict=verdict, found=least.nats, limit=limit, told=told)
 
 
 def _within_budget(total: float, budget: float) -> Gate:

@@ -380,6 +380,25 @@ class Recovery(Strict):
         return max(point.regained for point in self.points)
 
 
+Way = Literal["rehearsed client", "client", "recovery attack"]
+"""By whom an emulator was tuned before it was measured what it lacks: a client that the owner played on public text of
+the field, the client itself, an attack that heals it on public text."""
+
+
+class Withheld(Strict):
+    """What a client is left with after one way of tuning, on the held-out text.
+
+    ``nats`` is ln(``perplexity`` of the tuned emulator / the full model's as it was), per token: 0 or less, and nothing
+    is withheld. ``num_tokens`` were tuned on, None where that was the client's affair; ``told`` says how, in words.
+    """
+
+    way: Way
+    nats: float
+    perplexity: float = Field(gt=0)
+    num_tokens: int | None = Field(ge=1)
+    told: Line
+
+
 class Union(Strict):
     """What several packages of one model hold together: shares of the middle's parameters."""
 
@@ -388,8 +407,13 @@ class Union(Strict):
     share_union: Share
 
 
-class PackageAudit(Strict):
-    """The content of ``audit.json`` of the owner's audit of a package."""
+class PackageAudit(Sparse):
+    """The content of ``audit.json`` of the owner's audit of a package.
+
+    ``withheld`` has one entry for each way of tuning that was measured: none in audits of earlier versions.
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"withheld"})
 
     format: Literal["offsite/audit/1"] = AUDIT_FORMAT
     kind: Literal["package"] = "package"
@@ -402,8 +426,30 @@ class PackageAudit(Strict):
     similarity: Similarity
     recovery: tuple[Recovery, ...] = ()
     recovery_text: Line = ""
+    withheld: tuple[Withheld, ...] = ()
     union: Union | None = None
     versions: dict[Key, Line] = {}
+
+    @model_validator(mode="after")
+    def _once_each_way(self) -> PackageAudit:
+        ways = [one.way for one in self.withheld]
+        if len(set(ways)) < len(ways):
+            raise ValueError("a way of tuning is told twice")
+        return self
+
+    @property
+    def withheld_zero_shot(self) -> float | None:
+        """What the emulator lacks as it was sent, in nats per token: no measure of what a client is left with.
+
+        None where held-out text was not measured on.
+        """
+        texts = [one for one in self.capabilities if one.name == "perplexity"]
+        return texts[0].emulator - texts[0].full if texts else None  # losses are logarithms of perplexities
+
+    @property
+    def least_withheld(self) -> Withheld | None:
+        """The way of tuning that leaves the client with most; None where none was measured."""
+        return min(self.withheld, key=lambda one: one.nats, default=None)
 
 
 Audit = BundleAudit | PluggedAudit | PackageAudit

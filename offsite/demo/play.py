@@ -233,7 +233,7 @@ def _show(results: Results) -> None:
 def _conclude(results: Results, report: Path, began: float, private: Privacy | None = None) -> dict[str, object]:
     rows: dict[str, float] = {name: row.perplexity.mean for name, row in results.rows.items()}
     figures: dict[str, Any] = {name: rows.get(name) for name in KEYS}
-    for name in ("recovery_vs_lora", "gap", "capability"):
+    for name in ("recovery_vs_lora", "recovery_nats_vs_lora", "gap", "withheld_after_tuning", "capability"):
         metric = results.metrics.get(name)
         figures[name] = metric.mean if metric else None
     (bundle,) = results.bundles.values()

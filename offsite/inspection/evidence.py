@@ -92,13 +92,19 @@ def _package_audit(audit: PackageAudit) -> dict[str, object]:
     rows("skill that the emulator has", ["what", "rows", "kept"], [
         [f"{one.name} ({one.metric})", f"{one.num_rows:,}", f"{one.kept:.1%}"] for one in audit.capabilities
     ])  # fmt: skip
+    if audit.withheld:
+        rows("withheld after tuning, nats per token", ["by", "withheld", "how"], [
+            [one.way, f"{one.nats:.3f}", one.told] for one in audit.withheld
+        ])  # fmt: skip
     if audit.recovery:
         rows("attacks that rebuild the model", ["attack", "most regained"], [
             [one.attack, f"{one.best:.1%}"] for one in audit.recovery
         ])  # fmt: skip
     kept = {one.name: one.kept for one in audit.capabilities}
     regained = {one.attack: one.best for one in audit.recovery}
-    return {"package_digest": audit.package_digest, "kept": kept, "regained": regained}
+    left = {one.way.replace(" ", "_"): one.nats for one in audit.withheld}
+    told: dict[str, object] = {"package_digest": audit.package_digest, "kept": kept, "regained": regained}
+    return told | ({"withheld": left} if left else {})
 
 
 def _attacks(title: str, found: tuple[Membership, ...]) -> None:

@@ -26,6 +26,7 @@ from offsite.audits.record import (
     Membership,
     PackageAudit,
     Verbatim,
+    Way,
 )
 from offsite.audits.statistics import FEWEST_FALSE_POSITIVES, clopper_pearson
 from offsite.errors import ArtefactError, ConfigError
@@ -265,6 +266,30 @@ def _package(audit: PackageAudit) -> Iterator[str]:
         yield from _beyond(f"the number of parameters sent as they are, by {what},", num, similar.num_parameters)
     if audit.union is not None:
         yield from _beyond("the share that one package holds", audit.union.share_single, audit.union.share_union)
+    yield from _withheld(audit)
+
+
+def _withheld(audit: PackageAudit) -> Iterator[str]:
+    """What is withheld after tuning follows from the tuned emulator's figure, and that from where it was measured."""
+    if not audit.withheld:
+        return
+    known: dict[Way, list[float]] = {"client": [], "recovery attack": []}
+    for text in (one for one in audit.capabilities if one.name == "perplexity"):
+        for one in audit.withheld:
+            yield from _differs(
+                f"what is withheld after tuning by a {one.way}", one.nats, math.log(one.perplexity) - text.full
+            )
+        known["client"] = [] if text.emulator_tuned is None else [text.emulator_tuned]
+    points = [point for one in audit.recovery for point in one.points]
+    if any(point.num_tokens for point in points):
+        known["recovery attack"] = [math.log(min(point.perplexity for point in points))]
+    found = {one.way: math.log(one.perplexity) for one in audit.withheld}
+    for way, losses in known.items():
+        if (way in found) != bool(losses):
+            yield f"what is withheld after tuning by a {way} and its figures do not go together"
+        for loss in losses:
+            if way in found:
+                yield from _differs(f"the loss after tuning by a {way}", found[way], loss)
 
 
 def _kept(one: Capability) -> float:

@@ -9,6 +9,7 @@ from offsite import __version__
 from offsite.artefacts.job import read_job
 from offsite.audits.gates import Gate
 from offsite.audits.record import BundleAudit, PackageAudit, PluggedAudit, read_audit
+from offsite.config import flag_name
 from offsite.console import say
 from offsite.digests import sha256_bytes
 from offsite.errors import BadSchema, ConfigError, WrongBinding
@@ -138,10 +139,11 @@ def _job(folder: Path, audits: Audits) -> JobFacts:
 
 
 def _limits(config: PrivacyReportConfig, package: PackageAudit | None) -> Limits:
-    limits = Limits(max_capability=config.max_capability, max_recovery=config.max_recovery, max_union=config.max_union)
-    if package is None and limits != Limits():
-        raise ConfigError("--max-capability, --max-recovery, --max-union: no package audit is among --audit")
-    return limits
+    given = {name: getattr(config, name) for name in Limits.model_fields}
+    if package is None and any(limit is not None for limit in given.values()):
+        flags = ", ".join(map(flag_name, given))
+        raise ConfigError(f"{flags}: no package audit is among --audit")
+    return Limits(**given)
 
 
 def _recomputed(bundle: BundleAudit | None) -> Recomputed | None:

@@ -35,6 +35,17 @@ class RecoveryRow:
 
 
 @dataclass(frozen=True)
+class WithheldRow:
+    """A line of the table of what is withheld: by which way of tuning, how, on how many tokens; None: as sent."""
+
+    name: str
+    told: str
+    tokens: int | None
+    perplexity: float | None
+    nats: float | None
+
+
+@dataclass(frozen=True)
 class Recovered:
     """What attacks regained from the package, as a table and drawn; ``legend`` is (name, class) of each line."""
 
@@ -45,12 +56,16 @@ class Recovered:
 
 @dataclass(frozen=True)
 class Package:
-    """What a package gives away of its full model; ``recovered`` is None where no attack was run."""
+    """What a package gives away of its full model; ``recovered`` is None where no attack was run.
+
+    ``withheld`` is empty where nothing was measured after tuning, as in audits of earlier versions.
+    """
 
     audit: PackageAudit
     method: str
     capability: Drawing
     capabilities: tuple[CapabilityRow, ...]
+    withheld: tuple[WithheldRow, ...]
     recovered: Recovered | None
 
 
@@ -65,8 +80,17 @@ def package(audit: PackageAudit | None, limits: Limits) -> Package | None:
         method=f"{audit.method.name} ({settings})" if settings else audit.method.name,
         capability=bars(groups, title="capability", limit=limits.max_capability),
         capabilities=tuple(_capability(one) for one in audit.capabilities),
+        withheld=_withheld(audit),
         recovered=_recovered(audit.recovery, limits) if audit.recovery else None,
     )
+
+
+def _withheld(audit: PackageAudit) -> tuple[WithheldRow, ...]:
+    if not audit.withheld:
+        return ()
+    found = [WithheldRow(one.way, one.told, one.num_tokens, one.perplexity, one.nats) for one in audit.withheld]
+    as_sent = "no tuning: an upper limit, and no measure of what the client is left with"
+    return (*found, WithheldRow("as sent (zero-shot)", as_sent, None, None, audit.withheld_zero_shot))
 
 
 def _words(name: str) -> str:

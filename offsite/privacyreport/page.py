@@ -212,7 +212,10 @@ def _unmeasured(report: PrivacyReport) -> Iterator[str]:
     if sent.union is None:
         yield "What several packages of this model hold together: not measured."
     if all(one.plugged_in is None for one in sent.capabilities):
-        yield "Capability with an adapter: the emulator was measured as it was sent only."
+        if sent.withheld:
+            yield "Capability with the client's own adapter, and of the full model with it: not measured."
+        else:
+            yield "Capability with an adapter: the emulator was measured as it was sent only."
 
 
 def _about(report: PrivacyReport) -> list[Fact]:

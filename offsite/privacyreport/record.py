@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -33,7 +33,7 @@ from offsite.privacyreport.consistency import require_sound
 from offsite.privacyreport.recompute import Recomputed
 from offsite.privacyreport.words import headline, non_claims, not_accounted
 from offsite.sealed.manifest import REPORT_LIMIT_BYTES, SIGNATURES_LIMIT_BYTES, Fingerprint, Second, read_signatures
-from offsite.strictjson import SHOWN, Strict, parse_strict, require_seen
+from offsite.strictjson import SHOWN, Sparse, Strict, parse_strict, require_seen
 
 PRIVACY_FORMAT: Final = "offsite/privacy-report/1"
 SIGN_PURPOSE = "privacy-report"
@@ -100,12 +100,18 @@ class Gates(Strict):
         return (*self.bundle, *self.plugged_in, *self.package)
 
 
-class Limits(Strict):
-    """The limits that a package is held to, where its owner set any: shares, as `offsite.audits.gates` defines them."""
+class Limits(Sparse):
+    """The limits that a package is held to, where its owner set any, as `offsite.audits.gates` defines them.
+
+    Shares, and ``min_withheld`` in nats per token.
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"min_withheld"})
 
     max_capability: float | None = None
     max_recovery: float | None = None
     max_union: float | None = None
+    min_withheld: float | None = None
 
 
 class Digests(Strict):

@@ -57,6 +57,8 @@ def _of_package(audit: PackageAudit) -> list[tuple[str, str]]:
         for one in audit.capabilities
         if one.name == "perplexity"
     ]
+    if (least := audit.least_withheld) is not None:
+        found.append((f"{least.nats:.2f}", f"nats per token withheld after tuning, by a {least.way}"))
     if audit.recovery:
         best = max(audit.recovery, key=lambda one: one.best)
         found.append(

@@ -23,6 +23,11 @@ def headline(
     if bundle is None and plugged is None:
         kept = [one.kept for one in package.capabilities if one.name == "perplexity"] if package else []
         told = f": the emulator has {kept[0]:.2f} of the full model's skill on held-out text" if kept else ""
+        least = package.least_withheld if package else None
+        if least is not None:
+            told += (
+                f"{';' if told else ':'} after tuning it falls {least.nats:.2f} nats per token short of the full model"
+            )
         return f"What a package gives away of its model{told}"
     if bundle is None:
         return "DIFFERENTIAL PRIVACY NOT SHOWN: this report quotes no run of the client's"
@@ -121,6 +126,11 @@ def non_claims(
             "Capability holds for the texts and tasks stated; what the package is good for beyond them was not "
             "measured.",
         ]
+        if package.withheld:
+            found.append(
+                "What is withheld after tuning holds for the ways of tuning stated. More text, or text nearer to what "
+                "is measured on, may leave less."
+            )
     return tuple(found)
 
 

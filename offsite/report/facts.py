@@ -77,16 +77,16 @@ class Fact:
 def limits(results: Results) -> list[str]:
     """Return what the figures do not say."""
     rows = results.rows
-    capability = results.metrics.get("capability")
-    shown = f"{number(capability.mean)} nats per token" if capability else "not measured"
+    tuned = results.metrics.get("withheld_after_tuning")
+    after = f": {number(tuned.mean)} nats per token are withheld then, by this client" if tuned else ""
     texts = [
         "Not differentially private. Nothing here bounds what the adapter reveals of the text it was tuned on, and no "
         "attack on it was tried.",
         f"The emulator gives capability away. Whoever has the package has a model of perplexity "
         f"{number(rows['emulator_zero_shot'].perplexity.mean)} on this text, against "
-        f"{number(rows['zero_shot'].perplexity.mean)} of the full model (capability {shown}), and after tuning one of "
-        f"{number(rows['emulator_tuned'].perplexity.mean)}. How much of the middle could be rebuilt from it was not "
-        "measured.",
+        f"{number(rows['zero_shot'].perplexity.mean)} of the full model ({_as_sent(results)}), and after tuning one of "
+        f"{number(rows['emulator_tuned'].perplexity.mean)}{after}. How much of the middle could be rebuilt from it was "
+        "not measured.",
         f"One text was measured on: {results.data.num_tokens:,} tokens, from a file of {results.data.num_records:,} "
         "records. Whether either side had seen it is for those who chose it to say.",
     ]
@@ -128,6 +128,13 @@ def one_flag_a_line(command: str) -> str:
 
 def _named(references: Mapping[str, tuple[str, ...]]) -> list[tuple[RowName, tuple[str, ...]]]:
     return [(name, references[name]) for name in ROWS if name in references]
+
+
+def _as_sent(results: Results) -> str:
+    """Return how far the package as sent falls behind: what earlier versions called capability."""
+    name = "withheld_zero_shot" if "withheld_zero_shot" in results.metrics else "capability"
+    figure = results.metrics.get(name)
+    return f"{name.replace('_', ' ')} {number(figure.mean)} nats per token" if figure else f"{name} not measured"
 
 
 def _settings(method: Mapping[str, object]) -> str:

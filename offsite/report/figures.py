@@ -33,11 +33,26 @@ METRICS = {
     f"(plugged in {MINUS} zero-shot) / (LoRA {MINUS} zero-shot). 1 is as good, 0 is no gain.",
     "recovery_vs_ceiling": "The same against the same adapter tuned on the true middle.",
     "recovery_vs_full": "The same against the fully tuned model.",
+    "recovery_nats_vs_lora": "The recovery of the perplexities' logarithms, against LoRA on the full model. Where "
+    "zero-shot is far off, the one of the perplexities themselves flatters.",
+    "recovery_nats_vs_ceiling": "The same against the same adapter tuned on the true middle.",
+    "recovery_nats_vs_full": "The same against the fully tuned model.",
     "gap": "Emulator-tuned over plugged in. Above 1, the copy that the client can run is worse than what the owner "
     "ends up with.",
+    "withheld_after_tuning": "ln(emulator-tuned / zero-shot), in nats per token: how far the client's own copy, tuned, "
+    "stays behind the full model as it was. At 0 or below nothing is withheld.",
+    "withheld_zero_shot": "ln(emulator zero-shot / zero-shot), in nats per token: the same of the package as sent. No "
+    "measure of what the client is left with: tuning heals some of it, and of rounding nearly all.",
     "capability": "ln(emulator zero-shot / zero-shot), in nats per token: how far the package as sent falls behind the "
     "full model on this text. 0 would be no distance at all.",
 }
+
+
+LATER = frozenset(f"recovery_nats_vs_{reference}" for reference in ("lora", "ceiling", "full")) | {
+    "withheld_after_tuning",
+    "withheld_zero_shot",
+}
+"""What results of earlier versions do not have. Those that have it call capability by what it is."""
 
 
 @dataclass(frozen=True)
@@ -126,19 +141,26 @@ class Runs:
 
 
 def comes_to(results: Results) -> list[Metric]:
-    """Return recoveries, gap and capability, each with its definition."""
-    return [Metric(name, what, results.metrics.get(name)) for name, what in METRICS.items()]
+    """Return recoveries, gap and what is withheld, each with its definition."""
+    return [Metric(name, METRICS[name], results.metrics.get(name)) for name in _told(results)]
 
 
 def in_tasks(results: Results) -> InTasks:
     """Return the same in the tasks' metrics; no line where no task was scored."""
-    names = tuple(name for name in METRICS if name != "capability")
+    names = tuple(name for name in METRICS if name not in LATER and name != "capability")
     lines = tuple(
         (f"{task} {metric}", tuple(figures.get(name) for name in names))
         for task, metrics in results.task_metrics.items()
         for metric, figures in metrics.items()
     )
     return InTasks(names, lines)
+
+
+def _told(results: Results) -> list[str]:
+    """Return the figures that results of their version have; capability goes by its later name where it has one."""
+    if "withheld_zero_shot" not in results.metrics:
+        return [name for name in METRICS if name in results.metrics or name not in LATER]
+    return [name for name in METRICS if name != "capability"]
 
 
 def _dots(results: Results) -> Drawing:

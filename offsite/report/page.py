@@ -63,6 +63,7 @@ def _head(results: Results) -> list[tuple[str, str]]:
         (f"{number(before)} \N{RIGHTWARDS ARROW} {number(after)}", "perplexity of the full model, before and after"),
         _worth(results),
         (_times(results.metrics.get("gap")), "the client's copy over the owner's model, in perplexity"),
+        *_withheld(results),
         (size(returned), f"came back, for {size(results.package.num_bytes)} that went out"),
     ]
 
@@ -80,6 +81,12 @@ def _worth(results: Results) -> tuple[str, str]:
             return number(figure.mean), f"of the gain of {reference}"
     figure = results.metrics.get("capability")
     return (number(figure.mean) if figure else NONE), "nats per token from the full model to the emulator as sent"
+
+
+def _withheld(results: Results) -> list[tuple[str, str]]:
+    """What is withheld after tuning, where the results have it: those of earlier versions do not."""
+    figure = results.metrics.get("withheld_after_tuning")
+    return [(number(figure.mean), "nats per token withheld from the client's copy, tuned")] if figure else []
 
 
 def _times(figure: Summary | None) -> str:

@@ -22,7 +22,7 @@ from offsite.strictjson import parse_strict, write_compact
 
 RELEASE_FORMAT = "offsite/release/1"
 RELEASE_LIMIT_BYTES = 2**20
-_LIMITS = ("max_capability", "max_recovery", "max_union")
+_LIMITS = ("max_capability", "max_recovery", "max_union", "min_withheld")
 _MEASURE = "offsite audit bundle measures them; --accept-leakage lets the bundle go all the same, and reports show it"
 
 
@@ -129,7 +129,7 @@ def _require_within(folder: Path | None, digest: str | None, limits: dict[str, f
         raise WrongBinding(f"audit {folder.name!r} is of another package than this one", hint="audit this package")
     gates = package_gates(audit, **limits)
     if not passed(gates):
-        raise PolicyError(_told(gates), hint="make a package that gives less away, or raise the limit")
+        raise PolicyError(_told(gates), hint="make a package that gives less away, or set another limit")
 
 
 def _told(gates: Sequence[Gate]) -> str:

@@ -46,7 +46,7 @@ from offsite.text.records import Record, read_files, require_files
 from offsite.training.devices import choose_device
 from server.evaluation.candidates import Candidate, Candidates, open_candidates
 from server.evaluation.config import EvaluateConfig, named_paths
-from server.evaluation.metrics import capability, compare, summarise
+from server.evaluation.metrics import compare, compare_nats, summarise
 from server.evaluation.summary import crossings, flat, parameters, read_outcomes, reproduce, show, versions
 from server.plugging.fit import Fitted, fit, plugged, require_base, require_scalable
 
@@ -275,10 +275,9 @@ def to_rows(scores: Mapping[RowName, Mapping[str, Score]]) -> tuple[dict[RowName
 
 
 def perplexity_metrics(rows: Mapping[RowName, Row]) -> dict[str, Summary | None]:
-    """Return recoveries, gap and capability of the perplexities."""
-    found = compare({name: row.perplexity for name, row in rows.items()})
-    emulator, full = rows["emulator_zero_shot"].perplexity, rows["zero_shot"].perplexity
-    return {**found, "capability": summarise({ONCE: capability(emulator.mean, full.mean)})}
+    """Return recoveries and gap of the perplexities, and what is withheld."""
+    perplexities: dict[str, Summary] = {name: row.perplexity for name, row in rows.items()}
+    return compare(perplexities) | compare_nats(perplexities)
 
 
 def task_metrics(rows: Mapping[RowName, Row]) -> dict[str, dict[str, dict[str, Summary | None]]]:

@@ -5,10 +5,16 @@ A *figure* is linear perplexity (not its logarithm) or accuracy; the definitions
 - ``recovery_vs_lora``, ``recovery_vs_ceiling``, ``recovery_vs_full``: how much of what a reference gains over the
   zero-shot model is gained by plugging in. The references are LoRA on the full model, the same adapter tuned on the
   true middle, and the fully tuned model. 1 is as good as the reference, 0 is no gain, below 0 is harm.
+- ``recovery_nats_vs_lora`` and so on, of perplexities alone: the same share of their logarithms, which does not flatter
+  where zero-shot is far off.
 - ``gap``: emulator-tuned over plugged in. Above 1 in perplexity, the client's own copy is worse than what the owner
   ends up with.
-- ``capability``: the natural logarithm of the emulator's zero-shot perplexity over the full model's. 0 is an emulator
-  as good as the full model, which gives everything away.
+- ``withheld_after_tuning``: ln(emulator-tuned / full zero-shot), by the real client: what its own copy lacks of the
+  full model as it was, in nats per token. 0 or less and nothing is withheld.
+- ``withheld_zero_shot``: the same of the emulator as it was sent. No measure of what a client is left with: tuning
+  heals some emulators and not others. ``capability`` is this figure under its first name, for those who read it there.
+
+The formulas are those of `offsite.evaluation.figures`.
 """
 
 from __future__ import annotations
@@ -16,16 +22,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from offsite.evaluation.figures import gap, recovery, withheld
+from offsite.evaluation.figures import gap, recovery, recovery_nats, withheld
 from offsite.evaluation.results import Summary
 
 REFERENCES = {"recovery_vs_lora": "lora_full", "recovery_vs_ceiling": "ceiling", "recovery_vs_full": "full"}
 """Each recovery and the reference row it is measured against."""
 
-
-def capability(emulator_zero_shot: float, zero_shot: float) -> float:
-    """Return ln(emulator zero-shot / full zero-shot), both perplexities, in nats per token."""
-    return withheld(emulator_zero_shot, zero_shot)
+IN_NATS = {f"recovery_nats_{name.removeprefix('recovery_')}": row for name, row in REFERENCES.items()}
+"""The same of recoveries in nats."""
 
 
 def summarise(values: Mapping[str, float]) -> Summary:
@@ -60,6 +64,30 @@ def compare(rows: Mapping[str, Summary]) -> dict[str, Summary | None]:
         found[name] = _defined({seed: recovery(value, zero_shot, reference) for seed, value in plugged_in.items()})
     found["gap"] = _defined({seed: gap(tuned[seed], value) for seed, value in plugged_in.items()})
     return found
+
+
+def compare_nats(rows: Mapping[str, Summary]) -> dict[str, Summary | None]:
+    """Return what is said of perplexities alone: recoveries in nats, and what is withheld after tuning and before it.
+
+    Args:
+        rows: as of `compare`, perplexities, and `emulator_zero_shot`.
+
+    Returns:
+        None for a recovery whose reference was not run. ``capability`` is ``withheld_zero_shot``.
+    """
+    zero_shot = rows["zero_shot"].mean
+    found: dict[str, Summary | None] = {}
+    for name, row in IN_NATS.items():
+        reference = rows[row].mean if row in rows else None
+        values = {seed: recovery_nats(value, zero_shot, reference) for seed, value in rows["plugged_in"].values.items()}
+        found[name] = _defined(values)
+    found["withheld_after_tuning"] = summarise(_withheld(rows["emulator_tuned"], zero_shot))
+    found["withheld_zero_shot"] = found["capability"] = summarise(_withheld(rows["emulator_zero_shot"], zero_shot))
+    return found
+
+
+def _withheld(emulator: Summary, zero_shot: float) -> dict[str, float]:
+    return {seed: withheld(value, zero_shot) for seed, value in emulator.values.items()}
 
 
 def _defined(values: Mapping[str, float | None]) -> Summary | None:

@@ -146,7 +146,7 @@ def show(results: Results) -> None:
     part = "" if results.scale == 1 else f", {results.scale:g} of its update plugged in"
     table(f"{results.data.name}, {size}; {results.adapter.kind} {results.adapter.placement}{part}", columns, lines)
     for name, figure in results.metrics.items():
-        if figure is not None:
+        if figure is not None and name != "capability":  # withheld zero-shot under its first name
             say(f"  {name.replace('_', ' ')}: {spread(figure, digits=3)}")
     adapter_bytes = flat(results)["adapter_bytes"]
     say(f"  sent {results.package.num_bytes / 1e6:,.1f} MB, returned {adapter_bytes / 1e6:,.2f} MB")

@@ -37,6 +37,8 @@ def settings(speaker_folder, heldout_speech, public_speech, tmp_path):
             "attack": "as_is_all,refill_lora",
             "all_rates": "3e-3",
             "lora_rates": "1e-2",
+            "client_steps": "4",
+            "client_rates": "1e-2",
             "output": str(tmp_path / "audit"),
             "device": "cpu",
             **changes,
@@ -48,7 +50,7 @@ def settings(speaker_folder, heldout_speech, public_speech, tmp_path):
 
 def test_it_measures_everything_and_prints_verdicts(settings, pack_speaker, tmp_path, capsys):
     package, other = pack_speaker("drop", blocks=2), pack_speaker("drop", blocks=3)
-    limits = {"max_capability": "0.99", "max_recovery": "0.0001", "max_union": "0.6"}
+    limits = {"max_capability": "0.99", "max_recovery": "0.0001", "max_union": "0.6", "min_withheld": "0"}
     told = run(settings(package, earlier=[str(other.path)], **limits))
     audit, digest = read_audit(tmp_path / "audit")
     assert isinstance(audit, PackageAudit)
@@ -69,6 +71,7 @@ def test_it_measures_everything_and_prints_verdicts(settings, pack_speaker, tmp_
         ("capability", "passed"),
         ("recovery", "failed"),
         ("union", "failed"),
+        ("withheld", "passed"),
     ]
     assert json.loads(json.dumps(told, allow_nan=False))["union"] == 0.75
     assert sorted(path.name for path in tmp_path.iterdir()) == ["audit"]
@@ -81,6 +84,8 @@ def test_it_measures_everything_and_prints_verdicts(settings, pack_speaker, tmp_
         "best likeness",
         "regained",
         "union: 2 packages",
+        "withheld after tuning",
+        "no measure of what a client is left with",
         "recovery: failed",
     ):
         assert words in shown.err
@@ -98,7 +103,7 @@ def test_bfloat16_packages_of_float32_models_are_compared_as_they_stand(settings
     assert told["verbatim"] == told["verbatim_by_row"] > 0.8
 
 
-NO_ATTACK = dict.fromkeys(("recovery_tokens", "attack", "all_rates", "lora_rates"))
+NO_ATTACK = dict.fromkeys(("recovery_tokens", "attack", "all_rates", "lora_rates", "client_steps", "client_rates"))
 
 
 def test_without_public_text_no_attack_is_tried_and_chance_comes_from_halves(settings, pack_speaker, tmp_path, capsys):
@@ -111,6 +116,61 @@ def test_without_public_text_no_attack_is_tried_and_chance_comes_from_halves(set
     with_public = run(settings(pack_speaker("width", width=0.5), recovery_tokens="0", output=str(tmp_path / "b")))
     assert with_public["chance"] == pytest.approx(told["chance"], abs=0.2)
     assert with_public["full"] == told["full"]
+
+
+def by_way(audit):
+    return {one.way: one for one in audit.withheld}
+
+
+def test_what_is_withheld_after_tuning_is_measured_by_a_rehearsed_client_and_by_the_attack(
+    settings, pack_speaker, public_speech, tmp_path
+):
+    package = pack_speaker("drop", blocks=2)
+    flags = {"attack": "as_is_all", "recovery_tokens": "6000", "field_text": str(public_speech), "client_steps": "30"}
+    told = run(settings(package, client_rates="1e-6,1e-2", min_withheld="0.01", **flags))
+    audit, _ = read_audit(tmp_path / "audit")
+    (text,) = audit.capabilities
+    ways = by_way(audit)
+    assert list(ways) == ["rehearsed client", "recovery attack"]
+    for one in ways.values():
+        assert one.nats == pytest.approx(math.log(one.perplexity) - text.full)
+        assert 0 < one.nats < audit.withheld_zero_shot  # tuning heals, and not all of it
+    assert audit.withheld_zero_shot == pytest.approx(text.emulator - text.full)
+    assert ways["rehearsed client"].num_tokens == 30 * 4 * TOKENS
+    assert "rate 0.01, the best of 2 on text held out" in ways["rehearsed client"].told
+    best = min(point.perplexity for one in audit.recovery for point in one.points)
+    assert ways["recovery attack"].perplexity == best
+    least = min(one.nats for one in ways.values())
+    assert (told["withheld_after_tuning"], told["withheld_zero_shot"]) == (least, audit.withheld_zero_shot)
+    assert told["withheld"] == {way.replace(" ", "_"): one.nats for way, one in ways.items()}
+    (gate,) = told["gates"]
+    assert (gate["name"], gate["verdict"], gate["found"]) == ("withheld", "passed", least)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["audit"]
+
+
+def test_a_client_can_be_played_where_no_attack_is_tried(settings, pack_speaker, public_speech, tmp_path, capsys):
+    alone = {**NO_ATTACK, "client_steps": "2", "client_rates": "1e-2", "public": None, "field_text": str(public_speech)}
+    run(settings(pack_speaker("drop", blocks=2), **alone))
+    audit, _ = read_audit(tmp_path / "audit")
+    assert list(by_way(audit)) == ["rehearsed client"]
+    assert "on every linear of 1+1 blocks, 2 step(s) on text of the field" in audit.withheld[0].told
+    assert "no attack is tried" in capsys.readouterr().err
+
+
+def test_a_client_is_not_played_with_no_steps(settings, pack_speaker, tmp_path):
+    off = {"client_steps": "0", "client_rates": None, "recovery_tokens": "0", "min_withheld": "0"}
+    told = run(settings(pack_speaker("drop", blocks=2), **off))
+    audit, _ = read_audit(tmp_path / "audit")
+    assert audit.withheld == ()
+    assert (told["withheld"], told["withheld_after_tuning"]) == ({}, None)
+    assert [gate["verdict"] for gate in told["gates"]] == ["not measurable"]
+    assert "withheld" not in json.loads((tmp_path / "audit" / "audit.json").read_text())
+
+
+def test_of_field_text_nothing_is_left_where_all_of_it_is_measured_on(settings, pack_speaker, heldout_speech, tmp_path):
+    with pytest.raises(DataError, match=r"0 document\(s\), expected at least two"):
+        run(settings(pack_speaker("drop", blocks=2), field_text=str(heldout_speech)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_results_of_evaluate_give_the_gap(
@@ -130,12 +190,20 @@ def test_results_of_evaluate_give_the_gap(
         "device": "cpu",
     }
     evaluate(build(EvaluateConfig, flags={**given, "output": str(tmp_path / "results")}))
-    told = run(settings(package, results=str(tmp_path / "results"), public=None, **NO_ATTACK))
+    told = run(settings(package, results=str(tmp_path / "results"), min_withheld="9", attack="as_is_all"))
     audit, _ = read_audit(tmp_path / "audit")
+    assert list(by_way(audit)) == ["rehearsed client", "client", "recovery attack"]
+    least = min(one.nats for one in audit.withheld)
+    assert [(gate["verdict"], gate["found"]) for gate in told["gates"]] == [("failed", least)]
     (kept,) = audit.capabilities
     assert told["gap"] == pytest.approx(kept.emulator_tuned - kept.plugged_in)
     found = json.loads((tmp_path / "results" / "results.json").read_text())["rows"]
     assert math.exp(kept.plugged_in) == pytest.approx(found["plugged_in"]["perplexity"]["mean"])
+    client = by_way(audit)["client"]
+    assert client.perplexity == pytest.approx(found["emulator_tuned"]["perplexity"]["mean"])
+    metrics = json.loads((tmp_path / "results" / "results.json").read_text())["metrics"]
+    assert client.nats == pytest.approx(metrics["withheld_after_tuning"]["mean"], abs=1e-4)
+    assert "lora that came back, 1+1, mean of 1 bundle(s)" in client.told
     assert math.exp(kept.full) == pytest.approx(found["zero_shot"]["perplexity"]["mean"], rel=1e-4)
     changes = {"public": None, "results": str(tmp_path / "results"), "output": str(tmp_path / "other"), **NO_ATTACK}
     with pytest.raises(ConfigError, match="measured with another package"):
@@ -246,6 +314,14 @@ def test_another_model_record_or_package_is_refused(settings, pack_speaker, make
         ({"recovery_tokens": "5,5"}, "--recovery-tokens: expected ascending numbers"),
         ({"attack": "melt_all"}, "--attack: found 'melt_all', expected one of as_is_lora"),
         ({"public": None}, "attacks need public text, and --public is missing"),
+        (
+            {"public": None, "recovery_tokens": None, "attack": None, "all_rates": None, "lora_rates": None},
+            "--client-rates, --client-steps: a client is played on --field-text or --public, give one",
+        ),
+        ({"client_steps": "0", "field_text": "x"}, "--field-text: no client is played on it with --client-steps 0"),
+        ({"client_steps": "-1"}, "--client-steps: expected at least 0"),
+        ({"client_rates": "0"}, "--client-rates"),
+        ({"min_withheld": "nan"}, "--min-withheld"),
         ({"max_union": "0.5"}, "--max-union: nothing to unite, --earlier is missing"),
         ({"max_union": "1.5", "earlier": ["x"]}, "--max-union: expected at most 1"),
     ],

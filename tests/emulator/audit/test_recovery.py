@@ -124,7 +124,7 @@ def test_the_rate_may_change_with_the_mark(attacker, pack_speaker, monkeypatch, 
     def run(self, start, heal, mark, rate):
         tried.append((mark, rate))
         off = abs(rate - best_by_mark[marks.index(mark)])
-        return module._Run(off, 3.0 + off, mark, 1, rate, 0.0)
+        return module.Run(off, 3.0 + off, mark, 1, rate, 0.0)
 
     monkeypatch.setattr(Attacker, "_run", run)
     found = attacker(pack_speaker("drop", blocks=2), marks=marks, rates={"all": (3, 1, 4, 2)}).heal("as_is", "all", 4.0)

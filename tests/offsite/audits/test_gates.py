@@ -26,6 +26,7 @@ from offsite.audits.record import (
     TextSettings,
     Union,
     Verbatim,
+    Withheld,
 )
 
 ONE, TWO = "sha256:" + "1" * 64, "sha256:" + "2" * 64
@@ -280,7 +281,8 @@ def test_every_verdict_of_a_plugged_in_adapters_gates(epsilon, delta, found, ver
 # The package
 
 
-def package(kept=0.3, regained=(0.1, 0.2), union=0.6, step=500):
+def package(kept=0.3, regained=(0.1, 0.2), union=0.6, step=500, withheld=(0.4, 0.3)):
+    ways = zip(("client", "recovery attack"), withheld, (None, 9000), strict=False)
     points = tuple(RecoveryPoint(num_tokens=n * step, perplexity=50.0, regained=one) for n, one in enumerate(regained))
     return PackageAudit(
         package_digest=ONE, base_digest=TWO, method=Method(name="width"), middle_parameters=100,
@@ -289,6 +291,9 @@ def package(kept=0.3, regained=(0.1, 0.2), union=0.6, step=500):
         capabilities=(Capability(name="perplexity", metric="nats", num_rows=9, chance=7.0, full=3.0, emulator=5.0,
                                  kept=kept),),
         recovery=(Recovery(attack="as_is_all", trained_parameters=9, points=points),) if points else (),
+        withheld=tuple(
+            Withheld(way=way, nats=nats, perplexity=9.0, num_tokens=num, told="") for way, nats, num in ways
+        ),
         union=None if union is None else Union(num_packages=2, share_single=0.5, share_union=union),
     )  # fmt: skip
 
@@ -304,6 +309,13 @@ PACKAGE = [
     ("union", {"max_union": 0.6}, "passed", {}),
     ("union", {"max_union": 0.5}, "failed", {}),
     ("union", {"max_union": 0.9}, "not measurable", {"union": None}),
+    ("withheld", {"min_withheld": 0.3}, "passed", {}),
+    ("withheld", {"min_withheld": 0.31}, "failed", {}),
+    ("withheld", {"min_withheld": 0.31}, "failed", {"withheld": (0.3, 0.4)}),  # the least of them, whichever it is
+    ("withheld", {"min_withheld": 0.0}, "passed", {"withheld": (0.0,)}),
+    ("withheld", {"min_withheld": 0.0}, "failed", {"withheld": (-0.01,)}),
+    ("withheld", {"min_withheld": -0.1}, "passed", {"withheld": (-0.01,)}),
+    ("withheld", {"min_withheld": -9.0}, "not measurable", {"withheld": ()}),
 ]
 
 
@@ -312,6 +324,18 @@ def test_every_verdict_of_a_packages_gates(name, limits, verdict, changes):
     (gate,) = package_gates(package(**changes), **limits)
     assert (gate.name, gate.verdict) == (name, verdict)
     assert package_gates(package(**changes)) == ()
+
+
+def test_by_which_way_least_is_withheld_is_told():
+    (gate,) = package_gates(package(), min_withheld=0.1)
+    assert gate.told == (
+        "0.30 nats per token are withheld after tuning by a recovery attack on 9,000 tokens, the least of 2 ways"
+    )
+    assert (gate.found, gate.limit) == (0.3, 0.1)
+    (alone,) = package_gates(package(withheld=(0.4,)), min_withheld=0.1)
+    assert alone.told == "0.40 nats per token are withheld after tuning by a client, the one way measured"
+    (none,) = package_gates(package(withheld=()), min_withheld=0.1)
+    assert (none.found, none.told) == (None, "no tuning of the emulator was measured")
 
 
 def test_how_long_the_longest_attack_was_is_told():

@@ -23,6 +23,7 @@ from offsite.audits.record import (
     ScanFigures,
     Similarity,
     TextSettings,
+    Withheld,
     quoted,
     read_audit,
     read_run,
@@ -163,6 +164,71 @@ def test_what_is_not_an_audit_is_refused(audits, tmp_path, name):
         read_audit(tmp_path / "audit")
     assert type(caught.value) is error
     assert "\x1b" not in str(caught.value)
+
+
+def left(way="client", nats=0.25, perplexity=12.0, num_tokens=None):
+    return Withheld(way=way, nats=nats, perplexity=perplexity, num_tokens=num_tokens, told="40 steps")
+
+
+def test_what_is_withheld_is_read_as_it_was_written_and_its_least_known(audits, tmp_path):
+    ways = (left("rehearsed client", nats=-0.5, num_tokens=640), left(nats=0.0), left("recovery attack", num_tokens=9))
+    audit = PackageAudit.model_validate(audits["package"].model_dump() | {"withheld": ways})
+    write_audit(tmp_path / "audit", audit)
+    found, _ = read_audit(tmp_path / "audit")
+    assert found == audit
+    assert found.least_withheld == ways[0]
+    assert found.withheld_zero_shot == 0.5
+
+
+def test_an_audit_of_an_earlier_version_has_the_bytes_it_had(audits, tmp_path):
+    """What has no new figure is written without the new field, and what was written without it is read."""
+    write_audit(tmp_path / "audit", audits["package"])
+    stated = json.loads((tmp_path / "audit" / AUDIT_NAME).read_text())
+    assert "withheld" not in stated
+    assert set(stated) == {
+        "format", "kind", "package_digest", "base_digest", "method", "middle_parameters", "emulator_parameters",
+        "capabilities", "similarity", "recovery", "recovery_text", "union", "versions",
+    }  # fmt: skip
+    found, _ = read_audit(tmp_path / "audit")
+    assert (found.withheld, found.least_withheld) == ((), None)
+
+
+def way(**changes):
+    """Return a change of the first of the ways that are stated."""
+    return lambda stated: text({**stated, "withheld": [{**stated["withheld"][0], **changes}, *stated["withheld"][1:]]})
+
+
+WITHHELD = {
+    "a perplexity below 0": way(perplexity=-12.0),
+    "a perplexity of 0": way(perplexity=0.0),
+    "tokens below 0": way(num_tokens=-1),
+    "no token": way(num_tokens=0),
+    "half a token": way(num_tokens=0.5),
+    "nats as text": way(nats="0.25"),
+    "no nats": way(nats=None),
+    "NaN": lambda stated: text(stated).replace(b'"nats": 0.25', b'"nats": NaN'),
+    "an infinity": lambda stated: text(stated).replace(b'"nats": 0.25', b'"nats": 1e999'),
+    "another way": way(way="friend"),
+    "the way of another": way(way="recovery attack"),
+    "another name": way(withheld=0.25),
+    "a control character": way(told="\x1b[2J"),
+    "a long story": way(told="x" * 201),
+    "no list": edited(withheld={"client": 0.25}),
+    "nothing": edited(withheld=None),
+}
+
+
+@pytest.mark.parametrize("name", WITHHELD)
+def test_what_is_withheld_is_read_strictly(audits, tmp_path, name):
+    ways = (left(), left("recovery attack", nats=0.5, num_tokens=9))
+    write_audit(tmp_path / "audit", PackageAudit.model_validate(audits["package"].model_dump() | {"withheld": ways}))
+    path = tmp_path / "audit" / AUDIT_NAME
+    stated = json.loads(path.read_text())
+    raw = WITHHELD[name](stated)
+    assert raw != text(stated), "the change did nothing"
+    path.write_bytes(raw)
+    with pytest.raises(BadSchema):
+        read_audit(tmp_path / "audit")
 
 
 def test_the_folder_holds_an_audit_and_nothing_else(audits, tmp_path):

@@ -90,6 +90,20 @@ OWNERS = {
 }
 
 
+def test_what_is_withheld_after_tuning_is_told_where_it_was_measured():
+    earlier = page(s.report(package=s.package_audit()))
+    later = page(s.report(package=s.package_audit(withheld=s.ways()), limits=Limits(min_withheld=0.5)))
+    for words in (
+        "What the client is left with after tuning",
+        "rehearsed client, 40 steps",
+        "nats per token withheld after tuning, by a client",
+        "no measure of what the client is left with",
+        "limit set for the least of them is 0.5",
+    ):
+        assert words in later
+        assert words not in earlier
+
+
 def test_the_same_report_the_same_bytes_and_from_the_json_alone():
     report = s.report(bundle=PRIVATE, release=release(PRIVATE), **OWNERS)
     text = page(report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 import random
 import shutil
 import sys
@@ -17,6 +18,7 @@ from offsite.artefacts.job import write_job
 from offsite.audits.gates import Release, bundle_gates, unmeasured
 from offsite.audits.membership import membership_of
 from offsite.audits.record import write_audit
+from offsite.digests import sha256_bytes
 from offsite.errors import ArtefactError, BadSchema, BadSignature, ConfigError, WrongBinding
 from offsite.keys.identity import Signatures
 from offsite.privacyreport import recompute
@@ -150,6 +152,31 @@ def test_without_the_clients_run_nothing_is_said_of_its_privacy():
     assert alone.digests.bundle is None
 
 
+def test_a_package_audit_and_its_report_of_an_earlier_version_have_the_bytes_they_had():
+    """Digests of what version 0.1.0 wrote of the same figures."""
+    audit = s.package_audit()
+    assert audit_digest(audit) == "sha256:24dfc1577c13400d2e1733052fa5a5fa61faccbbf752655081705d0a5b3b6a72"
+    report = s.report(package=audit, limits=Limits(max_capability=0.7))
+    assert sha256_bytes(report_raw(report)) == "sha256:83fc33641ad134dd586649e7a51df7b781fe7beac064bdab776be11499e6a4c2"
+
+
+def test_what_is_withheld_after_tuning_is_in_the_first_line_and_under_its_limit():
+    """ln(25.61 / 12.97) = 0.68 by the client, less than by the other ways."""
+    report = s.report(package=s.package_audit(withheld=WAYS), limits=Limits(min_withheld=0.0))
+    assert report.headline.endswith("; after tuning it falls 0.68 nats per token short of the full model")
+    (gate,) = report.gates.package
+    assert (gate.name, gate.verdict, gate.limit) == ("withheld", "passed", 0.0)
+    assert gate.found == pytest.approx(math.log(25.61 / 12.97))
+    assert any("may leave less" in one for one in report.non_claims)
+    again = parse_report(report_raw(report))
+    assert again == report
+    assert again.limits.min_withheld == 0.0  # a zero that is not the default is written
+    (failed,) = s.report(package=s.package_audit(withheld=WAYS), limits=Limits(min_withheld=0.7)).gates.package
+    assert failed.verdict == "failed"
+    (unknown,) = s.report(package=s.package_audit(), limits=Limits(min_withheld=0.0)).gates.package
+    assert unknown.verdict == "not measurable"
+
+
 def test_gates_are_worked_out_for_each_audit():
     limits = Limits(max_capability=0.5, max_union=0.6)
     report = s.report(plugged=s.plugged_audit(), package=s.package_audit(), limits=limits)
@@ -208,6 +235,12 @@ def estimate(found, by=0.0, **changes):
     return {**given, **changes}
 
 
+def left(*ways, **changes):
+    return {"package": s.package_audit(withheld=ways, **changes)}
+
+
+WAYS = s.ways()
+UNTUNED = s.package_audit().capabilities[0].model_copy(update={"emulator_tuned": None})
 UNSOUND = {
     "two points": (curve((0, 0), (1, 1)), "the area of 'loss'"),
     "a point between rows": (curve((0, 0), (0.5, 0.87654321), (1, 1)), "no share of 1200 rows"),
@@ -260,6 +293,23 @@ UNSOUND = {
         {"package": s.package_audit(union=s.package_audit().union.model_copy(update={"share_union": 0.2}))},
         "the share that one package holds",
     ),
+    "more withheld than its perplexity gives": (left(*s.ways(nats=0.9)), "by a rehearsed client is stated as 0.9"),
+    "less withheld than its perplexity gives": (left(*s.ways(nats=-0.9)), "by a rehearsed client is stated as -0.9"),
+    "another client's figure": (
+        left(WAYS[1].model_copy(update={"perplexity": 12.97 * math.e, "nats": 1.0})),
+        "the loss after tuning by a client",
+    ),
+    "another attack's figure": (
+        left(*WAYS[:2], WAYS[2].model_copy(update={"perplexity": 12.97 * math.e, "nats": 1.0})),
+        "the loss after tuning by a recovery attack",
+    ),
+    "the attack left out": (left(*WAYS[:2]), "by a recovery attack and its figures do not go together"),
+    "the client left out": (left(WAYS[0], WAYS[2]), "by a client and its figures do not go together"),
+    "a client nobody measured": (
+        left(*WAYS, capabilities=(UNTUNED,)),
+        "by a client and its figures do not go together",
+    ),
+    "an attack nobody ran": (left(*WAYS, recovery=()), "by a recovery attack and its figures do not go together"),
 }  # fmt: skip
 
 

@@ -164,6 +164,30 @@ def test_the_page_says_what_the_results_say():
         assert words in shown.text, words
 
 
+def test_what_is_withheld_is_told_where_the_results_have_it():
+    later = {
+        "recovery_nats_vs_lora": figure(0.79),
+        "recovery_nats_vs_ceiling": None,
+        "recovery_nats_vs_full": None,
+        "withheld_after_tuning": figure(-0.42),
+        "withheld_zero_shot": figure(1.207),
+    }
+    shown = Page(page(sample(metrics=sample().metrics | later), {})).text
+    for words in (
+        "withheld_after_tuning",
+        "withheld_zero_shot",
+        "recovery_nats_vs_lora",
+        "nats per token withheld from the client's copy, tuned",
+        "withheld zero shot 1.21 nats per token",
+        "\N{MINUS SIGN}0.420 nats per token are withheld then, by this client",
+    ):
+        assert words in shown
+    assert "capability 1.21" not in shown  # one figure, one name
+    earlier = Page(page(sample(), {})).text
+    assert not any(name in earlier for name in later)
+    assert "are withheld then" not in earlier
+
+
 def test_the_page_refers_to_nothing_outside_and_runs_nothing():
     text = page(sample(), sample_logs())
     shown = Page(text)

@@ -25,6 +25,7 @@ from offsite.audits.record import (
     TextSettings,
     Union,
     Verbatim,
+    Withheld,
     write_audit,
 )
 from offsite.errors import BadSchema, ConfigError, PolicyError, TooLarge, WrongBinding
@@ -73,7 +74,7 @@ def audit(**changes):
     return BundleAudit(**{**given, **changes})
 
 
-def package_audit(kept=0.3, regained=0.2, union=None):
+def package_audit(kept=0.3, regained=0.2, union=None, withheld=(0.3,)):
     found = () if regained is None else (RecoveryPoint(num_tokens=1000, perplexity=50.0, regained=regained),)
     return PackageAudit(
         package_digest=BUNDLE, base_digest=OTHER, method=Method(name="width"), middle_parameters=100,
@@ -83,6 +84,9 @@ def package_audit(kept=0.3, regained=0.2, union=None):
                                  kept=kept),),
         recovery=(Recovery(attack="as_is_all", trained_parameters=9, points=found),) if found else (),
         union=None if union is None else Union(num_packages=2, share_single=0.5, share_union=union),
+        withheld=tuple(
+            Withheld(way="client", nats=nats, perplexity=27.0, num_tokens=None, told="") for nats in withheld
+        ),
     )  # fmt: skip
 
 
@@ -148,7 +152,7 @@ def test_acceptance_is_not_recorded_where_it_was_not_needed(settings):
     assert not require_gates(settings(audit(), accept_leakage=True), "bundle", BUNDLE).accepted_leakage
 
 
-WITHIN = {"max_capability": (0.3, 0.2), "max_recovery": (0.2, 0.1), "max_union": (0.6, 0.5)}
+WITHIN = {"max_capability": (0.3, 0.2), "max_recovery": (0.2, 0.1), "max_union": (0.6, 0.5), "min_withheld": (0.3, 0.4)}
 
 
 @pytest.mark.parametrize("name", WITHIN)
@@ -165,6 +169,11 @@ def test_a_limit_on_what_was_not_measured_refuses(settings):
         require_gates(settings(package_audit(regained=None), max_recovery=0.9), "package", BUNDLE)
 
 
+def test_a_limit_on_what_is_withheld_refuses_where_no_tuning_was_measured(settings):
+    with pytest.raises(PolicyError, match="withheld not measurable: no tuning of the emulator was measured"):
+        require_gates(settings(package_audit(withheld=()), min_withheld=-9.0), "package", BUNDLE)
+
+
 def test_without_limits_a_package_goes(settings):
     assert require_gates(settings(), "package", BUNDLE) is None
 
@@ -175,6 +184,8 @@ def test_without_limits_a_package_goes(settings):
         ("bundle", {"max_recovery": 0.5}, "--max-recovery: not for a bundle"),
         ("package", {"accept_leakage": True}, "--accept-leakage: not for a package"),
         ("package", {"max_union": 0.5}, "--max-union: --audit is missing"),
+        ("package", {"min_withheld": 0.0}, "--min-withheld: --audit is missing"),
+        ("bundle", {"min_withheld": 0.0}, "--min-withheld: not for a bundle"),
     ],
 )
 def test_settings_that_do_not_belong_are_refused(settings, kind, changes, message):

@@ -84,6 +84,16 @@ def test_every_row_is_what_the_models_compute(
         (found["plugged_in"] - found["zero_shot"]) / (found["lora_full"] - found["zero_shot"])
     )
     assert found["capability"] == pytest.approx(math.log(found["emulator_zero_shot"] / found["zero_shot"]))
+    assert found["withheld_zero_shot"] == found["capability"]
+    tuned = results.rows["emulator_tuned"].perplexity.values
+    assert results.metrics["withheld_after_tuning"].values == pytest.approx(
+        {seed: math.log(value / found["zero_shot"]) for seed, value in tuned.items()}
+    )
+    assert found["recovery_nats_vs_full"] == pytest.approx(
+        sum(math.log(found["zero_shot"] / value) for value in expected)
+        / 3
+        / math.log(found["zero_shot"] / found["full"])
+    )
     assert (found["num_seeds"], found["adapter_bytes"]) == (3, seeds[0].num_bytes)
     assert found["package_bytes"] == dropped_package.num_bytes
 
@@ -154,7 +164,16 @@ def test_the_table_is_on_stderr(evaluate, seeds, dropped_package, capsys):
     evaluate(dropped_package, seeds[:2])
     captured = capsys.readouterr()
     assert captured.out == ""
-    for words in ("zero shot", "emulator tuned", "plugged in", "±", "gap", "capability", "sent "):
+    for words in (
+        "zero shot",
+        "emulator tuned",
+        "plugged in",
+        "±",
+        "gap",
+        "withheld after tuning",
+        "withheld zero shot",
+        "sent ",
+    ):
         assert words in captured.err
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offsite.evaluation.figures import gap, recovery
+from offsite.evaluation.figures import gap, recovery, recovery_nats
 from offsite.evaluation.results import Summary
-from server.evaluation.metrics import REFERENCES, capability, compare, summarise
+from server.evaluation.metrics import IN_NATS, REFERENCES, compare, compare_nats, summarise
 
 PERPLEXITIES = st.floats(1.0, 1e6)
 
@@ -49,9 +49,42 @@ def test_gap_is_emulator_tuned_over_plugged_in():
     assert gap(0.3, 0.0) is None
 
 
-def test_capability_is_zero_for_an_emulator_as_good_as_the_model():
-    assert capability(18.3, 18.3) == 0.0
-    assert capability(18.3 * math.e, 18.3) == pytest.approx(1.0)
+def nats_rows(**changes):
+    rows = {
+        "zero_shot": one(math.e),
+        "emulator_zero_shot": one(math.e**3.5),
+        "emulator_tuned": summarise({"seed0": math.e**2, "seed1": math.e**0.5}),
+        "plugged_in": summarise({"seed0": math.e**0.5, "seed1": math.e**0.25}),
+        "lora_full": one(math.e**0.2),
+    }
+    return {**rows, **changes}
+
+
+def test_what_is_withheld_is_told_seed_by_seed_after_tuning_and_before_it():
+    """Full zero-shot 1 nat; tuned emulators 2 and 0.5 nats: one falls short by 1, the other is better by 0.5."""
+    found = compare_nats(nats_rows())
+    assert found["withheld_after_tuning"].values == pytest.approx({"seed0": 1.0, "seed1": -0.5})
+    assert found["withheld_after_tuning"].mean == pytest.approx(0.25)
+    assert found["withheld_zero_shot"].mean == pytest.approx(2.5)
+    assert found["capability"] == found["withheld_zero_shot"]  # its first name
+
+
+def test_an_emulator_as_good_as_the_model_withholds_nothing():
+    same = compare_nats(nats_rows(emulator_zero_shot=one(math.e), emulator_tuned=one(math.e), plugged_in=one(math.e)))
+    assert (same["capability"].mean, same["withheld_after_tuning"].mean) == (0.0, 0.0)
+
+
+def test_recoveries_in_nats_are_of_the_logarithms():
+    """From 1 nat to 0.5 and to 0.25, where the reference reaches 0.2: 0.5 / 0.8 and 0.75 / 0.8."""
+    found = compare_nats(nats_rows())
+    assert found["recovery_nats_vs_lora"].values == pytest.approx({"seed0": 0.625, "seed1": 0.9375})
+    assert found["recovery_nats_vs_ceiling"] is None
+    assert found["recovery_nats_vs_full"] is None
+    assert set(found) == {*IN_NATS, "withheld_after_tuning", "withheld_zero_shot", "capability"}
+    assert set(IN_NATS) == {name.replace("recovery", "recovery_nats") for name in REFERENCES}
+    far = nats_rows(zero_shot=one(124.4), plugged_in=one(20.3), lora_full=one(14.0))
+    assert compare(far)["recovery_vs_lora"].mean == pytest.approx(0.94, abs=0.005)
+    assert compare_nats(far)["recovery_nats_vs_lora"].mean == recovery_nats(20.3, 124.4, 14.0)
 
 
 def test_mean_and_sample_deviation():
