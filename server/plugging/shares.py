@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,13 @@ from adapters.updates import Update, combined
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.errors import ConfigError
 from offsite.modelling.mlps import find_mlps
+from offsite.text.batches import Example
 from server.plugging.fit import Fitted, full_name, require_scalable, scaled
-from server.plugging.sparing import require_sparable
+from server.plugging.sparing import require_sparable, spare_adapters
 from server.plugging.ways import KINDS, Way
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def require_way(spec: AdapterSpec, way: Way) -> None:
@@ -33,6 +38,24 @@ def require_way(spec: AdapterSpec, way: Way) -> None:
         raise ConfigError("--scale: a dora adapter is plugged in whole or not", hint="ask the client for lora")
     if way.spare is not None:
         require_sparable(spec.kind)
+
+
+def taken(model: PreTrainedModel, adapter: Fitted, way: Way, public: Sequence[Example] = ()) -> Fitted:
+    """Return the adapter as the way plugs it in: spared first, then a share of it. Mixing is `plugged`'s.
+
+    Args:
+        model: the full model without the adapter; not changed.
+        adapter: fitted to it, with all of its update.
+        public: text that a way with ``spare`` needs (`server.plugging.sparing.public_text`).
+
+    Raises:
+        ConfigError, DataError, RunFailed, UnsupportedModel: as `require_way`, `shared` and `spare_adapters`.
+    """
+    require_way(adapter.spec, way)
+    if way.spare is not None:
+        (found,) = spare_adapters(model, [adapter], public, [way.spare])
+        adapter = found[way.spare]
+    return shared(model, adapter, way)
 
 
 def shared(model: nn.Module, adapter: Fitted, way: Way) -> Fitted:

@@ -19,31 +19,39 @@ Shape letters: R rows, N inputs of a layer, M rows of inputs.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from offsite.console import progress
+from offsite.digests import sha256_bytes
 from offsite.errors import ConfigError, DataError, RunFailed
 from offsite.evaluation.measure import evaluating
 from offsite.modelling.blocks import is_conv1d, is_linear, linear_dims
-from offsite.modelling.context import require_context
+from offsite.modelling.context import context_of
 from offsite.modelling.precision import in_float32
-from offsite.text.batches import Example
+from offsite.text.batches import Example, encode, pack
+from offsite.text.records import read_files
 from server.plugging.fit import Fitted, full_name
 from server.plugging.ways import LEAST_SPARE, MOST_SPARE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LIMIT_BYTES = 4 * 2**30
 """Most bytes of second moments that are held at once; with more, the text is read once for each part."""
+
+BLOCK_TOKENS = 256
+"""Length of the blocks that public text is read in; a model of a shorter context reads them in pieces."""
 
 _PROBE_TOKENS = 8
 
@@ -59,11 +67,31 @@ def spared(delta_RN: Tensor, moment_NN: Tensor, strength: float) -> Tensor:
         strength: larger keeps more; 1 keeps half of a direction that is used as much as the mean one.
 
     Raises:
-        ConfigError: when `strength` is outside `LEAST_SPARE` and `MOST_SPARE`.
+        ConfigError: when `strength` is not between `LEAST_SPARE` and `MOST_SPARE`.
         RunFailed: when C is not finite.
     """
     (found,) = _spared([delta_RN], moment_NN, strength)
     return found
+
+
+def public_text(
+    paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, *, limit_tokens: int
+) -> tuple[list[Example], str]:
+    """Return public text in blocks of one length, and a digest of its tokens, which names what was spared.
+
+    Args:
+        paths: files as every verb reads text, under their usual columns.
+        limit_tokens: of it, at most, and at least one block.
+
+    Raises:
+        ConfigError, DataError: when a file is not as needed, or holds nothing.
+    """
+    encoded = encode(read_files(paths), tokenizer, context=BLOCK_TOKENS, whole_text=True)
+    blocks = pack(encoded.examples, block_tokens=BLOCK_TOKENS)[: max(1, limit_tokens // BLOCK_TOKENS)]
+    whole = hashlib.sha256(b"offsite/v1/spare-text\0")
+    for block in blocks:
+        whole.update(array("q", [len(block.input_ids), *block.input_ids]).tobytes())
+    return blocks, sha256_bytes(whole.digest())
 
 
 def spare_adapters(
@@ -86,7 +114,7 @@ def spare_adapters(
         examples: public text as tokens.
 
     Raises:
-        ConfigError: from `require_sparable`, or when text is longer than the model's context.
+        ConfigError: from `require_sparable`.
         DataError: when there is no text.
         RunFailed: when an input of a layer is not finite.
     """
@@ -153,22 +181,21 @@ def second_moments(
     once, or as often as `limit_bytes` makes necessary.
 
     Raises:
-        ConfigError: when text is longer than the model's context.
         DataError: when there is no text.
         RunFailed: when an input is not finite.
     """
     if not examples:
         raise DataError("no public text: nothing tells which directions it uses")
-    require_context(model, max(len(example.input_ids) for example in examples), "public text in sequences")
+    rows = _pieces(examples, context_of(model))
     paths = list(dict.fromkeys(modules))
     sizes = {path: linear_dims(model.get_submodule(path))[0] for path in paths}
     with evaluating(model), in_float32(model):
-        groups = _sharing(model, paths, examples[0])
+        groups = _sharing(model, paths, rows[0])
         for some in _parts(groups, sizes, limit_bytes):
             leaders = [group[0] for group in some]
             sums = {path: torch.zeros(sizes[path], sizes[path], dtype=torch.float64) for path in leaders}
             counts = dict.fromkeys(leaders, 0)
-            _add_up(model, sums, counts, examples, batch_size)
+            _add_up(model, sums, counts, rows, batch_size)
             for group in some:
                 moment_NN = sums.pop(group[0])
                 if not bool(torch.isfinite(moment_NN).all()):
@@ -180,7 +207,7 @@ def _add_up(
     model: PreTrainedModel,
     sums: Mapping[str, Tensor],
     counts: dict[str, int],
-    examples: Sequence[Example],
+    rows: Sequence[Sequence[int]],
     batch_size: int,
 ) -> None:
     def see(path: str, inputs: Tensor) -> None:
@@ -188,15 +215,15 @@ def _add_up(
         sums[path].add_((rows_MN.T @ rows_MN).cpu())
         counts[path] += rows_MN.shape[0]
 
-    with progress(len(examples), "public text") as bar, _seen(model, sums, see):
+    with progress(len(rows), "public text") as bar, _seen(model, sums, see):
         done = 0
-        for ids_BT in _even(examples, batch_size):
+        for ids_BT in _even(rows, batch_size):
             _forward(model, ids_BT)
             done += len(ids_BT)
             bar.update(done)
 
 
-def _sharing(model: PreTrainedModel, paths: Sequence[str], example: Example) -> list[list[str]]:
+def _sharing(model: PreTrainedModel, paths: Sequence[str], ids: Sequence[int]) -> list[list[str]]:
     """Return the modules in groups that are handed the same tensors, in the order of their paths."""
     handed: dict[str, list[Tensor]] = {path: [] for path in paths}  # held, so that no identity comes twice
     versions: dict[str, list[tuple[int, int]]] = {path: [] for path in paths}
@@ -206,7 +233,7 @@ def _sharing(model: PreTrainedModel, paths: Sequence[str], example: Example) -> 
         versions[path].append((id(inputs), inputs._version))
 
     with _seen(model, paths, see):
-        _forward(model, torch.tensor([example.input_ids[:_PROBE_TOKENS]]))
+        _forward(model, torch.tensor([list(ids[:_PROBE_TOKENS])]))
     groups: dict[object, list[str]] = {}
     for path in paths:
         groups.setdefault(tuple(versions[path]) or path, []).append(path)
@@ -244,11 +271,19 @@ def _seen(model: nn.Module, paths: Iterable[str], see: Callable[[str, Tensor], N
             handle.remove()
 
 
-def _even(examples: Sequence[Example], batch_size: int) -> Iterator[Tensor]:
+def _pieces(examples: Sequence[Example], context: int | None) -> list[Sequence[int]]:
+    """Return the rows of tokens, those that are longer than the model reads in several."""
+    found: list[Sequence[int]] = []
+    for ids in (example.input_ids for example in examples):
+        size = context or len(ids)
+        found += [ids[start : start + size] for start in range(0, len(ids), size)]
+    return found
+
+
+def _even(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Tensor]:
     """Yield the text in batches of one length each, (B, T) int64: padding would count as text."""
-    ordered = sorted((example.input_ids for example in examples), key=len, reverse=True)
-    for _, rows in groupby(ordered, key=len):
-        alike = list(rows)
+    for _, group in groupby(sorted(rows, key=len, reverse=True), key=len):
+        alike = [list(ids) for ids in group]
         for start in range(0, len(alike), batch_size):
             yield torch.tensor(alike[start : start + batch_size])
 
@@ -293,7 +328,7 @@ def _weight(model: nn.Module, adapter: Fitted, name: str) -> Tensor:
 
 def _spared(deltas: Sequence[Tensor], moment_NN: Tensor, strength: float) -> list[Tensor]:
     if not LEAST_SPARE <= strength <= MOST_SPARE:
-        raise ConfigError(f"spare: found {strength:g}, expected {LEAST_SPARE:g} to {MOST_SPARE:g}")
+        raise ConfigError(f"spare: expected {LEAST_SPARE:g} to {MOST_SPARE:g}, found {strength:g}")
     moment_NN = moment_NN.double()
     if not bool(torch.isfinite(moment_NN).all()):
         raise RunFailed("the second moments of a layer's inputs are not finite")

@@ -53,9 +53,9 @@ class Way:
     def __post_init__(self) -> None:
         for name, share in (("scale", self.scale), *self.by_module, ("mix", self.mix)):
             if not 0 < share <= 1:
-                raise ConfigError(f"{name}: found {share:g}, expected more than 0 and at most 1")
+                raise ConfigError(f"{name}: expected more than 0 and at most 1")
         if self.spare is not None and not LEAST_SPARE <= self.spare <= MOST_SPARE:
-            raise ConfigError(f"spare: found {self.spare:g}, expected {LEAST_SPARE:g} to {MOST_SPARE:g}")
+            raise ConfigError(f"spare: expected {LEAST_SPARE:g} to {MOST_SPARE:g}")
         names = [name for name, _ in self.by_module]
         for name in names:
             if name not in PARTS:
@@ -85,6 +85,14 @@ class Way:
         Raises:
             ConfigError: in one line, when it names none.
         """
+        try:
+            return cls.read(text)
+        except ConfigError as error:
+            raise ConfigError(f"{error}, found {text[:80]!r}") from None
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """Return the way that `text` names, as `parse` does; the error is of whoever knows where the text stood."""
         first, *rest = words = text.split(",")
         scale = 1.0
         if "=" not in first:
@@ -93,14 +101,42 @@ class Way:
         for word in words:
             name, equals, value = word.partition("=")
             if not equals or name not in _WORDS:
-                raise ConfigError(
-                    f"{word[:40]!r} is neither a share nor NAME=SHARE of {', '.join(_WORDS)}{meant(name, _WORDS)}"
-                )
+                raise ConfigError(f"expected NAME=SHARE of {', '.join(_WORDS)}{meant(name[:40], _WORDS)}")
             if name in found:
                 raise ConfigError(f"{name} is given twice")
             found[name] = _number(value)
         spare, mix = found.pop("spare", None), found.pop("mix", 1.0)
         return cls(scale, tuple(found.items()), spare, mix)
+
+    @classmethod
+    def stated(cls, scale: float, word: str) -> Self:
+        """Return the way that a file states: a share in a field of its own, and a word where that does not say it all.
+
+        Raises:
+            ConfigError: when the word names no way, is not written as `word` writes it, or is of another share.
+        """
+        if not word:
+            return cls(scale)
+        found = cls.parse(word)
+        if found.word != word or found.scale != scale:
+            raise ConfigError(f"the way {word[:80]!r} and the share {scale:g} do not agree")
+        return found
+
+    @property
+    def word(self) -> str:
+        """What a file states beside the share; empty where the share alone says it all."""
+        return "" if self == Way(self.scale) else str(self)
+
+    @property
+    def told(self) -> str:
+        """The way as people read it: ``0.5 of the update``, with what else is done."""
+        share = ", ".join(f"{value:g} of {name}" for name, value in self.by_module)
+        parts = [share or ("" if self.scale == 1 else f"{self.scale:g} of the update")]
+        if self.spare is not None:
+            parts.append(f"spared where public text uses more than {self.spare:g} of the mean")
+        if self.mix != 1:
+            parts.append(f"{self.mix:g} of the probabilities")
+        return ", ".join(part for part in parts if part) or "all of the update"
 
     @property
     def is_plain(self) -> bool:
@@ -156,5 +192,5 @@ def _shown(number: float) -> str:
 
 def _number(text: str) -> float:
     if not _NUMBER.fullmatch(text):
-        raise ConfigError(f"found {text[:40]!r}, expected a number, or NAME=SHARE of {', '.join(PARTS)}")
+        raise ConfigError(f"expected a number, or NAME=SHARE of {', '.join(_WORDS)}")
     return float(text)

@@ -159,6 +159,33 @@ def test_an_adapter_that_never_saw_them_is_not(audit, untouched):
     assert told["epsilon_at_least"] < 0.5
 
 
+def test_what_is_measured_is_what_is_served(audit, learned_by_heart, capsys):
+    """Half of the update and of the probabilities shows less; the record says so, and other ways are warned of."""
+    config = audit(learned_by_heart, scale="mlp=0.5,attention=0.5", mix=0.5, samples=0)
+    with Registry.open(config.registry, config.keys) as registry:
+        registry.note_way(config.id, "plugged-in", "0.5")
+    told = run(config)
+    assert told["way"] == "attention=0.5,mlp=0.5,mix=0.5"
+    assert "warning: plugged in was" in capsys.readouterr().err
+    found, _ = read_audit(config.output)
+    assert isinstance(found, PluggedAudit)
+    assert (found.way, found.spare_text) == (told["way"], "")
+    with Registry.open(config.registry, config.keys) as registry:
+        registry.note_way(config.id, "plugged-in", "attention=0.5,mlp=0.5")
+    run(config.model_copy(update={"output": config.output.with_name("second")}))
+    assert "warning: plugged in was" not in capsys.readouterr().err
+    with Registry.open(config.registry, config.keys) as registry:
+        registry.note_way(config.id, "served", "1")
+    run(config.model_copy(update={"output": config.output.with_name("third")}))
+    assert "warning: served was all of the update; this measures 0.5 of attention" in capsys.readouterr().err
+    whole = config.model_copy(update={"output": config.output.with_name("fourth"), "scale": 1.0, "mix": 1.0})
+    most = run(whole)
+    assert "warning" not in capsys.readouterr().err
+    assert most["auc"]["reference"] > told["auc"]["reference"] - 1e-9
+    assert most["exposure_bits"] >= told["exposure_bits"]
+    assert "way" not in json.loads((whole.output / "audit.json").read_text())
+
+
 def test_half_precision_and_no_secrets(audit, untouched, canaries):
     told = run(audit(untouched, canaries=canaries.model_copy(update={"secrets": ()}), precision="bf16"))
     assert (told["exposure_bits"], told["gates"]) == (None, {"secrets": "not measurable"})

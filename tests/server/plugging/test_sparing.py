@@ -83,7 +83,7 @@ def test_the_ends_of_the_scale():
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, 1e9, float("nan")])
 def test_a_strength_out_of_range_is_refused(strength):
-    with pytest.raises(ConfigError, match="spare: found"):
+    with pytest.raises(ConfigError, match="spare: expected"):
         spared(torch.ones(2, 2), torch.eye(2), strength)
 
 
@@ -232,12 +232,15 @@ def test_kinds_without_a_matrix_of_their_own_are_refused(kind, told, full_llama,
         spare_adapters(full_llama, [fitted_of(kind)], TEXTS, [0.5])
 
 
-def test_text_that_cannot_be_used_is_refused(full_llama, fitted_of):
+def test_no_text_is_refused_and_long_text_is_read_in_pieces(full_llama, fitted_of):
     adapter = fitted_of("lora")
     with pytest.raises(DataError, match="no public text"):
         spare_adapters(full_llama, [adapter], [], [0.5])
-    with pytest.raises(ConfigError, match="public text in sequences"):
-        spare_adapters(full_llama, [adapter], texts(129), [0.5])
+    (long,) = texts(200)
+    parts = [Example(long.input_ids[:128], []), Example(long.input_ids[128:], [])]
+    found, expected = (spare_adapters(full_llama, [adapter], rows, [0.5])[0][0.5] for rows in ([long], parts))
+    for name, tensor in expected.tensors.items():
+        torch.testing.assert_close(found.tensors[name], tensor, rtol=0, atol=0)
 
 
 def test_inputs_that_are_not_finite_are_refused(llama_folder, fitted_of):
