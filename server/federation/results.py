@@ -6,13 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from offsite.artefacts.manifest import read_manifest
 from offsite.console import say, table
 from offsite.errors import ConfigError
 from offsite.staging import leftovers, remove, staged_file
 from server.federation.config import RoundsConfig
 from server.federation.evaluation import Watch, better, text_of, write_adapted
 from server.federation.federation import Federation
-from server.plugging.adapted import open_adapted
+from server.plugging.adapted import ADAPTED_FORMAT, AdaptedManifest
 
 RESULTS, ADAPTED = "results.json", "adapted"
 
@@ -44,7 +45,7 @@ def require_own(federation: Federation) -> None:
 
     Raises:
         ConfigError: when one does, or this one's with another share.
-        ArtefactError: when the adapted model in it is unsound.
+        ArtefactError: when the manifest of the adapted model in it is unsound.
     """
     out = federation.config.output
     if not out.is_dir() or not any(out.iterdir()):
@@ -58,7 +59,7 @@ def require_own(federation: Federation) -> None:
             f"output {out.name!r} holds another federation's result", hint="choose another folder with -o"
         )
     if (out / ADAPTED).exists():
-        written = open_adapted(out / ADAPTED).plugged
+        written = read_manifest(out / ADAPTED, AdaptedManifest, ADAPTED_FORMAT)[0].plugged
         if written != federation.config.way:
             raise ConfigError(
                 f"output {out.name!r} holds the model with {written.told}, here it is {federation.config.way.told}",
