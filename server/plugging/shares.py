@@ -7,7 +7,7 @@ module go into LoRA's factors B, which are float32 then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adapters.updates import Update, combined
 from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.layout import Layout
 from offsite.errors import ConfigError
 from offsite.modelling.mlps import find_mlps
 from offsite.text.batches import Example
@@ -38,6 +39,23 @@ def require_way(spec: AdapterSpec, way: Way) -> None:
         raise ConfigError("--scale: a dora adapter is plugged in whole or not", hint="ask the client for lora")
     if way.spare is not None:
         require_sparable(spec.kind)
+
+
+def require_parts(spec: AdapterSpec, names: Iterable[str], layout: Layout, way: Way) -> None:
+    """Return only if every share by module names something that the adapter changes, by the package's layout.
+
+    Args:
+        names: canonical tensors that the adapter changes (``top.0.mlp.up_proj.weight``).
+
+    Raises:
+        ConfigError: naming the share that has nothing to work on.
+    """
+    feed_forward, used = set(layout.mlp_linears), set[str](KINDS if spec.kind == "blocks" else ())
+    for name in names:
+        used |= {name.partition(".")[0], KINDS[name.rpartition(".")[0] in feed_forward]}
+    for part, _ in way.by_module:
+        if part not in used:
+            raise ConfigError(f"--scale: {part}: the adapter changes nothing there")
 
 
 def taken(model: PreTrainedModel, adapter: Fitted, way: Way, public: Sequence[Example] = ()) -> Fitted:

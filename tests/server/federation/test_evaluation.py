@@ -186,10 +186,10 @@ def test_a_row_s_text_is_told_from_its_client_whatever_they_are_called():
 
 
 def share_by_hand(word, name):
-    return word if word == 0.5 else (0.5 if ".mlp." in name else 1) * (0.25 if name.startswith("top.") else 1)
+    return word if word == 0.5 else 0.8 * (0.25 if name.startswith("top.") else 1)
 
 
-@pytest.mark.parametrize("word", [0.5, "mlp=0.5,top=0.25"])
+@pytest.mark.parametrize("word", [0.5, "attention=0.8,top=0.25"])
 def test_a_share_is_of_what_is_measured_and_written_and_rounds_go_on_from_the_whole_sum(
     word, federated, full_llama, logits_of
 ):
@@ -220,3 +220,11 @@ def test_a_share_is_of_what_is_measured_and_written_and_rounds_go_on_from_the_wh
         require_own(federation)
     with federated.opened(**settings) as federation, pytest.raises(ConfigError, match="here it is all of the update"):
         require_own(federation)
+
+
+def test_a_share_of_what_the_adapter_does_not_change_is_refused_before_the_first_round(federated):
+    with (
+        pytest.raises(ConfigError, match="--scale: mlp: the adapter changes nothing"),
+        federated.opened(scale="mlp=1e-1"),
+    ):
+        pass
