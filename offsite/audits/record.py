@@ -22,6 +22,7 @@ from offsite.artefacts.job import JOB_ID_PATTERN
 from offsite.artefacts.layout import Key, Line, Method
 from offsite.digests import DIGEST_PATTERN, sha256_bytes
 from offsite.errors import ArtefactError, TooLarge, WrongNames
+from offsite.evaluation.results import SPARE_PATTERN, WAY_PATTERN
 from offsite.folders import listed, names_in
 from offsite.staging import staged_file, staged_folder
 from offsite.strictjson import Sparse, Strict, parse_object, parse_strict
@@ -301,14 +302,22 @@ class BundleAudit(Strict):
     versions: dict[Key, Line] = {}
 
 
-class PluggedAudit(Strict):
-    """The content of ``audit.json`` of the owner's audit of an adapter in the full model, by revealed canaries."""
+class PluggedAudit(Sparse):
+    """The content of ``audit.json`` of the owner's audit of an adapter in the full model, by revealed canaries.
+
+    ``way`` says how it was plugged in and asked (``0.5``, ``mlp=0.5,mix=0.7``), and is not there for all of the update;
+    ``spare_text`` is a digest of the public text's tokens where directions were spared.
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"way", "spare_text"})
 
     format: Literal["offsite/audit/1"] = AUDIT_FORMAT
     kind: Literal["plugged-in"] = "plugged-in"
     bundle_digest: Digest
     package_digest: Digest
     base_digest: Digest
+    way: str = Field("", pattern=WAY_PATTERN)
+    spare_text: str = Field("", pattern=SPARE_PATTERN)
     canaries: CanaryAudit
     versions: dict[Key, Line] = {}
 

@@ -23,6 +23,13 @@ RESULTS_NAME = "results.json"
 LOGS_NAME = "logs"
 LIMIT_BYTES = 64 * 2**20
 
+_NUMBER = r"[0-9]{1,20}(\.[0-9]{1,20})?(e-?[0-9]{1,3})?"
+WAY_PATTERN = rf"^(([a-z]{{3,9}}=)?{_NUMBER}(,[a-z]{{3,9}}={_NUMBER}){{0,6}})?$"
+"""Form of the word for a way to plug in; what such words mean is in ``server/plugging/ways.py``. Empty for none."""
+
+SPARE_PATTERN = r"^(sha256:[0-9a-f]{64})?$"
+"""Form of the digest of public text whose directions were spared; empty for none."""
+
 RowName = Literal["zero_shot", "emulator_zero_shot", "emulator_tuned", "plugged_in", "ceiling", "lora_full", "full"]
 ROWS: dict[RowName, str] = {
     "zero_shot": "the full model as it was",
@@ -118,15 +125,18 @@ class Answer(Strict):
     after: str
 
 
-class Results(Strict):
+class Results(Sparse):
     """The content of ``results.json``.
 
-    ``scale`` is the share of the bundles' updates that was plugged in.
+    ``scale`` is the share of the bundles' updates that was plugged in. ``way`` is there where more is to be said
+    (``server/plugging/ways.py``), and ``spare_text`` a digest of the public text's tokens where directions were spared.
 
     ``metrics`` are those of perplexity, ``task_metrics`` those of each task's metrics; ``tasks`` holds the number of
     rows scored. ``references`` maps reference rows to digests of their bundles, ``runs`` names to the figures that
     ``distill`` and ``tune`` printed. ``config`` and ``command`` hold file names, never paths.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"way", "spare_text"})
 
     format: Literal["offsite/results/1"] = "offsite/results/1"
     model: str
@@ -134,6 +144,8 @@ class Results(Strict):
     method: dict[str, str | float | int]
     adapter: AdapterSpec
     scale: float = Field(1.0, gt=0, le=1)
+    way: str = Field("", pattern=WAY_PATTERN)
+    spare_text: str = Field("", pattern=SPARE_PATTERN)
     data: Data
     rows: dict[RowName, Row]
     metrics: dict[str, Summary | None]

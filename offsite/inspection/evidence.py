@@ -67,9 +67,14 @@ def _bundle_audit(audit: BundleAudit) -> dict[str, object]:
 
 def _plugged_audit(audit: PluggedAudit) -> dict[str, object]:
     facts({"bundle": audit.bundle_digest, "package": audit.package_digest, "base model": audit.base_digest})
+    facts({"plugged in": audit.way or None})
     _canaries(audit.canaries)
     found = gates(plugged_gates(audit, None))
     return {"bundle_digest": audit.bundle_digest, "package_digest": audit.package_digest, "gates": found}
+
+
+def _part(scale: float, way: str) -> str:
+    return f"plugged in as {way}" if way else f"{scale:g} of the update"
 
 
 def _package_audit(audit: PackageAudit) -> dict[str, object]:
@@ -210,7 +215,7 @@ def show_results(thing: Thing) -> dict[str, object]:
             "base model": found.base_digest,
             "package": found.package.digest,
             "bundles": ", ".join(found.bundles),
-            "adapter": f"{adapter_words(found.adapter)}, {found.scale:g} of the update",
+            "adapter": f"{adapter_words(found.adapter)}, {_part(found.scale, found.way)}",
             "text": f"{data.name}: {data.num_records:,} records, {data.num_tokens:,} tokens, {data.sha256}",
             "took": f"{found.seconds:,.0f} s on {found.device}",
         }

@@ -113,6 +113,10 @@ def non_claims(
         found.append(
             "In the full model only canaries were tried: its owner does not have the rows that were trained on."
         )
+        if plugged.way:
+            found.append(
+                f"In the full model the adapter was plugged in as {plugged.way}; otherwise it may reveal more."
+            )
     if any(canaries is not None for canaries in _canaries(bundle, plugged)):
         found += [
             "Canaries stand for canaries: rows made up for the purpose. Rows of the data may stand out more, or less.",

@@ -7,6 +7,7 @@ client trained on the canaries as it says cannot be seen: canaries that nobody t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,11 +24,15 @@ from offsite.errors import WrongBinding
 from offsite.modelling.dtypes import cast_model
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import refuse_existing
+from offsite.text.batches import Example
 from offsite.training.devices import choose_device
 from server.evaluation.auditconfig import AuditPluggedConfig
 from server.evaluation.summary import versions
 from server.plugging.fit import fit, plugged
 from server.plugging.plug import accepted, record_of
+from server.plugging.shares import require_way, taken
+from server.plugging.sparing import public_text
+from server.plugging.ways import Way
 from server.registry.intake import read_registered
 from server.registry.registry import Registry
 from server.registry.verify import Verified
@@ -40,7 +45,8 @@ def run(config: AuditPluggedConfig) -> dict[str, object]:
     """Run the verb: open, score the canaries before and after, write the audit folder, show its figures.
 
     Raises:
-        ConfigError: when the output exists, the model or the bundle is not found, or SciPy is missing.
+        ConfigError: when the output exists, the model or the bundle is not found, SciPy is missing, or the adapter
+            cannot be plugged in in that way.
         PolicyError: when the bundle was not accepted.
         ArtefactError: when the reveal is not what was committed to, or the commitment is of another package or job.
         DataError: when a canary cannot be scored.
@@ -54,12 +60,17 @@ def run(config: AuditPluggedConfig) -> dict[str, object]:
         record = record_of(registry, entry, config.package)
         require_committed(commitment, package_digest=record.package_digest, job_id=entry.job_id)
         verified = read_registered(registry, entry, record)
+        require_way(verified.spec, config.way)
+        public = _public(config)
+        _warn(registry, config, public[1])
     canaries = open_reveal(config.reveal, commitment)
-    untuned, tuned = _scores(config, canaries, verified, record)
+    untuned, tuned = _scores(config, canaries, verified, record, public[0])
     audit = PluggedAudit(
         bundle_digest=verified.bundle_digest,
         package_digest=record.package_digest,
         base_digest=record.base_digest,
+        way="" if config.way.is_plain else str(config.way),
+        spare_text=public[1],
         canaries=audit_canaries(canaries, commitment.digest, tuned=tuned, untuned=untuned, delta=config.delta),
         versions=versions(),
     )
@@ -87,19 +98,41 @@ def require_committed(commitment: Commitment, *, package_digest: str, job_id: st
             )
 
 
+def _public(config: AuditPluggedConfig) -> tuple[list[Example], str]:
+    """Return the public text of a way that spares directions, and its digest; nothing and no digest without one."""
+    if not config.spare:
+        return [], ""
+    return public_text(config.spare, load_tokenizer(config.model), limit_tokens=config.spare_tokens)
+
+
+def _warn(registry: Registry, config: AuditPluggedConfig, spare_text: str) -> None:
+    """A line is on stderr when the bundle was served or plugged in, and never in the way that is measured here."""
+    served, written = registry.ways(config.id, "served"), registry.ways(config.id, "plugged-in")
+    known, way = (served, config.way) if served else (written, config.way.written)
+    if known and (str(way), spare_text) not in known:
+        others = "; ".join(sorted({Way.parse(word).told for word, _ in known}))
+        verb = "served" if served else "plugged in"
+        text = ", of other public text" if (str(way)) in dict(known) else ""
+        say(f"warning: {verb} was {others}{text}; this measures {config.way.told}")
+
+
 def _scores(
-    config: AuditPluggedConfig, canaries: CanarySet, verified: Verified, record: OwnerRecord
+    config: AuditPluggedConfig,
+    canaries: CanarySet,
+    verified: Verified,
+    record: OwnerRecord,
+    public: Sequence[Example],
 ) -> tuple[CanaryScores, CanaryScores]:
     """Return what the full model says of the canaries, and what it says with the adapter plugged in."""
     tokenizer = load_tokenizer(config.model)
     model: PreTrainedModel = load_model(config.model)
-    adapter = fit(model, verified, record, base_digest=model_digest(model))
+    adapter = taken(model, fit(model, verified, record, base_digest=model_digest(model)), config.way, public)
     cast_model(model, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     model.to(choose_device(config.device))  # type: ignore[arg-type]
     untuned = score_canaries(
         model, tokenizer, canaries, label="full model", extract=False, batch_size=config.batch_size
     )
-    with plugged(model, adapter) as adapted:
+    with plugged(model, adapter, mix=config.way.mix) as adapted:
         tuned = score_canaries(
             adapted,
             tokenizer,
@@ -116,6 +149,8 @@ def _scores(
 def _show(audit: PluggedAudit, gates: tuple[Gate, ...]) -> None:
     """Attacks and gates are on stderr."""
     found = audit.canaries
+    if audit.way:
+        say(f"plugged in: {Way.parse(audit.way).told}")
     lines = [
         [one.signal, f"{one.auc.value:.3f}", f"{one.auc.low:.3f}-{one.auc.high:.3f}", f"{one.balanced_accuracy:.3f}"]
         for one in found.membership
@@ -135,6 +170,7 @@ def _flat(audit: PluggedAudit, gates: tuple[Gate, ...]) -> dict[str, object]:
     exposure, bound = found.exposure, found.bound
     return {
         "bundle_digest": audit.bundle_digest,
+        "way": audit.way or "1",
         "num_canaries": found.num,
         "num_included": found.num_included,
         "auc": {one.signal: one.auc.value for one in found.membership},

@@ -10,10 +10,10 @@ from pydantic import Field
 from offsite.config import MACHINE, MEASURING, OUTPUT, PRIVACY
 from offsite.evaluation.config import ExactSettings
 from offsite.training.config import SeedSettings
-from server.plugging.config import AcceptedConfig
+from server.plugging.config import AcceptedConfig, MeasuredWaySettings
 
 
-class AuditPluggedConfig(AcceptedConfig, ExactSettings, SeedSettings):
+class AuditPluggedConfig(AcceptedConfig, MeasuredWaySettings, ExactSettings, SeedSettings):
     """Settings of ``offsite audit plugged-in MODEL ID --registry DIR --commitment DIR --reveal DIR -o AUDIT``."""
 
     verb: ClassVar[str] = "audit plugged-in"

@@ -48,7 +48,10 @@ from server.evaluation.candidates import Candidate, Candidates, open_candidates
 from server.evaluation.config import EvaluateConfig, named_paths
 from server.evaluation.metrics import compare, compare_nats, summarise
 from server.evaluation.summary import crossings, flat, parameters, read_outcomes, reproduce, show, versions
-from server.plugging.fit import Fitted, fit, plugged, require_base, require_scalable
+from server.plugging.fit import Fitted, fit, plugged, require_base
+from server.plugging.shares import require_way, taken
+from server.plugging.sparing import public_text
+from server.plugging.ways import Way
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,10 +120,11 @@ def run(config: EvaluateConfig) -> dict[str, object]:
     began = time.monotonic()
     refuse_existing(config.output)
     require_files(config.data)
+    require_files(config.spare)
     _require_files(config)
     candidates = open_candidates(config)
     for candidate in candidates.bundles.values():
-        require_scalable(candidate.verified.spec, config.scale)
+        require_way(candidate.verified.spec, config.way)
     bundles = {seed: candidate.bundle for seed, candidate in candidates.bundles.items()}
     runs = read_outcomes(named_paths(config.outcome))
     records = read_files(
@@ -128,10 +132,13 @@ def run(config: EvaluateConfig) -> dict[str, object]:
     )
     tokenizer = load_tokenizer(config.model)
     encoded, examples = held_out(records, tokenizer, config)
+    public, spare_text = (
+        public_text(config.spare, tokenizer, limit_tokens=config.spare_tokens) if config.spare else ([], "")
+    )
     bf16 = config.precision == "bf16"
     ruler = Ruler(tokenizer, examples, config.task, config.task_limit, config.batch_size, bf16)
     device = choose_device(config.device)
-    found = measure(config, candidates, ruler, device)
+    found = measure(config, candidates, ruler, device, public)
     rows, tasks = to_rows(found.scores)
     settings, command = reproduce(config)
     method = candidates.package.manifest.method
@@ -140,7 +147,9 @@ def run(config: EvaluateConfig) -> dict[str, object]:
         base_digest=found.base_digest,
         method={"name": method.name, **method.settings},
         adapter=next(iter(bundles.values())).manifest.adapter,
-        scale=config.scale,
+        scale=config.way.scale,
+        way=config.way.word,
+        spare_text=spare_text,
         data=data_of(config.data, records, encoded, examples),
         rows=rows,
         metrics=perplexity_metrics(rows),
@@ -170,8 +179,17 @@ def run(config: EvaluateConfig) -> dict[str, object]:
     return {"results": config.output.name, **flat(results)}
 
 
-def measure(config: EvaluateConfig, candidates: Candidates, ruler: Ruler, device: torch.device) -> Measured:
+def measure(
+    config: EvaluateConfig,
+    candidates: Candidates,
+    ruler: Ruler,
+    device: torch.device,
+    public: Sequence[Example] = (),
+) -> Measured:
     """Return every row's scores, one model in memory at a time.
+
+    Args:
+        public: text whose directions are spared, where the settings' way does that.
 
     Raises:
         WrongBinding: when the full model is not the one the package was made of.
@@ -183,7 +201,7 @@ def measure(config: EvaluateConfig, candidates: Candidates, ruler: Ruler, device
     counts = parameters(model, candidates.record, candidates.package, next(iter(candidates.bundles.values())).bundle)
     cast_model(model, ruler.dtype)
     model.to(device)  # type: ignore[arg-type]
-    scores, answers = measure_full(model, candidates, ruler, digest, config)
+    scores, answers = measure_full(model, candidates, ruler, digest, config, public)
     del model
     emulator = candidates.package.load_model(dtype=str(ruler.dtype).removeprefix("torch."), device=str(device))
     return Measured(digest, counts, scores | measure_emulator(emulator, candidates, ruler), answers)
@@ -208,7 +226,12 @@ def held_out(
 
 
 def measure_full(
-    model: PreTrainedModel, candidates: Candidates, ruler: Ruler, digest: str, config: EvaluateConfig
+    model: PreTrainedModel,
+    candidates: Candidates,
+    ruler: Ruler,
+    digest: str,
+    config: EvaluateConfig,
+    public: Sequence[Example] = (),
 ) -> tuple[dict[RowName, dict[str, Score]], tuple[Answer, ...]]:
     """Return the scores of every row that is the full model, by row and seed, and the answers before and after."""
     scores: dict[RowName, dict[str, Score]] = {"zero_shot": {ONCE: ruler.score(model, "zero-shot")}}
@@ -220,9 +243,9 @@ def measure_full(
     for row, seeds in candidates.references.items():
         to_measure += [(row, seed, candidate) for seed, candidate in seeds.items()]
     for row, seed, candidate in to_measure:
-        scale = config.scale if row == "plugged_in" else 1.0
-        fitted = fit(model, candidate.verified, candidate.record, base_digest=digest, scale=scale)
-        with plugged(model, fitted) as adapted:
+        way = config.way if row == "plugged_in" else Way()
+        fitted = taken(model, fit(model, candidate.verified, candidate.record, base_digest=digest), way, public)
+        with plugged(model, fitted, mix=way.mix) as adapted:
             scores.setdefault(row, {})[seed] = ruler.score(adapted, f"{row.replace('_', ' ')}, {seed}")
             if row == "plugged_in" and not after:
                 after = [continuation(adapted, ruler.tokenizer, text, config.answer_tokens) for text in config.prompt]

@@ -23,6 +23,7 @@ from offsite.errors import ConfigError, DataError
 from offsite.evaluation.results import ROWS, Crossing, Parameters, Results, Summary
 from offsite.tensors import TensorSpec
 from server.evaluation.config import named_paths
+from server.plugging.ways import Way
 
 OUTCOME_FIGURES = (
     "steps",
@@ -143,7 +144,9 @@ def show(results: Results) -> None:
         cells = [spread(found.perplexity), *(spread(found.tasks[task][metric]) for task, metric in tasks)]
         lines.append([row.replace("_", " "), *cells, str(len(found.perplexity.values))])
     size = f"{results.data.num_tokens:,} tokens"
+    way = Way.stated(results.scale, results.way)
     part = "" if results.scale == 1 else f", {results.scale:g} of its update plugged in"
+    part = f", plugged in: {way.told}" if way.word else part
     table(f"{results.data.name}, {size}; {results.adapter.kind} {results.adapter.placement}{part}", columns, lines)
     for name, figure in results.metrics.items():
         if figure is not None and name != "capability":  # withheld zero-shot under its first name
@@ -167,6 +170,7 @@ def flat(results: Results) -> dict[str, Any]:
     return {
         **found,
         "scale": results.scale,
+        "way": str(Way.stated(results.scale, results.way)),
         "num_seeds": len(bundles),
         "package_bytes": results.package.num_bytes,
         "adapter_bytes": round(math.fsum(bundle.num_bytes for bundle in bundles) / len(bundles)),
@@ -205,7 +209,7 @@ def _shown(name: str, value: Any) -> Any:
         return [f"{label}={path.name}" for label, path in named_paths(value)]
     if isinstance(value, Path):
         return value.name
-    if name in {"data", "heldout"} and len(value) == 1:
+    if name in {"data", "heldout", "spare"} and len(value) == 1:
         return value[0].name
     if isinstance(value, tuple):
         return [item.name if isinstance(item, Path) else item for item in value]

@@ -13,6 +13,7 @@ from offsite.keys.config import NAME_PATTERN
 from offsite.modelling.config import ModelFlag
 from offsite.text.config import BlockSettings, TextFiles
 from server.exchange.config import ServeExchangeConfig
+from server.plugging.config import ScaleSettings
 from server.registry.config import OwnRegistryConfig
 
 Rule = Literal["mean", "trimmed-mean", "median", "krum", "multi-krum"]
@@ -25,8 +26,11 @@ _FIXED = (
 """What may not change between the first round and the last."""
 
 
-class RoundsConfig(ModelFlag, BlockSettings):
-    """What an owner asks of clients over rounds, and what becomes of their answers."""
+class RoundsConfig(ModelFlag, BlockSettings, ScaleSettings):
+    """What an owner asks of clients over rounds, and what becomes of their answers.
+
+    ``scale`` is of the end alone: of what is measured and written in the full model. Rounds go on from the whole sum.
+    """
 
     name: str = Field(
         "federation",

@@ -26,6 +26,7 @@ from server.plugging.adapted import finish_folder
 from server.plugging.card import Card
 from server.plugging.fit import require_base
 from server.plugging.fullmodel import called
+from server.plugging.shares import shared_update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,7 +84,8 @@ class Watch:
         federation, found = self._federation, {}
         names = {key: one.name for key, one in federation.participants.items()}
         for key, state in federation.states.items():
-            with grown_model(self.model, state, federation.record, stored=self._stored):
+            part = shared_update(self.model, state, federation.record.sites, federation.config.way)
+            with grown_model(self.model, part, federation.record, stored=self._stored):
                 scores = self._measure()
             suffix = "" if key == SHARED else f" by {names.get(key, key[:9])}"
             found.update({f"{text}{suffix}": score for text, score in scores.items()})
@@ -107,15 +109,18 @@ class Watch:
 def write_adapted(federation: Federation, out: Path) -> str:
     """Write the full model with the shared result merged in, as ``offsite serve`` opens it; return its digest.
 
+    Of the sum of all rounds it holds the share that the settings name; the folder is bound to the whole sum.
+
     Raises:
-        ConfigError: when `out` exists.
+        ConfigError: when `out` exists, or a share by module names nothing.
         RunFailed: when the disk is full.
     """
     config, record = federation.config, federation.record
     model = load_model(config.model)
     require_base(model, model_digest(model), record.base_digest, "the federation")
     state = federation.states[SHARED]
-    fold(model, lifted(model, state, record), record.sites)
+    part = shared_update(model, state, record.sites, config.way)
+    fold(model, lifted(model, part, record), record.sites)
     card = Card(
         name=out.name,
         form="merged",
@@ -123,6 +128,7 @@ def write_adapted(federation: Federation, out: Path) -> str:
         base_digest=record.base_digest,
         adapter=federation.spec,
         licence=federation.package.manifest.licence,
+        way=config.way,
     )
     with staged_folder(out) as stage:
         model.save_pretrained(stage)

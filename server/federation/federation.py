@@ -53,6 +53,7 @@ from server.federation.participants import one_adapter, participants, require_un
 from server.federation.realign import Realigner
 from server.federation.secureterms import secure_terms
 from server.federation.state import SHARED, Told, added
+from server.plugging.shares import require_parts
 from server.registry.federations import FederationStore, Finished
 from server.registry.intake import asked_round, job_package, read_registered, take_in
 from server.registry.registry import Registry
@@ -78,6 +79,7 @@ class Federation:
         self.package, self.record = job_package(registry, next(iter(jobs.values())))
         layout, tensors = self.record.layout, self.record.block_tensors
         self.shapes: dict[str, TensorSpec] = {name: tensors[name] for name in adapted_names(self.spec, layout, tensors)}
+        require_parts(self.spec, self.shapes, layout, config.way)  # not after all rounds
         self.is_conv1d = turned(layout, tensors)
         num_bytes = sum(one.num_bytes for one in declared(self.spec, layout, tensors).values())
         self._limit_bytes = sealed_size(num_bytes) + _SLACK_BYTES

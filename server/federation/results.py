@@ -6,12 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from offsite.artefacts.manifest import read_manifest
 from offsite.console import say, table
 from offsite.errors import ConfigError
 from offsite.staging import leftovers, remove, staged_file
 from server.federation.config import RoundsConfig
 from server.federation.evaluation import Watch, better, text_of, write_adapted
 from server.federation.federation import Federation
+from server.plugging.adapted import ADAPTED_FORMAT, AdaptedManifest
 
 RESULTS, ADAPTED = "results.json", "adapted"
 
@@ -42,7 +44,8 @@ def require_own(federation: Federation) -> None:
     """Return only if no other federation's result stands in the output.
 
     Raises:
-        ConfigError: when one does.
+        ConfigError: when one does, or this one's with another share.
+        ArtefactError: when the manifest of the adapted model in it is unsound.
     """
     out = federation.config.output
     if not out.is_dir() or not any(out.iterdir()):
@@ -55,6 +58,13 @@ def require_own(federation: Federation) -> None:
         raise ConfigError(
             f"output {out.name!r} holds another federation's result", hint="choose another folder with -o"
         )
+    if (out / ADAPTED).exists():
+        written = read_manifest(out / ADAPTED, AdaptedManifest, ADAPTED_FORMAT)[0].plugged
+        if written != federation.config.way:
+            raise ConfigError(
+                f"output {out.name!r} holds the model with {written.told}, here it is {federation.config.way.told}",
+                hint="choose another folder with -o; rounds that are closed are not run again",
+            )
 
 
 def finish(federation: Federation, watch: Watch | None = None) -> dict[str, object]:
@@ -102,7 +112,9 @@ def results_of(federation: Federation, zero_shot: Mapping[str, float], last: Map
                 "flags": {names.get(key, key): reason for key, reason in content["flags"].items()},
             }
         )
+    way = federation.config.way
     return {
+        **({} if way.is_plain else {"way": str(way)}),
         "name": federation.config.name,
         "federation_id": federation.store.id,
         "mode": federation.config.mode,

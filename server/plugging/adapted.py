@@ -16,23 +16,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from offsite.artefacts.bundle import TENSOR_FILE, AdapterSpec
 from offsite.artefacts.manifest import FileEntry, check_files, entries, read_manifest, write_manifest
 from offsite.digests import DIGEST_PATTERN, model_digest
-from offsite.errors import BadDigest, BadSchema, WrongNames
+from offsite.errors import BadDigest, BadSchema, ConfigError, WrongNames
+from offsite.evaluation.results import SPARE_PATTERN, WAY_PATTERN
 from offsite.modelling.dtypes import cast_model, finer, stored_in
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import make_readable
-from offsite.strictjson import Strict
+from offsite.strictjson import Sparse
 from offsite.tensors import TensorSpec, read_tensors, torch_dtype
 from server.plugging.card import CARD_NAME, Card, Form
-from server.plugging.fit import Fitted, full_name, plain_model, plug, require_base
+from server.plugging.fit import Fitted, full_name, plain_model, plug, plug_mixed, require_base
 from server.plugging.fullmodel import Kind
 from server.plugging.fullmodel import found as found_model
+from server.plugging.ways import Way
 from server.registry.config import ID_PATTERN
 
 if TYPE_CHECKING:
@@ -51,16 +53,19 @@ _FILES = {
 _PEFT_PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
-class AdaptedManifest(Strict):
+class AdaptedManifest(Sparse):
     """The content of an adapted folder's ``offsite.json``.
 
     ``base`` is what the full model is called, and ``base_kind`` whether that is a name or the last part of its folder's
     path; before there was a ``base_kind`` it was the folder's whole path. ``intake`` is the id of the bundle in the
     registry, ``scale`` the share of the bundle's update that was plugged in; ``adapter`` and the tensors are as
-    written, with that share taken.
+    written, with that share taken. ``way`` is there where more is to be said than a share of all modules
+    (``server/plugging/ways.py``), and ``spare_text`` a digest of the public text's tokens where directions were spared.
     ``sites`` maps the canonical blocks that carry the adapter to the full model's modules, and ``tensors`` declares its
     tensors under canonical names, in the full model's shapes.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"way", "spare_text"})
 
     format: str = ADAPTED_FORMAT
     form: Form
@@ -72,10 +77,31 @@ class AdaptedManifest(Strict):
     merged_digest: str | None = Field(None, pattern=DIGEST_PATTERN)
     intake: str | None = Field(None, pattern=ID_PATTERN)
     scale: float = Field(1.0, gt=0, le=1)
+    way: str = Field("", pattern=WAY_PATTERN)
+    spare_text: str = Field("", pattern=SPARE_PATTERN)
     adapter: AdapterSpec
     sites: dict[str, str]
     tensors: dict[str, TensorSpec]
     files: dict[str, FileEntry]
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        way = self.plugged
+        if way.mix != 1 or (way.spare is not None) != bool(self.spare_text):
+            raise ValueError("the way and the text that was spared do not agree")
+        return self
+
+    @property
+    def plugged(self) -> Way:
+        """How the adapter was plugged in.
+
+        Raises:
+            ValueError: when share and word do not agree.
+        """
+        try:
+            return Way.stated(self.scale, self.way)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
 
 def open_adapted(path: Path) -> AdaptedManifest:
@@ -94,7 +120,7 @@ def open_adapted(path: Path) -> AdaptedManifest:
 
 
 def load_adapted(
-    path: Path, base: str | None = None, *, dtype: str = "auto", device: str = "cpu"
+    path: Path, base: str | None = None, *, dtype: str = "auto", device: str = "cpu", mix: float = 1.0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the adapted model in evaluation mode, and its tokenizer, once every check has passed.
 
@@ -102,13 +128,18 @@ def load_adapted(
         path: a folder that ``offsite plug-in`` wrote, in any of its forms.
         base: the full model; default: what `server.plugging.fullmodel.found` finds. Not used by a merged folder.
         dtype: of the parameters but those that the model keeps finer; ``auto`` keeps the full model's.
+        mix: share of the adapted model's probabilities in (0, 1]; the rest are the full model's, in a second pass.
 
     Raises:
-        ConfigError: when the full model is not found.
+        ConfigError: when the full model is not found, or a merged folder is to be mixed, which holds none.
         WrongBinding: when it is another model than the adapter was plugged into.
         ArtefactError: with the subclass of any other check that failed.
     """
     manifest = open_adapted(path)
+    if mix != 1 and manifest.form == "merged":
+        raise ConfigError(
+            f"--mix: {path.name!r} is a merged checkpoint: the full model is not in it", hint="plug in without --merge"
+        )
     if manifest.form == "merged":
         source = str(path)
     else:
@@ -121,7 +152,8 @@ def load_adapted(
             raise BadDigest(f"the tensors of {path.name!r} are not those that were merged")
     else:
         require_base(model, found, manifest.base_digest, f"adapter {path.name!r}")
-        model = plain_model(plug(model, _read_fitted(path, manifest)))
+        fitted = _read_fitted(path, manifest)
+        model = plain_model(plug(model, fitted)) if mix == 1 else plug_mixed(model, fitted, mix)
     if dtype != "auto":
         cast_model(model, torch_dtype(dtype), stay=stay)
     model.requires_grad_(False)
@@ -144,7 +176,8 @@ def finish_folder(
         base=card.base.name,
         base_kind=card.base.kind,
         base_digest=card.base_digest,
-        scale=card.scale,
+        scale=card.way.scale,
+        way=card.way.word,
         adapter=card.adapter,
         sites=dict(sites),
         files=entries(stage, [path.name for path in stage.iterdir()]),

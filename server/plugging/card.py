@@ -6,7 +6,7 @@ Names and digests only: no path of the machine that made it, nothing of the text
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import yaml
@@ -15,6 +15,7 @@ from offsite.artefacts.bundle import AdapterSpec
 from offsite.errors import ConfigError
 from offsite.evaluation.results import Results
 from server.plugging.fullmodel import FullModel
+from server.plugging.ways import Way
 
 CARD_NAME = "README.md"
 
@@ -46,7 +47,7 @@ class Card:
     base_digest: str
     adapter: AdapterSpec
     licence: str = ""
-    scale: float = 1.0
+    way: Way = field(default_factory=Way)
     effect: float | None = None
     deviation: float | None = None
     results: Results | None = None
@@ -83,8 +84,10 @@ class Card:
             ("adapter", f"{kind}; {where}; {adapter.targets}"),
             ("licence", self.licence or "none stated"),
         ]
-        if self.scale != 1:
-            rows.append(("share of the update", f"{self.scale:g}"))
+        if self.way.word:
+            rows.append(("plugged in", self.way.told))
+        elif self.way.scale != 1:
+            rows.append(("share of the update", f"{self.way.scale:g}"))
         if self.effect is not None:
             rows.append(("moves the logits by", f"{self.effect:.2g} of their size"))
         if self.deviation is not None:
@@ -120,8 +123,13 @@ class Card:
         return f"## Use\n\n```python\n{code}\n```" + (f"\n\n```sh\n{served}\n```" if served else "")
 
 
-def require_results(results: Results, *, base_digest: str, bundle_digest: str, scale: float) -> Results:
-    """Return the results only if they are of this adapter in this model, at this share.
+def require_results(
+    results: Results, *, base_digest: str, bundle_digest: str, way: Way, spare_text: str = ""
+) -> Results:
+    """Return the results only if they are of this adapter in this model, plugged in this way.
+
+    Args:
+        spare_text: digest of the public text where directions are spared.
 
     Raises:
         ConfigError: naming what is another's.
@@ -130,8 +138,11 @@ def require_results(results: Results, *, base_digest: str, bundle_digest: str, s
         raise ConfigError("--results: they are of another full model")
     if [crossing.digest for crossing in results.bundles.values()] != [bundle_digest]:
         raise ConfigError("--results: they are not of this bundle alone", hint="offsite evaluate it by its id")
-    if results.scale != scale:
-        raise ConfigError(f"--results: {results.scale:g} of the update was plugged in, here it is {scale:g}")
+    found = Way.stated(results.scale, results.way)
+    if found != way:
+        raise ConfigError(f"--results: they are of {found.told}, here it is {way.told}")
+    if results.spare_text != spare_text:
+        raise ConfigError("--results: other public text was spared", hint="give --spare the same text")
     return results
 
 

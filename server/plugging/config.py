@@ -2,26 +2,108 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from offsite.config import OUTPUT, USUAL, VerbConfig
+from offsite.config import OUTPUT, REPEATED, USUAL, VerbConfig, flag_name
+from offsite.errors import ConfigError
 from offsite.modelling.config import ModelWord
+from offsite.text.config import TextFiles
+from server.plugging.ways import LEAST_SPARE, MOST_SPARE, Way
 from server.registry.config import RegisteredConfig
+
+
+def _share(given: object) -> object:
+    """Return a share as one number, or as the word of shares by module.
+
+    Raises:
+        ValueError: when it is neither.
+    """
+    if isinstance(given, bool) or not isinstance(given, str | int | float):
+        raise ValueError("expected a number, or NAME=SHARE,...")
+    try:
+        way = Way.read(given) if isinstance(given, str) else Way(float(given))
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix("scale: ")) from None
+    if way.spare is not None or way.mix != 1:
+        raise ValueError("expected shares alone: what is spared or mixed has settings of its own")
+    return str(way) if way.by_module else way.scale
+
+
+Share = Annotated[float | str, BeforeValidator(_share)]
 
 
 class ScaleSettings(VerbConfig):
     """Base of verbs that plug in a part of an update."""
 
-    scale: float = Field(
+    scale: Share = Field(
+        1.0,
+        description="share of the adapter's update that is plugged in: a number, or by module and part, as "
+        "attention=0.5,mlp=0.75,top=0.5; not for dora",
+        json_schema_extra=USUAL,
+    )
+
+    @property
+    def way(self) -> Way:
+        """How the adapter is plugged in."""
+        return Way.read(str(self.scale))
+
+
+class WaySettings(ScaleSettings):
+    """Base of verbs that plug in some directions of an update, too."""
+
+    spare: TextFiles = Field(
+        (),
+        description="public text: what its inputs use most is left as it was in the full model; may be repeated; not "
+        "for dora and bitfit",
+        json_schema_extra=USUAL | REPEATED,
+    )
+    spare_half: float = Field(
+        1.0,
+        ge=LEAST_SPARE,
+        le=MOST_SPARE,
+        description="with --spare: a direction used so often, over the mean one, keeps half; larger keeps more",
+        json_schema_extra=USUAL,
+    )
+    spare_tokens: int = Field(
+        20_000, ge=1, description="with --spare: tokens of the text that are read, at most", json_schema_extra=USUAL
+    )
+
+    @model_validator(mode="after")
+    def _spare(self) -> Self:
+        for name in ("spare_half", "spare_tokens"):
+            if not self.spare and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{flag_name(name)} goes with --spare, which names public text")
+        return self
+
+    @property
+    def way(self) -> Way:
+        """How the adapter is plugged in."""
+        return replace(super().way, spare=self.spare_half if self.spare else None)
+
+
+class MixSettings(VerbConfig):
+    """Base of verbs that ask a model with an adapter on it."""
+
+    mix: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="share of the adapter's update that is plugged in; not for dora",
+        description="share of the plugged-in model's probabilities; the rest is the full model's, by a second pass",
         json_schema_extra=USUAL,
     )
+
+
+class MeasuredWaySettings(WaySettings, MixSettings):
+    """Base of verbs that measure an adapter plugged in, and asked, in a certain way."""
+
+    @property
+    def way(self) -> Way:
+        """How the adapter is plugged in and asked."""
+        return replace(super().way, mix=self.mix)
 
 
 class AcceptedConfig(RegisteredConfig, ModelWord):
@@ -34,7 +116,7 @@ class AcceptedConfig(RegisteredConfig, ModelWord):
     )
 
 
-class PlugConfig(AcceptedConfig, ScaleSettings):
+class PlugConfig(AcceptedConfig, WaySettings):
     """Settings of ``offsite plug-in MODEL ID --registry DIR -o ADAPTED``."""
 
     verb: ClassVar[str] = "plug-in"

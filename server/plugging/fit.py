@@ -6,7 +6,7 @@ what was fitted can be plugged in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from offsite.digests import model_digest
 from offsite.errors import BadSchema, ConfigError, WrongBinding, WrongNames
 from offsite.modelling.blocks import linear_dims
 from offsite.tensors import spec_of
+from server.plugging.mixing import Replaced, mixed, stay_mixed
 from server.registry.verify import Verified
 
 if TYPE_CHECKING:
@@ -149,16 +150,44 @@ def plug(model: PreTrainedModel, adapter: Fitted) -> Attached:
 
 
 @contextmanager
-def plugged(model: PreTrainedModel, adapter: Fitted) -> Iterator[PreTrainedModel]:
-    """Yield the model with the adapter on it; afterwards it is as it was."""
+def plugged(model: PreTrainedModel, adapter: Fitted, *, mix: float = 1.0) -> Iterator[PreTrainedModel]:
+    """Yield the model with the adapter on it; afterwards it is as it was.
+
+    Args:
+        mix: share of its probabilities in (0, 1], the rest being the model's own (``server/plugging/mixing.py``).
+
+    Raises:
+        WrongNames, WrongShape, UnsupportedModel: as `plug`.
+    """
     before = [(parameter, parameter.data) for parameter in model.parameters()]
     attached = plug(model, adapter)
     try:
-        yield plain_model(attached)
+        if mix == 1:
+            yield plain_model(attached)
+        else:
+            with mixed(plain_model(attached), _replaced(before), mix) as both:
+                yield both
     finally:
         unplug(attached)
         for parameter, data in before:
             parameter.data = data
+
+
+def plug_mixed(model: PreTrainedModel, adapter: Fitted, mix: float) -> PreTrainedModel:
+    """Put the adapter on the model for good, and return the model as a mixture of itself with and without it.
+
+    Raises:
+        ConfigError: when `mix` is not in (0, 1).
+        WrongNames, WrongShape, UnsupportedModel: as `plug`.
+    """
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
+    found = plain_model(plug(model, adapter))
+    stay_mixed(found, _replaced(before), mix)
+    return found
+
+
+def _replaced(before: Sequence[tuple[nn.Parameter, Tensor]]) -> Replaced:
+    return [(parameter, data) for parameter, data in before if parameter.data_ptr() != data.data_ptr()]
 
 
 def unplug(attached: Attached) -> None:

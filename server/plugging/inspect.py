@@ -8,6 +8,7 @@ from offsite.console import say
 from offsite.inspection.thing import Thing
 from offsite.inspection.words import adapter_words, facts, rows
 from server.plugging.adapted import open_adapted
+from server.plugging.ways import Way
 
 _FORMS = {
     "peft": "a PEFT folder, which peft, transformers and vLLM open on the full model",
@@ -34,7 +35,8 @@ def show(thing: Thing) -> dict[str, object]:
             "package": manifest.package_digest,
             "bundle": manifest.bundle_digest,
             "in registry": manifest.intake,
-            "update": "all of it" if manifest.scale == 1 else f"{manifest.scale:g} of it",
+            "update": _update(manifest.plugged),
+            "spared text": manifest.spare_text or None,
             "merged": manifest.merged_digest,
         }
     )
@@ -51,7 +53,14 @@ def show(thing: Thing) -> dict[str, object]:
         "merged_digest": manifest.merged_digest,
         "id": manifest.intake,
         "scale": manifest.scale,
+        "way": str(manifest.plugged),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "verified": True,
         "checked": _FILES_AGREE,
     }
+
+
+def _update(way: Way) -> str:
+    if way.word:
+        return way.told
+    return "all of it" if way.is_plain else f"{way.scale:g} of it"

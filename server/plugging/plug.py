@@ -30,13 +30,18 @@ from offsite.faults import reach
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import leftovers, refuse_existing, remove, staged_folder
 from offsite.tensors import read_tensors, spec_of, write_tensors
+from offsite.text.batches import Example
+from offsite.text.records import require_files
 from server.plugging.adapted import AdaptedManifest, finish_folder, open_adapted, stored_names
 from server.plugging.card import Card, Form, require_results
 from server.plugging.config import PlugConfig
-from server.plugging.fit import Fitted, fit, plain_model, plug, require_scalable, unplug
+from server.plugging.fit import Fitted, fit, plain_model, plug, unplug
 from server.plugging.fullmodel import FullModel, called, remember
 from server.plugging.peftfolder import open_with_peft, write_peft_folder
 from server.plugging.probe import READ_BACK_TOLERANCE, TOLERANCES, deviation, probe_logits
+from server.plugging.shares import require_way, taken
+from server.plugging.sparing import public_text
+from server.plugging.ways import Way
 from server.registry.intake import asked_round, read_registered
 from server.registry.registry import Registry
 from server.registry.rows import Entry, refusal
@@ -59,25 +64,27 @@ def run(config: PlugConfig) -> dict[str, object]:
     """
     with Registry.open(config.registry, config.keys) as registry, registry.one_plug_in():
         entry = accepted(registry, config.id)
-        if entry.state == "accepted" and is_of(config.output, entry, config.scale, merged=config.merge):
+        public = _public(config)
+        if entry.state == "accepted" and is_of(config.output, entry, config.way, public, merged=config.merge):
             say(f"{config.output.name} was published before the registry was told; now it is")
             manifest = open_adapted(config.output)
             _remember(config, manifest)
-            registry.advance(entry.id, "plugged-in")
+            _tell(registry, entry, manifest)
             return _result(config, manifest, None, None)
         refuse_existing(config.output)
         record = record_of(registry, entry, config.package)
         verified = read_registered(registry, entry, record)
-        require_scalable(verified.spec, config.scale)
+        require_way(verified.spec, config.way)
         collect_partial(config.output)
         licence = licence_of(config.package or registry.package_path(record.package_digest), record)
-        manifest, effect, error = _plug_in(config, entry, verified, record, _card(config, verified, record, licence))
+        card = _card(config, verified, record, licence, public)
+        manifest, effect, error = _plug_in(config, entry, verified, record, card, public)
         reach("plug-published")
         _remember(config, manifest)
-        registry.advance(entry.id, "plugged-in")
+        _tell(registry, entry, manifest)
     shown = f"{len(manifest.tensors)} tensors on {len(manifest.sites)} blocks"
-    if manifest.scale != 1:
-        shown += f", {manifest.scale:g} of the update"
+    if not manifest.plugged.is_plain:
+        shown += f", {manifest.plugged.told}"
     say(f"{config.output.name}: {_SHOWN[manifest.form]}, {shown}")
     return _result(config, manifest, effect, error)
 
@@ -125,8 +132,8 @@ def record_of(registry: Registry, entry: Entry, package: Path | None) -> OwnerRe
     return record
 
 
-def is_of(output: Path, entry: Entry, scale: float, *, merged: bool) -> bool:
-    """Tell whether a sound adapted folder of this bundle, at this scale and merged or not, stands at `output`."""
+def is_of(output: Path, entry: Entry, way: Way, public: Public | None, *, merged: bool) -> bool:
+    """Tell whether a sound adapted folder of this bundle, plugged in this way and merged or not, stands at `output`."""
     if not output.is_dir():
         return False
     try:
@@ -134,7 +141,8 @@ def is_of(output: Path, entry: Entry, scale: float, *, merged: bool) -> bool:
     except ArtefactError:
         return False
     of_bundle = manifest.intake == entry.id and manifest.bundle_digest == entry.bundle_digest
-    return of_bundle and manifest.scale == scale and (manifest.form == "merged") == merged
+    in_this_way = manifest.plugged == way and manifest.spare_text == _digest(public)
+    return of_bundle and in_this_way and (manifest.form == "merged") == merged
 
 
 def collect_partial(output: Path) -> None:
@@ -152,7 +160,7 @@ def licence_of(package: Path, record: OwnerRecord) -> str:
     return manifest.licence if digest == record.package_digest else ""
 
 
-def _card(config: PlugConfig, verified: Verified, record: OwnerRecord, licence: str) -> Card:
+def _card(config: PlugConfig, verified: Verified, record: OwnerRecord, licence: str, public: Public | None) -> Card:
     """Return what the folder will say of itself, but for what is measured.
 
     Raises:
@@ -162,7 +170,7 @@ def _card(config: PlugConfig, verified: Verified, record: OwnerRecord, licence: 
     results = None
     if config.results is not None:
         bound = {"base_digest": record.base_digest, "bundle_digest": verified.bundle_digest}
-        results = require_results(read_results(config.results), **bound, scale=config.scale)
+        results = require_results(read_results(config.results), **bound, way=config.way, spare_text=_digest(public))
     return Card(
         name=config.output.name,
         form=form,
@@ -170,9 +178,31 @@ def _card(config: PlugConfig, verified: Verified, record: OwnerRecord, licence: 
         base_digest=record.base_digest,
         adapter=verified.spec,
         licence=licence,
-        scale=config.scale,
+        way=config.way,
         results=results,
     )
+
+
+Public = tuple[list[Example], str]
+"""Public text in blocks, and the digest of its tokens."""
+
+
+def _public(config: PlugConfig) -> Public | None:
+    """Return the public text of a way that spares directions, None without one; read before any model is."""
+    if not config.spare:
+        return None
+    require_files(config.spare)
+    return public_text(config.spare, load_tokenizer(config.model), limit_tokens=config.spare_tokens)
+
+
+def _digest(public: Public | None) -> str:
+    return public[1] if public is not None else ""
+
+
+def _tell(registry: Registry, entry: Entry, manifest: AdaptedManifest) -> None:
+    """The registry knows in which way the bundle was plugged in, and that it was."""
+    registry.note_way(entry.id, "plugged-in", str(manifest.plugged), manifest.spare_text)
+    registry.advance(entry.id, "plugged-in")
 
 
 def _remember(config: PlugConfig, manifest: AdaptedManifest) -> None:
@@ -182,11 +212,11 @@ def _remember(config: PlugConfig, manifest: AdaptedManifest) -> None:
 
 
 def _plug_in(
-    config: PlugConfig, entry: Entry, verified: Verified, record: OwnerRecord, card: Card
+    config: PlugConfig, entry: Entry, verified: Verified, record: OwnerRecord, card: Card, public: Public | None
 ) -> tuple[AdaptedManifest, float, float]:
     """Write the adapted folder, and return its manifest, the adapter's effect and the error of what was read back."""
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
-    adapter = fit(model, verified, record, scale=config.scale)
+    adapter = taken(model, fit(model, verified, record), config.way, public[0] if public is not None else ())
     before = probe_logits(model, "the full model")
     attached = plug(model, adapter)
     expected = probe_logits(plain_model(attached), f"the model with {verified.what} plugged in")
@@ -209,6 +239,7 @@ def _plug_in(
             bundle_digest=verified.bundle_digest,
             merged_digest=merged_digest,
             intake=entry.id,
+            spare_text=_digest(public),
             sites=adapter.sites,
             tensors={name: spec_of(tensor) for name, tensor in adapter.tensors.items()},
         )
@@ -300,6 +331,7 @@ def _result(
         "kind": manifest.adapter.kind,
         "placement": manifest.adapter.placement,
         "scale": manifest.scale,
+        "way": str(manifest.plugged),
         "num_tensors": len(manifest.tensors),
         "num_blocks": len(manifest.sites),
         "num_bytes": sum(entry.bytes for entry in manifest.files.values()),

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from offsite.artefacts.job import Job
 from offsite.errors import ArtefactError, BadSchema, ConfigError, PolicyError, Replayed, RunFailed, WrongBinding
@@ -325,6 +325,33 @@ class Registry:
                     hint=f"offsite registry accept {bundle_id}" if before == "accepted" else "offsite registry list",
                 )
         return self.entry(bundle_id)
+
+    def note_way(self, bundle_id: str, event: Literal["plugged-in", "served"], way: str, spare_text: str = "") -> None:
+        """It is known in which way the bundle was plugged in or served; again changes nothing.
+
+        Args:
+            way: as its word says it (``server/plugging/ways.py``).
+            spare_text: digest of the public text where directions were spared.
+
+        Raises:
+            ConfigError: when there is no such bundle.
+        """
+        entry = self.entry(bundle_id)
+        if (way, spare_text) in self.ways(bundle_id, event):
+            return
+        with self._store.transaction() as transaction:
+            transaction.execute("INSERT INTO ways VALUES (?, ?, ?, ?)", (bundle_id, event, way, spare_text))
+            transaction.log("way", digest=entry.digest, of=event, way=way, spare_text=spare_text)
+
+    def ways(self, bundle_id: str, event: Literal["plugged-in", "served"]) -> list[tuple[str, str]]:
+        """Return the ways in which the bundle was plugged in or served, each with the digest of the text it spares.
+
+        None is known of what was plugged in before ways were noted.
+        """
+        rows = self._store.rows(
+            "SELECT way, spare_text FROM ways WHERE id = ? AND event = ? ORDER BY rowid", (bundle_id, event)
+        )
+        return [(row["way"], row["spare_text"]) for row in rows]
 
     def refuse(self, bundle_id: str, *, now: int | None = None) -> Entry:
         """The bundle is refused for good and its files are gone; its round is free for another.

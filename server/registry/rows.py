@@ -61,6 +61,12 @@ CREATE TABLE drawn (
     federation_id TEXT NOT NULL REFERENCES federations, round INTEGER NOT NULL, PRIMARY KEY (federation_id, round)
 ) STRICT
 """,
+    """
+CREATE TABLE ways (
+    id TEXT NOT NULL REFERENCES bundles, event TEXT NOT NULL CHECK (event IN ('plugged-in', 'served')),
+    way TEXT NOT NULL, spare_text TEXT NOT NULL, PRIMARY KEY (id, event, way, spare_text)
+) STRICT
+""",
 )
 
 

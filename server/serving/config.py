@@ -11,9 +11,10 @@ from offsite.config import KEYS, LIMITS, NETWORK, POSITIONAL, USUAL
 from offsite.keys.config import KeysConfig
 from offsite.training.config import DeviceSettings
 from server.http.config import ListenSettings
+from server.plugging.config import MixSettings
 
 
-class ServeConfig(KeysConfig, DeviceSettings, ListenSettings):
+class ServeConfig(KeysConfig, DeviceSettings, ListenSettings, MixSettings):
     """Settings of ``offsite serve ADAPTED``. The key is never a setting: it would show in the process list."""
 
     verb: ClassVar[str] = "serve"

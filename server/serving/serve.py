@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -81,11 +82,12 @@ def load_served(config: ServeConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
     Raises:
         ConfigError: the device does not exist; told before anything is loaded.
         ArtefactError: `adapted` was rejected.
+        ConfigError: `adapted` is merged, and is to be mixed.
     """
     device = _device(config.device)
     from server.plugging.adapted import load_adapted
 
-    model, tokenizer = load_adapted(config.adapted, base=config.base)
+    model, tokenizer = load_adapted(config.adapted, base=config.base, mix=config.mix)
     model.to(device)  # type: ignore[arg-type]
     model.eval()
     return model, tokenizer, config.model_id or config.adapted.resolve().name
@@ -129,7 +131,7 @@ def serve(config: ServeConfig) -> dict[str, object]:
             limit_bytes=config.limit_bytes,
         )
         if config.registry is not None:
-            mark_served(config.adapted, config.registry, config.keys)
+            mark_served(config.adapted, config.registry, config.keys, mix=config.mix)
         sock.listen()  # from here connections wait in the kernel's queue
         url = url_of(sock)
         _announce(config, url, model_id, key if is_fresh else None)
@@ -143,8 +145,8 @@ def serve(config: ServeConfig) -> dict[str, object]:
 run = serve  # the name that every verb's module gives its function
 
 
-def mark_served(adapted: Path, registry: Path, keys: Path) -> None:
-    """The registry knows that the bundle in `adapted` is served; again changes nothing.
+def mark_served(adapted: Path, registry: Path, keys: Path, *, mix: float = 1.0) -> None:
+    """The registry knows that the bundle in `adapted` is served, and in which way; again changes nothing.
 
     Raises:
         ConfigError: there is no registry, or it does not know the bundle.
@@ -153,16 +155,20 @@ def mark_served(adapted: Path, registry: Path, keys: Path) -> None:
     from server.plugging.adapted import open_adapted
     from server.registry.registry import Registry
 
-    intake = open_adapted(adapted).intake
+    manifest = open_adapted(adapted)
+    intake = manifest.intake
     if intake is None:
         raise ConfigError(f"{adapted.name!r} does not name the bundle it holds", hint="leave --registry out")
     with Registry.open(registry, keys) as opened:
         opened.advance(intake, "served")
+        opened.note_way(intake, "served", str(replace(manifest.plugged, mix=mix)), manifest.spare_text)
 
 
 def _announce(config: ServeConfig, url: str, model_id: str, fresh_key: str | None) -> None:
     if not is_loopback(config.host):
         say(f"warning: {config.host} can be reached from other machines, without encryption; put TLS in front")
     say(f"serving {model_id!r} at {url}/v1; Ctrl-C ends it")
+    if config.mix != 1:
+        say(f"{config.mix:g} of the probabilities are the adapter's; every token takes two passes")
     if fresh_key is not None:
         say(f"key (shown once): {fresh_key}")

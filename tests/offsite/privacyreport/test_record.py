@@ -101,6 +101,16 @@ def test_a_run_without_a_claim_is_called_what_it_is_first_of_all():
     assert any("no figure here is a bound" in sentence for sentence in report.non_claims)
 
 
+def test_a_report_says_in_which_way_the_adapter_was_plugged_in_where_it_is_not_all_of_it():
+    told = "In the full model the adapter was plugged in as mlp=0.5,mix=0.7; otherwise it may reveal more."
+    report = s.report(plugged=s.plugged_audit(way="mlp=0.5,mix=0.7"))
+    assert told in report.non_claims
+    assert parse_report(report_raw(report)) == report
+    plain = s.report(plugged=s.plugged_audit())
+    assert not any("plugged in as" in sentence for sentence in plain.non_claims)
+    assert not {b'"way"', b'"spare_text"'} & {word.strip(b":") for word in report_raw(plain).split()}
+
+
 def test_a_claim_is_told_with_delta_unit_and_all_runs_never_smaller_than_it_is():
     report = s.report(bundle=s.bundle_audit(s.made_up_claim(epsilon=2.99910001)))
     assert report.headline == (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import string
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adapters.kinds import attach, declared
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.audits.canaries import CanarySet, CanaryText, Secret, records_of, words_of, write_canaries
+from offsite.audits.canaryaudit import score_canaries
 from offsite.audits.record import PluggedAudit, read_audit
 from offsite.cli import run as offsite
 from offsite.errors import ArtefactError, BadDigest, BadSchema, ConfigError, PolicyError, TooLarge, WrongBinding
@@ -157,6 +159,42 @@ def test_an_adapter_that_never_saw_them_is_not(audit, untouched):
     assert told["gates"] == {"secrets": "passed"}
     assert told["num_extracted"] == 0
     assert told["epsilon_at_least"] < 0.5
+
+
+def test_what_is_measured_is_what_is_served(audit, untouched, package, base, monkeypatch, capsys):
+    """The canaries are scored by the mixture of shares that the settings name, the record says so, others are told."""
+    config = audit(untouched, scale="mlp=0.5,attention=0.25", mix=0.5, samples=0)
+    ids, seen, score = torch.tensor([[5, 60, 7, 100]]), {}, score_canaries
+
+    def spied(model, *args, label, **given):
+        with torch.no_grad():
+            seen[label] = torch.softmax(model(input_ids=ids).logits.double(), -1)
+        return score(model, *args, label=label, **given)
+
+    monkeypatch.setattr("server.evaluation.audit.score_canaries", spied)
+    with Registry.open(config.registry, config.keys) as registry:
+        registry.note_way(config.id, "plugged-in", "0.5")
+    told = run(config)
+    assert told["way"] == "attention=0.25,mlp=0.5,mix=0.5"
+    assert "warning: plugged in was 0.5 of the update; this measures 0.25 of attention" in capsys.readouterr().err
+    found, _ = read_audit(config.output)
+    assert isinstance(found, PluggedAudit)
+    assert (found.way, found.spare_text) == (told["way"], "")
+    moved, before = copy.deepcopy(base), base.state_dict()
+    for name, tensor in untouched.load_tensors(untouched.manifest.tensors).items():
+        role, _, inner = name.split(".", 2)
+        path = f"model.layers.{0 if role == 'bottom' else 2}.{inner}"
+        share = 0.5 if ".mlp." in path else 0.25
+        moved.get_parameter(path).data = before[path] + share * (tensor - before[path])
+    with torch.no_grad():
+        part = torch.softmax(moved(input_ids=ids).logits.double(), -1)
+    torch.testing.assert_close(seen["plugged in"], (seen["full model"] + part) / 2, rtol=0, atol=1e-6)
+    with Registry.open(config.registry, config.keys) as registry:
+        registry.note_way(config.id, "served", "1")
+    whole = config.model_copy(update={"output": config.output.with_name("whole"), "scale": 1.0, "mix": 1.0})
+    assert run(whole)["way"] == "1"
+    assert "warning" not in capsys.readouterr().err
+    assert '"way"' not in (whole.output / "audit.json").read_text()
 
 
 def test_half_precision_and_no_secrets(audit, untouched, canaries):

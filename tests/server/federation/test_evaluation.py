@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.digests import model_digest
 from offsite.errors import ArtefactError, ConfigError, NotFinite, WrongNames, WrongShape
 from server.federation.evaluation import Watch, better, grown_model, state_digest, write_adapted
+from server.federation.results import require_own, results_of
 from server.federation.state import SHARED
-from server.plugging.adapted import open_adapted
+from server.plugging.adapted import load_adapted, open_adapted
 from server.plugging.fit import fit, plugged
 from server.registry.verify import adapter_tensors, verify_own
 
@@ -196,3 +198,48 @@ def test_a_row_s_text_is_told_from_its_client_whatever_they_are_called():
     zero_shot = {"a": 9.0, "a by b": 5.0}
     assert better(zero_shot, {"a": 8.0, "a by b": 6.0}) == ["a by b"]
     assert better(zero_shot, {"a by c by d": 8.0, "a by b by c": 4.0}) == []
+
+
+def share_by_hand(word, name):
+    return word if word == 0.5 else 0.8 * (0.25 if name.startswith("top.") else 1)
+
+
+@pytest.mark.parametrize("word", [0.5, "attention=0.8,top=0.25"])
+def test_a_share_is_of_what_is_measured_and_written_and_rounds_go_on_from_the_whole_sum(
+    word, federated, full_llama, logits_of
+):
+    held = federated.folder / "held.jsonl"
+    held.write_text(json.dumps({"text": "anna 3 anna and bert"}) + "\n")
+    settings = {"heldout": {"all": str(held)}, "block_tokens": 16}
+    with federated.opened(**settings) as federation:
+        federated.round(federation, 1, size=0.2)
+        whole, sums = Watch(federation)(1), dict(federation.states)
+    with federated.opened(**settings, scale=word) as federation:
+        assert federation.states.keys() == sums.keys()
+        for name, part in sums[SHARED].items():
+            torch.testing.assert_close(dense(federation.states[SHARED][name]), dense(part), rtol=0, atol=0)
+        scores = Watch(federation)(1)
+        out = federated.folder / "adapted"
+        write_adapted(federation, out)
+        manifest = open_adapted(out)
+        assert (str(manifest.plugged), manifest.bundle_digest) == (str(word), state_digest(sums[SHARED]))
+        by_hand = {name: dense(part) * share_by_hand(word, name) for name, part in sums[SHARED].items()}
+        with grown_model(copy.deepcopy(full_llama), by_hand, federation.record) as grown:
+            expected = logits_of(grown)
+            torch.testing.assert_close(logits_of(load_adapted(out)[0]), expected, rtol=1e-5, atol=1e-5)
+        assert scores["all"] != whole["all"]
+        assert results_of(federation, {}, {})["way"] == str(word)
+        federation.config.output.mkdir(parents=True, exist_ok=True)
+        (federation.config.output / "results.json").write_text(json.dumps({"federation_id": federation.store.id}))
+        shutil.copytree(out, federation.config.output / "adapted")
+        require_own(federation)
+    with federated.opened(**settings) as federation, pytest.raises(ConfigError, match="here it is all of the update"):
+        require_own(federation)
+
+
+def test_a_share_of_what_the_adapter_does_not_change_is_refused_before_the_first_round(federated):
+    with (
+        pytest.raises(ConfigError, match="--scale: mlp: the adapter changes nothing"),
+        federated.opened(scale="mlp=1e-1"),
+    ):
+        pass

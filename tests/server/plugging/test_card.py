@@ -11,6 +11,7 @@ from offsite.artefacts.bundle import AdapterSpec
 from offsite.errors import ConfigError
 from server.plugging.card import Card, require_results
 from server.plugging.fullmodel import FullModel
+from server.plugging.ways import Way
 
 DIGEST = "sha256:" + "a" * 64
 PLAIN = {"name": "adapted", "form": "peft", "base": FullModel("example/llama"), "base_digest": DIGEST}
@@ -41,7 +42,8 @@ def test_the_header_names_base_licence_and_library():
 def test_what_was_measured_is_told_and_nothing_else():
     assert "moves the logits by | 0.12 of" in card(effect=0.1234, deviation=0.0)
     assert "moves the logits" not in card()
-    assert "share of the update | 0.5" in card(scale=0.5)
+    assert "share of the update | 0.5" in card(way=Way(0.5))
+    assert "| plugged in | 0.5 of mlp, spared where public text uses" in card(way=Way.parse("mlp=0.5,spare=2"))
     assert "Figures" not in card()
     rows = {name: SimpleNamespace(perplexity=SimpleNamespace(mean=mean)) for name, mean in ROWS.items()}
     results = SimpleNamespace(rows=rows, data=SimpleNamespace(num_tokens=12345))
@@ -71,13 +73,15 @@ def test_the_use_fits_the_form(form, kind, words, without):
 
 def test_results_of_something_else_are_refused():
     bundles = {"tuned": SimpleNamespace(digest="sha256:" + "b" * 64)}
-    results = SimpleNamespace(base_digest=DIGEST, bundles=bundles, scale=1.0)
-    right = {"base_digest": DIGEST, "bundle_digest": "sha256:" + "b" * 64, "scale": 1.0}
+    results = SimpleNamespace(base_digest=DIGEST, bundles=bundles, scale=1.0, way="", spare_text="")
+    right = {"base_digest": DIGEST, "bundle_digest": "sha256:" + "b" * 64, "way": Way()}
     assert require_results(results, **right) is results
     for change, words in (
         ({"base_digest": "sha256:" + "c" * 64}, "another full model"),
         ({"bundle_digest": "sha256:" + "c" * 64}, "not of this bundle"),
-        ({"scale": 0.5}, "1 of the update was plugged in, here it is 0.5"),
+        ({"way": Way(0.5)}, "they are of all of the update, here it is 0.5 of the update"),
+        ({"way": Way(mix=0.7)}, "here it is 0.7 of the probabilities"),
+        ({"spare_text": "sha256:" + "c" * 64}, "other public text was spared"),
     ):
         with pytest.raises(ConfigError, match=words):
             require_results(results, **{**right, **change})

@@ -701,6 +701,13 @@ ADAPTED_TAMPERED = {
     "a merged digest where none belongs": ("own", None, put("merged_digest", value=OTHER), BadSchema),
     "another merge": ("merged", None, put("merged_digest", value=OTHER), BadDigest),
     "another format": ("peft", None, put("format", value="offsite/bundle/1"), WrongBinding),
+    "a way in another form": ("peft", None, put("way", value="mlp=0.50"), BadSchema),
+    "a way of no known module": ("peft", None, put("way", value="head=0.5"), BadSchema),
+    "a way of another share": ("peft", None, put("way", value="0.5,top=1"), BadSchema),
+    "a way that is mixed": ("peft", None, put("way", value="mix=0.5"), BadSchema),
+    "a way that is no word": ("peft", None, put("way", value=0.5), BadSchema),
+    "directions spared on no text": ("peft", None, put("way", value="spare=1"), BadSchema),
+    "text, and nothing spared": ("peft", None, put("spare_text", value=OTHER), BadSchema),
 }
 
 
