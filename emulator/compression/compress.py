@@ -28,6 +28,7 @@ from emulator.compression.width import (
     refit,
     strongest,
 )
+from offsite.artefacts.encodings import Encoded
 from offsite.console import progress
 from offsite.errors import ConfigError
 from offsite.modelling.blocks import linear_names
@@ -46,7 +47,9 @@ class Recipe:
         channels: ``obs`` or ``activation``, how ``width`` chooses them.
         refit: whether ``width`` fits the kept channels' outgoing weights to the whole MLP's output.
         calibration: public text, ``input_ids`` and ``attention_mask`` of (batch, tokens) int64 each.
-        finished: where ``width`` keeps each block that it is done with, and finds those of a broken run.
+        rank_share: share of its numbers that the two factors of a linear hold under ``low-rank``.
+        packing: what ``packed`` packs the linears into: a key of `offsite.artefacts.encodings.BITS`.
+        finished: where ``width`` and ``low-rank`` keep each block that is done, and find those of a broken run.
     """
 
     blocks: int | None = None
@@ -54,6 +57,8 @@ class Recipe:
     width: float = 1.0
     channels: str = "obs"
     refit: bool = True
+    rank_share: float = 1.0
+    packing: str = ""
     calibration: Sequence[Batch] = field(default=(), repr=False)
     finished: FinishedBlocks = field(default=FinishedBlocks(None, ""), repr=False)
 
@@ -70,6 +75,8 @@ class Compressed:
         adaptable_middle: names inside a middle block of linears on which an adapter lifts into the full model.
         settings: what the package may state of the method: nothing of the full model's numbering.
         middle_whole: the middle is the full model's own, block for block.
+        encoded: tensors of `model` that are stored otherwise than as they stand, by name.
+        figures: what was measured while compressing, for the owner alone.
     """
 
     model: PreTrainedModel
@@ -79,6 +86,8 @@ class Compressed:
     settings: Mapping[str, float | int | str]
     middle_whole: bool = False
     experts: Mapping[str, Kept] = field(default_factory=dict)
+    encoded: Mapping[str, Encoded] = field(default_factory=dict, repr=False)
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 Compressor = Callable[[PreTrainedModel, Plan, Recipe], Compressed]

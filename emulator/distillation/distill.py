@@ -21,6 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emulator.compression.compress import Compressed, Recipe, compress, middle_blocks
 from emulator.compression.finished import FinishedBlocks
+from emulator.compression.lowrank import low_rank  # noqa: F401 - registers the method
+from emulator.compression.packed import pack_middle
 from emulator.distillation.config import DistillConfig
 from emulator.distillation.imitation import Distilled, distill
 from emulator.distillation.launched import in_processes
@@ -75,9 +77,13 @@ def run(config: DistillConfig) -> dict[str, object]:
     distilled = None
     if config.steps and text is not None:
         distilled = _distilled(config, owned, text, compressed, processes)
-    package = _published(config, owned, compressed, distilled, terms) if processes.is_main else None
+    package = None
+    if processes.is_main:
+        compressed = _packed(config, owned, compressed, distilled)
+        package = _published(config, owned, compressed, distilled, terms)
     processes.wait()
-    return {**_told(config, package, distilled), **sizes, "seconds": round(time.monotonic() - began, 3)}
+    told = {**_told(config, package, distilled), **sizes, **compressed.figures}
+    return {**told, "seconds": round(time.monotonic() - began, 3)}
 
 
 @dataclass(frozen=True)
@@ -134,12 +140,15 @@ def _recipe(config: DistillConfig, text: PublicText | None, owned: _Owned, proce
     calibration = () if text is None else text.calibration
     depends = [owned.digest, str(owned.full.dtype), config.bottom, config.top, config.width, config.channels]
     depends += [config.refit, None if text is None else text.digest, len(calibration), config.batch_size, config.seed]
+    depends += [config.method, config.rank_share] if config.method == "low-rank" else []
     return Recipe(
         blocks=config.blocks,
         choice=config.choice,
         width=config.width,
         channels=config.channels,
         refit=config.refit,
+        rank_share=config.rank_share,
+        packing=config.pack or "",
         calibration=calibration,
         finished=FinishedBlocks(
             _work(config) / "compression",
@@ -150,9 +159,13 @@ def _recipe(config: DistillConfig, text: PublicText | None, owned: _Owned, proce
 
 
 def _sizes(owned: _Owned, compressed: Compressed) -> dict[str, object]:
+    stored = sum(
+        one.encoding.num_stored(shape := compressed.model.get_parameter(name).shape) - shape.numel()
+        for name, one in compressed.encoded.items()
+    )
     return {
         "middle_parameters": _num_parameters(middle_blocks(owned.full, owned.plan)),
-        "emulator_parameters": _num_parameters(middle_blocks(compressed.model, owned.plan)),
+        "emulator_parameters": _num_parameters(middle_blocks(compressed.model, owned.plan)) + stored,
     }
 
 
@@ -203,16 +216,15 @@ def _published(
     config: DistillConfig, owned: _Owned, compressed: Compressed, distilled: Distilled | None, terms: str
 ) -> Package:
     """The package stands, its record beside it; the log has moved and the work folder is gone."""
-    model = distilled.model if distilled is not None else None
     package = publish(
         config.output,
-        model=compressed.model if model is None else model,
+        model=_emulator(compressed, distilled),
         tokenizer=owned.tokenizer,
         plan=owned.plan,
         compressed=compressed,
         method=config.method,
         base_digest=owned.digest,
-        figures=_disclosed(distilled),
+        figures=_disclosed(config, distilled),
         dtype=owned.dtype if config.dtype == "auto" else config.dtype,
         dtypes=owned.dtypes if config.dtype == "auto" else None,
         licence=config.licence,
@@ -226,15 +238,41 @@ def _published(
     return package
 
 
-def _disclosed(distilled: Distilled | None) -> dict[str, float]:
+def _emulator(compressed: Compressed, distilled: Distilled | None) -> PreTrainedModel:
+    found = distilled.model if distilled is not None else None
+    return compressed.model if found is None else found
+
+
+def _packed(config: DistillConfig, owned: _Owned, compressed: Compressed, distilled: Distilled | None) -> Compressed:
+    """Return what is written of the emulator, whose middle is distilled by now and packed where that is asked."""
+    if config.pack is None:
+        return compressed
+    if config.method != "packed":
+        done = pack_middle(_emulator(compressed, distilled), owned.plan, config.pack, compressed.encoded)
+        compressed = replace(
+            compressed,
+            settings={**compressed.settings, "pack": config.pack},
+            encoded=done.encoded,
+            figures={**compressed.figures, **done.figures()},
+        )
+    told = compressed.figures
+    say(
+        f"distill: the middle's linears are packed as {config.pack}: {told['packed_bytes']:,.0f} bytes, "
+        f"{told['packed_bits']:.2f} bits a number, with a relative error of {told['packing_error']:.2g}"
+    )
+    return compressed
+
+
+def _disclosed(config: DistillConfig, distilled: Distilled | None) -> dict[str, float]:
     """Return the figures that the package states: nothing of time or machine, so that a resumed run's are the same."""
     if distilled is None:
         return {"distillation_steps": 0.0}
+    when = "" if config.pack is None else "_before_packing"
     return {
         "distillation_steps": float(distilled.outcome.steps),
         "distillation_tokens": float(distilled.outcome.tokens),
-        "held_out_kl": _rounded(distilled.fidelity.kl),
-        "held_out_hidden_error": _rounded(distilled.fidelity.hidden),
+        f"held_out_kl{when}": _rounded(distilled.fidelity.kl),
+        f"held_out_hidden_error{when}": _rounded(distilled.fidelity.hidden),
     }
 
 

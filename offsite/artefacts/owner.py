@@ -11,28 +11,33 @@ import math
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
+from offsite.artefacts.encodings import Encoding
 from offsite.artefacts.layout import Layout
 from offsite.artefacts.manifest import MANIFEST_LIMIT_BYTES
 from offsite.digests import DIGEST_PATTERN
 from offsite.errors import ArtefactError, BadSchema, ConfigError
 from offsite.staging import staged_file
-from offsite.strictjson import Strict
+from offsite.strictjson import Sparse
 from offsite.tensors import TensorSpec
 
 OWNER_FORMAT = "offsite/owner/1"
 
 
-class OwnerRecord(Strict):
+class OwnerRecord(Sparse):
     """How one package maps onto the full model.
 
     ``kept`` holds the full-model block number of every package block, in package order; ``channels`` the kept MLP
     channels per block (``middle.3`` -> ascending numbers), absent when all were kept. ``experts`` holds those of MLPs
-    that carry no adapter (``middle.3.mlp.experts`` -> ascending numbers for each expert); a record without any is
-    written as before there were such packages.
+    that carry no adapter (``middle.3.mlp.experts`` -> ascending numbers for each expert). ``encodings`` says of the
+    package's block tensors, by canonical name, which are stored otherwise than as they stand, and ``figures`` what was
+    measured while compressing. A record without any of the three is written as before there were such packages.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"experts", "encodings", "figures"})
 
     format: str = OWNER_FORMAT
     package_digest: str = Field(pattern=DIGEST_PATTERN)
@@ -43,6 +48,8 @@ class OwnerRecord(Strict):
     kept: tuple[int, ...]
     channels: dict[str, tuple[int, ...]] = {}
     experts: dict[str, tuple[tuple[int, ...], ...]] = {}
+    encodings: dict[str, Encoding] = {}
+    figures: dict[str, float] = {}
 
     @model_validator(mode="after")
     def _agree(self) -> OwnerRecord:
@@ -57,6 +64,8 @@ class OwnerRecord(Strict):
             block = ".".join(name.split(".")[:2])
             if block not in blocks or name == block or not lists or not all(map(_ascending, lists)):
                 raise ValueError("experts does not list ascending numbers for MLPs of the package's blocks")
+        if not self.encodings.keys() <= self.block_tensors.keys():
+            raise ValueError("encodings does not name tensors of the package's blocks")
         return self
 
     @property
@@ -81,7 +90,7 @@ def write_owner_record(package: Path, record: OwnerRecord) -> Path:
     """Write the record beside the package, replacing an older one, and return its path."""
     path = owner_record_path(package)
     with staged_file(path, replace=True) as stage:
-        stated = record.model_dump(mode="json", exclude=None if record.experts else {"experts"})
+        stated = record.model_dump(mode="json")
         stage.write_text(json.dumps(stated, sort_keys=True) + "\n", encoding="utf-8")
         stage.chmod(0o600)
     return path
