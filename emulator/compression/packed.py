@@ -124,7 +124,7 @@ def quantised(weight: Tensor, packing: str, group: int = GROUP) -> dict[str, Ten
     A group's scale is the one of `RATIOS` that leaves the least squared error, as bfloat16 holds it; codes are those of
     the nearest levels.
     """
-    rows_LI = weight.reshape(-1, weight.shape[-1])
+    rows_LI = weight.reshape(-1, weight.shape[-1]).contiguous()
     at_once = max(1, _AT_ONCE // rows_LI.shape[1])
     pairs = [_quantised(rows.float(), packing, group) for rows in rows_LI.split(at_once)]
     codes = torch.cat([codes for codes, _ in pairs])

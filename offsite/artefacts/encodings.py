@@ -214,7 +214,8 @@ def unpack_codes(packed: Tensor, num: int, packing: str) -> Tensor:
     flat = codes.to(torch.uint8).reshape(-1)
     if bool(flat[num:].any()):
         raise BadSchema("bits after the last code are set")
-    return flat[:num]
+    found: Tensor = flat[:num]
+    return found
 
 
 def _num_bytes(num: int, packing: str) -> int:
