@@ -99,6 +99,7 @@ def layout_of(model: PreTrainedModel, plan: Plan, compressed: Compressed) -> Lay
         num_top=plan.num_top,
         adaptable_middle=compressed.adaptable_middle,
         middle_whole=compressed.middle_whole,
+        stand_ins=any(one.encoding.kind == "low-rank" for one in compressed.encoded.values()),
     )
 
 

@@ -52,14 +52,18 @@ Line = Annotated[str, Field(max_length=200, pattern=rf"^{SHOWN}*$"), AfterValida
 Text = Annotated[str, Field(max_length=20_000, pattern=rf"^(?:[\t\n]|{SHOWN})*$"), AfterValidator(require_seen)]
 
 
-class Layout(Strict):
+class Layout(Sparse):
     """How the package's model is laid out, in the package's own numbering.
 
     ``linears`` maps ``bottom.0.self_attn.q_proj`` and the like to (inputs, outputs); ``mlp_linears`` lists those that
     belong to a feed-forward part. ``adaptable_middle`` lists the modules inside a middle block on which an adapter
     can be lifted into the full model; ``middle_whole`` says that every middle block is the full model's, unshrunk.
     ``buffers`` lists the tensors of blocks that are not parameters, such as a router's correction: nothing trains them.
+    ``stand_ins`` says that the middle's linears have the full model's shapes but are of lower rank: sizes that are
+    learnt on them (DoRA's magnitudes) are not the full model's.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"stand_ins"})
 
     model_type: str = Field(pattern=r"^[a-z0-9_-]{1,64}$")
     stack: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,127}$")
@@ -71,6 +75,7 @@ class Layout(Strict):
     adaptable_middle: tuple[Name, ...] = ()
     middle_whole: bool = False
     buffers: tuple[Name, ...] = ()
+    stand_ins: bool = False
 
     @property
     def blocks(self) -> dict[str, str]:
@@ -87,6 +92,7 @@ def describe_layout(
     num_top: int,
     adaptable_middle: tuple[str, ...] = (),
     middle_whole: bool = False,
+    stand_ins: bool = False,
 ) -> Layout:
     """Return the layout of a package's model (ends and emulator in one), read off the model itself.
 
@@ -106,6 +112,7 @@ def describe_layout(
         linears={},
         adaptable_middle=adaptable_middle,
         middle_whole=middle_whole,
+        stand_ins=stand_ins,
     )
     linears, feed_forward, buffers = {}, [], []
     for canonical, block in zip(layout.blocks, block_list(model, stack), strict=True):

@@ -68,6 +68,11 @@ class OwnerRecord(Sparse):
             raise ValueError("encodings does not name tensors of the package's blocks")
         return self
 
+    def num_stored(self, name: str) -> int:
+        """Return how many numbers the package holds for its block tensor of that canonical name: of factors, theirs."""
+        shape, encoding = self.block_tensors[name].shape, self.encodings.get(name)
+        return math.prod(shape) if encoding is None else encoding.num_stored(shape)
+
     @property
     def sites(self) -> dict[str, str]:
         """Map canonical blocks (``top.0``) to module names of the full model."""

@@ -118,15 +118,18 @@ class Answer(Strict):
     after: str
 
 
-class Results(Strict):
+class Results(Sparse):
     """The content of ``results.json``.
 
-    ``scale`` is the share of the bundles' updates that was plugged in.
+    ``scale`` is the share of the bundles' updates that was plugged in, ``corrected`` says whether the emulator's fault
+    was taken out of them first.
 
     ``metrics`` are those of perplexity, ``task_metrics`` those of each task's metrics; ``tasks`` holds the number of
     rows scored. ``references`` maps reference rows to digests of their bundles, ``runs`` names to the figures that
     ``distill`` and ``tune`` printed. ``config`` and ``command`` hold file names, never paths.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"corrected"})
 
     format: Literal["offsite/results/1"] = "offsite/results/1"
     model: str
@@ -134,6 +137,7 @@ class Results(Strict):
     method: dict[str, str | float | int]
     adapter: AdapterSpec
     scale: float = Field(1.0, gt=0, le=1)
+    corrected: bool = False
     data: Data
     rows: dict[RowName, Row]
     metrics: dict[str, Summary | None]

@@ -48,7 +48,7 @@ from server.evaluation.candidates import Candidate, Candidates, open_candidates
 from server.evaluation.config import EvaluateConfig, named_paths
 from server.evaluation.metrics import capability, compare, summarise
 from server.evaluation.summary import crossings, flat, parameters, read_outcomes, reproduce, show, versions
-from server.plugging.fit import Fitted, fit, plugged, require_base, require_scalable
+from server.plugging.fit import Fitted, fit, plugged, require_base, require_correctable, require_scalable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,6 +121,8 @@ def run(config: EvaluateConfig) -> dict[str, object]:
     candidates = open_candidates(config)
     for candidate in candidates.bundles.values():
         require_scalable(candidate.verified.spec, config.scale)
+        if config.correct:
+            require_correctable(candidate.verified.spec, candidates.package)
     bundles = {seed: candidate.bundle for seed, candidate in candidates.bundles.items()}
     runs = read_outcomes(named_paths(config.outcome))
     records = read_files(
@@ -141,6 +143,7 @@ def run(config: EvaluateConfig) -> dict[str, object]:
         method={"name": method.name, **method.settings},
         adapter=next(iter(bundles.values())).manifest.adapter,
         scale=config.scale,
+        corrected=config.correct,
         data=data_of(config.data, records, encoded, examples),
         rows=rows,
         metrics=perplexity_metrics(rows),
@@ -221,7 +224,8 @@ def measure_full(
         to_measure += [(row, seed, candidate) for seed, candidate in seeds.items()]
     for row, seed, candidate in to_measure:
         scale = config.scale if row == "plugged_in" else 1.0
-        fitted = fit(model, candidate.verified, candidate.record, base_digest=digest, scale=scale)
+        emulator = candidates.package if config.correct and row == "plugged_in" else None
+        fitted = fit(model, candidate.verified, candidate.record, base_digest=digest, scale=scale, emulator=emulator)
         with plugged(model, fitted) as adapted:
             scores.setdefault(row, {})[seed] = ruler.score(adapted, f"{row.replace('_', ' ')}, {seed}")
             if row == "plugged_in" and not after:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -27,7 +27,7 @@ from offsite.errors import BadDigest, BadSchema, WrongNames
 from offsite.modelling.dtypes import cast_model, finer, stored_in
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.staging import make_readable
-from offsite.strictjson import Strict
+from offsite.strictjson import Sparse
 from offsite.tensors import TensorSpec, read_tensors, torch_dtype
 from server.plugging.card import CARD_NAME, Card, Form
 from server.plugging.fit import Fitted, full_name, plain_model, plug, require_base
@@ -51,16 +51,18 @@ _FILES = {
 _PEFT_PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
-class AdaptedManifest(Strict):
+class AdaptedManifest(Sparse):
     """The content of an adapted folder's ``offsite.json``.
 
     ``base`` is what the full model is called, and ``base_kind`` whether that is a name or the last part of its folder's
     path; before there was a ``base_kind`` it was the folder's whole path. ``intake`` is the id of the bundle in the
-    registry, ``scale`` the share of the bundle's update that was plugged in; ``adapter`` and the tensors are as
-    written, with that share taken.
+    registry, ``scale`` the share of the bundle's update that was plugged in, ``corrected`` whether the emulator's fault
+    was taken out of it first; ``adapter`` and the tensors are as written, with both done.
     ``sites`` maps the canonical blocks that carry the adapter to the full model's modules, and ``tensors`` declares its
     tensors under canonical names, in the full model's shapes.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"corrected"})
 
     format: str = ADAPTED_FORMAT
     form: Form
@@ -72,6 +74,7 @@ class AdaptedManifest(Strict):
     merged_digest: str | None = Field(None, pattern=DIGEST_PATTERN)
     intake: str | None = Field(None, pattern=ID_PATTERN)
     scale: float = Field(1.0, gt=0, le=1)
+    corrected: bool = False
     adapter: AdapterSpec
     sites: dict[str, str]
     tensors: dict[str, TensorSpec]
@@ -145,6 +148,7 @@ def finish_folder(
         base_kind=card.base.kind,
         base_digest=card.base_digest,
         scale=card.scale,
+        corrected=card.corrected,
         adapter=card.adapter,
         sites=dict(sites),
         files=entries(stage, [path.name for path in stage.iterdir()]),

@@ -47,6 +47,7 @@ class Card:
     adapter: AdapterSpec
     licence: str = ""
     scale: float = 1.0
+    corrected: bool = False
     effect: float | None = None
     deviation: float | None = None
     results: Results | None = None
@@ -84,6 +85,8 @@ class Card:
         ]
         if self.scale != 1:
             rows.append(("share of the update", f"{self.scale:g}"))
+        if self.corrected:
+            rows.append(("corrected", "for what the stand-in differed by, along the adapter's directions"))
         if self.effect is not None:
             rows.append(("moves the logits by", f"{self.effect:.2g} of their size"))
         if self.deviation is not None:
@@ -119,8 +122,10 @@ class Card:
         return f"## Use\n\n```python\n{code}\n```" + (f"\n\n```sh\n{served}\n```" if served else "")
 
 
-def require_results(results: Results, *, base_digest: str, bundle_digest: str, scale: float) -> Results:
-    """Return the results only if they are of this adapter in this model, at this share.
+def require_results(
+    results: Results, *, base_digest: str, bundle_digest: str, scale: float, corrected: bool = False
+) -> Results:
+    """Return the results only if they are of this adapter in this model, at this share, corrected or not.
 
     Raises:
         ConfigError: naming what is another's.
@@ -131,6 +136,8 @@ def require_results(results: Results, *, base_digest: str, bundle_digest: str, s
         raise ConfigError("--results: they are not of this bundle alone", hint="offsite evaluate it by its id")
     if results.scale != scale:
         raise ConfigError(f"--results: {results.scale:g} of the update was plugged in, here it is {scale:g}")
+    if results.corrected != corrected:
+        raise ConfigError("--results: they are of an update that was corrected where this is not, or the reverse")
     return results
 
 

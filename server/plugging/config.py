@@ -13,13 +13,19 @@ from server.registry.config import RegisteredConfig
 
 
 class ScaleSettings(VerbConfig):
-    """Base of verbs that plug in a part of an update."""
+    """Base of verbs that plug in an update: how much of it, and whether it is corrected first."""
 
     scale: float = Field(
         1.0,
         gt=0,
         le=1,
         description="share of the adapter's update that is plugged in; not for dora",
+        json_schema_extra=USUAL,
+    )
+    correct: bool = Field(
+        False,
+        description="take the emulator's fault along the adapter's own directions out of the update, so that the full "
+        "model computes on them what was tuned; lora and rslora on packages of method low-rank or packed",
         json_schema_extra=USUAL,
     )
 

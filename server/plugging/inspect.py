@@ -34,7 +34,8 @@ def show(thing: Thing) -> dict[str, object]:
             "package": manifest.package_digest,
             "bundle": manifest.bundle_digest,
             "in registry": manifest.intake,
-            "update": "all of it" if manifest.scale == 1 else f"{manifest.scale:g} of it",
+            "update": ("all of it" if manifest.scale == 1 else f"{manifest.scale:g} of it")
+            + (", corrected" if manifest.corrected else ""),
             "merged": manifest.merged_digest,
         }
     )
@@ -51,6 +52,7 @@ def show(thing: Thing) -> dict[str, object]:
         "merged_digest": manifest.merged_digest,
         "id": manifest.intake,
         "scale": manifest.scale,
+        "corrected": manifest.corrected,
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "verified": True,
         "checked": _FILES_AGREE,

@@ -21,7 +21,7 @@ from offsite.artefacts.bundle import TENSOR_FILE
 from offsite.artefacts.layout import PackageManifest
 from offsite.artefacts.manifest import read_manifest
 from offsite.artefacts.owner import OwnerRecord, owner_record_path, read_owner_record
-from offsite.artefacts.package import PACKAGE_FORMAT
+from offsite.artefacts.package import PACKAGE_FORMAT, Package, open_package
 from offsite.console import say
 from offsite.digests import model_digest
 from offsite.errors import ArtefactError, ConfigError, PolicyError, RunFailed, WrongBinding
@@ -33,7 +33,7 @@ from offsite.tensors import read_tensors, spec_of, write_tensors
 from server.plugging.adapted import AdaptedManifest, finish_folder, open_adapted, stored_names
 from server.plugging.card import Card, Form, require_results
 from server.plugging.config import PlugConfig
-from server.plugging.fit import Fitted, fit, plain_model, plug, require_scalable, unplug
+from server.plugging.fit import Fitted, fit, plain_model, plug, require_correctable, require_scalable, unplug
 from server.plugging.fullmodel import FullModel, called, remember
 from server.plugging.peftfolder import open_with_peft, write_peft_folder
 from server.plugging.probe import READ_BACK_TOLERANCE, TOLERANCES, deviation, probe_logits
@@ -59,7 +59,9 @@ def run(config: PlugConfig) -> dict[str, object]:
     """
     with Registry.open(config.registry, config.keys) as registry, registry.one_plug_in():
         entry = accepted(registry, config.id)
-        if entry.state == "accepted" and is_of(config.output, entry, config.scale, merged=config.merge):
+        if entry.state == "accepted" and is_of(
+            config.output, entry, config.scale, merged=config.merge, corrected=config.correct
+        ):
             say(f"{config.output.name} was published before the registry was told; now it is")
             manifest = open_adapted(config.output)
             _remember(config, manifest)
@@ -69,15 +71,19 @@ def run(config: PlugConfig) -> dict[str, object]:
         record = record_of(registry, entry, config.package)
         verified = read_registered(registry, entry, record)
         require_scalable(verified.spec, config.scale)
+        emulator = _emulator(config, registry, verified, record)
         collect_partial(config.output)
         licence = licence_of(config.package or registry.package_path(record.package_digest), record)
-        manifest, effect, error = _plug_in(config, entry, verified, record, _card(config, verified, record, licence))
+        card = _card(config, verified, record, licence)
+        manifest, effect, error = _plug_in(config, entry, verified, record, card, emulator)
         reach("plug-published")
         _remember(config, manifest)
         registry.advance(entry.id, "plugged-in")
     shown = f"{len(manifest.tensors)} tensors on {len(manifest.sites)} blocks"
     if manifest.scale != 1:
         shown += f", {manifest.scale:g} of the update"
+    if manifest.corrected:
+        shown += ", corrected"
     say(f"{config.output.name}: {_SHOWN[manifest.form]}, {shown}")
     return _result(config, manifest, effect, error)
 
@@ -125,8 +131,24 @@ def record_of(registry: Registry, entry: Entry, package: Path | None) -> OwnerRe
     return record
 
 
-def is_of(output: Path, entry: Entry, scale: float, *, merged: bool) -> bool:
-    """Tell whether a sound adapted folder of this bundle, at this scale and merged or not, stands at `output`."""
+def _emulator(config: PlugConfig, registry: Registry, verified: Verified, record: OwnerRecord) -> Package | None:
+    """Return the package that the adapter is corrected by; None where it is not to be.
+
+    Raises:
+        ConfigError: when it cannot be.
+        ArtefactError, WrongBinding: when the package is not sound, or another.
+    """
+    if not config.correct:
+        return None
+    package = open_package(config.package or registry.package_path(record.package_digest))
+    if package.digest != record.package_digest:
+        raise WrongBinding(f"package {package.path.name!r} is not the one that the owner's record is of")
+    require_correctable(verified.spec, package)
+    return package
+
+
+def is_of(output: Path, entry: Entry, scale: float, *, merged: bool, corrected: bool = False) -> bool:
+    """Tell whether a sound adapted folder of this bundle, so scaled, merged and corrected, stands at `output`."""
     if not output.is_dir():
         return False
     try:
@@ -134,7 +156,8 @@ def is_of(output: Path, entry: Entry, scale: float, *, merged: bool) -> bool:
     except ArtefactError:
         return False
     of_bundle = manifest.intake == entry.id and manifest.bundle_digest == entry.bundle_digest
-    return of_bundle and manifest.scale == scale and (manifest.form == "merged") == merged
+    alike = manifest.scale == scale and manifest.corrected == corrected
+    return of_bundle and alike and (manifest.form == "merged") == merged
 
 
 def collect_partial(output: Path) -> None:
@@ -162,7 +185,7 @@ def _card(config: PlugConfig, verified: Verified, record: OwnerRecord, licence: 
     results = None
     if config.results is not None:
         bound = {"base_digest": record.base_digest, "bundle_digest": verified.bundle_digest}
-        results = require_results(read_results(config.results), **bound, scale=config.scale)
+        results = require_results(read_results(config.results), **bound, scale=config.scale, corrected=config.correct)
     return Card(
         name=config.output.name,
         form=form,
@@ -171,6 +194,7 @@ def _card(config: PlugConfig, verified: Verified, record: OwnerRecord, licence: 
         adapter=verified.spec,
         licence=licence,
         scale=config.scale,
+        corrected=config.correct,
         results=results,
     )
 
@@ -182,11 +206,11 @@ def _remember(config: PlugConfig, manifest: AdaptedManifest) -> None:
 
 
 def _plug_in(
-    config: PlugConfig, entry: Entry, verified: Verified, record: OwnerRecord, card: Card
+    config: PlugConfig, entry: Entry, verified: Verified, record: OwnerRecord, card: Card, emulator: Package | None
 ) -> tuple[AdaptedManifest, float, float]:
     """Write the adapted folder, and return its manifest, the adapter's effect and the error of what was read back."""
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
-    adapter = fit(model, verified, record, scale=config.scale)
+    adapter = fit(model, verified, record, scale=config.scale, emulator=emulator)
     before = probe_logits(model, "the full model")
     attached = plug(model, adapter)
     expected = probe_logits(plain_model(attached), f"the model with {verified.what} plugged in")
@@ -300,6 +324,7 @@ def _result(
         "kind": manifest.adapter.kind,
         "placement": manifest.adapter.placement,
         "scale": manifest.scale,
+        "corrected": manifest.corrected,
         "num_tensors": len(manifest.tensors),
         "num_blocks": len(manifest.sites),
         "num_bytes": sum(entry.bytes for entry in manifest.files.values()),
