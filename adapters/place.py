@@ -40,7 +40,7 @@ def placed_linears(spec: AdapterSpec, layout: Layout, *, same_size_only: bool = 
     """Return the canonical linear modules that carry a low-rank adapter, with (inputs, outputs).
 
     Args:
-        same_size_only: leave out middle modules that are smaller than the full model's (a shrunk MLP), or of lower rank.
+        same_size_only: leave out middle modules that are smaller than the full model's (a shrunk MLP) or of lower rank.
 
     Raises:
         ConfigError: when nothing is left.
