@@ -18,8 +18,7 @@ from offsite import cli
 from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.digests import model_digest
 from offsite.errors import UnsupportedModel
-from offsite.keys.files import save_identity
-from offsite.keys.identity import generate
+from offsite.keys.identity import generate, save_identity
 from offsite.modelling.split import make_plan
 
 MAKES = {"low-rank": {"rank_share": 0.5}, "packed": {"packing": "nf3"}, "int8": {"packing": "int8"}}
