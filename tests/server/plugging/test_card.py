@@ -71,13 +71,14 @@ def test_the_use_fits_the_form(form, kind, words, without):
 
 def test_results_of_something_else_are_refused():
     bundles = {"tuned": SimpleNamespace(digest="sha256:" + "b" * 64)}
-    results = SimpleNamespace(base_digest=DIGEST, bundles=bundles, scale=1.0)
+    results = SimpleNamespace(base_digest=DIGEST, bundles=bundles, scale=1.0, corrected=False)
     right = {"base_digest": DIGEST, "bundle_digest": "sha256:" + "b" * 64, "scale": 1.0}
     assert require_results(results, **right) is results
     for change, words in (
         ({"base_digest": "sha256:" + "c" * 64}, "another full model"),
         ({"bundle_digest": "sha256:" + "c" * 64}, "not of this bundle"),
         ({"scale": 0.5}, "1 of the update was plugged in, here it is 0.5"),
+        ({"corrected": True}, "corrected where this is not, or the reverse"),
     ):
         with pytest.raises(ConfigError, match=words):
             require_results(results, **{**right, **change})
