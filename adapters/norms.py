@@ -24,10 +24,10 @@ from torch import Tensor
 
 from adapters.kinds import declared
 from offsite.artefacts.bundle import AdapterSpec
-from offsite.artefacts.layout import Layout, shard_headers
+from offsite.artefacts.layout import Layout
 from offsite.artefacts.package import Package
 from offsite.errors import ConfigError, NormTooLarge, NotFinite, WrongNames, WrongShape
-from offsite.tensors import TensorSpec, check_exact, check_finite, check_subnormal, spec_of
+from offsite.tensors import TensorSpec, check_finite, check_subnormal
 
 VECTOR_FLOOR = 0.1
 MATRIX_FLOOR = 1e-3
@@ -78,23 +78,10 @@ def base_tensors(package: Package, names: Iterable[str]) -> dict[str, Tensor]:
         WrongNames: when the package declares no such tensor.
         WrongShape, NotFinite, BadSchema: when a file does not hold what the package declares.
     """
-    from safetensors import SafetensorError, safe_open
-
     stored = {_stored_name(package.layout, name): name for name in names}
-    expected = package.manifest.tensors
-    if missing := stored.keys() - expected.keys():
+    if missing := stored.keys() - package.manifest.tensors.keys():
         raise WrongNames(f"package {package.path.name!r} holds no tensor {stored[min(missing)]!r}")
-    found: dict[str, Tensor] = {}
-    for file, specs in shard_headers(package.path, package.manifest).items():
-        wanted = [name for name in specs if name in stored]
-        try:
-            with safe_open(package.path / file, framework="pt") as handle:
-                found.update({name: handle.get_tensor(name) for name in wanted})
-        except SafetensorError:
-            raise WrongNames(f"package {package.path.name!r}: {file!r} lacks a tensor that it declares") from None
-    what = f"package {package.path.name!r}"
-    check_exact(what, {name: spec_of(tensor) for name, tensor in found.items()}, {n: expected[n] for n in stored})
-    check_finite(what, found)
+    found = package.load_tensors(stored)
     return {canonical: found[name] for name, canonical in stored.items()}
 
 

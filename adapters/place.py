@@ -55,7 +55,7 @@ def placed_linears(spec: AdapterSpec, layout: Layout, *, same_size_only: bool = 
     """Return the canonical linear modules that carry a low-rank adapter, with (inputs, outputs).
 
     Args:
-        same_size_only: leave out middle modules that are smaller than the full model's (a shrunk MLP).
+        same_size_only: leave out middle modules that are smaller than the full model's (a shrunk MLP) or of lower rank.
 
     Raises:
         ConfigError: when nothing is left.
@@ -69,7 +69,8 @@ def placed_linears(spec: AdapterSpec, layout: Layout, *, same_size_only: bool = 
             continue
         if spec.targets != "all-linear" and (spec.targets == "mlp") != (name in feed_forward):
             continue
-        if role == "middle" and same_size_only and not layout.middle_whole and name in feed_forward:
+        is_own = layout.middle_whole or not (layout.stand_ins or name in feed_forward)
+        if role == "middle" and same_size_only and not is_own:
             continue
         found[name] = dims
     if not found:

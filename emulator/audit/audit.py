@@ -11,7 +11,6 @@ An audit is a measurement: it is written whatever it finds. What refuses to let 
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections import Counter
@@ -210,8 +209,8 @@ def _middle(record: OwnerRecord) -> set[int]:
 
 def _emulator_parameters(record: OwnerRecord) -> int:
     return sum(
-        math.prod(spec.shape)
-        for name, spec in record.block_tensors.items()
+        record.num_stored(name)
+        for name in record.block_tensors
         if name.startswith("middle.") and name not in record.layout.buffers
     )
 

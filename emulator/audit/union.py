@@ -26,20 +26,23 @@ class Held:
     """What one package holds of one of the full model's blocks.
 
     Attributes:
-        num_parameters: of the package's block.
+        num_parameters: of the package's block; of a matrix of lower rank, the numbers of its factors.
         channels: channels kept of each MLP that was narrowed, by its name in the block and the expert's number; of an
             MLP that was not, all were.
         per_channel: parameters of one channel of each of those: its rows, its column, its biases.
+        is_factored: its matrices are of lower rank. Packages of other text keep other directions: those of several add
+            up, which is as much as they could hold.
     """
 
     num_parameters: int
     channels: Mapping[tuple[str, int], frozenset[int]] = field(default_factory=dict, repr=False)
     per_channel: Mapping[tuple[str, int], int] = field(default_factory=dict, repr=False)
+    is_factored: bool = False
 
     @property
     def is_whole(self) -> bool:
         """Nothing of the block was left out."""
-        return not self.channels
+        return not self.channels and not self.is_factored
 
     @property
     def num_apart(self) -> int:
@@ -72,21 +75,22 @@ def union_share(records: Sequence[OwnerRecord], *, sizes: Mapping[int, int] | No
     first = records[0]
     if any((one.base_digest, one.num_blocks) != (first.base_digest, first.num_blocks) for one in records):
         raise ConfigError("packages of different models have nothing to unite")
-    every = [held(record) for record in records]
+    distinct = {record.package_digest: record for record in records}
+    every = [held(record) for record in distinct.values()]
     whole = {number: one.num_parameters for found in every for number, one in found.items() if one.is_whole}
     usual = whole[first.kept[-1]]  # the top end is whole, always
     known = {**whole, **(sizes or {})}
     ends = {*first.kept[: first.layout.num_bottom], *first.kept[len(first.kept) - first.layout.num_top :]}
     middle = [number for number in range(first.num_blocks) if number not in ends]
     total = sum(known.get(number, usual) for number in middle)
-    singles = sum(_together([every[0]], number) for number in middle)
-    united = sum(_together(every, number) for number in middle)
+    singles = sum(_together([every[0]], number, known.get(number, usual)) for number in middle)
+    united = sum(_together(every, number, known.get(number, usual)) for number in middle)
     return Union(
         num_packages=len(records), share_single=min(1.0, singles / total), share_union=min(1.0, united / total)
     )
 
 
-def _together(every: Sequence[Mapping[int, Held]], number: int) -> int:
+def _together(every: Sequence[Mapping[int, Held]], number: int, size_of_all: int) -> int:
     """Return how many parameters of that block stand in at least one of the packages."""
     parts = [found[number] for found in every if number in found]
     if not parts:
@@ -94,6 +98,8 @@ def _together(every: Sequence[Mapping[int, Held]], number: int) -> int:
     whole = [one.num_parameters for one in parts if one.is_whole]
     if whole:
         return max(whole)
+    if any(one.is_factored for one in parts):
+        return min(size_of_all, sum(one.num_parameters for one in parts))
     united: defaultdict[tuple[str, int], frozenset[int]] = defaultdict(frozenset)
     size: dict[tuple[str, int], int] = {}
     for one in parts:
@@ -109,7 +115,8 @@ def _held(record: OwnerRecord, canonical: str) -> Held:
         for name, spec in record.block_tensors.items()
         if name.startswith(f"{canonical}.") and name not in record.layout.buffers
     }
-    num_parameters = sum(math.prod(spec.shape) for spec in tensors.values())
+    num_parameters = sum(map(record.num_stored, tensors))
+    is_factored = any(name in record.encodings and record.encodings[name].kind == "low-rank" for name in tensors)
     channels, per_channel = {}, {}
     if canonical in record.channels:
         kept = record.channels[canonical]
@@ -123,7 +130,7 @@ def _held(record: OwnerRecord, canonical: str) -> Held:
             for number, kept in enumerate(lists):
                 channels[place, number] = frozenset(kept)
                 per_channel[place, number] = size // (len(lists) * len(kept))
-    return Held(num_parameters, channels, per_channel)
+    return Held(num_parameters, channels, per_channel, is_factored)
 
 
 def _linear_of(tensor: str) -> str:

@@ -32,6 +32,7 @@ from emulator.compression.width import (
     refit,
     strongest,
 )
+from offsite.artefacts.encodings import Encoded
 from offsite.console import progress
 from offsite.errors import ConfigError
 from offsite.modelling.blocks import linear_names
@@ -56,7 +57,9 @@ class Recipe:
         refit_jacobian: what the gradient that ``width`` hands on counts against its output; 0 for the output alone.
         seed: of the random directions that this takes.
         calibration: public text, ``input_ids`` and ``attention_mask`` of (batch, tokens) int64 each.
-        finished: where ``width`` keeps each block that it is done with, and finds those of a broken run.
+        rank_share: share of its numbers that the two factors of a linear hold under ``low-rank``.
+        packing: what ``packed`` packs the linears into: a key of `offsite.artefacts.encodings.BITS`.
+        finished: where ``width`` and ``low-rank`` keep each block that is done, and find those of a broken run.
     """
 
     blocks: int | None = None
@@ -70,6 +73,8 @@ class Recipe:
     refit: bool = True
     refit_jacobian: float = 0.0
     seed: int = 0
+    rank_share: float = 1.0
+    packing: str = ""
     calibration: Sequence[Batch] = field(default=(), repr=False)
     finished: FinishedBlocks = field(default=FinishedBlocks(None, ""), repr=False)
 
@@ -87,6 +92,8 @@ class Compressed:
         settings: what the package may state of the method: nothing of the full model's numbering.
         middle_whole: the middle is the full model's own, block for block.
         variant: as in the recipe, for the owner's record.
+        encoded: tensors of `model` that are stored otherwise than as they stand, by name.
+        figures: what was measured while compressing, for the owner alone.
     """
 
     model: PreTrainedModel
@@ -97,6 +104,8 @@ class Compressed:
     middle_whole: bool = False
     experts: Mapping[str, Kept] = field(default_factory=dict)
     variant: int = 0
+    encoded: Mapping[str, Encoded] = field(default_factory=dict, repr=False)
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 Compressor = Callable[[PreTrainedModel, Plan, Recipe], Compressed]

@@ -50,6 +50,32 @@ class FinishedBlocks:
             say(f"{path.name} cannot be read; that block is done again")
         return None
 
+    def tensors(self, number: int) -> dict[str, torch.Tensor] | None:
+        """Return the tensors that `keep_tensors` kept of block `number`, on the CPU; None unless it was finished."""
+        path = self._path(number)
+        if path is None or not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get(_BINDING) == self._binding:
+                    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError):
+            say(f"{path.name} cannot be read; that block is done again")
+        return None
+
+    def keep_tensors(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """These tensors are on disk, as all that block `number` came to.
+
+        Raises:
+            RunFailed: when the disk is full.
+        """
+        path = self._path(number)
+        if path is None or not self._writes:
+            return
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with staged_file(path, replace=True) as stage:
+            stage.write_bytes(save(whole, metadata={_BINDING: self._binding}))
+
     def restore(self, number: int, block: nn.Module) -> None:
         """`block`, narrowed already, holds the tensors that were kept of block `number`."""
         path = self._path(number)

@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-METHODS: set[str] = {"drop", "keep-all", "width"}
+METHODS: set[str] = {"drop", "keep-all", "low-rank", "packed", "width"}
 """What ``--method`` takes; `emulator.compression.compress.register_compressor` adds to it."""

@@ -67,7 +67,8 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
     method: str = Field(
         "width",
         description="how the middle is made smaller: 'width' keeps every block and some of its MLP channels, "
-        "'drop' keeps some blocks whole, 'keep-all' keeps the middle as it is (for references only)",
+        "'drop' keeps some blocks whole, 'low-rank' replaces every linear by two factors, 'packed' keeps all in fewer "
+        "bits (it withholds nothing), 'keep-all' keeps the middle as it is (for references only)",
         json_schema_extra=USUAL,
     )
     width: float = Field(
@@ -136,6 +137,19 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
         description="drop: keep evenly spaced blocks, or those that turn the hidden state most on public text, each "
         "time with the middle's first and last; or (crash) the centres of clusters of blocks that give alike",
         json_schema_extra=COMPRESSION,
+    )
+    rank_share: float = Field(
+        0.33,
+        gt=0,
+        le=1,
+        description="low-rank: share of each linear's numbers that its two factors hold",
+        json_schema_extra=USUAL,
+    )
+    pack: Literal["int8", "int4", "nf4", "nf3"] | None = Field(
+        None,
+        description="what the middle's linears are packed into: 8, 4, 4 or 3 bits a weight, by method packed, or after "
+        "any other and its distillation; it saves bytes and withholds next to nothing",
+        json_schema_extra=USUAL,
     )
     bottom: int = Field(2, ge=0, description="blocks in the bottom end", json_schema_extra=COMPRESSION)
     top: int = Field(2, ge=1, description="blocks in the top end", json_schema_extra=COMPRESSION)
@@ -227,9 +241,27 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
             found.append("--variant-noise says how far a --variant strays, and there is none")
         takes = {"blocks": "drop", "choice": "drop", "width": "width", "channels": "width", "refit": "width"}
         takes |= dict.fromkeys(("wider", "variant", "variant_noise", "refit_jacobian", "gradot_lambda"), "width")
+        knowing = {*takes.values(), "keep-all", "low-rank", "packed"}
         for field, method in takes.items():
-            if field in given and self.method in {*takes.values(), "keep-all"} and self.method != method:
+            if field in given and self.method in knowing and self.method != method:
                 found.append(f"--{field.replace('_', '-')} belongs to method {method}, not to {self.method}")
+        return [*found, *self._encoding_problems()]
+
+    def _encoding_problems(self) -> list[str]:
+        """Return what contradicts a middle that is stored as factors, or packed."""
+        found = []
+        if self.method == "packed" and self.pack is None:
+            found.append("--pack is missing: method packed packs the middle into int8, int4, nf4 or nf3")
+        if self.method == "keep-all" and self.pack is not None:
+            found.append("--pack: method keep-all keeps the middle as it is; to pack it say --method packed")
+        if self.method == "packed" and self.steps > 0:
+            found.append(
+                "--steps: method packed leaves nothing to distil, expected 0; --method width --pack distils, then packs"
+            )
+        if self.method == "low-rank" and self.steps > 0:
+            found.append("--steps: the factors of method low-rank are not distilled, expected 0")
+        if "rank_share" in self.model_fields_set and self.method != "low-rank":
+            found.append(f"--rank-share belongs to method low-rank, not to {self.method}")
         return found
 
     def _text_problems(self) -> list[str]:
@@ -237,14 +269,14 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
         if not self.public:
             reasons = {
                 "--steps above 0": self.steps > 0,
-                "method width": self.method == "width",
+                f"method {self.method}": self.method in ("width", "low-rank"),
                 f"--choice {self.choice}": self.choice != "uniform",
             }
             needed = [reason for reason, holds in reasons.items() if holds]
             if needed:
                 verb = "needs" if len(needed) == 1 else "need"
                 found.append(f"--public is missing: {' and '.join(needed)} {verb} public text")
-        if self.resume and self.steps == 0 and self.method != "width":
+        if self.resume and self.steps == 0 and self.method not in ("width", "low-rank"):
             found.append(f"--resume: nothing to resume with --method {self.method} --steps 0")
         if self.steps > 0 and self.accumulate > self.batch_size:
             found.append(f"--accumulate {self.accumulate}: a batch of {self.batch_size} cannot be cut into more parts")

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emulator.compression.compress import Compressed, Recipe, compress, middle_blocks
 from emulator.compression.finished import FinishedBlocks
+from emulator.compression.lowrank import low_rank  # noqa: F401 - registers the method
+from emulator.compression.packed import pack_middle
 from emulator.compression.unequal import wider_blocks
 from emulator.distillation.config import DistillConfig
 from emulator.distillation.elevate import elevate
@@ -81,13 +83,17 @@ def run(config: DistillConfig) -> dict[str, object]:
     if config.elevate and text is not None and distilled is not None:
         distilled, nats = _elevated(config, owned, text, compressed, distilled, processes)
         margin = {"elevated_nats": nats}
-    package = _published(config, owned, compressed, distilled, terms) if processes.is_main else None
+    package = None
+    if processes.is_main:
+        compressed = _packed(config, owned, compressed, distilled)
+        package = _published(config, owned, compressed, distilled, terms)
     processes.wait()
     return {
         **_told(config, package, distilled),
         **margin,
         **compressed.settings,
         **sizes,
+        **compressed.figures,
         "seconds": round(time.monotonic() - began, 3),
     }
 
@@ -148,6 +154,7 @@ def _recipe(config: DistillConfig, text: PublicText | None, owned: _Owned, proce
     depends += [config.refit, None if text is None else text.digest, len(calibration), config.batch_size, config.seed]
     depends += [sorted(wider_blocks(config.wider).items()), config.variant, config.variant_noise, config.refit_jacobian]
     depends += [config.gradot_lambda]
+    depends += [config.method, config.rank_share] if config.method == "low-rank" else []
     return Recipe(
         blocks=config.blocks,
         choice=config.choice,
@@ -160,6 +167,8 @@ def _recipe(config: DistillConfig, text: PublicText | None, owned: _Owned, proce
         refit=config.refit,
         refit_jacobian=config.refit_jacobian,
         seed=config.seed,
+        rank_share=config.rank_share,
+        packing=config.pack or "",
         calibration=calibration,
         finished=FinishedBlocks(
             _work(config) / "compression",
@@ -170,9 +179,13 @@ def _recipe(config: DistillConfig, text: PublicText | None, owned: _Owned, proce
 
 
 def _sizes(owned: _Owned, compressed: Compressed) -> dict[str, object]:
+    stored = sum(
+        one.encoding.num_stored(shape := compressed.model.get_parameter(name).shape) - shape.numel()
+        for name, one in compressed.encoded.items()
+    )
     return {
         "middle_parameters": _num_parameters(middle_blocks(owned.full, owned.plan)),
-        "emulator_parameters": _num_parameters(middle_blocks(compressed.model, owned.plan)),
+        "emulator_parameters": _num_parameters(middle_blocks(compressed.model, owned.plan)) + stored,
     }
 
 
@@ -259,16 +272,15 @@ def _published(
     config: DistillConfig, owned: _Owned, compressed: Compressed, distilled: Distilled | None, terms: str
 ) -> Package:
     """The package stands, its record beside it; the log has moved and the work folder is gone."""
-    model = distilled.model if distilled is not None else None
     package = publish(
         config.output,
-        model=compressed.model if model is None else model,
+        model=_emulator(compressed, distilled),
         tokenizer=owned.tokenizer,
         plan=owned.plan,
         compressed=compressed,
         method=config.method,
         base_digest=owned.digest,
-        figures=_disclosed(distilled),
+        figures=_disclosed(config, distilled),
         dtype=owned.dtype if config.dtype == "auto" else config.dtype,
         dtypes=owned.dtypes if config.dtype == "auto" else None,
         licence=config.licence,
@@ -282,15 +294,41 @@ def _published(
     return package
 
 
-def _disclosed(distilled: Distilled | None) -> dict[str, float]:
+def _emulator(compressed: Compressed, distilled: Distilled | None) -> PreTrainedModel:
+    found = distilled.model if distilled is not None else None
+    return compressed.model if found is None else found
+
+
+def _packed(config: DistillConfig, owned: _Owned, compressed: Compressed, distilled: Distilled | None) -> Compressed:
+    """Return what is written of the emulator, whose middle is distilled by now and packed where that is asked."""
+    if config.pack is None:
+        return compressed
+    if config.method != "packed":
+        done = pack_middle(_emulator(compressed, distilled), owned.plan, config.pack, compressed.encoded)
+        compressed = replace(
+            compressed,
+            settings={**compressed.settings, "pack": config.pack},
+            encoded=done.encoded,
+            figures={**compressed.figures, **done.figures()},
+        )
+    told = compressed.figures
+    say(
+        f"distill: the middle's linears are packed as {config.pack}: {told['packed_bytes']:,.0f} bytes, "
+        f"{told['packed_bits']:.2f} bits a number, with a relative error of {told['packing_error']:.2g}"
+    )
+    return compressed
+
+
+def _disclosed(config: DistillConfig, distilled: Distilled | None) -> dict[str, float]:
     """Return the figures that the package states: nothing of time or machine, so that a resumed run's are the same."""
     if distilled is None:
         return {"distillation_steps": 0.0}
+    when = "" if config.pack is None else "_before_packing"
     return {
         "distillation_steps": float(distilled.outcome.steps),
         "distillation_tokens": float(distilled.outcome.tokens),
-        "held_out_kl": _rounded(distilled.fidelity.kl),
-        "held_out_hidden_error": _rounded(distilled.fidelity.hidden),
+        f"held_out_kl{when}": _rounded(distilled.fidelity.kl),
+        f"held_out_hidden_error{when}": _rounded(distilled.fidelity.hidden),
     }
 
 

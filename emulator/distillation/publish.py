@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adapters.updates import placed
 from emulator.compression.compress import Compressed
 from offsite.artefacts.layout import Layout, Method, Text, describe_layout, saved_tensors
 from offsite.artefacts.owner import OwnerRecord, write_owner_record
@@ -64,6 +65,7 @@ def publish(
         dtypes=None
         if dtypes is None
         else {name: dtypes[source_name(name, {plan.stack: compressed.kept})] for name in saved_tensors(model)},
+        encoded=compressed.encoded,
     )
     record = OwnerRecord(
         package_digest=package.digest,
@@ -75,6 +77,12 @@ def publish(
         channels=dict(compressed.channels),
         experts=dict(compressed.experts),
         variant=compressed.variant,
+        encodings={
+            name: package.manifest.encodings[stored]
+            for name in package.block_tensors()
+            if (stored := placed(name, package.layout.blocks)) in package.manifest.encodings
+        },
+        figures=dict(compressed.figures),
     )
     try:
         write_owner_record(out, record)
@@ -92,6 +100,7 @@ def layout_of(model: PreTrainedModel, plan: Plan, compressed: Compressed) -> Lay
         num_top=plan.num_top,
         adaptable_middle=compressed.adaptable_middle,
         middle_whole=compressed.middle_whole,
+        stand_ins=any(one.encoding.kind == "low-rank" for one in compressed.encoded.values()),
     )
 
 

@@ -152,8 +152,19 @@ def nudged(weight: Tensor, where: Places, recipient: str) -> Tensor:
 
 
 def carriers(package: Package) -> tuple[str, ...]:
-    """Return the tensors that carry a mark: the weight matrices of the middle's blocks, sorted."""
+    """Return the tensors that carry a mark: the weight matrices of the middle's blocks, sorted.
+
+    Raises:
+        UnsupportedModel: when the package stores matrices as factors or packed: what would move there is no single
+            entry of a weight, but a direction or a step far above bfloat16's, and no mark of those is known to last.
+    """
     layout = package.layout
+    if package.manifest.encodings:
+        raise UnsupportedModel(
+            f"package {package.path.name!r} stores {len(package.manifest.encodings)} matrices as factors or packed: a "
+            "mark moves single entries of plain ones",
+            hint="distil with --method width or drop and without --pack for a package that can be marked",
+        )
     found = []
     for canonical, module in layout.blocks.items():
         for name, spec in package.manifest.tensors.items():

@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 
+from offsite.artefacts.encodings import EXPANSION_LIMIT, Encoding
 from offsite.artefacts.manifest import FileEntry
 from offsite.digests import DIGEST_PATTERN
-from offsite.errors import BadSchema, TooLarge
-from offsite.strictjson import SHOWN, Strict, require_seen
-from offsite.tensors import Name, TensorSpec, no_duplicates, read_header
+from offsite.errors import BadSchema, TooLarge, WrongNames
+from offsite.strictjson import SHOWN, Sparse, Strict, require_seen
+from offsite.tensors import Name, TensorSpec, check_dtype, no_duplicates, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -51,14 +52,18 @@ Line = Annotated[str, Field(max_length=200, pattern=rf"^{SHOWN}*$"), AfterValida
 Text = Annotated[str, Field(max_length=20_000, pattern=rf"^(?:[\t\n]|{SHOWN})*$"), AfterValidator(require_seen)]
 
 
-class Layout(Strict):
+class Layout(Sparse):
     """How the package's model is laid out, in the package's own numbering.
 
     ``linears`` maps ``bottom.0.self_attn.q_proj`` and the like to (inputs, outputs); ``mlp_linears`` lists those that
     belong to a feed-forward part. ``adaptable_middle`` lists the modules inside a middle block on which an adapter
     can be lifted into the full model; ``middle_whole`` says that every middle block is the full model's, unshrunk.
     ``buffers`` lists the tensors of blocks that are not parameters, such as a router's correction: nothing trains them.
+    ``stand_ins`` says that the middle's linears have the full model's shapes but are of lower rank: sizes that are
+    learnt on them (DoRA's magnitudes) are not the full model's.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"stand_ins"})
 
     model_type: str = Field(pattern=r"^[a-z0-9_-]{1,64}$")
     stack: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,127}$")
@@ -70,6 +75,7 @@ class Layout(Strict):
     adaptable_middle: tuple[Name, ...] = ()
     middle_whole: bool = False
     buffers: tuple[Name, ...] = ()
+    stand_ins: bool = False
 
     @property
     def blocks(self) -> dict[str, str]:
@@ -86,6 +92,7 @@ def describe_layout(
     num_top: int,
     adaptable_middle: tuple[str, ...] = (),
     middle_whole: bool = False,
+    stand_ins: bool = False,
 ) -> Layout:
     """Return the layout of a package's model (ends and emulator in one), read off the model itself.
 
@@ -105,6 +112,7 @@ def describe_layout(
         linears={},
         adaptable_middle=adaptable_middle,
         middle_whole=middle_whole,
+        stand_ins=stand_ins,
     )
     linears, feed_forward, buffers = {}, [], []
     for canonical, block in zip(layout.blocks, block_list(model, stack), strict=True):
@@ -121,18 +129,62 @@ class Method(Strict):
     settings: dict[Key, float | int | Line] = {}
 
 
-class PackageManifest(Strict):
-    """The content of a package's ``offsite.json``."""
+class PackageManifest(Sparse):
+    """The content of a package's ``offsite.json``.
+
+    ``tensors`` declares the model's tensors; ``encodings`` says which of them are stored otherwise, and how. A manifest
+    without any is written as before there were such packages.
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"encodings"})
 
     format: str
     base_digest: str = Field(pattern=DIGEST_PATTERN)
     layout: Layout
     tensors: dict[Name, TensorSpec]
+    encodings: dict[Name, Encoding] = {}
     method: Method
     figures: dict[Key, float] = {}
     licence: Line = ""
     terms: Text = ""
     files: dict[str, FileEntry]
+
+
+def stored_tensors(what: str, manifest: PackageManifest) -> dict[str, TensorSpec]:
+    """Return the tensors that the package's files hold: those declared, the encoded ones by their parts.
+
+    Raises:
+        BadSchema: when an encoding is of no declared tensor, or a tensor of a dtype that artefacts may not hold.
+        WrongShape: when a tensor cannot be stored as is stated.
+        WrongNames: when a part would have another tensor's name.
+    """
+    if extra := manifest.encodings.keys() - manifest.tensors.keys():
+        raise BadSchema(f"{what} encodes {len(extra)} tensor(s) that it does not declare")
+    found: dict[str, TensorSpec] = {}
+    for name, spec in manifest.tensors.items():
+        check_dtype(name, spec)
+        encoding = manifest.encodings.get(name)
+        parts = {name: spec}
+        if encoding is not None:
+            parts = {f"{name}.{suffix}": part for suffix, part in encoding.parts(name, spec).items()}
+        if found.keys() & parts.keys():
+            raise WrongNames(f"{what}: a part of {name!r} has another tensor's name")
+        found.update(parts)
+    return found
+
+
+def require_modest(what: str, manifest: PackageManifest, stored: Mapping[str, TensorSpec]) -> None:
+    """Return only if the declared tensors come to at most `EXPANSION_LIMIT` times the bytes that are stored.
+
+    Raises:
+        TooLarge: with both sizes.
+    """
+    declared, held = (sum(one.num_bytes for one in specs.values()) for specs in (manifest.tensors, stored))
+    if declared > EXPANSION_LIMIT * held:
+        raise TooLarge(
+            f"{what} declares tensors of {declared:,} bytes and stores {held:,}, expected at least one byte for every "
+            f"{EXPANSION_LIMIT}"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,28 +11,34 @@ import math
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
+from offsite.artefacts.encodings import Encoding
 from offsite.artefacts.layout import Layout
 from offsite.artefacts.manifest import MANIFEST_LIMIT_BYTES
 from offsite.digests import DIGEST_PATTERN
 from offsite.errors import ArtefactError, BadSchema, ConfigError
 from offsite.staging import staged_file
-from offsite.strictjson import Strict
+from offsite.strictjson import Sparse
 from offsite.tensors import TensorSpec
 
 OWNER_FORMAT = "offsite/owner/1"
 
 
-class OwnerRecord(Strict):
+class OwnerRecord(Sparse):
     """How one package maps onto the full model.
 
     ``kept`` holds the full-model block number of every package block, in package order; ``channels`` the kept MLP
     channels per block (``middle.3`` -> ascending numbers), absent when all were kept. ``experts`` holds those of MLPs
-    that carry no adapter (``middle.3.mlp.experts`` -> ascending numbers for each expert); a record without any is
-    written as before there were such packages. ``variant`` says which of many choices of channels this is, 0 the usual.
+    that carry no adapter (``middle.3.mlp.experts`` -> ascending numbers for each expert). ``variant`` says which of
+    many choices of channels this is, 0 the usual. ``encodings`` says of the package's block tensors, by canonical name,
+    which are stored otherwise than as they stand, and ``figures`` what was measured while compressing. A record without
+    any of these is written as before there were such packages.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"experts", "variant", "encodings", "figures"})
 
     format: str = OWNER_FORMAT
     package_digest: str = Field(pattern=DIGEST_PATTERN)
@@ -44,6 +50,8 @@ class OwnerRecord(Strict):
     channels: dict[str, tuple[int, ...]] = {}
     experts: dict[str, tuple[tuple[int, ...], ...]] = {}
     variant: int = Field(0, ge=0)
+    encodings: dict[str, Encoding] = {}
+    figures: dict[str, float] = {}
 
     @model_validator(mode="after")
     def _agree(self) -> OwnerRecord:
@@ -58,7 +66,14 @@ class OwnerRecord(Strict):
             block = ".".join(name.split(".")[:2])
             if block not in blocks or name == block or not lists or not all(map(_ascending, lists)):
                 raise ValueError("experts does not list ascending numbers for MLPs of the package's blocks")
+        if not self.encodings.keys() <= self.block_tensors.keys():
+            raise ValueError("encodings does not name tensors of the package's blocks")
         return self
+
+    def num_stored(self, name: str) -> int:
+        """Return how many numbers the package holds for its block tensor of that canonical name: of factors, theirs."""
+        shape, encoding = self.block_tensors[name].shape, self.encodings.get(name)
+        return math.prod(shape) if encoding is None else encoding.num_stored(shape)
 
     @property
     def sites(self) -> dict[str, str]:
@@ -82,8 +97,7 @@ def write_owner_record(package: Path, record: OwnerRecord) -> Path:
     """Write the record beside the package, replacing an older one, and return its path."""
     path = owner_record_path(package)
     with staged_file(path, replace=True) as stage:
-        unused = {name for name in ("experts", "variant") if not getattr(record, name)}
-        stated = record.model_dump(mode="json", exclude=unused)
+        stated = record.model_dump(mode="json")
         stage.write_text(json.dumps(stated, sort_keys=True) + "\n", encoding="utf-8")
         stage.chmod(0o600)
     return path

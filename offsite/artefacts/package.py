@@ -4,6 +4,7 @@ A package is a folder:
 
 - ``offsite.json``: the manifest. It binds every other file by size and SHA-256, declares every tensor by name,
   shape and dtype, and says which blocks are *bottom*, *middle* and *top*. Its own SHA-256 is the package's digest.
+  ``encodings`` says which tensors are stored as other ones, and how (`offsite.artefacts.encodings`).
 - ``config.json``: the architecture's own settings, from an allow-list: the fields its configuration class declares, and
   a few plain numbers that modelling code reads without that (`offsite.artefacts.layout.UNDECLARED`).
 - ``model.safetensors`` (or numbered shards): ends and emulator under transformers' names in the package's own block
@@ -17,9 +18,10 @@ another width is rebuilt here, from declared shapes. Nothing in a package names 
 architecture is looked up by ``model_type`` in transformers' own table, and the tokenizer is always the fast one.
 
 On arrival, in this order: manifest size, format, schema; exact set of files; sizes and digests; keys of the
-configuration files; exact set of tensors with shapes and dtypes; a layout that fits them. Then, when the model is
-rebuilt (``offsite/artefacts/rebuild.py``): only settings the architecture declares; the layout's number of blocks,
-before any is built; exactly its tensors; finite values; a model that reads nothing ahead. The owner's side tries all of
+configuration files; exact set of tensors, or the parts they are stored as, with shapes and dtypes; a layout that fits
+them. Then, when the model is rebuilt (``offsite/artefacts/rebuild.py``): only settings the architecture declares; the
+layout's number of blocks, before any is built; exactly its tensors; finite values, also of what was decoded; a model
+that reads nothing ahead. The owner's side tries all of
 it before it writes a package (``offsite/artefacts/trial.py``). When the tokenizer is: patterns of a simple form alone
 (``offsite/artefacts/patterns.py``), before the client's text.
 """
@@ -29,7 +31,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from offsite.artefacts import rebuild
+from offsite.artefacts.encodings import Encoded, decode
 from offsite.artefacts.layout import (
     TOKENIZER_CLASS,
     TOKENIZER_KEYS,
@@ -45,8 +48,10 @@ from offsite.artefacts.layout import (
     PackageManifest,
     config_keys,
     read_json,
+    require_modest,
     saved_tensors,
     shard_headers,
+    stored_tensors,
     undeclared,
     without_code,
 )
@@ -56,8 +61,8 @@ from offsite.errors import BadSchema, ConfigError, UnsupportedModel, WrongNames,
 from offsite.modelling.load import one_template
 from offsite.staging import staged_folder
 from offsite.tensors import (
+    MAX_TENSORS,
     TensorSpec,
-    check_dtype,
     check_exact,
     check_finite,
     spec_of,
@@ -117,6 +122,15 @@ class Package:
         """
         return rebuild.meta_model(self.path, self.manifest)
 
+    def load_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return the tensors of these names, as they are declared, on the CPU; no others are read.
+
+        Raises:
+            WrongNames: when the package declares no such tensor.
+            WrongShape, NotFinite, BadSchema: when a file does not hold what the package declares.
+        """
+        return rebuild.read_declared(self.path, self.manifest, names)
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer, built from ``tokenizer.json``; no class is looked up by name.
 
@@ -147,10 +161,11 @@ def open_package(path: Path) -> Package:
         if name not in manifest.files:
             raise WrongNames(f"package {path.name!r} binds no {name}")
     _check_settings(path, manifest)
-    for name, spec in manifest.tensors.items():
-        check_dtype(name, spec)
-    check_exact(f"package {path.name!r}", _headers(path, manifest), manifest.tensors)
-    _check_layout(f"package {path.name!r}", manifest)
+    what = f"package {path.name!r}"
+    stored = stored_tensors(what, manifest)
+    check_exact(what, _headers(path, manifest), stored)
+    require_modest(what, manifest, stored)
+    _check_layout(what, manifest)
     return Package(path, manifest, digest)
 
 
@@ -203,6 +218,7 @@ def write_package(
     terms: str = "",
     dtype: str = "bfloat16",
     dtypes: Mapping[str, str] | None = None,
+    encoded: Mapping[str, Encoded] | None = None,
 ) -> Package:
     """Write the package folder `out`, whole or not at all, from allow-lists only.
 
@@ -211,9 +227,11 @@ def write_package(
         figures: for whoever receives the package; those that are not finite numbers are left out.
         dtype: dtype of floating tensors in the file, but of those that the architecture keeps finer.
         dtypes: dtypes by name, for tensors that are to have another one.
+        encoded: tensors by name that are stored as these parts, in place of the model's own.
 
     Raises:
         ConfigError: when `out` exists, or the licence, terms or a figure's name cannot be stated.
+        ArtefactError: when a tensor cannot be stored as its parts, or so little is stored that no reader would take it.
         UnsupportedModel: when the tokenizer has no fast form that encodes alike, or a client could not build the model.
         NotFinite: when a tensor holds NaN or infinity, or would in `dtype`.
         RunFailed: when the disk is full.
@@ -224,13 +242,15 @@ def write_package(
         write_tokenizer(stage, tokenizer)
         tensors = saved_tensors(model)
         specs = _stored(model, tensors, dtype, dtypes or {})
-        _write_shards(stage, tensors, specs)
+        encodings = {name: one.encoding for name, one in (encoded or {}).items()}
+        _write_shards(stage, *_in_parts(tensors, specs, encoded or {}))
         try:
             manifest = PackageManifest(
                 format=PACKAGE_FORMAT,
                 base_digest=base_digest,
                 layout=layout,
                 tensors=specs,
+                encodings=encodings,
                 method=method,
                 figures={name: value for name, value in (figures or {}).items() if math.isfinite(value)},
                 licence=licence,
@@ -240,8 +260,28 @@ def write_package(
         except ValidationError as error:
             problems = [f"{item['loc'][0]}: {item['msg'].lower()}" for item in error.errors(include_url=False)]
             raise ConfigError(f"the package cannot state this: {'; '.join(problems)}") from None
+        what = "the package"
+        stored = stored_tensors(what, manifest)
+        check_exact(what, _headers(stage, manifest), stored)
+        require_modest(what, manifest, stored)
         write_manifest(stage, manifest)
     return open_package(out)
+
+
+def _in_parts(
+    tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec], encoded: Mapping[str, Encoded]
+) -> tuple[dict[str, torch.Tensor], dict[str, TensorSpec]]:
+    """Return the tensors of the package's files and their declarations: of the encoded ones the parts."""
+    held: dict[str, torch.Tensor] = {}
+    declared: dict[str, TensorSpec] = {}
+    for name, tensor in tensors.items():
+        if (one := encoded.get(name)) is None:
+            held[name], declared[name] = tensor, specs[name]
+            continue
+        decode(name, specs[name], one.encoding, one.parts)  # as whoever receives it will
+        for suffix, part in one.parts.items():
+            held[f"{name}.{suffix}"], declared[f"{name}.{suffix}"] = part, spec_of(part)
+    return held, declared
 
 
 def _stored(
@@ -330,11 +370,11 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec]) -> None:
-    """Write the tensors in files of at most `SHARD_LIMIT_BYTES`, casting one shard at a time."""
+    """Write the tensors in files of at most `SHARD_LIMIT_BYTES` and `MAX_TENSORS`, casting one shard at a time."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, spec in specs.items():
-        if groups[-1] and filled + spec.num_bytes > SHARD_LIMIT_BYTES:
+        if groups[-1] and (filled + spec.num_bytes > SHARD_LIMIT_BYTES or len(groups[-1]) == MAX_TENSORS):
             groups.append([])
             filled = 0
         groups[-1].append(name)

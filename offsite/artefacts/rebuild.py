@@ -6,11 +6,12 @@ fewer MLP channels than it, and nothing else may differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offsite.artefacts.encodings import decode
 from offsite.artefacts.layout import (
     TOKENIZER_CLASS,
     TOKENIZER_KEYS,
@@ -20,11 +21,12 @@ from offsite.artefacts.layout import (
     read_json,
     saved_tensors,
     shard_headers,
+    stored_tensors,
     undeclared,
 )
 from offsite.artefacts.patterns import check_patterns, patterns_of, try_patterns
-from offsite.errors import BadSchema, UnsupportedModel, WrongShape
-from offsite.tensors import TensorSpec, check_exact, read_tensors, spec_of, torch_dtype
+from offsite.errors import BadSchema, UnsupportedModel, WrongNames, WrongShape
+from offsite.tensors import TensorSpec, check_exact, check_finite, read_tensors, spec_of, torch_dtype
 from offsite.text.calls import quietly
 
 if TYPE_CHECKING:
@@ -53,9 +55,7 @@ def load_model(folder: Path, manifest: PackageManifest, dtype: str, device: str)
 
     model = empty_model(folder, manifest.layout, manifest.tensors)
     check_tensors(f"package {folder.name!r}", manifest.tensors, model)
-    tensors: dict[str, torch.Tensor] = {}
-    for shard, specs in shard_headers(folder, manifest).items():
-        tensors.update(read_tensors(folder / shard, specs))
+    tensors = read_declared(folder, manifest)
     target = torch_dtype(dtype)
     stay = finer(model, {name: (tensor.dtype, tensor.numel()) for name, tensor in tensors.items()}, target)
     fill(
@@ -70,6 +70,50 @@ def load_model(folder: Path, manifest: PackageManifest, dtype: str, device: str)
     model.to(device)  # type: ignore[arg-type]
     _require_causal(folder, model)
     return model
+
+
+def read_declared(
+    folder: Path, manifest: PackageManifest, names: Iterable[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the tensors that the package declares, the encoded ones decoded, on the CPU.
+
+    Args:
+        names: read these alone; default: all.
+
+    Raises:
+        WrongNames, WrongShape, NotFinite, BadSchema: when the files do not hold what the package declares.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    what = f"package {folder.name!r}"
+    wanted = manifest.tensors.keys() if names is None else set(names)
+    if missing := wanted - manifest.tensors.keys():
+        raise WrongNames(f"{what} declares no tensor {min(missing)!r}")
+    only = manifest.model_copy(
+        update={
+            "tensors": {name: spec for name, spec in manifest.tensors.items() if name in wanted},
+            "encodings": {name: one for name, one in manifest.encodings.items() if name in wanted},
+        }
+    )
+    expected = stored_tensors(what, only)
+    held: dict[str, torch.Tensor] = {}
+    for shard, specs in shard_headers(folder, manifest).items():
+        if names is None:
+            held.update(read_tensors(folder / shard, specs))
+            continue
+        try:
+            with safe_open(folder / shard, framework="pt") as handle:
+                held.update({name: handle.get_tensor(name) for name in specs if name in expected})
+        except SafetensorError:
+            raise WrongNames(f"{what}: {shard!r} lacks a tensor that it declares") from None
+    check_exact(what, {name: spec_of(tensor) for name, tensor in held.items()}, expected)
+    if names is not None:
+        check_finite(what, held)
+    for name, encoding in only.encodings.items():
+        spec = only.tensors[name]
+        parts = {suffix: held.pop(f"{name}.{suffix}") for suffix in encoding.parts(name, spec)}
+        held[name] = decode(name, spec, encoding, parts)
+    return held
 
 
 def fill(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -129,14 +129,15 @@ class Results(Sparse):
     """The content of ``results.json``.
 
     ``scale`` is the share of the bundles' updates that was plugged in. ``way`` is there where more is to be said
-    (``server/plugging/ways.py``), and ``spare_text`` a digest of the public text's tokens where directions were spared.
+    (``server/plugging/ways.py``), and ``spare_text`` a digest of the public text's tokens where directions were spared;
+    ``corrected`` says whether the emulator's fault was taken out of the updates first.
 
     ``metrics`` are those of perplexity, ``task_metrics`` those of each task's metrics; ``tasks`` holds the number of
     rows scored. ``references`` maps reference rows to digests of their bundles, ``runs`` names to the figures that
     ``distill`` and ``tune`` printed. ``config`` and ``command`` hold file names, never paths.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"way", "spare_text"})
+    optional: ClassVar[frozenset[str]] = frozenset({"way", "spare_text", "corrected"})
 
     format: Literal["offsite/results/1"] = "offsite/results/1"
     model: str
@@ -146,6 +147,7 @@ class Results(Sparse):
     scale: float = Field(1.0, gt=0, le=1)
     way: str = Field("", pattern=WAY_PATTERN)
     spare_text: str = Field("", pattern=SPARE_PATTERN)
+    corrected: bool = False
     data: Data
     rows: dict[RowName, Row]
     metrics: dict[str, Summary | None]

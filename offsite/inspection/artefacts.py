@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from math import prod
 
 from offsite.artefacts.bundle import Bundle
+from offsite.artefacts.encodings import Encoding
 from offsite.artefacts.inspect import inspect_artefact, tensors_of
 from offsite.artefacts.job import JOB_LIMIT_BYTES, parse_job, read_job
 from offsite.artefacts.owner import read_owner_record
@@ -55,6 +56,7 @@ def _package(thing: Thing, package: Package) -> dict[str, object]:
             "architecture": f"{layout.model_type}: {layout.num_bottom} bottom + {layout.num_middle} middle"
             f" + {layout.num_top} top",
             "middle": f"{manifest.method.name}{f' ({settings})' if settings else ''}",
+            "stored otherwise": _encodings(package),
             "adapters": f"on the ends {in_middle}",
         }
     )
@@ -69,7 +71,21 @@ def _package(thing: Thing, package: Package) -> dict[str, object]:
     total = _num_parameters(manifest.tensors)
     counted = [[role, f"{count:,}"] for role, count in parts.items()]
     rows("parameters", ["part", "number"], [*counted, ["embeddings, norms, head", f"{total - sum(parts.values()):,}"]])
-    return {"kind": "package", "parameters": total, "middle_parameters": parts.get("middle", 0)}
+    told = {"kind": "package", "parameters": total, "middle_parameters": parts.get("middle", 0)}
+    return {**told, "encoded_tensors": len(manifest.encodings)} if manifest.encodings else told
+
+
+def _encodings(package: Package) -> str | None:
+    """Return which tensors are stored as factors or packed, in words; None where none is."""
+    counts = Counter(_encoding(one) for one in package.manifest.encodings.values())
+    return ", ".join(f"{num} tensors {words}" for words, num in sorted(counts.items())) or None
+
+
+def _encoding(one: Encoding) -> str:
+    if one.kind != "low-rank":
+        return f"packed as {one.kind} in groups of {one.group}"
+    packed = f", packed as {one.factors} in groups of {one.group}" if one.factors else ""
+    return f"as factors of rank {one.rank}{packed}"
 
 
 def _bundle(thing: Thing, bundle: Bundle) -> dict[str, object]:

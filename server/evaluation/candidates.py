@@ -132,7 +132,8 @@ def _require_reference(row: str, bundle: Bundle, reference: OwnerRecord, record:
     what = f"--reference {row}: bundle {bundle.path.name!r}"
     if reference.base_digest != record.base_digest:
         raise ConfigError(f"{what} belongs to another base model than the package")
-    if reference.kept != tuple(range(reference.num_blocks)) or reference.channels:
+    whole = reference.kept == tuple(range(reference.num_blocks))
+    if not whole or reference.channels or reference.encodings:
         raise ConfigError(
             f"{what} was tuned on a package that does not keep all of the model",
             hint="tune references on a package of: offsite distill MODEL --method keep-all --steps 0",

@@ -14,7 +14,7 @@ from offsite.evaluation.config import ExactSettings, HeldoutSettings
 from offsite.keys.config import KeysConfig
 from offsite.modelling.config import ModelWord
 from offsite.text.config import TextFiles
-from server.plugging.config import MeasuredWaySettings
+from server.plugging.config import CorrectSettings, MeasuredWaySettings
 from server.registry.config import ID_PATTERN
 
 REFERENCE_NAMES = ("ceiling", "lora_full", "full")
@@ -36,7 +36,7 @@ def registered_id(path: Path) -> str | None:
     return str(path) if re.fullmatch(ID_PATTERN, str(path)) and not path.exists() else None
 
 
-class EvaluateConfig(ModelWord, KeysConfig, HeldoutSettings, ExactSettings, MeasuredWaySettings):
+class EvaluateConfig(ModelWord, KeysConfig, HeldoutSettings, ExactSettings, MeasuredWaySettings, CorrectSettings):
     """Settings of ``offsite evaluate MODEL --package PACKAGE --bundle BUNDLE --data HELDOUT -o FOLDER``.
 
     A client's bundle is named by its id in the registry, once it is accepted. A bundle folder is taken without

@@ -48,7 +48,7 @@ from server.evaluation.candidates import Candidate, Candidates, open_candidates
 from server.evaluation.config import EvaluateConfig, named_paths
 from server.evaluation.metrics import compare, compare_nats, summarise
 from server.evaluation.summary import crossings, flat, parameters, read_outcomes, reproduce, show, versions
-from server.plugging.fit import Fitted, fit, plugged, require_base
+from server.plugging.fit import Fitted, fit, plugged, require_base, require_correctable
 from server.plugging.shares import require_way, taken
 from server.plugging.sparing import public_text
 from server.plugging.ways import Way
@@ -125,6 +125,8 @@ def run(config: EvaluateConfig) -> dict[str, object]:
     candidates = open_candidates(config)
     for candidate in candidates.bundles.values():
         require_way(candidate.verified.spec, config.way)
+        if config.correct:
+            require_correctable(candidate.verified.spec, candidates.package)
     bundles = {seed: candidate.bundle for seed, candidate in candidates.bundles.items()}
     runs = read_outcomes(named_paths(config.outcome))
     records = read_files(
@@ -150,6 +152,7 @@ def run(config: EvaluateConfig) -> dict[str, object]:
         scale=config.way.scale,
         way=config.way.word,
         spare_text=spare_text,
+        corrected=config.correct,
         data=data_of(config.data, records, encoded, examples),
         rows=rows,
         metrics=perplexity_metrics(rows),
@@ -244,8 +247,9 @@ def measure_full(
         to_measure += [(row, seed, candidate) for seed, candidate in seeds.items()]
     for row, seed, candidate in to_measure:
         way = config.way if row == "plugged_in" else Way()
-        fitted = taken(model, fit(model, candidate.verified, candidate.record, base_digest=digest), way, public)
-        with plugged(model, fitted, mix=way.mix) as adapted:
+        emulator = candidates.package if config.correct and row == "plugged_in" else None
+        fitted = fit(model, candidate.verified, candidate.record, base_digest=digest, emulator=emulator)
+        with plugged(model, taken(model, fitted, way, public), mix=way.mix) as adapted:
             scores.setdefault(row, {})[seed] = ruler.score(adapted, f"{row.replace('_', ' ')}, {seed}")
             if row == "plugged_in" and not after:
                 after = [continuation(adapted, ruler.tokenizer, text, config.answer_tokens) for text in config.prompt]

@@ -73,11 +73,11 @@ def parameters(model: nn.Module, record: OwnerRecord, package: Package, bundle: 
     layout = record.layout
     ends = {*record.kept[: layout.num_bottom], *record.kept[len(record.kept) - layout.num_top :]}
     middle = [model.get_submodule(f"{layout.stack}.{n}") for n in range(record.num_blocks) if n not in ends]
-    emulator = {name: spec for name, spec in package.block_tensors().items() if name.startswith("middle.")}
+    emulator = [name for name in package.block_tensors() if name.startswith("middle.")]
     return Parameters(
         full=sum(parameter.numel() for parameter in model.parameters()),
         middle=sum(parameter.numel() for block in middle for parameter in block.parameters()),
-        emulator=_size(emulator),
+        emulator=sum(map(record.num_stored, emulator)),
         adapter=_size(bundle.manifest.tensors),
     )
 
@@ -147,6 +147,7 @@ def show(results: Results) -> None:
     way = Way.stated(results.scale, results.way)
     part = "" if results.scale == 1 else f", {results.scale:g} of its update plugged in"
     part = f", plugged in: {way.told}" if way.word else part
+    part += ", corrected" if results.corrected else ""
     table(f"{results.data.name}, {size}; {results.adapter.kind} {results.adapter.placement}{part}", columns, lines)
     for name, figure in results.metrics.items():
         if figure is not None and name != "capability":  # withheld zero-shot under its first name

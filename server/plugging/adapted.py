@@ -58,14 +58,14 @@ class AdaptedManifest(Sparse):
 
     ``base`` is what the full model is called, and ``base_kind`` whether that is a name or the last part of its folder's
     path; before there was a ``base_kind`` it was the folder's whole path. ``intake`` is the id of the bundle in the
-    registry, ``scale`` the share of the bundle's update that was plugged in; ``adapter`` and the tensors are as
-    written, with that share taken. ``way`` is there where more is to be said than a share of all modules
-    (``server/plugging/ways.py``), and ``spare_text`` a digest of the public text's tokens where directions were spared.
-    ``sites`` maps the canonical blocks that carry the adapter to the full model's modules, and ``tensors`` declares its
-    tensors under canonical names, in the full model's shapes.
+    registry, ``scale`` the share of the bundle's update that was plugged in, ``corrected`` whether the emulator's fault
+    was taken out of it first; ``adapter`` and the tensors are as written, with both done. ``way`` is there where more
+    is to be said than a share of all modules (``server/plugging/ways.py``), and ``spare_text`` a digest of the public
+    text's tokens where directions were spared. ``sites`` maps the canonical blocks that carry the adapter to the full
+    model's modules, and ``tensors`` declares its tensors under canonical names, in the full model's shapes.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"way", "spare_text"})
+    optional: ClassVar[frozenset[str]] = frozenset({"way", "spare_text", "corrected"})
 
     format: str = ADAPTED_FORMAT
     form: Form
@@ -79,6 +79,7 @@ class AdaptedManifest(Sparse):
     scale: float = Field(1.0, gt=0, le=1)
     way: str = Field("", pattern=WAY_PATTERN)
     spare_text: str = Field("", pattern=SPARE_PATTERN)
+    corrected: bool = False
     adapter: AdapterSpec
     sites: dict[str, str]
     tensors: dict[str, TensorSpec]
@@ -178,6 +179,7 @@ def finish_folder(
         base_digest=card.base_digest,
         scale=card.way.scale,
         way=card.way.word,
+        corrected=card.corrected,
         adapter=card.adapter,
         sites=dict(sites),
         files=entries(stage, [path.name for path in stage.iterdir()]),

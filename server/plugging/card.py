@@ -48,6 +48,7 @@ class Card:
     adapter: AdapterSpec
     licence: str = ""
     way: Way = field(default_factory=Way)
+    corrected: bool = False
     effect: float | None = None
     deviation: float | None = None
     results: Results | None = None
@@ -88,6 +89,8 @@ class Card:
             rows.append(("plugged in", self.way.told))
         elif self.way.scale != 1:
             rows.append(("share of the update", f"{self.way.scale:g}"))
+        if self.corrected:
+            rows.append(("corrected", "for what the stand-in differed by, along the adapter's directions"))
         if self.effect is not None:
             rows.append(("moves the logits by", f"{self.effect:.2g} of their size"))
         if self.deviation is not None:
@@ -124,9 +127,15 @@ class Card:
 
 
 def require_results(
-    results: Results, *, base_digest: str, bundle_digest: str, way: Way, spare_text: str = ""
+    results: Results,
+    *,
+    base_digest: str,
+    bundle_digest: str,
+    way: Way,
+    spare_text: str = "",
+    corrected: bool = False,
 ) -> Results:
-    """Return the results only if they are of this adapter in this model, plugged in this way.
+    """Return the results only if they are of this adapter in this model, plugged in this way, corrected or not.
 
     Args:
         spare_text: digest of the public text where directions are spared.
@@ -143,6 +152,8 @@ def require_results(
         raise ConfigError(f"--results: they are of {found.told}, here it is {way.told}")
     if results.spare_text != spare_text:
         raise ConfigError("--results: other public text was spared", hint="give --spare the same text")
+    if results.corrected != corrected:
+        raise ConfigError("--results: they are of an update that was corrected where this is not, or the reverse")
     return results
 
 

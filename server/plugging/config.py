@@ -37,7 +37,7 @@ Share = Annotated[float | str, BeforeValidator(_share)]
 
 
 class ScaleSettings(VerbConfig):
-    """Base of verbs that plug in a part of an update."""
+    """Base of verbs that plug in an update: how much of it."""
 
     scale: Share = Field(
         1.0,
@@ -97,6 +97,17 @@ class MixSettings(VerbConfig):
     )
 
 
+class CorrectSettings(VerbConfig):
+    """Base of verbs that may correct an update before it is plugged in."""
+
+    correct: bool = Field(
+        False,
+        description="take the emulator's fault along the adapter's own directions out of the update, so that the full "
+        "model computes on them what was tuned; lora and rslora on packages of method low-rank or packed",
+        json_schema_extra=USUAL,
+    )
+
+
 class MeasuredWaySettings(WaySettings, MixSettings):
     """Base of verbs that measure an adapter plugged in, and asked, in a certain way."""
 
@@ -116,7 +127,7 @@ class AcceptedConfig(RegisteredConfig, ModelWord):
     )
 
 
-class PlugConfig(AcceptedConfig, WaySettings):
+class PlugConfig(AcceptedConfig, WaySettings, CorrectSettings):
     """Settings of ``offsite plug-in MODEL ID --registry DIR -o ADAPTED``."""
 
     verb: ClassVar[str] = "plug-in"

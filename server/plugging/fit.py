@@ -18,17 +18,26 @@ from torch import Tensor, nn
 from adapters.kinds import Attached, attach
 from adapters.lift import lift
 from adapters.lowrank import quiet_peft
+from adapters.norms import factors_of, modules_of, scale_of
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.owner import OwnerRecord
+from offsite.artefacts.package import Package
 from offsite.digests import model_digest
-from offsite.errors import BadSchema, ConfigError, WrongBinding, WrongNames
-from offsite.modelling.blocks import linear_dims
+from offsite.errors import BadSchema, ConfigError, WrongBinding, WrongNames, WrongShape
+from offsite.modelling.blocks import is_conv1d, linear_dims
 from offsite.tensors import spec_of
 from server.plugging.mixing import Replaced, mixed, stay_mixed
 from server.registry.verify import Verified
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+CORRECTION_LIMIT = 3.0
+"""A direction is corrected by at most so many times the mean absolute size of its update. Source: arXiv:2506.12015."""
+
+CORRECTABLE = ("low-rank", "packed")
+"""Methods whose middle has a weight for every one of the full model's, of its shape, that makes up for no other."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ def fit(
     *,
     base_digest: str | None = None,
     scale: float = 1.0,
+    emulator: Package | None = None,
 ) -> Fitted:
     """Return the adapter fitted to the full model, which is not changed.
 
@@ -60,9 +70,10 @@ def fit(
         record: the owner's, of the package that the adapter was tuned on.
         base_digest: ``offsite.digests.model_digest(model)`` as loaded, if it is known; computed otherwise.
         scale: of the update, in (0, 1]; see `scaled`.
+        emulator: the package that the adapter was tuned on, where it is to be `corrected`, before it is scaled.
 
     Raises:
-        ConfigError: when this kind of adapter cannot be scaled.
+        ConfigError: when this kind of adapter cannot be scaled, or not be corrected.
         WrongBinding: when model, adapter and record do not belong together.
         BadSchema: when the record does not describe the model.
     """
@@ -73,6 +84,8 @@ def fit(
     sites = {block: record.sites[block] for block in blocks}
     dims = {name: _dims(model, f"{sites[_block(name)]}.{_inner(name)}") for name in _linears(record, sites)}
     fitted = Fitted(verified.spec, lift(verified.tensors, record.channels, dims), sites)
+    if emulator is not None:
+        fitted = replace(fitted, tensors=_corrected(model, fitted, emulator))
     return fitted if scale == 1 else scaled(model, fitted, scale)
 
 
@@ -98,6 +111,87 @@ def scaled(model: nn.Module, adapter: Fitted, scale: float) -> Fitted:
         before = model.get_parameter(full_name(name, adapter.sites)).detach().to("cpu", torch.float32)
         tensors[name] = torch.lerp(before, tensor.float(), scale)
     return replace(adapter, tensors=tensors)
+
+
+def corrected(
+    tensors: Mapping[str, Tensor],
+    full: Mapping[str, Tensor],
+    emulator: Mapping[str, Tensor],
+    *,
+    scale: float,
+    limit: float = CORRECTION_LIMIT,
+) -> dict[str, Tensor]:
+    """Return a low-rank adapter's tensors with the emulator's fault taken out along the adapter's own directions.
+
+    The client tuned What + s B A; with s B A alone the full model W computes something else wherever W differs from
+    What. With A^T = U S V^T and b = s B V S, column i of b is what the update does to direction i of U, and
+    c = (W - What) U is what the two models differ by there. Each c_i, shortened to at most `limit` times the mean
+    absolute size of b_i, is taken from b_i: where none was shortened, (W + update) x = What x + s B A x for every x in
+    the span of U. The rank stays.
+
+    Source: EMLoC, arXiv:2506.12015.
+
+    Args:
+        tensors: by canonical name, ``lora_A`` (rank, in) and ``lora_B`` (out, rank) of each module.
+        full: weights W (out, in) by canonical module; modules that are not here stay as they are.
+        emulator: What likewise.
+        scale: s, what B A is multiplied by in the forward pass.
+
+    Returns:
+        float32 where corrected, otherwise the same objects.
+
+    Raises:
+        WrongShape: when weights and factors do not fit each other.
+    """
+    found = dict(tensors)
+    for module in modules_of(tensors):
+        if module not in full:
+            continue
+        a, b = factors_of(module, tensors)
+        difference = full[module].double() - emulator[module].double()
+        if difference.shape != (b.shape[0], a.shape[1]):
+            raise WrongShape(f"{module!r}: weights {tuple(difference.shape)} do not fit its adapter")
+        u, size, vt = torch.linalg.svd(a.T, full_matrices=False)
+        update = scale * b @ vt.T * size
+        fault = difference @ u
+        means = [one.abs().mean(0) for one in (update, fault)]
+        share = torch.where(means[1] > 0, limit * means[0] / means[1], 0.0).clamp(max=1.0)
+        found[f"{module}.lora_A"] = u.T.float().contiguous()
+        found[f"{module}.lora_B"] = ((update - fault * share) / scale).float().contiguous()
+    return found
+
+
+def _corrected(model: nn.Module, adapter: Fitted, emulator: Package) -> dict[str, Tensor]:
+    require_correctable(adapter.spec, emulator)
+    stored = {}
+    for module in modules_of(adapter.tensors):
+        name = f"{emulator.layout.blocks[_block(module)]}.{_inner(module)}.weight"
+        if name in emulator.manifest.encodings:  # any other is the full model's own
+            stored[module] = name
+    decoded = emulator.load_tensors(stored.values())
+    full, theirs = {}, {}
+    for module, name in stored.items():
+        linear = model.get_submodule(full_name(module, adapter.sites))
+        pair = (linear.get_parameter("weight").detach().cpu(), decoded[name])
+        full[module], theirs[module] = (one.T if is_conv1d(linear) else one for one in pair)
+    return corrected(adapter.tensors, full, theirs, scale=scale_of(adapter.spec))
+
+
+def require_correctable(spec: AdapterSpec, emulator: Package) -> None:
+    """Return only if an adapter of that kind, tuned on that package, can be corrected.
+
+    Raises:
+        ConfigError: saying why not.
+    """
+    method = emulator.manifest.method.name
+    if method not in CORRECTABLE:
+        reason = {
+            "width": "what its refit made up for would count twice",
+            "drop": "it has no weight in place of those left out",
+        }.get(method, "its weights do not stand for the full model's one by one")
+        raise ConfigError(f"--correct: not with a package of method {method}: {reason}", hint="plug in without it")
+    if spec.kind not in ("lora", "rslora"):
+        raise ConfigError(f"--correct: a {spec.kind} adapter has no directions to correct", hint="plug in without it")
 
 
 def require_scalable(spec: AdapterSpec, scale: float) -> None:

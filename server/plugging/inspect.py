@@ -35,7 +35,7 @@ def show(thing: Thing) -> dict[str, object]:
             "package": manifest.package_digest,
             "bundle": manifest.bundle_digest,
             "in registry": manifest.intake,
-            "update": _update(manifest.plugged),
+            "update": _update(manifest.plugged) + (", corrected" if manifest.corrected else ""),
             "spared text": manifest.spare_text or None,
             "merged": manifest.merged_digest,
         }
@@ -54,6 +54,7 @@ def show(thing: Thing) -> dict[str, object]:
         "id": manifest.intake,
         "scale": manifest.scale,
         "way": str(manifest.plugged),
+        "corrected": manifest.corrected,
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "verified": True,
         "checked": _FILES_AGREE,

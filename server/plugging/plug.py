@@ -21,7 +21,7 @@ from offsite.artefacts.bundle import TENSOR_FILE
 from offsite.artefacts.layout import PackageManifest
 from offsite.artefacts.manifest import read_manifest
 from offsite.artefacts.owner import OwnerRecord, owner_record_path, read_owner_record
-from offsite.artefacts.package import PACKAGE_FORMAT
+from offsite.artefacts.package import PACKAGE_FORMAT, Package, open_package
 from offsite.console import say
 from offsite.digests import model_digest
 from offsite.errors import ArtefactError, ConfigError, PolicyError, RunFailed, WrongBinding
@@ -35,7 +35,7 @@ from offsite.text.records import require_files
 from server.plugging.adapted import AdaptedManifest, finish_folder, open_adapted, stored_names
 from server.plugging.card import Card, Form, require_results
 from server.plugging.config import PlugConfig
-from server.plugging.fit import Fitted, fit, plain_model, plug, unplug
+from server.plugging.fit import Fitted, fit, plain_model, plug, require_correctable, unplug
 from server.plugging.fullmodel import FullModel, called, remember
 from server.plugging.peftfolder import open_with_peft, write_peft_folder
 from server.plugging.probe import READ_BACK_TOLERANCE, TOLERANCES, deviation, probe_logits
@@ -65,7 +65,9 @@ def run(config: PlugConfig) -> dict[str, object]:
     with Registry.open(config.registry, config.keys) as registry, registry.one_plug_in():
         entry = accepted(registry, config.id)
         public = _public(config)
-        if entry.state == "accepted" and is_of(config.output, entry, config.way, public, merged=config.merge):
+        if entry.state == "accepted" and is_of(
+            config.output, entry, config.way, public, merged=config.merge, corrected=config.correct
+        ):
             say(f"{config.output.name} was published before the registry was told; now it is")
             manifest = open_adapted(config.output)
             _remember(config, manifest)
@@ -75,16 +77,19 @@ def run(config: PlugConfig) -> dict[str, object]:
         record = record_of(registry, entry, config.package)
         verified = read_registered(registry, entry, record)
         require_way(verified.spec, config.way)
+        emulator = _emulator(config, registry, verified, record)
         collect_partial(config.output)
         licence = licence_of(config.package or registry.package_path(record.package_digest), record)
         card = _card(config, verified, record, licence, public)
-        manifest, effect, error = _plug_in(config, entry, verified, record, card, public)
+        manifest, effect, error = _plug_in(config, entry, verified, record, card, public, emulator)
         reach("plug-published")
         _remember(config, manifest)
         _tell(registry, entry, manifest)
     shown = f"{len(manifest.tensors)} tensors on {len(manifest.sites)} blocks"
     if not manifest.plugged.is_plain:
         shown += f", {manifest.plugged.told}"
+    if manifest.corrected:
+        shown += ", corrected"
     say(f"{config.output.name}: {_SHOWN[manifest.form]}, {shown}")
     return _result(config, manifest, effect, error)
 
@@ -132,8 +137,26 @@ def record_of(registry: Registry, entry: Entry, package: Path | None) -> OwnerRe
     return record
 
 
-def is_of(output: Path, entry: Entry, way: Way, public: Public | None, *, merged: bool) -> bool:
-    """Tell whether a sound adapted folder of this bundle, plugged in this way and merged or not, stands at `output`."""
+def _emulator(config: PlugConfig, registry: Registry, verified: Verified, record: OwnerRecord) -> Package | None:
+    """Return the package that the adapter is corrected by; None where it is not to be.
+
+    Raises:
+        ConfigError: when it cannot be.
+        ArtefactError, WrongBinding: when the package is not sound, or another.
+    """
+    if not config.correct:
+        return None
+    package = open_package(config.package or registry.package_path(record.package_digest))
+    if package.digest != record.package_digest:
+        raise WrongBinding(f"package {package.path.name!r} is not the one that the owner's record is of")
+    require_correctable(verified.spec, package)
+    return package
+
+
+def is_of(
+    output: Path, entry: Entry, way: Way, public: Public | None, *, merged: bool, corrected: bool = False
+) -> bool:
+    """Tell whether a sound adapted folder of this bundle, so plugged in, merged and corrected, stands at `output`."""
     if not output.is_dir():
         return False
     try:
@@ -142,7 +165,8 @@ def is_of(output: Path, entry: Entry, way: Way, public: Public | None, *, merged
         return False
     of_bundle = manifest.intake == entry.id and manifest.bundle_digest == entry.bundle_digest
     in_this_way = manifest.plugged == way and manifest.spare_text == _digest(public)
-    return of_bundle and in_this_way and (manifest.form == "merged") == merged
+    alike = in_this_way and manifest.corrected == corrected
+    return of_bundle and alike and (manifest.form == "merged") == merged
 
 
 def collect_partial(output: Path) -> None:
@@ -169,8 +193,14 @@ def _card(config: PlugConfig, verified: Verified, record: OwnerRecord, licence: 
     form: Form = "merged" if config.merge else "peft" if verified.spec.kind in PEFT_KINDS else "own"
     results = None
     if config.results is not None:
-        bound = {"base_digest": record.base_digest, "bundle_digest": verified.bundle_digest}
-        results = require_results(read_results(config.results), **bound, way=config.way, spare_text=_digest(public))
+        results = require_results(
+            read_results(config.results),
+            base_digest=record.base_digest,
+            bundle_digest=verified.bundle_digest,
+            way=config.way,
+            spare_text=_digest(public),
+            corrected=config.correct,
+        )
     return Card(
         name=config.output.name,
         form=form,
@@ -179,6 +209,7 @@ def _card(config: PlugConfig, verified: Verified, record: OwnerRecord, licence: 
         adapter=verified.spec,
         licence=licence,
         way=config.way,
+        corrected=config.correct,
         results=results,
     )
 
@@ -212,11 +243,18 @@ def _remember(config: PlugConfig, manifest: AdaptedManifest) -> None:
 
 
 def _plug_in(
-    config: PlugConfig, entry: Entry, verified: Verified, record: OwnerRecord, card: Card, public: Public | None
+    config: PlugConfig,
+    entry: Entry,
+    verified: Verified,
+    record: OwnerRecord,
+    card: Card,
+    public: Public | None,
+    emulator: Package | None,
 ) -> tuple[AdaptedManifest, float, float]:
     """Write the adapted folder, and return its manifest, the adapter's effect and the error of what was read back."""
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
-    adapter = taken(model, fit(model, verified, record), config.way, public[0] if public is not None else ())
+    fitted = fit(model, verified, record, emulator=emulator)
+    adapter = taken(model, fitted, config.way, public[0] if public is not None else ())
     before = probe_logits(model, "the full model")
     attached = plug(model, adapter)
     expected = probe_logits(plain_model(attached), f"the model with {verified.what} plugged in")
@@ -332,6 +370,7 @@ def _result(
         "placement": manifest.adapter.placement,
         "scale": manifest.scale,
         "way": str(manifest.plugged),
+        "corrected": manifest.corrected,
         "num_tensors": len(manifest.tensors),
         "num_blocks": len(manifest.sites),
         "num_bytes": sum(entry.bytes for entry in manifest.files.values()),

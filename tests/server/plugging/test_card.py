@@ -73,7 +73,7 @@ def test_the_use_fits_the_form(form, kind, words, without):
 
 def test_results_of_something_else_are_refused():
     bundles = {"tuned": SimpleNamespace(digest="sha256:" + "b" * 64)}
-    results = SimpleNamespace(base_digest=DIGEST, bundles=bundles, scale=1.0, way="", spare_text="")
+    results = SimpleNamespace(base_digest=DIGEST, bundles=bundles, scale=1.0, way="", spare_text="", corrected=False)
     right = {"base_digest": DIGEST, "bundle_digest": "sha256:" + "b" * 64, "way": Way()}
     assert require_results(results, **right) is results
     for change, words in (
@@ -82,6 +82,7 @@ def test_results_of_something_else_are_refused():
         ({"way": Way(0.5)}, "they are of all of the update, here it is 0.5 of the update"),
         ({"way": Way(mix=0.7)}, "here it is 0.7 of the probabilities"),
         ({"spare_text": "sha256:" + "c" * 64}, "other public text was spared"),
+        ({"corrected": True}, "corrected where this is not, or the reverse"),
     ):
         with pytest.raises(ConfigError, match=words):
             require_results(results, **{**right, **change})
