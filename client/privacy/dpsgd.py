@@ -88,7 +88,7 @@ class Guarantee:
             "noise": "operating system, float64",
             "released": "weights after the last step"
             if self.num_runs == 1
-            else "mean of runs' weights after their last",
+            else "mean of each run's weights after its last step",
         }
 
 

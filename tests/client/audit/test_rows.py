@@ -138,10 +138,9 @@ def test_of_several_runs_the_rows_that_any_of_them_drew_count(made, letters_toke
     rows = choose_rows(records, run, letters_tokenizer, limit=100, context=128)
     assert ids(rows.members) == each[0] | each[1] | each[2]
     assert len(ids(rows.members)) == run.num_drawn > max(map(len, each))
-    held_out = encode(
-        split_records(records, validation=0.1, audit_share=0.0, seed=3).validation, letters_tokenizer, context=128
-    )
-    assert ids(rows.nonmembers) == ids(held_out.examples)  # held out of all, by the first seed's split
+    held_out = split_records(records, validation=0.1, audit_share=0.0, seed=3).validation
+    apart = encode(held_out, letters_tokenizer, context=32, whole_text=False)
+    assert ids(rows.nonmembers) == ids(apart.examples)  # held out of all, by the first seed's split
 
 
 def test_rows_of_packed_blocks_are_counted_and_not_the_blocks(made):

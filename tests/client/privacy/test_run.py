@@ -18,6 +18,7 @@ from client.tuning.tune import run, work_folder
 from offsite.audits.record import read_run, run_path
 from offsite.digests import tensors_digest
 from offsite.errors import ConfigError, PolicyError
+from offsite.text.records import Record
 
 dp_accounting = pytest.importorskip("dp_accounting")
 
@@ -138,7 +139,7 @@ def test_runs_of_different_noise_have_no_epsilon(both_done, tmp_path):
         other = plan(
             both_done.dp.model_copy(update={"noise_multiplier": 2.0}), num_units=54, batch_size=4, steps=4, epochs=1.0
         )
-        members = ledger.members([])
+        members = ledger.members([Record((("a row", True),), "own", 1)])
         run_id = ledger.charge(members, other, place=ledger.place(folder_of(work, 2)), settings="x", budget=None).run
     assert charged[0].mechanism == charged[1].mechanism != other.mechanism
     with pytest.raises(PolicyError, match="run 2 was charged for other draws or noise"):
