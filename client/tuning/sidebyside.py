@@ -20,6 +20,7 @@ from typing import IO
 from offsite.console import say
 from offsite.errors import ArtefactError, ConfigError, OffsiteError, PolicyError, RunFailed
 
+_COMMAND = (sys.executable, "-P", "-m", "client.tuning.onerun")
 _PATIENCE_SECONDS = 600.0  # for the step that a run is in when it is asked to stop
 _LOOK_EVERY_SECONDS = 0.05
 _ERRORS: dict[int, type[OffsiteError]] = {
@@ -73,8 +74,7 @@ def train_side_by_side(settings: str, numbers: Sequence[int], *, num_runs: int, 
 
 
 def _started(asked: dict[str, object]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-P", "-m", "client.tuning.onerun"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     stdin = _pipe(process.stdin)
     with suppress(BrokenPipeError):  # it ended at once: how, is looked at with the others
         stdin.write(json.dumps(asked).encode("ascii") + b"\n")

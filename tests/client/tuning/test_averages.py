@@ -16,7 +16,6 @@ from adapters.average import mean_of
 from adapters.kinds import declared
 from adapters.norms import adapted_names, base_tensors
 from client.tuning import averages
-from client.tuning.sidebyside import num_at_once
 from client.tuning.tune import attach_to_package, run, train_one, work_folder
 from offsite.artefacts.bundle import DISCLOSABLE, AdapterSpec, open_bundle
 from offsite.artefacts.job import Job, write_job
@@ -408,18 +407,6 @@ def test_a_run_that_was_tampered_with_is_refused(done, name):
 
 
 # Side by side
-
-
-def test_fewer_go_at_once_where_cores_or_memory_say_so(monkeypatch, capsys):
-    monkeypatch.setattr("client.tuning.sidebyside.num_cores", lambda: 4)
-    assert num_at_once(3, 8, need_bytes=10, free_bytes=100) == 3
-    assert num_at_once(8, 2, need_bytes=10, free_bytes=100) == 2
-    assert capsys.readouterr().err == ""
-    assert num_at_once(8, 8, need_bytes=10, free_bytes=1000) == 4
-    assert "4 run(s) at once instead of 8: cores allow no more" in capsys.readouterr().err
-    assert num_at_once(8, 8, need_bytes=10, free_bytes=25) == 2
-    assert num_at_once(8, 8, need_bytes=10, free_bytes=3) == 1
-    assert "1 run(s) at once instead of 8: memory allow" in capsys.readouterr().err
 
 
 def test_one_of_them_alone_leaves_itself_and_nothing_else(settings, dropped_package, tmp_path):
