@@ -135,7 +135,8 @@ def test_ctrl_c_stops_runs_side_by_side_each_with_its_checkpoint(dropped_package
     command = [*OFFSITE, *words(dropped_package, notes_file, tmp_path / "bundle", *given)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     work = tmp_path / "bundle.work"
-    while not all((work / name / "log.jsonl").exists() for name in ("run1", "run2")):
+    logs = [work / name / "log.jsonl" for name in ("run1", "run2")]
+    while not all(log.exists() and log.read_bytes().count(b"\n") >= 2 for log in logs):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
