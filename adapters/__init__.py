@@ -7,6 +7,7 @@ OFFSITE_ROLE = "adapters"
 
 __all__ = [
     "OFFSITE_ROLE",
+    "average",
     "kinds",
     "lift",
     "lowrank",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from adapters.rates import LEARNING_RATES
 from offsite.artefacts.bundle import AdapterSpec
@@ -90,3 +90,20 @@ class TuningSettings(AdapterSettings, TextSettings, TrainingSettings):
         description="share of the documents held out to choose the checkpoint",
         json_schema_extra=TRAINING,
     )
+    runs: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="runs from other starts, on other batches, whose mean is the adapter; as many times slower",
+        json_schema_extra=TRAINING,
+    )
+
+    @model_validator(mode="after")
+    def _has_mean(self) -> Self:
+        """Raise ValueError where several runs of that adapter have no mean."""
+        if self.runs > 1 and self.adapter == "dora":
+            raise ValueError(
+                "--runs: several runs of dora have no mean, its update depends on the weight it is put on; "
+                "--adapter lora, rslora, blocks and bitfit have one"
+            )
+        return self

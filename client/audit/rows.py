@@ -117,7 +117,10 @@ def _drawn(
     tokenizer: PreTrainedTokenizerBase,
     planted: Sequence[Record],
 ) -> set[int] | None:
-    """Return the numbers of the rows that the run drew, whole, by the step released; None when it drew them all."""
+    """Return the numbers of the rows that the run drew, whole, by the step released; None when it drew them all.
+
+    Of several runs whose mean was released, those that any of them drew.
+    """
     text = run.text
     whole = prepare(
         records,
@@ -132,7 +135,7 @@ def _drawn(
         canaries=planted,
         first_step=0 if run.round is None else run.round.first_step,
     )
-    found = rows_drawn(whole, run.steps, whole=True)
+    found = rows_drawn(whole, run.draws, whole=True)
     return None if len(found) == len(whole.rows) else found
 
 

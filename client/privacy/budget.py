@@ -2,7 +2,8 @@
 
 A run is charged in full before its first step; resuming it charges nothing more. Runs that share a record share a
 budget: their privacy loss on it adds up, whatever else is in the files. The budget is set by the first run and can only
-be lowered. A bundle is recorded before it is written, and a run has one: other weights need another run.
+be lowered. A bundle is recorded before it is written, and a run has one: other weights need another run. A bundle that
+is the mean of several runs is each one's: all of them are charged, and all of them released with it.
 
 The folder holds ``budget.db`` with its hash-chained ``budget.log`` (`offsite.state.store`), and ``key``. Records are
 known by digests under that key, so the ledger tells nobody what is in the data: one of a record as it stands, and one
@@ -161,18 +162,28 @@ class BudgetLedger:
         return self._within(run)
 
     def charge(
-        self, members: Members, guarantee: Guarantee, *, place: str, settings: str, budget: float | None
+        self,
+        members: Members,
+        guarantee: Guarantee,
+        *,
+        place: str,
+        settings: str,
+        budget: float | None,
+        num_to_come: int = 0,
     ) -> Account:
         """A new run is in the ledger, all of its steps spent. Returns where its data set stands.
 
         Args:
             budget: most epsilon for all runs on this data; none leaves it as it was, or sets this run's own.
+            num_to_come: further runs like this one that the budget must have room for, or nothing is charged; they are
+                charged when they begin. A budget that this run sets holds them too.
 
         Raises:
             PolicyError: when the data set would be past its budget, when the budget was to be raised, or when earlier
                 runs counted another unit; nothing is charged then.
         """
         mechanism, delta = guarantee.mechanism, guarantee.spent.delta
+        in_all = mechanism._replace(steps=mechanism.steps * (1 + num_to_come))
         data = self._digest("data", b"".join(members.exact).hex()).hex()
         while True:
             linked = self._linked(members.all)
@@ -184,7 +195,7 @@ class BudgetLedger:
                     hint="a budget is set by the first run and can only be lowered",
                 )
             delta_total = min(delta, *(row["delta"] for row in linked), 1.0)
-            total = pld_epsilon([mechanism, *map(_mechanism, linked)], delta_total)
+            total = pld_epsilon([in_all, *map(_mechanism, linked)], delta_total)
             limit = budget if budget is not None else earlier if earlier is not None else total
             _require_within(total, limit, len(linked), "nothing was trained")
             with self._store.transaction() as transaction:

@@ -13,7 +13,9 @@ class DPSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    epsilon: float | None = Field(None, gt=0, description="most that the run may spend; sets the noise")
+    epsilon: float | None = Field(
+        None, gt=0, description="most that the run, or all --runs together, may spend; sets the noise"
+    )
     noise_multiplier: float | None = Field(
         None, ge=0.2, le=128, description="noise over clipping norm, instead of epsilon"
     )

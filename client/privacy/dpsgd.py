@@ -27,6 +27,7 @@ from client.privacy.clipping import Clipper, Unit, choose, zeros
 from client.privacy.config import DPSettings
 from offsite.audits.accounting import Mechanism, Spent, account, accountant, calibrate
 from offsite.audits.noise import gaussian, uniform, unknown_seed
+from offsite.audits.record import MAX_STEPS
 from offsite.errors import ConfigError, DataError
 from offsite.text.batches import Example
 from offsite.training.config import LoopConfig
@@ -47,6 +48,8 @@ class Guarantee:
         clip: largest L2 norm of one unit's gradient.
         divisor: what the noisy sum is divided by, the expected number of units of a step.
         is_number_public: the number of units was used to set the rate or delta, so it counts as known.
+        mechanism: of one run.
+        num_runs: runs of that mechanism whose mean is released; ``spent`` is of all of them together.
     """
 
     mechanism: Mechanism
@@ -56,6 +59,12 @@ class Guarantee:
     rows_per_user: int | None
     is_number_public: bool
     spent: Spent
+    num_runs: int = 1
+
+    @property
+    def composed(self) -> Mechanism:
+        """All runs as one: as they draw and add the same, their steps add up."""
+        return self.mechanism._replace(steps=self.mechanism.steps * self.num_runs)
 
     def figures(self) -> dict[str, object]:
         """Return everything, as JSON takes it."""
@@ -73,11 +82,13 @@ class Guarantee:
             "clip": self.clip,
             "sample_rate": self.mechanism.rate,
             "divisor": self.divisor,
-            "steps": self.mechanism.steps,
+            "steps": self.composed.steps,
             "accountant": accountant(),
             "sampler": "poisson",
             "noise": "operating system, float64",
-            "released": "weights after the last step",
+            "released": "weights after the last step"
+            if self.num_runs == 1
+            else "mean of each run's weights after its last step",
         }
 
 
@@ -89,17 +100,25 @@ def plan(
     steps: int | None,
     epochs: float,
     charged: tuple[Mechanism, float] | None = None,
+    num_runs: int = 1,
 ) -> Guarantee:
     """Return the guarantee of a run with these settings on so many units; nothing is drawn or spent yet.
 
     Args:
         charged: what a run that is resumed was charged for, and its delta; it stays as it is.
+        num_runs: runs of these settings whose mean is released: epsilon is what all of them spend together.
 
     Raises:
         ConfigError: when the settings give no meaningful guarantee.
         RunFailed: when the accountants disagree.
     """
-    mechanism, delta = charged or _mechanism(settings, num_units, batch_size, steps, epochs)
+    mechanism, delta = charged or _mechanism(settings, num_units, batch_size, steps, epochs, num_runs)
+    composed = mechanism._replace(steps=mechanism.steps * num_runs)
+    if num_runs > 1 and composed.steps > MAX_STEPS:
+        raise ConfigError(
+            f"--runs {num_runs}: {composed.steps:,} steps in all, --dp accounts for {MAX_STEPS:,} at most",
+            hint="take fewer runs or fewer --steps",
+        )
     return Guarantee(
         mechanism=mechanism,
         clip=settings.clip,
@@ -107,12 +126,13 @@ def plan(
         unit=settings.unit,
         rows_per_user=settings.rows_per_user if settings.unit == "user" else None,
         is_number_public=settings.sample_rate is None or settings.delta is None,
-        spent=account(mechanism, delta),
+        spent=account(composed, delta),
+        num_runs=num_runs,
     )
 
 
 def _mechanism(
-    settings: DPSettings, num_units: int, batch_size: int, steps: int | None, epochs: float
+    settings: DPSettings, num_units: int, batch_size: int, steps: int | None, epochs: float, num_runs: int
 ) -> tuple[Mechanism, float]:
     largest_delta = num_units**-1.1
     delta = largest_delta if settings.delta is None else settings.delta
@@ -131,7 +151,7 @@ def _mechanism(
     if settings.noise_multiplier is not None:
         return Mechanism(settings.noise_multiplier, drawn, num_steps), delta
     epsilon = float(settings.epsilon or 0)
-    return Mechanism(calibrate(epsilon, delta, rate=drawn, steps=num_steps), drawn, num_steps), delta
+    return Mechanism(calibrate(epsilon, delta, rate=drawn, steps=num_steps * num_runs), drawn, num_steps), delta
 
 
 def units_of(examples: Sequence[Example], *, unit: Literal["example", "user"], rows_per_user: int) -> list[Unit]:

@@ -79,6 +79,18 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, Object
         10, ge=0, description="steps over which the rate rises; at most a tenth of all", json_schema_extra=TRAINING
     )
     schedule: Schedule = Field("cosine", description="how the rate falls", json_schema_extra=TRAINING)
+    mean: Literal["auto", "exact", "cut"] = Field(
+        "auto",
+        description="the mean of several --runs of LoRA: of their summed rank, or cut to --rank; auto: cut for a job",
+        json_schema_extra=TRAINING,
+    )
+    parallel: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="of several --runs, how many at once in processes of their own, where memory and cores allow",
+        json_schema_extra=MACHINE,
+    )
     gradient_checkpointing: bool = Field(
         False, description="save memory by computing activations twice", json_schema_extra=MACHINE
     )
@@ -122,6 +134,7 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, Object
             problems.append("--adapter dora: no federation adds up its updates")
         if self.sealed_off and self.launch > 1:
             problems.append("--launch: --sealed-off runs in one process, several must connect to each other")
+        problems += self._averaging_problems()
         problems += self._private_problems()
         problems += self.objective_problems(
             round_=self.round is not None,
@@ -136,6 +149,37 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, Object
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _averaging_problems(self) -> list[str]:
+        """Return what several runs cannot go together with, a line each."""
+        problems: list[str] = []
+        if self.runs == 1:
+            problems += ["--mean: there is one run; --runs 2 or more have a mean"] if self.mean != "auto" else []
+            problems += ["--parallel: there is one run; --runs 2 or more can go side by side"] * (self.parallel > 1)
+            return problems
+        if self.launch > 1:
+            problems.append(
+                "--launch: several --runs do not share a model's shards; --parallel trains them side by side"
+            )
+        if self.parallel > 1 and self.sealed_off:
+            problems.append("--parallel: --sealed-off denies other processes; leave one of the two out")
+        if self.parallel > 1 and self.dp is not None:
+            problems.append("--parallel: --dp charges and tunes one run after the other; leave one of the two out")
+        named = self.job is not None or self.round is not None
+        if self.mean != "auto" and self.adapter in ("blocks", "bitfit") and not named:
+            problems.append(f"--mean: {self.adapter} has no rank, its mean is exact")
+        if self.mean == "exact" and (self.job is not None or self.round is not None):
+            given = "--job" if self.round is None else "--round"
+            problems.append(
+                f"--mean exact: {given} says the rank of the adapter; leave --mean out, and it is cut to that"
+            )
+        return problems
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the mean of several runs is brought back to the rank of one."""
+        named = self.job is not None or self.round is not None
+        return self.runs > 1 and (self.mean == "cut" or (self.mean == "auto" and named))
 
     def _private_problems(self) -> list[str]:
         """Return what --dp cannot go together with, a line each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -142,14 +142,23 @@ def prepare(
     )
 
 
-def rows_drawn(text: TrainingText, steps: int, *, whole: bool) -> set[int]:
-    """Return the numbers of the rows, in ``text.rows``, that the first `steps` batches hold.
+def rows_drawn(text: TrainingText, draws: Iterable[tuple[int, int]], *, whole: bool) -> set[int]:
+    """Return the numbers of the rows, in ``text.rows``, that the first batches hold, of any of the runs on that text.
 
     Args:
+        draws: of each run, the seed of its batches and how many of them it took.
         whole: rows of which every token is in them; otherwise those of which any is.
     """
+    found: set[int] = set()
+    for seed, steps in draws:
+        found |= _rows_in(text, text.batches.reseeded(seed), steps, whole=whole)
+    return found
+
+
+def _rows_in(text: TrainingText, batches: Batches, steps: int, *, whole: bool) -> set[int]:
+    """Return the numbers of the rows that the first `steps` of these batches hold."""
     numbers = {id(example): number for number, example in enumerate(text.examples)}
-    drawn = {numbers[id(example)] for step in range(steps) for example in text.batches.chosen(step)}
+    drawn = {numbers[id(example)] for step in range(steps) for example in batches.chosen(step)}
     if text.block_tokens is None:
         return drawn
     kept = _blocks_kept(text.rows, text.block_tokens, len(text.examples))

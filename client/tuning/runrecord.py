@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 from client.tuning.data import rows_drawn
 from offsite import __version__
 from offsite.audits.canaries import CanarySet, mark_used, read_canaries, records_of, require_unmarked
-from offsite.audits.record import AnsweredRound, Claim, KeptRun, TextSettings, read_run, run_path
+from offsite.audits.record import AnsweredRound, AveragedRun, Claim, KeptRun, TextSettings, read_run, run_path
 from offsite.errors import ArtefactError, PolicyError, WrongBinding
 from offsite.text.records import Record, read_files
 
 if TYPE_CHECKING:
     from client.tuning.config import TuneConfig
     from client.tuning.data import TrainingText
+    from offsite.artefacts.bundle import AdapterSpec
     from offsite.artefacts.job import Job
     from offsite.artefacts.package import Package
     from offsite.training.loop import Outcome
@@ -31,6 +32,7 @@ def record_of(
     config: TuneConfig,
     *,
     package: Package,
+    spec: AdapterSpec | None = None,
     data_sha256: str,
     data_files: Sequence[str] = (),
     text: TrainingText,
@@ -40,31 +42,35 @@ def record_of(
     canaries: str | None = None,
     answered: AnsweredRound | None = None,
     anchor: str | None = None,
+    averaged: tuple[AveragedRun, ...] = (),
 ) -> KeptRun:
     """Return the record of a run that ended so, of a bundle whose digest is not known yet: it has all zeros.
 
     Args:
         config: the settings as the run took them, a job's adapter and a private run's steps among them.
+        spec: the bundle's adapter, where it is not the one that was trained: the mean of several runs.
         data_sha256: digest of the data, taken when it was read.
         data_files: digest of each file, where there are several.
         guarantee: what `PrivateRun.release` returned, of a private run.
         canaries: digest of the canary set committed to, if any was trained on.
         answered: the federation's round that the run answered, if any.
         anchor: digest of the anchor's file, if there is one.
+        averaged: the several runs whose mean the bundle is, if it is one; `outcome` is of all of them together.
     """
     claim = None if guarantee is None else {name: guarantee[name] for name in Claim.model_fields}
+    draws = [(one.seed, one.steps) for one in averaged] or [(config.seed, outcome.best_step)]
     return KeptRun(
         bundle_digest="sha256:" + "0" * 64,
         package_digest=package.digest,
         base_digest=package.manifest.base_digest,
         job_id=job_id,
-        adapter=config.spec(),
+        adapter=spec or config.spec(),
         data_sha256=data_sha256,
         data_files=tuple(data_files) if len(data_files) > 1 else (),
         objective=config.stated(anchor),
         text=text_settings(config),
         num_records=text.num_records,
-        num_drawn=_num_drawn(text, outcome.best_step, config.batch_size, is_private=claim is not None),
+        num_drawn=_num_drawn(text, draws, config.batch_size, is_private=claim is not None),
         num_tokens=text.num_tokens,
         steps=outcome.best_step,
         steps_run=outcome.steps,
@@ -75,16 +81,21 @@ def record_of(
         sealed_off=config.sealed_off,
         claim=None if claim is None else Claim.model_validate(claim),
         round=answered,
+        averaged=averaged,
         versions=versions(),
     )
 
 
-def _num_drawn(text: TrainingText, steps: int, batch_size: int, *, is_private: bool) -> int:
-    """Return how many rows, canaries apart, had a token in a batch by that step; of a private run, about as many."""
+def _num_drawn(text: TrainingText, draws: Sequence[tuple[int, int]], batch_size: int, *, is_private: bool) -> int:
+    """Return how many rows, canaries apart, had a token in a batch of any run; of private runs, about as many.
+
+    Args:
+        draws: of each run, the seed of its batches and the step of its weights.
+    """
     if is_private:  # drawn by coins that nobody knows
-        return min(text.num_records, steps * batch_size)
+        return min(text.num_records, sum(steps for _, steps in draws) * batch_size)
     own = len(text.rows) - text.num_canaries
-    return max(1, sum(number < own for number in rows_drawn(text, steps, whole=False)))
+    return max(1, sum(number < own for number in rows_drawn(text, draws, whole=False)))
 
 
 def text_settings(config: TuneConfig) -> TextSettings:

@@ -135,15 +135,27 @@ class AnsweredRound(Strict):
     first_step: Count
 
 
-class Run(Strict):
+class AveragedRun(Strict):
+    """One of several runs whose mean is the bundle: seed of its batches, step of its weights, steps that it took."""
+
+    seed: Count
+    steps: int = Field(ge=1)
+    steps_run: int = Field(ge=1)
+
+
+class Run(Sparse):
     """The client's own record of a run, ``BUNDLE.run.json``. It stays with the client; audits quote it (`quoted`).
 
     ``num_records`` are those trained on, canaries apart; ``num_drawn`` of them, of a private run about so many, came
     in a batch, if only in part, by the step whose weights are released. That is ``steps``; ``steps_run`` were taken in
     all, the same number in a private run. ``canaries`` is the digest committed to, where any were used. ``round`` is
     None for a run on the package alone; one that answers a round began with the weights that the round gave, and so
-    does its audit. What may be None for the sake of a quotation is never None in the record itself.
+    does its audit. Where the bundle is the mean of several runs on the same text, ``averaged`` has each of them,
+    ``steps`` and ``steps_run`` are their sums, the rows drawn are those drawn in any of them, and a claim is of all of
+    them together. What may be None for the sake of a quotation is never None in the record itself.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"averaged"})
 
     format: Literal["offsite/run/1"] = RUN_FORMAT
     bundle_digest: Digest
@@ -165,17 +177,37 @@ class Run(Strict):
     sealed_off: bool = False
     claim: Claim | None = None
     round: AnsweredRound | None = None
+    averaged: tuple[AveragedRun, ...] = Field((), max_length=64)
     versions: dict[Key, Line] = {}
 
+    @model_validator(mode="after")
+    def _adds_up(self) -> Run:
+        """Raise ValueError where several runs are not what their sums say."""
+        runs = self.averaged
+        if not runs:
+            return self
+        if len(runs) < 2 or [one.seed for one in runs] != list(range(self.text.seed, self.text.seed + len(runs))):
+            raise ValueError("averaged: not several runs from the text's seed on")
+        if self.steps != sum(one.steps for one in runs) or self.steps_run != sum(one.steps_run for one in runs):
+            raise ValueError("averaged: steps are not the sum of the runs'")
+        if self.claim is not None and (self.claim.steps != self.steps or self.claim.num_runs < len(runs)):
+            raise ValueError("averaged: the claim is not of all the runs")
+        return self
 
-class KeptRun(Sparse, Run):
+    @property
+    def draws(self) -> tuple[tuple[int, int], ...]:
+        """Of each run, the seed of its batches and the step whose weights were taken."""
+        return tuple((one.seed, one.steps) for one in self.averaged) or ((self.text.seed, self.steps),)
+
+
+class KeptRun(Run):
     """The record as it lies at the client's: with the digest of every file, where the data was several.
 
     ``data_sha256`` is the digest of all of them then (`offsite.digests.sha256_files`). ``objective`` is None for a run
     that minimised the next token's loss.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"data_files", "objective"})
+    optional: ClassVar[frozenset[str]] = Run.optional | {"data_files", "objective"}
 
     data_files: tuple[Digest, ...] = ()
     objective: Objective | None = None

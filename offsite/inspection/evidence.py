@@ -10,6 +10,7 @@ from offsite.audits.record import (
     Membership,
     PackageAudit,
     PluggedAudit,
+    Run,
     Verbatim,
     read_audit,
     read_run,
@@ -50,7 +51,7 @@ def _bundle_audit(audit: BundleAudit) -> dict[str, object]:
             "bundle": run.bundle_digest,
             "package": run.package_digest,
             "job": run.job_id,
-            "run": f"{adapter_words(run.adapter)}, {run.steps:,} steps",
+            "run": f"{adapter_words(run.adapter)}, {run.steps:,} steps{_averaged(run)}",
             "privacy": _claim(run.claim),
             "not trained": audit.nonmembers,
             "came back": _verbatim(audit.verbatim),
@@ -244,6 +245,10 @@ def show_results(thing: Thing) -> dict[str, object]:
     }
 
 
+def _averaged(run: Run) -> str:
+    return f", in all of {len(run.averaged)} runs whose mean it is" if run.averaged else ""
+
+
 def show_run(thing: Thing) -> dict[str, object]:
     """The client's record of a run is told.
 
@@ -261,7 +266,8 @@ def show_run(thing: Thing) -> dict[str, object]:
             "job": run.job_id,
             "round": None if run.round is None else run.round.number,
             "adapter": adapter_words(run.adapter),
-            "trained": f"{run.steps:,} steps of {run.batch_size} on {records}, at rate {run.learning_rate:g}",
+            "trained": f"{run.steps:,} steps of {run.batch_size} on {records}, at rate {run.learning_rate:g}"
+            f"{_averaged(run)}",
             "text": run.data_sha256,
             "canaries": f"{run.num_canaries:,} rows, committed to as {run.canaries}" if run.canaries else "none",
             "sealed off": "yes" if run.sealed_off else "no",

@@ -161,6 +161,16 @@ class Batches:
         self._first_step = first_step
         self._orders: dict[int, list[int]] = {}
 
+    def reseeded(self, seed: int) -> Batches:
+        """Return batches of the same examples, drawn by another seed."""
+        return Batches(
+            self._examples,
+            batch_size=self._batch_size,
+            seed=seed,
+            pad_id=self._pad_id,
+            first_step=self._first_step,
+        )
+
     @property
     def num_steps_per_epoch(self) -> int:
         """Steps after which every example has been seen."""

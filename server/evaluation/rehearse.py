@@ -243,6 +243,7 @@ def _settings(config: RehearseConfig) -> list[str]:
     words += ["--adapter-dtype", config.adapter_dtype, "--steps", str(config.steps)]
     words += ["--batch-size", str(config.batch_size), "--block-tokens", str(config.block_tokens)]
     words += ["--validation", str(config.validation)]
+    words += ["--runs", str(config.runs), *(["--mean", "cut"] if config.runs > 1 and "lora" in config.adapter else [])]
     return [*words, "--precision", config.precision, "--seed", str(config.seed), "--device", config.device]
 
 

@@ -43,7 +43,7 @@ def test_the_story_runs(tmp_path, monkeypatch, full_llama, letters_tokenizer, ca
         program = program.replace(long, short)
     exec(compile(program, PAGE.name, "exec"), {"__name__": "story"})
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 3
+    assert len(printed) == 4
     before, after = map(float, printed[-1].split())
     assert before != after
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
@@ -52,6 +52,7 @@ def test_the_story_runs(tmp_path, monkeypatch, full_llama, letters_tokenizer, ca
         "model",
         "package",
         "package.work",
+        "second.work",
     ]
 
 

@@ -12,7 +12,7 @@ from client.privacy.config import DPSettings
 from client.tuning.data import prepare, rows_drawn, split_records
 from client.tuning.runrecord import read_as, record_of, text_settings
 from offsite.audits.canaries import CanarySet, CanaryText, Secret, records_of
-from offsite.audits.record import AnsweredRound, Claim, Run
+from offsite.audits.record import AnsweredRound, AveragedRun, Claim, Run
 from offsite.audits.wordlist import WORDS
 from offsite.errors import WrongBinding
 from offsite.text.batches import encode
@@ -24,7 +24,7 @@ from offsite.training.loop import Outcome
 def made(settings, dropped_package, letters_tokenizer):
     """Make the records and the record of a run with these settings that took so many steps."""
 
-    def make(steps=1000, best=None, canaries=(), answered=None, **changes):
+    def make(steps=1000, best=None, canaries=(), answered=None, averaged=(), **changes):
         config = settings(dropped_package.path, **changes)
         records = read_records(config.data[0])
         text = prepare(
@@ -38,7 +38,7 @@ def made(settings, dropped_package, letters_tokenizer):
         )  # fmt: skip
         run = record_of(
             config, package=dropped_package, data_sha256="sha256:" + "1" * 64, text=text, outcome=outcome,
-            answered=answered,
+            answered=answered, averaged=averaged,
         )  # fmt: skip
         return records, run, text
 
@@ -128,12 +128,27 @@ def test_of_a_later_round_only_its_own_rows_count(made, letters_tokenizer, steps
     assert run.num_drawn == len(seen) < run.num_records
 
 
+def test_of_several_runs_the_rows_that_any_of_them_drew_count(made, letters_tokenizer):
+    runs = tuple(AveragedRun(seed=seed, steps=steps, steps_run=6) for seed, steps in ((3, 2), (4, 4), (5, 1)))
+    records, run, text = made(steps=18, best=7, averaged=runs, pack=False, batch_size=3, seed=3)
+    each = [
+        {tuple(one.input_ids) for step in range(steps) for one in text.batches.reseeded(seed).chosen(step)}
+        for seed, steps in ((3, 2), (4, 4), (5, 1))
+    ]
+    rows = choose_rows(records, run, letters_tokenizer, limit=100, context=128)
+    assert ids(rows.members) == each[0] | each[1] | each[2]
+    assert len(ids(rows.members)) == run.num_drawn > max(map(len, each))
+    held_out = split_records(records, validation=0.1, audit_share=0.0, seed=3).validation
+    apart = encode(held_out, letters_tokenizer, context=32, whole_text=False)
+    assert ids(rows.nonmembers) == ids(apart.examples)  # held out of all, by the first seed's split
+
+
 def test_rows_of_packed_blocks_are_counted_and_not_the_blocks(made):
     """A block holds several short rows, and rows at its ends only in part; a long row fills several blocks."""
     _, run, text = made(steps=2, batch_size=2, block_tokens=128)
-    drawn = rows_drawn(text, 2, whole=False)
+    drawn = rows_drawn(text, [(0, 2)], whole=False)
     assert run.num_drawn == len(drawn) > 4
-    assert rows_drawn(text, 2, whole=True) < drawn
+    assert rows_drawn(text, [(0, 2)], whole=True) < drawn
     long = made(steps=40, batch_size=2, block_tokens=16)[1]
     assert long.num_drawn <= long.num_records < 40 * 2  # a row that fills three blocks is one row
 

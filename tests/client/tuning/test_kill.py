@@ -101,6 +101,63 @@ def test_killed_before_the_first_checkpoint(dropped_package, notes_file, tmp_pat
     assert figures(again) == wanted
 
 
+SEVERAL = ["--adapter", "lora", "--runs", "3", "--steps", "80", "--evaluate-every", "20", "--checkpoint-every", "4"]
+
+
+@pytest.mark.parametrize("parallel", [[], ["--parallel", "2"]], ids=["in turn", "side by side"])
+def test_killed_in_the_second_of_three_runs_it_ends_as_an_unbroken_one(dropped_package, notes_file, tmp_path, parallel):
+    wanted = figures(ended([*OFFSITE, *words(dropped_package, notes_file, tmp_path / "whole", *SEVERAL)]))
+    broken = [*OFFSITE, *words(dropped_package, notes_file, tmp_path / "broken", *SEVERAL, *parallel)]
+    work = tmp_path / "broken.work"
+    killed_after(broken, work / "run2" / "log.jsonl", 30)
+    time.sleep(1.0)  # a run side by side sees that it is alone, and goes
+    left = (work / "run2" / "log.jsonl").read_bytes()
+    time.sleep(0.5)
+    assert (work / "run2" / "log.jsonl").read_bytes() == left
+    assert not (tmp_path / "broken").exists()
+    assert (work / "run1" / "finished.json").exists() or parallel
+    again = ended([*broken, "--resume"])
+    found = figures(again)
+    assert "run 2 of 3: going on after step" in again.stderr
+    assert not work.exists()
+    assert without_seconds(found) == without_seconds(wanted)
+    assert open_bundle(tmp_path / "broken").digest == wanted["bundle_digest"]
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def without_seconds(told):
+    return {**told, "runs": [{**one, "seconds": 0} for one in told["runs"]]}
+
+
+def test_ctrl_c_stops_runs_side_by_side_each_with_its_checkpoint(dropped_package, notes_file, tmp_path):
+    given = [*SEVERAL, "--steps", "2000", "--checkpoint-every", "1000", "--parallel", "2"]
+    given = [word for number, word in enumerate(given) if number not in (4, 5, 8, 9)]
+    command = [*OFFSITE, *words(dropped_package, notes_file, tmp_path / "bundle", *given)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    work = tmp_path / "bundle.work"
+    logs = [work / name / "log.jsonl" for name in ("run1", "run2")]
+    while not all(log.exists() and log.read_bytes().count(b"\n") >= 2 for log in logs):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert b"Traceback" not in said
+    for name in ("run1", "run2"):
+        assert list((work / name).glob("checkpoint-*")), name
+
+
+def test_a_run_side_by_side_that_fails_is_told_with_its_number(dropped_package, notes_file, tmp_path):
+    given = ["--runs", "2", "--parallel", "2", "--learning-rate", "1e30"]
+    done = ended([*OFFSITE, *words(dropped_package, notes_file, tmp_path / "bundle", *given)])
+    assert (done.returncode, done.stdout) == (5, "")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("offsite: error:")]
+    assert len(errors) == 1
+    assert errors[0].startswith("offsite: error: run ")
+    assert " of 2: " in errors[0]
+    assert not (tmp_path / "bundle").exists()
+
+
 @pytest.mark.parametrize("kind", ["blocks", "lora"])
 def test_two_processes_share_the_model_and_end_as_one(settings, dropped_package, notes_file, tmp_path, kind):
     alone = run(settings(dropped_package.path, output=tmp_path / "one", adapter=kind, steps=8, learning_rate=0.01))

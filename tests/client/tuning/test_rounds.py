@@ -109,6 +109,35 @@ def test_a_round_is_tuning_on_a_package_with_the_update_in_its_weights(
     assert not equal(found, tensors_of(untouched, whole_package))
 
 
+@pytest.mark.parametrize("kind", ["lora", "blocks"])
+def test_the_mean_of_a_rounds_runs_is_that_of_runs_on_a_package_with_the_update_in_it(
+    kind, whole_package, full_llama, make_package, make_round, config, tmp_path
+):
+    spec = spec_of(kind)
+    update = drawn(whole_package, spec)
+    model = copy.deepcopy(full_llama)
+    fold(model, update, whole_package.layout.blocks)
+    folded = make_package(tmp_path / "folded", model=model, kept=tuple(range(8)))
+    asked, plain = make_round(whole_package, spec=spec, update=update), make_round(folded, spec=spec)
+    on_round, on_package = config(whole_package, asked, runs=2), config(folded, plain, runs=2)
+    told = run(on_round)
+    run(on_package)
+    assert equal(tensors_of(on_round, whole_package), tensors_of(on_package, folded))
+    assert open_bundle(on_round.output).manifest.adapter == spec
+    assert told["mean"] == ("cut" if kind == "lora" else "exact")
+
+
+def test_factors_that_the_round_shares_are_in_the_mean_as_they_came(whole_package, make_round, config):
+    spec = spec_of()
+    attached = attach_to_package(whole_package, spec, device=torch.device("cpu"), seed=9)
+    start = {name: tensor for name, tensor in attached.tensors().items() if name.endswith("lora_A")}
+    asked = config(whole_package, make_round(whole_package, start=start), runs=3)
+    told = run(asked)
+    found = tensors_of(asked, whole_package)
+    assert all(torch.equal(found[name], tensor) for name, tensor in start.items())
+    assert told["mean_lost"] == 0  # the mean of B alone is exact
+
+
 def test_a_first_round_is_tuning_without_one(whole_package, make_round, config):
     asked = make_round(whole_package, round=1)
     on_round = config(whole_package, asked)

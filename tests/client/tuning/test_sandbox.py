@@ -646,6 +646,17 @@ def test_with_a_ledger_and_curves(dropped_package, notes_file, tmp_path):
     assert list((tmp_path / "curves").iterdir())
 
 
+@pytest.mark.slow
+def test_several_runs_and_their_mean_stay_in_their_places(dropped_package, notes_file, tmp_path):
+    pytest.importorskip("dp_accounting")
+    more = ["--dp", "epsilon=8,delta=0.001,ledger=kept/ledger", "--batch-size", "2", "--runs", "2"]
+    done = tuned(tmp_path, dropped_package, notes_file, "out/sealed", "--sealed-off", *more)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["sealed_off"]
+    assert (told["connections"], told["processes"], told["writes_elsewhere"]) == (0, 0, 0)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"sealed", "sealed.log.jsonl", "sealed.run.json"}
+
+
 MISCHIEF = """
 import contextlib, os, socket, subprocess, sys
 import offsite.text.records

@@ -8,6 +8,7 @@ from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.layout import Method
 from offsite.audits.gates import WEAK_EPSILON, bundle_gates, package_gates, passed, plugged_gates, unmeasured
 from offsite.audits.record import (
+    AveragedRun,
     BundleAudit,
     CanaryAudit,
     Capability,
@@ -39,6 +40,11 @@ def run(**changes):
         "num_records": 100, "num_drawn": 100, "num_tokens": 9000, "steps": 10, "batch_size": 4, "learning_rate": 1e-3,
     }  # fmt: skip
     return Run(**{**given, **changes})
+
+
+def several(*steps):
+    runs = tuple(AveragedRun(seed=seed, steps=num, steps_run=num) for seed, num in enumerate(steps))
+    return run(averaged=runs, steps=sum(steps), steps_run=sum(steps))
 
 
 def claim(**changes):
@@ -141,6 +147,8 @@ BUNDLE = [
     ("verbatim", "not measurable", {"verbatim": None}),
     ("inversion", "passed", {}),
     ("inversion", "failed", {"run": run(steps=9)}),
+    ("inversion", "passed", {"run": several(10, 11)}),
+    ("inversion", "failed", {"run": several(90, 9)}),  # each run's steps count, not their sum
     ("inversion", "failed", {"run": run(num_drawn=99)}),
     ("inversion", "not measurable", {"run": run(num_drawn=None)}),
     ("budget", "passed", PRIVATE),

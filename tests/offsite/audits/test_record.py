@@ -119,7 +119,56 @@ def inside(name, **changes):
     return lambda stated: text({**stated, name: {**stated[name], **changes}})
 
 
+def of_several(*runs, steps=(3, 6), seed=4, **changes):
+    """The audit of a mean of such runs: (seed, steps, steps_run)."""
+
+    def tamper(stated):
+        run = {**stated["run"], "steps": steps[0], "steps_run": steps[1], **changes}
+        run["text"] = {**run["text"], "seed": seed}
+        run["averaged"] = [dict(zip(("seed", "steps", "steps_run"), one, strict=True)) for one in runs]
+        return text({**stated, "run": run})
+
+    return tamper
+
+
+def claimed(**changes):
+    """A claim of three steps by two runs."""
+    given = {
+        "mechanism": "Poisson-subsampled Gaussian", "neighbours": "one unit added or removed", "unit": "example",
+        "number_of_units_public": True, "epsilon": 2.0, "epsilon_prv": 2.0, "epsilon_rdp": 2.2, "delta": 1e-5,
+        "noise_multiplier": 1.0, "clip": 1.0, "sample_rate": 0.1, "divisor": 8, "steps": 3, "accountant": "PLD",
+        "sampler": "poisson", "noise": "operating system", "released": "weights", "epsilon_total": 2.0,
+        "delta_total": 1e-5, "budget": 2.0, "num_runs": 2, "num_resumes": 0, "num_releases": 2,
+    }  # fmt: skip
+    return {**given, **changes}
+
+
+def test_what_is_said_of_several_runs_is_read_and_of_one_nothing_is_written(audits, tmp_path):
+    alone = json.loads(audits["bundle"].model_dump_json())
+    assert "averaged" not in alone["run"]
+    for more in ({}, {"claim": claimed()}):
+        raw = of_several((4, 1, 2), (5, 2, 4), **more)(alone)
+        folder = tmp_path / f"audit{len(more)}"
+        folder.mkdir()
+        (folder / AUDIT_NAME).write_bytes(raw)
+        found = read_audit(folder)[0].run
+        assert found.draws == ((4, 1), (5, 2))
+        assert quoted(found).averaged == found.averaged
+    assert audits["bundle"].run.draws == ((0, 1),)
+
+
 TAMPERED = {
+    "a mean of one run": (of_several((4, 3, 6)), BadSchema),
+    "a mean of one run twice": (of_several((4, 1, 2), (4, 2, 4)), BadSchema),
+    "a mean of runs from another seed": (of_several((5, 1, 2), (6, 2, 4)), BadSchema),
+    "a mean of more steps than its runs took": (of_several((4, 1, 2), (5, 2, 4), steps=(4, 6)), BadSchema),
+    "a mean of fewer steps run than its runs": (of_several((4, 1, 2), (5, 2, 4), steps=(3, 5)), BadSchema),
+    "a mean of a run without a step": (of_several((4, 0, 2), (5, 3, 4)), BadSchema),
+    "a mean whose claim is of one run's steps": (
+        of_several((4, 1, 2), (5, 2, 4), claim=claimed(steps=2)),
+        BadSchema,
+    ),
+    "a mean whose claim counts one run": (of_several((4, 1, 2), (5, 2, 4), claim=claimed(num_runs=1)), BadSchema),
     "not JSON": (lambda _: b"{", BadSchema),
     "a list": (lambda _: b"[]", BadSchema),
     "another format": (edited(format="offsite/audit/2"), WrongBinding),

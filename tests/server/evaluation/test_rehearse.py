@@ -13,7 +13,8 @@ from offsite.cli import run as cli
 from offsite.digests import sha256_file, sha256_files
 from offsite.errors import RunFailed
 from offsite.text.records import read_records, split_by_document
-from server.evaluation.rehearse import Rehearsal
+from server.evaluation.rehearse import Rehearsal, _settings
+from server.evaluation.rehearseconfig import RehearseConfig
 
 ROWS = [f"patient {n} has a fever of {37 + n / 10} degrees, a cough and a cold for {n} days" for n in range(60)]
 SETTINGS = ["--adapter", "lora", "--rank", "2", "--alpha", "4", "--steps", "3", "--block-tokens", "32"]
@@ -25,6 +26,18 @@ def texts(tmp_path):
     for name, rows in (("public.jsonl", ROWS[:50]), ("more.jsonl", ROWS[50:])):
         (tmp_path / name).write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("adapter", "runs", "wanted"),
+    [("lora", 1, ["--runs", "1"]), ("lora", 3, ["--runs", "3", "--mean", "cut"]), ("blocks", 3, ["--runs", "3"])],
+)
+def test_the_client_that_is_played_takes_as_many_runs_and_cuts_their_mean_as_a_job_does(adapter, runs, wanted):
+    given = {"model": "m", "package": Path("p"), "data": Path("d"), "output": Path("o"), "learning_rate": (0.01,)}
+    words = _settings(RehearseConfig(**given, adapter=adapter, runs=runs))
+    at = words.index("--runs")
+    assert words[at : at + len(wanted)] == wanted
+    assert ("--mean" in words) is ("--mean" in wanted)
 
 
 class Ended:
