@@ -11,6 +11,7 @@ import math
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
@@ -19,20 +20,52 @@ from offsite.artefacts.manifest import MANIFEST_LIMIT_BYTES
 from offsite.digests import DIGEST_PATTERN
 from offsite.errors import ArtefactError, BadSchema, ConfigError
 from offsite.staging import staged_file
-from offsite.strictjson import Strict
+from offsite.strictjson import Sparse, Strict
 from offsite.tensors import TensorSpec
 
 OWNER_FORMAT = "offsite/owner/1"
 
 
-class OwnerRecord(Strict):
+class DialFigures(Strict):
+    """What a package comes to for a rehearsed client, as ``offsite/evaluation/figures.py`` defines it.
+
+    ``withheld`` is after tuning, in nats per token; ``gap`` is emulator-tuned over plugged in; recoveries are of the
+    gain of LoRA on the full model; ``num_bytes`` are the package's.
+    """
+
+    recovery: float
+    recovery_nats: float
+    withheld: float
+    gap: float = Field(gt=0)
+    num_bytes: int = Field(gt=0)
+
+
+class Dialled(Strict):
+    """What a package was asked for, and what was predicted of it beside what was then measured.
+
+    ``size`` is the share of the middle that ``method`` kept; ``exploration`` is the digest of the exploration's file.
+    """
+
+    target: str
+    value: float
+    method: str
+    size: float = Field(gt=0, le=1)
+    predicted: DialFigures
+    measured: DialFigures
+    exploration: str = Field(pattern=DIGEST_PATTERN)
+
+
+class OwnerRecord(Sparse):
     """How one package maps onto the full model.
 
     ``kept`` holds the full-model block number of every package block, in package order; ``channels`` the kept MLP
     channels per block (``middle.3`` -> ascending numbers), absent when all were kept. ``experts`` holds those of MLPs
     that carry no adapter (``middle.3.mlp.experts`` -> ascending numbers for each expert); a record without any is
-    written as before there were such packages.
+    written as before there were such packages. ``dial`` says what the package was
+    asked for that ``distill --target`` made.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"experts", "dial"})
 
     format: str = OWNER_FORMAT
     package_digest: str = Field(pattern=DIGEST_PATTERN)
@@ -43,6 +76,7 @@ class OwnerRecord(Strict):
     kept: tuple[int, ...]
     channels: dict[str, tuple[int, ...]] = {}
     experts: dict[str, tuple[tuple[int, ...], ...]] = {}
+    dial: Dialled | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> OwnerRecord:
@@ -81,8 +115,7 @@ def write_owner_record(package: Path, record: OwnerRecord) -> Path:
     """Write the record beside the package, replacing an older one, and return its path."""
     path = owner_record_path(package)
     with staged_file(path, replace=True) as stage:
-        stated = record.model_dump(mode="json", exclude=None if record.experts else {"experts"})
-        stage.write_text(json.dumps(stated, sort_keys=True) + "\n", encoding="utf-8")
+        stage.write_text(json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n", encoding="utf-8")
         stage.chmod(0o600)
     return path
 
