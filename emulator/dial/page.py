@@ -141,9 +141,9 @@ def _drawing(found: Exploration) -> Drawing:
         ends = sorted(one.figures.withheld for one in found.of(line.method))
         lines.append(((ends[0], line.a - line.b * ends[0]), (ends[-1], line.a - line.b * ends[-1]), "raw"))
     if found.wanted is not None:
-        marks.append(Mark(_at(found.wanted.predicted), "predicted", "dot hollow", 7))
+        marks.append(Mark(_at(found.wanted.predicted), "predicted", "dot hollow", 7, True))
         if found.made is not None:
-            marks.append(Mark(_at(found.made.measured), "made", "dot client", 7))
+            marks.append(Mark(_at(found.made.measured), "made", "dot client", 7, True))
     axes = ("withheld after tuning, nats per token", "recovery")
     return plane(marks, lines, title="recovery against what is withheld after tuning", axes=axes)
 

@@ -91,12 +91,16 @@ def curves(lines: Sequence[Curve], *, title: str, height: int = 230) -> Drawing:
 
 @dataclass(frozen=True)
 class Mark:
-    """One mark on a plane: where it stands, what is written beside it, its CSS class and radius in pixels."""
+    """One mark on a plane: where it stands, what is written beside it, its CSS class and radius in pixels.
+
+    The label stands above it to the right, or below it to the left.
+    """
 
     at: Point
     label: str
     css: str
     radius: float = 5
+    is_below: bool = False
 
 
 def plane(
@@ -107,7 +111,7 @@ def plane(
     axes: tuple[str, str],
     height: int = 340,
 ) -> Drawing:
-    """Return marks and straight lines on two linear axes; a label stands to the right of its mark, left at the edge.
+    """Return marks and straight lines on two linear axes; at the right edge labels stand below and to the left.
 
     Args:
         lines: from point to point, with the CSS class of each; what lies outside of the axes is not cut.
@@ -134,11 +138,12 @@ def plane(
         drawn.append(Polyline(((x(one[0]), y(one[1])), (x(other[0]), y(other[1]))), css))
     for mark in marks:
         place = x(mark.at[0])
-        is_late = place > right - 110
+        is_below = mark.is_below or place > right - 110
         drawn.append(Circle(place, y(mark.at[1]), mark.radius, mark.css))
-        if mark.label:
-            beside = place - 10 if is_late else place + 10
-            drawn.append(Text(mark.label, beside, y(mark.at[1]) - 8, "label", "end" if is_late else "start"))
+        if mark.label and is_below:
+            drawn.append(Text(mark.label, place - 9, y(mark.at[1]) + 19, "label", "end"))
+        elif mark.label:
+            drawn.append(Text(mark.label, place + 10, y(mark.at[1]) - 8, "label"))
     return Drawing(title, height, tuple(drawn))
 
 
