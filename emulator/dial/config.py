@@ -15,6 +15,8 @@ from offsite.problems import meant
 SIZED = ("method", "width", "blocks")
 """Settings that say which package is made: the dial finds that out."""
 
+FEWEST_SIZES = 3
+
 _OURS = ("explore_method", "explore_size", "client", "parallel")
 
 
@@ -110,7 +112,7 @@ class DialConfig(DistillConfig):
             found.append("--explore-method: expected each method once")
         if any(not 0 < size <= 1 for size in self.explore_size):
             found.append("--explore-size: expected more than 0 and at most 1")
-        if len(set(self.explore_size)) < 3:
+        if len(set(self.explore_size)) < FEWEST_SIZES:
             found.append("--explore-size: expected at least three sizes, for a line through them")
         found += [
             f"{flag_name(name)} belongs to method {method}, which is not explored"

@@ -5,13 +5,14 @@ All paths are relative to the work folder, which holds the text shared out, the 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emulator.dial.config import SIZED, ClientSettings, DialConfig
+from emulator.dial.config import FEWEST_SIZES, SIZED, ClientSettings, DialConfig
 from emulator.dial.exploration import Rung, Tried, figures_of
 from emulator.dial.sizes import LADDERS, METHOD_OF, Shape, halfway, nearest
 from emulator.dial.texts import Texts
@@ -19,7 +20,7 @@ from emulator.distillation.config import DistillConfig, OwnTextSettings
 from offsite.artefacts.owner import owner_record_path
 from offsite.config import flag_name, is_positional
 from offsite.console import say
-from offsite.errors import RunFailed, WrongBinding
+from offsite.errors import ConfigError, RunFailed, WrongBinding
 from offsite.evaluation.figures import withheld
 from offsite.evaluation.rehearsal import Rehearsal, read_rehearsal
 from offsite.stages import Stage, play
@@ -78,9 +79,17 @@ def explore(scene: Scene) -> tuple[Reference, list[Tried], list[Rung]]:
     Raises:
         RunFailed: when a stage fails; those that ended well are kept.
         WrongBinding: when a rehearsal in the work folder is of something else.
+        ConfigError: when a method makes too few different sizes of the model.
     """
     methods = scene.config.explore_method
     sizes = [(method, size) for method in methods for size in nearest(method, scene.config.explore_size, scene.shape)]
+    for method in methods:
+        if (num := sum(name == method for name, _ in sizes)) < FEWEST_SIZES:
+            raise ConfigError(
+                f"--explore-size: {method} makes {num} different sizes of this model of those, expected at least "
+                f"{FEWEST_SIZES}",
+                hint="name sizes that are further apart, as shares of the middle",
+            )
     rungs = [
         (method, size)
         for method in methods
@@ -154,7 +163,7 @@ def tried_size(scene: Scene, reference: Reference, method: str, size: float, mad
         WrongBinding: when the rehearsal is of another package, model or text.
     """
     found, num_bytes = _rehearsed(scene, made, client), int(made.outcome["package_bytes"])
-    if found.zero_shot != reference.zero_shot:
+    if not math.isclose(found.zero_shot, reference.zero_shot, rel_tol=1e-3):  # threads differ in what they round
         raise WrongBinding(f"rehearsal {client.name!r} was measured on other text than the reference")
     best = found.best
     return Tried(

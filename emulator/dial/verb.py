@@ -239,9 +239,9 @@ def _exploration(
     )
 
 
-def command(config: DialConfig) -> str:
-    """Return the command that gave these settings, with file names in place of paths."""
-    words = ["offsite", "distill", Path(config.model).name]
+def command(config: DialConfig, *, as_typed: bool = False) -> str:
+    """Return the command that gave these settings, with file names in place of paths unless it is to be typed again."""
+    words = ["offsite", "distill", config.model if as_typed else Path(config.model).name]
     for name, field in DialConfig.model_fields.items():
         if name not in config.model_fields_set or is_positional(field):
             continue
@@ -250,7 +250,7 @@ def command(config: DialConfig) -> str:
             words.append(flag if value else f"--no-{flag[2:]}")
             continue
         for one in value if isinstance(value, tuple) else (value,):
-            words += [flag, _word(one)]
+            words += [flag, str(one) if as_typed and isinstance(one, Path) else _word(one)]
     return shlex.join(words)
 
 
@@ -335,8 +335,8 @@ def _say_made(config: DialConfig, target: Target, found: Answer, made: Made) -> 
 def _say_kept(config: DialConfig, paths: _Paths) -> None:
     say(f"dial: what was tried is kept in {paths.work.name!r}: the same command with a --target goes on from it")
     if not config.target:
-        words = [word for word in shlex.split(command(config))[3:] if word != "--explore"]
-        say_next("offsite", "distill", config.model, *words, "--target", "recovery=0.8")
+        words = [word for word in shlex.split(command(config, as_typed=True)) if word != "--explore"]
+        say_next(*words, "--target", "recovery=0.8")
 
 
 def _show(found: Exploration) -> None:

@@ -46,6 +46,12 @@ def test_exploring_ends_with_the_page_and_no_package(world, settings, tmp_path, 
     assert "--explore" not in following
 
 
+def test_sizes_that_a_model_cannot_tell_apart_are_refused_before_any_stage(world, settings, tmp_path):
+    with pytest.raises(ConfigError, match="width makes 2 different sizes of this model of those, expected at least 3"):
+        run(settings(explore=True, explore_size=["0.2", "0.201", "0.5"]))
+    assert world.ran == []
+
+
 def test_what_each_stage_is_told(world, settings, tmp_path):
     run(settings(explore=True, client="steps=3,rank=2", channels="activation", seed="7", bottom="3"))
     words = world.words["width-0.33"]
