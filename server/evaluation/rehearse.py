@@ -33,7 +33,7 @@ from offsite.evaluation.rehearsal import Reference, Rehearsal, Trial
 from offsite.modelling.dtypes import cast_model
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.stages import Stage, play
-from offsite.staging import refuse_existing, staged_file
+from offsite.staging import refuse_existing, remove, staged_file
 from offsite.text.records import Record, read_files, require_files, split_by_document, write_by_shape
 from offsite.training.devices import choose_device
 from server.evaluation.candidates import Candidates, open_candidates
@@ -229,7 +229,8 @@ def _reference_package(config: RehearseConfig, record: OwnerRecord, work: Path) 
         model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
         words = ["distill", model, "--method", "keep-all", "--steps", "0", "-o", path.name]
         words += ["--bottom", str(record.layout.num_bottom), "--top", str(record.layout.num_top)]
-        owner_record_path(path).unlink(missing_ok=True)  # of a run that broke off between the two
+        if not owner_record_path(path).exists():
+            remove(path)  # of a run that broke off between the two
         play([Stage("keep-all", work, words, path, {"model": record.base_digest})], work / STAGES)
     kept = read_owner_record(owner_record_path(path))
     if kept.base_digest != record.base_digest:

@@ -164,6 +164,18 @@ def test_the_reference_is_lora_on_the_full_model(
     assert "recovery" in err
 
 
+def test_a_reference_that_was_tuned_is_not_tuned_again(rehearse, in_this_process, texts, monkeypatch):
+    words = ["--learning-rate", "0.01", "--scale", "1", "--reference"]
+    with monkeypatch.context() as patched:
+        patched.setattr("server.evaluation.rehearse.open_candidates", _interrupted)
+        assert rehearse(*words)[0] == 130
+    assert set(in_this_process) == {"tune-0.01", "keep-all", "tune-reference-0.01"}
+    in_this_process.clear()
+    code, _, err = rehearse(*words)
+    assert code == 0, err
+    assert in_this_process == {}
+
+
 def test_a_reference_that_does_not_keep_all_is_refused(rehearse, in_this_process, dropped_package, texts):
     code, _, err = rehearse("--learning-rate", "0.01", "--reference-package", str(dropped_package.path))
     assert code == 2
