@@ -44,6 +44,8 @@ def page(found: Exploration, *, file: str) -> str:
         "command": found.command,
         "drawing": _drawing(found),
         "file": file,
+        "has_made": found.made is not None,
+        "has_wanted": found.wanted is not None,
         "head": _head(found),
         "lines": "; ".join(_line(one.method, one.a, one.b, one.residual) for one in found.lines),
         "lora_full": found.lora_full,
@@ -106,7 +108,7 @@ def _head(found: Exploration) -> list[tuple[str, str]]:
 def _rows(found: Exploration) -> list[Row]:
     rows = [(one.method, one.size, Row(f"{one.method} {one.size:.3g}", _cells(one))) for one in found.tried]
     for rung in found.ladder:
-        cells = (size(rung.num_bytes), number(rung.field_kl), *([NONE] * 8))
+        cells = (*([NONE] * 4), size(rung.num_bytes), *([NONE] * 4), number(rung.field_kl))
         rows.append((rung.method, rung.size, Row(f"{rung.method} {rung.size:.3g}", cells, "about")))
     order = [line.method for line in found.lines]
     rows.sort(key=lambda row: (order.index(row[0]), row[1]))
@@ -120,18 +122,22 @@ def _rows(found: Exploration) -> list[Row]:
 
 
 def _cells(one: Tried) -> tuple[str, ...]:
-    figures = one.figures
-    perplexities = (number(one.emulator_zero_shot), number(one.emulator_tuned))
-    shares = (number(figures.recovery), number(figures.recovery_nats), number(figures.gap))
-    return (
-        *(size(figures.num_bytes), number(one.field_kl), *perplexities, number(figures.withheld)),
-        *(number(one.plugged_in), f"{one.scale:g}", *shares),
+    perplexities = (
+        number(one.emulator_tuned),
+        number(one.plugged_in),
+        f"{one.scale:g}",
+        number(one.emulator_zero_shot),
     )
+    return (*_first(one.figures), *perplexities, number(one.field_kl))
 
 
 def _predicted(figures: DialFigures) -> tuple[str, ...]:
-    shares = (number(figures.recovery), number(figures.recovery_nats), number(figures.gap))
-    return (size(figures.num_bytes), NONE, NONE, NONE, number(figures.withheld), NONE, NONE, *shares)
+    return (*_first(figures), *([NONE] * 5))
+
+
+def _first(figures: DialFigures) -> tuple[str, ...]:
+    shares = (number(figures.withheld), number(figures.recovery), number(figures.recovery_nats), number(figures.gap))
+    return (*shares, size(figures.num_bytes))
 
 
 def _drawing(found: Exploration) -> Drawing:
@@ -139,11 +145,11 @@ def _drawing(found: Exploration) -> Drawing:
     lines: list[tuple[Point, Point, str]] = []
     for line in found.lines:
         ends = sorted(one.figures.withheld for one in found.of(line.method))
-        lines.append(((ends[0], line.a - line.b * ends[0]), (ends[-1], line.a - line.b * ends[-1]), "raw"))
+        lines.append(((ends[0], line.a - line.b * ends[0]), (ends[-1], line.a - line.b * ends[-1]), "reference"))
     if found.wanted is not None:
-        marks.append(Mark(_at(found.wanted.predicted), "predicted", "dot hollow", 7, True))
+        marks.append(Mark(_at(found.wanted.predicted), "", "dot hollow", 7))
         if found.made is not None:
-            marks.append(Mark(_at(found.made.measured), "made", "dot client", 7, True))
+            marks.append(Mark(_at(found.made.measured), "", "dot client", 7))
     axes = ("withheld after tuning, nats per token", "recovery")
     return plane(marks, lines, title="recovery against what is withheld after tuning", axes=axes)
 
