@@ -136,10 +136,10 @@ def plane(
         drawn.append(Text(f"{tick:.3g}", x(tick), bottom + 20, "axis", "middle"))
     for one, other, css in lines:
         drawn.append(Polyline(((x(one[0]), y(one[1])), (x(other[0]), y(other[1]))), css))
-    for mark in marks:
+    drawn += [Circle(x(mark.at[0]), y(mark.at[1]), mark.radius, mark.css) for mark in marks]
+    for mark in marks:  # labels over all marks
         place = x(mark.at[0])
         is_below = mark.is_below or place > right - 110
-        drawn.append(Circle(place, y(mark.at[1]), mark.radius, mark.css))
         if mark.label and is_below:
             drawn.append(Text(mark.label, place - 9, y(mark.at[1]) + 19, "label", "end"))
         elif mark.label:
