@@ -234,6 +234,7 @@ def test_the_page_holds_no_path_and_every_size(world, settings, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # about twenty processes, which each load torch
 def test_the_whole_of_it_with_real_processes(full_llama, letters_tokenizer, tmp_path):
     full_llama.save_pretrained(tmp_path / "model")
     letters_tokenizer.save_pretrained(tmp_path / "model")
@@ -242,7 +243,7 @@ def test_the_whole_of_it_with_real_processes(full_llama, letters_tokenizer, tmp_
     words = ["distill", "model", "--public", "text.jsonl", "-o", "package", "--block-tokens", "32"]
     words += ["--calibration-tokens", "512", "--precision", "fp32", "--device", "cpu", "--parallel", "2"]
     words += ["--client", "steps=12,rank=2,learning_rate=0.02", "--dtype", "float32"]
-    words += [word for size in ("0.25", "0.5", "0.75") for word in ("--explore-size", size)]
+    words += [word for size in ("0.34", "0.5", "0.84") for word in ("--explore-size", size)]
 
     def play(*more):
         command = [sys.executable, "-P", "-m", "offsite", *words, *more]
@@ -251,7 +252,7 @@ def test_the_whole_of_it_with_real_processes(full_llama, letters_tokenizer, tmp_
     first = play("--explore")
     assert first.returncode == 0, first.stderr
     found = read_exploration(tmp_path / "package.explore.json")
-    assert [one.size for one in found.tried] == pytest.approx([1 / 3, 0.5, 2 / 3, 5 / 6], abs=0.2)
+    assert [one.size for one in found.tried] == pytest.approx([1 / 3, 1 / 2, 5 / 6])
     biggest = max(one.figures.num_bytes for one in found.tried)
     second = play("--target", f"bytes={biggest}")
     assert second.returncode == 0, second.stderr
@@ -261,5 +262,6 @@ def test_the_whole_of_it_with_real_processes(full_llama, letters_tokenizer, tmp_
     record = read_owner_record(Path(tmp_path / "package.owner.json"))
     assert record.dial.measured.num_bytes == package.num_bytes <= biggest
     assert "dial" not in (tmp_path / "package" / "offsite.json").read_text()
-    assert second.stderr.count("done before") >= 8
+    assert [one.size for one in found.ladder] == pytest.approx([2 / 3])
+    assert second.stderr.count("done before") == 11, "keep-all, four sizes, four clients; the one asked for was tried"
     assert not (tmp_path / "package.work").exists()
