@@ -28,6 +28,7 @@ NEEDED: JsonDict = {"panel": "Needed"}
 USUAL: JsonDict = {"panel": "Usual"}
 DATA: JsonDict = {"panel": "Data"}
 COMPRESSION: JsonDict = {"panel": "Compression"}
+DIAL: JsonDict = {"panel": "Dial"}
 ADAPTER: JsonDict = {"panel": "Adapter"}
 TRAINING: JsonDict = {"panel": "Training"}
 ROUNDS: JsonDict = {"panel": "Rounds"}
@@ -42,7 +43,7 @@ KEYS: JsonDict = {"panel": "Keys"}
 """Where a setting stands in ``--help``; what must be given stands in the first panel by itself."""
 
 _IN_ORDER: tuple[JsonDict, ...] = (
-    *(NEEDED, USUAL, DATA, COMPRESSION, ADAPTER, TRAINING, ROUNDS, COMBINING),
+    *(NEEDED, USUAL, DIAL, DATA, COMPRESSION, ADAPTER, TRAINING, ROUNDS, COMBINING),
     *(MEASURING, ATTACK, PRIVACY, NETWORK, LIMITS, MACHINE, KEYS),
 )
 PANELS = tuple(str(one["panel"]) for one in _IN_ORDER)

@@ -3,4 +3,4 @@
 A new way is a module here with a function under ``compress.register_compressor``; ``compress`` says the rest.
 """
 
-__all__ = ["activations", "choose", "compress", "finished", "lowrank", "methods", "packed", "unequal"]
+__all__ = ["activations", "choose", "compress", "finished", "lowrank", "methods", "packed", "unequal", "width"]

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from emulator.compression.methods import METHODS
 from emulator.compression.unequal import wider_blocks
 from offsite.artefacts.layout import Line
-from offsite.config import COMPRESSION, MEASURING, OUTPUT, POSITIONAL, REPEATED, TRAINING, USUAL, VerbConfig
+from offsite.config import COMPRESSION, DATA, MEASURING, OUTPUT, POSITIONAL, REPEATED, TRAINING, USUAL, VerbConfig
 from offsite.modelling.config import ModelFlag, ModelWord
 from offsite.text.config import TextFiles, TextSettings
 from offsite.training.config import LoopSettings
@@ -51,7 +51,30 @@ class FidelitySettings(VerbConfig):
     )
 
 
-class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
+SELF = Path("self")
+"""What ``--public`` is where the model writes the text; a file of text has an ending, so none is called that."""
+
+
+class OwnTextSettings(VerbConfig):
+    """Base of verbs whose model can write the public text itself."""
+
+    field: str = Field(
+        "",
+        max_length=500,
+        description="--public self: the clients' field in words, such as 'question and answer about rare diseases'",
+        json_schema_extra=DATA,
+    )
+    stems: Path | None = Field(
+        None,
+        description="--public self: file with the beginnings of questions, one a line; usual question words by default",
+        json_schema_extra=DATA,
+    )
+    self_tokens: int = Field(
+        20_000, ge=256, description="--public self: tokens that the model writes, about", json_schema_extra=DATA
+    )
+
+
+class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings, OwnTextSettings):
     """Settings of ``offsite distill MODEL --public TEXT -o PACKAGE``."""
 
     verb: ClassVar[str] = "distill"
@@ -60,8 +83,14 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
     public: TextFiles = Field(
         (),
         description="public text to choose and distil on: .txt, .jsonl, .json or .csv, each optionally .gz; "
-        "may be repeated",
+        "may be repeated; or 'self': the model writes it (--field)",
         json_schema_extra=USUAL | REPEATED,
+    )
+    field_text: TextFiles = Field(
+        (),
+        description="text of the clients' field, that you may use: KL(full || emulator) is measured on it and told; "
+        "may be repeated",
+        json_schema_extra=MEASURING | REPEATED,
     )
 
     method: str = Field(
@@ -211,7 +240,7 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         """Raise ValueError with every contradiction between settings."""
-        problems = [*self._method_problems(), *self._text_problems()]
+        problems = [*self._method_problems(), *self._text_problems(), *self._own_text_problems()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -287,3 +316,26 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings):
         if self.hidden_weight == 0 and self.kl_weight == 0 and self.steps > 0:
             found.append("--hidden-weight and --kl-weight are both 0, which leaves nothing to learn")
         return found
+
+    def _own_text_problems(self) -> list[str]:
+        found = []
+        if self.writes_itself:
+            if self.public != (SELF,):
+                found.append("--public self stands alone: text of the model's own, or files")
+            if not self.field.strip() and self.stems is None:
+                found.append("--public self needs --field or --stems: what the clients' text is about")
+            if self.launch > 1:
+                found.append("--public self: the model writes in one process, expected no --launch")
+        else:
+            for name in ("field", "stems", "self_tokens"):
+                if name in self.model_fields_set:
+                    flag = "--" + name.replace("_", "-")
+                    found.append(f"{flag} belongs to --public self: how the model writes the text")
+        if self.launch > 1 and self.field_text:
+            found.append("--field-text: it is measured on in one process, expected no --launch")
+        return found
+
+    @property
+    def writes_itself(self) -> bool:
+        """Whether the model writes the public text."""
+        return SELF in self.public

@@ -28,9 +28,10 @@ from emulator.distillation.config import DistillConfig
 from emulator.distillation.elevate import elevate
 from emulator.distillation.imitation import Distilled, distill
 from emulator.distillation.launched import in_processes
-from emulator.distillation.objective import Weights
+from emulator.distillation.objective import Pair, Weights, measure
 from emulator.distillation.public import PublicText, prepare
 from emulator.distillation.publish import publish, read_terms, try_out
+from emulator.distillation.selfwritten import forget, own_text
 from offsite.artefacts.package import Package
 from offsite.console import say
 from offsite.digests import model_digest, sha256_bytes
@@ -39,7 +40,7 @@ from offsite.modelling.dtypes import main_dtype, stored_in
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.modelling.split import Plan, make_plan
 from offsite.staging import refuse_existing
-from offsite.text.records import read_files, require_files
+from offsite.text.records import Record, read_files, require_files
 from offsite.training.checkpoints import require_work
 from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
@@ -60,16 +61,18 @@ def run(config: DistillConfig) -> dict[str, object]:
         OffsiteError: with the reason; no package then stands.
     """
     refuse_existing(config.output)
-    require_files(config.public)
+    require_files(() if config.writes_itself else config.public)
+    require_files(config.field_text)
     if config.launch > 1 and not is_launched():
         return in_processes(config)
     began, terms = time.monotonic(), read_terms(config.terms)
     processes = replace(world(), device=choose_device(config.device))
     if processes.is_main:  # before it writes anything there itself
         require_work(_work(config), resume=config.resume)
+    own = own_text(config) if config.writes_itself else None
     torch.manual_seed(config.seed)
     owned = _open(config)
-    text = _public_text(config, owned)
+    text = _public_text(config, owned, own)
     _place(owned.full, config, processes)
     compressed = compress(owned.full, owned.plan, config.method, _recipe(config, text, owned, processes))
     try_out(owned.plan, compressed)
@@ -83,6 +86,7 @@ def run(config: DistillConfig) -> dict[str, object]:
     if config.elevate and text is not None and distilled is not None:
         distilled, nats = _elevated(config, owned, text, compressed, distilled, processes)
         margin = {"elevated_nats": nats}
+    measured = _field_kl(config, owned, compressed, distilled, processes)
     package = None
     if processes.is_main:
         compressed = _packed(config, owned, compressed, distilled)
@@ -91,6 +95,7 @@ def run(config: DistillConfig) -> dict[str, object]:
     return {
         **_told(config, package, distilled),
         **margin,
+        **measured,
         **compressed.settings,
         **sizes,
         **compressed.figures,
@@ -120,14 +125,12 @@ def _open(config: DistillConfig) -> _Owned:
     return _Owned(full, load_tokenizer(config.model), plan, model_digest(full), main, dtypes)
 
 
-def _public_text(config: DistillConfig, owned: _Owned) -> PublicText | None:
+def _public_text(config: DistillConfig, owned: _Owned, own: Path | None) -> PublicText | None:
     if not config.public:
         return None
     say("reading the public text")
     return prepare(
-        read_files(
-            config.public, fields=config.fields, document_field=config.document_field, separator=config.separator
-        ),
+        _records(config, config.public) if own is None else read_files([own]),
         owned.tokenizer,
         owned.full,
         block_tokens=config.block_tokens,
@@ -137,6 +140,42 @@ def _public_text(config: DistillConfig, owned: _Owned) -> PublicText | None:
         evaluation_tokens=config.evaluation_tokens,
         calibration_tokens=config.calibration_tokens,
     )
+
+
+def _records(config: DistillConfig, paths: Sequence[Path]) -> list[Record]:
+    return read_files(paths, fields=config.fields, document_field=config.document_field, separator=config.separator)
+
+
+def _field_kl(
+    config: DistillConfig,
+    owned: _Owned,
+    compressed: Compressed,
+    distilled: Distilled | None,
+    processes: Processes,
+) -> dict[str, object]:
+    """Return KL(full || emulator) on text of the field, in nats per token, if any was given. It stays with the owner.
+
+    Both models compute in the dtype that they have.
+    """
+    if not config.field_text:
+        return {}
+    text = prepare(
+        _records(config, config.field_text),
+        owned.tokenizer,
+        owned.full,
+        block_tokens=config.block_tokens,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        holdout=None,
+        evaluation_tokens=config.evaluation_tokens,
+        calibration_tokens=config.evaluation_tokens,
+    )
+    model = compressed.model if distilled is None or distilled.model is None else distilled.model
+    model.to(processes.device)  # type: ignore[arg-type]
+    with torch.no_grad():
+        found = measure(Pair(owned.full, model, owned.plan, compressed.kept), text.calibration, processes)
+    say(f"distill: KL(full || emulator) on text of the field {found.kl:.4f} nats per token")
+    return {"field_kl" if config.pack is None or config.method == "packed" else "field_kl_before_packing": found.kl}
 
 
 def _place(full: PreTrainedModel, config: DistillConfig, processes: Processes) -> None:
@@ -289,6 +328,8 @@ def _published(
     if distilled is not None:
         (_work(config) / "log.jsonl").replace(config.output.with_name(config.output.name + ".log.jsonl"))
     shutil.rmtree(_work(config), ignore_errors=True)
+    if config.writes_itself:
+        forget(config)
     say(f"distill: {config.output.name} of {package.num_bytes:,} bytes is written")
     say(f"distill: keep {config.output.name}.owner.json: plug-in needs it, and it is not to be sent")
     return package

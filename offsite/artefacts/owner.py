@@ -21,10 +21,39 @@ from offsite.artefacts.manifest import MANIFEST_LIMIT_BYTES
 from offsite.digests import DIGEST_PATTERN
 from offsite.errors import ArtefactError, BadSchema, ConfigError
 from offsite.staging import staged_file
-from offsite.strictjson import Sparse
+from offsite.strictjson import Sparse, Strict
 from offsite.tensors import TensorSpec
 
 OWNER_FORMAT = "offsite/owner/1"
+
+
+class DialFigures(Strict):
+    """What a package comes to for a rehearsed client, as ``offsite/evaluation/figures.py`` defines it.
+
+    ``withheld`` is after tuning, in nats per token; ``gap`` is emulator-tuned over plugged in; recoveries are of the
+    gain of LoRA on the full model; ``num_bytes`` are the package's.
+    """
+
+    recovery: float
+    recovery_nats: float
+    withheld: float
+    gap: float = Field(gt=0)
+    num_bytes: int = Field(gt=0)
+
+
+class Dialled(Strict):
+    """What a package was asked for, and what was predicted of it beside what was then measured.
+
+    ``size`` is the share of the middle that ``method`` kept; ``exploration`` is the digest of the exploration's file.
+    """
+
+    target: str
+    value: float
+    method: str
+    size: float = Field(gt=0, le=1)
+    predicted: DialFigures
+    measured: DialFigures
+    exploration: str = Field(pattern=DIGEST_PATTERN)
 
 
 class OwnerRecord(Sparse):
@@ -34,11 +63,12 @@ class OwnerRecord(Sparse):
     channels per block (``middle.3`` -> ascending numbers), absent when all were kept. ``experts`` holds those of MLPs
     that carry no adapter (``middle.3.mlp.experts`` -> ascending numbers for each expert). ``variant`` says which of
     many choices of channels this is, 0 the usual. ``encodings`` says of the package's block tensors, by canonical name,
-    which are stored otherwise than as they stand, and ``figures`` what was measured while compressing. A record without
-    any of these is written as before there were such packages.
+    which are stored otherwise than as they stand, and ``figures`` what was measured while compressing. ``dial`` says
+    what the package was asked for that ``distill --target`` made. A record without any of these is written as before
+    there were such packages.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"experts", "variant", "encodings", "figures"})
+    optional: ClassVar[frozenset[str]] = frozenset({"experts", "variant", "encodings", "figures", "dial"})
 
     format: str = OWNER_FORMAT
     package_digest: str = Field(pattern=DIGEST_PATTERN)
@@ -52,6 +82,7 @@ class OwnerRecord(Sparse):
     variant: int = Field(0, ge=0)
     encodings: dict[str, Encoding] = {}
     figures: dict[str, float] = {}
+    dial: Dialled | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> OwnerRecord:
@@ -97,8 +128,7 @@ def write_owner_record(package: Path, record: OwnerRecord) -> Path:
     """Write the record beside the package, replacing an older one, and return its path."""
     path = owner_record_path(package)
     with staged_file(path, replace=True) as stage:
-        stated = record.model_dump(mode="json")
-        stage.write_text(json.dumps(stated, sort_keys=True) + "\n", encoding="utf-8")
+        stage.write_text(json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n", encoding="utf-8")
         stage.chmod(0o600)
     return path
 

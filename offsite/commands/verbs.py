@@ -92,8 +92,8 @@ VERBS: dict[str, Verb] = {
     ),
     "distill": Verb(
         "make a package (emulator, ends) of a model",
-        "emulator.distillation.config:DistillConfig",
-        "emulator.distillation.distill:run",
+        "emulator.dial.config:DialConfig",
+        "emulator.dial.verb:run",
         OWNER,
     ),
     "mark": Verb(

@@ -1,3 +1,3 @@
-"""Measuring a model: perplexity, multiple-choice tasks, sampled answers, and the folder of results."""
+"""Measuring a model: perplexity, multiple-choice tasks, sampled answers, the folder of results, and rehearsals."""
 
-__all__ = ["config", "figures", "measure", "results", "sampling", "tasks"]
+__all__ = ["config", "figures", "measure", "rehearsal", "results", "sampling", "tasks"]

@@ -30,6 +30,7 @@ def continuations(
     batch_size: int,
     temperature: float = 0.0,
     top_k: int = 0,
+    top_p: float = 1.0,
     seed: int = 0,
     without: Sequence[int] = (),
     precision: Precision = "fp32",
@@ -43,6 +44,7 @@ def continuations(
     Args:
         temperature: 0 takes the likeliest token every time; otherwise what logits are divided by.
         top_k: draw among so many likeliest tokens only; 0 for all of them.
+        top_p: draw among the fewest likeliest tokens that together are at least so likely; 1 for all of them.
         seed: of the draws; the same prompts and batches then give the same answers on one device.
         without: tokens that are never chosen.
         progress: called after each batch with prompts done and prompts in all.
@@ -53,6 +55,8 @@ def continuations(
     """
     if num_tokens < 1 or batch_size < 1 or temperature < 0 or top_k < 0 or not all(prompts):
         raise ConfigError("prompts, tokens and batches of at least one, temperature and top-k not below zero expected")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top-p {top_p}, expected above 0 and at most 1")
     place = next(model.parameters()).device
     generator = torch.Generator(device=place).manual_seed(seed)
     found: list[list[int]] = [[] for _ in prompts]
@@ -68,7 +72,7 @@ def continuations(
                 if bool(logits_BV.isnan().any()):
                     raise RunFailed("the model's output is not finite", hint="check the model: a weight may be NaN")
                 logits_BV[:, list(without)] = -torch.inf
-                chosen.append(_choose(logits_BV, temperature, top_k, generator))
+                chosen.append(_choose(logits_BV, temperature, top_k, top_p, generator))
                 steps.add(chosen[-1])
         for row, ids in zip(rows, torch.stack(chosen, 1).tolist(), strict=True):
             found[row] = ids
@@ -88,13 +92,18 @@ def _alike(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[i
             yield rows[start : start + batch_size]
 
 
-def _choose(logits_BV: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+def _choose(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
     if temperature == 0:
         return logits_BV.argmax(-1)
     if 0 < top_k < logits_BV.shape[1]:
         least_B1 = logits_BV.topk(top_k, -1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
-    upto_BV = (logits_BV / temperature).softmax(-1).double().cumsum(-1)  # one draw a row; multinomial makes V of them
+    shares_BV = (logits_BV / temperature).softmax(-1).double()
+    if top_p < 1:
+        sorted_BV = shares_BV.sort(-1, descending=True).values
+        num_B1 = ((sorted_BV.cumsum(-1) - sorted_BV) < top_p).sum(-1, keepdim=True)
+        shares_BV = shares_BV.masked_fill(shares_BV < sorted_BV.gather(-1, num_B1 - 1), 0.0)
+    upto_BV = shares_BV.cumsum(-1)  # one draw a row; multinomial makes V of them
     drawn_B1 = torch.rand((len(upto_BV), 1), generator=generator, dtype=torch.float64, device=upto_BV.device)
     found_B1 = torch.searchsorted(upto_BV, drawn_B1 * upto_BV[:, -1:], right=True)
     return found_B1[:, 0].clamp_max(upto_BV.shape[1] - 1)

@@ -184,6 +184,15 @@ def show_owner(thing: Thing) -> dict[str, object]:
             f"({shown(record.layout.model_type)}); which, is not shown",
         }
     )
+    if record.dial is not None:
+        dial = record.dial
+        for name, found in (("predicted", dial.predicted), ("measured", dial.measured)):
+            facts(
+                {
+                    f"{name} for {shown(dial.target)}={dial.value:g}": f"recovery {found.recovery:.2f}, withheld "
+                    f"{found.withheld:.2f} nats, gap {found.gap:.2f}, {found.num_bytes:,} bytes"
+                }
+            )
     checked = "its form alone; it is not signed"
     return {
         "kind": "owner",

@@ -74,6 +74,10 @@ FILES: dict[str, tuple[str, str]] = {
 ELSEWHERE: dict[str, tuple[str, str]] = {
     "offsite/trust/1": ("the pinned parties of a keys folder", "offsite trust list"),
     "offsite/marks/1": ("an owner's marks", "offsite trace"),
+    "offsite/exploration/1": (
+        "an exploration of sizes; it is JSON that a person can read",
+        "offsite distill --explore",
+    ),
     "offsite/rehearsal/1": ("a rehearsal; it is JSON that a person can read", "offsite rehearse"),
 }
 """Files of offsite that other verbs work with."""

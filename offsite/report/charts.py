@@ -1,4 +1,4 @@
-"""Two charts of the run's page: figures as dots on a logarithmic axis, and loss curves; and the ticks of any axis."""
+"""Charts of the pages: dots on a logarithmic axis, loss curves, marks on a plane; and the ticks of any axis."""
 
 from __future__ import annotations
 
@@ -87,6 +87,70 @@ def curves(lines: Sequence[Curve], *, title: str, height: int = 230) -> Drawing:
         if len(placed) <= 40:
             drawn += [Circle(*point, 2.4, f"{line.css} mark") for point in placed]
     return Drawing(title, height, tuple(drawn))
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One mark on a plane: where it stands, what is written beside it, its CSS class and radius in pixels.
+
+    The label stands above it to the right, or below it to the left.
+    """
+
+    at: Point
+    label: str
+    css: str
+    radius: float = 5
+    is_below: bool = False
+
+
+def plane(
+    marks: Sequence[Mark],
+    lines: Sequence[tuple[Point, Point, str]],
+    *,
+    title: str,
+    axes: tuple[str, str],
+    height: int = 340,
+) -> Drawing:
+    """Return marks and straight lines on two linear axes; at the right edge labels stand below and to the left.
+
+    Args:
+        lines: from point to point, with the CSS class of each; what lies outside of the axes is not cut.
+        axes: what the level and the upright axis are of.
+    """
+    points = [mark.at for mark in marks] + [point for one, other, _ in lines for point in (one, other)]
+    (x_low, x_high), (y_low, y_high) = (_padded([point[axis] for point in points]) for axis in (0, 1))
+    left, right, top, bottom = 52, WIDTH - 16, 24, height - 44
+
+    def x(value: float) -> float:
+        return left + (value - x_low) / (x_high - x_low) * (right - left)
+
+    def y(value: float) -> float:
+        return bottom - (value - y_low) / (y_high - y_low) * (bottom - top)
+
+    drawn: list[Shape] = [Text(axes[1], left - 8, top - 10, "axis"), Text(axes[0], right, bottom + 38, "axis", "end")]
+    for tick in ticks(y_low, y_high, 5):
+        drawn.append(Line.across(left, right, y(tick), "grid"))
+        drawn.append(Text(f"{tick:.3g}", left - 8, y(tick) + 4, "axis", "end"))
+    for tick in ticks(x_low, x_high, 6):
+        drawn.append(Line.down(x(tick), top, bottom, "grid"))
+        drawn.append(Text(f"{tick:.3g}", x(tick), bottom + 20, "axis", "middle"))
+    for one, other, css in lines:
+        drawn.append(Polyline(((x(one[0]), y(one[1])), (x(other[0]), y(other[1]))), css))
+    drawn += [Circle(x(mark.at[0]), y(mark.at[1]), mark.radius, mark.css) for mark in marks]
+    for mark in marks:  # labels over all marks
+        place = x(mark.at[0])
+        is_below = mark.is_below or place > right - 110
+        if mark.label and is_below:
+            drawn.append(Text(mark.label, place - 9, y(mark.at[1]) + 19, "label", "end"))
+        elif mark.label:
+            drawn.append(Text(mark.label, place + 10, y(mark.at[1]) - 8, "label"))
+    return Drawing(title, height, tuple(drawn))
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    """Return bounds a little outside of the values."""
+    pad = (max(values) - min(values)) * 0.08 or abs(values[0]) * 0.1 or 0.1
+    return min(values) - pad, max(values) + pad
 
 
 def smooth(points: Sequence[Point], *, share: float = 0.05) -> tuple[Point, ...]:

@@ -27,6 +27,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
 }
 DOCUMENT = "document"
 _NAME_COLUMNS = "name the columns to read, as in fields.text=COLUMN"
+Purpose = Literal["split", "audit", "rehearsal", "dial"]
 BUNDLED = ("heldout", "private", "public")
 
 
@@ -155,7 +156,7 @@ def require_files(paths: Sequence[Path]) -> None:
 
 
 def split_by_document(
-    records: Sequence[Record], *, fraction: float, seed: int, purpose: Literal["split", "audit", "rehearsal"] = "split"
+    records: Sequence[Record], *, fraction: float, seed: int, purpose: Purpose = "split"
 ) -> tuple[list[Record], list[Record]]:
     """Records to train on and records held out; a document is on one side as a whole.
 
@@ -194,6 +195,20 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
     with path.open("w", encoding="utf-8") as out:
         for record in records:
             out.write(json.dumps({**_values(record), DOCUMENT: record.document}) + "\n")
+
+
+def write_by_shape(folder: Path, name: str, records: Sequence[Record]) -> list[str]:
+    """Write the rows into `folder`, those of one shape in one file, and return the files' names: ``NAME.jsonl`` first.
+
+    Read together by `read_files` they are the same rows: a document keeps its name within a file.
+    """
+    shapes: dict[tuple[bool, int], list[Record]] = {}
+    for record in records:
+        shapes.setdefault((bool(record.messages), len(record.segments)), []).append(record)
+    names = [f"{name}{number}.jsonl" if number > 1 else f"{name}.jsonl" for number in range(1, len(shapes) + 1)]
+    for file, rows in zip(names, shapes.values(), strict=True):
+        write_records(folder / file, rows)
+    return names
 
 
 def bundled(name: str) -> Path:

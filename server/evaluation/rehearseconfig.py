@@ -15,6 +15,8 @@ from offsite.problems import meant
 from offsite.text.config import TextFiles
 
 SCALES = (1.0, 0.75, 0.5)
+LEAST_SCALE = 0.35
+"""Shares of the update that are tried, and the one that is tried besides where the smallest of them did best."""
 
 
 class RehearseConfig(ModelWord, TuningSettings):
@@ -48,7 +50,8 @@ class RehearseConfig(ModelWord, TuningSettings):
     )
     scale: tuple[float, ...] = Field(
         (),
-        description=f"share of the update to try; repeat it for others; default: {', '.join(f'{s:g}' for s in SCALES)}",
+        description="share of the update to try; repeat it for others; "
+        f"default: {', '.join(f'{s:g}' for s in SCALES)}, and {LEAST_SCALE:g} where {SCALES[-1]:g} does best",
         json_schema_extra=USUAL | REPEATED,
     )
     steps: int = Field(
@@ -56,6 +59,17 @@ class RehearseConfig(ModelWord, TuningSettings):
         ge=1,
         description="optimiser steps of each run, about as many as clients will take",
         json_schema_extra=USUAL,
+    )
+
+    reference: bool = Field(
+        False,
+        description="tune LoRA on the full model, too, and state what plugging in recovers of its gain",
+        json_schema_extra=USUAL,
+    )
+    reference_package: Path | None = Field(
+        None,
+        description="package that keeps all of the model, for --reference; made on the way by default",
+        json_schema_extra=MEASURING,
     )
 
     @model_validator(mode="after")
@@ -87,3 +101,8 @@ class RehearseConfig(ModelWord, TuningSettings):
     def scales(self) -> tuple[float, ...]:
         """Shares of the update that are tried, from the largest."""
         return tuple(sorted(self.scale, reverse=True)) or ((1.0,) if self.adapter == "dora" else SCALES)
+
+    @property
+    def tries_less(self) -> bool:
+        """Whether a smaller share than the usual ones is tried where the smallest of them did best."""
+        return self.scales == SCALES and not self.scale

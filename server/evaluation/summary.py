@@ -206,7 +206,7 @@ def _shown(name: str, value: Any) -> Any:
     """Return a setting without its folders."""
     if name == "model":
         return Path(value).name
-    if name in {"bundle", "reference", "log", "outcome"}:
+    if name in {"bundle", "reference", "log", "outcome"} and isinstance(value, tuple):
         return [f"{label}={path.name}" for label, path in named_paths(value)]
     if isinstance(value, Path):
         return value.name

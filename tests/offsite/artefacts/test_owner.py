@@ -97,3 +97,41 @@ def test_a_record_is_found_by_its_packages_digest(tmp_path, record):
     assert "--package" in caught.value.hint
     with pytest.raises(ArtefactError):
         find_owner_record(record.package_digest, tmp_path / "gone", [tmp_path])
+
+
+FIGURES = {"recovery": 0.7, "recovery_nats": 0.6, "withheld": 0.3, "gap": 1.8, "num_bytes": 60_000_000}
+DIAL = {
+    **{"target": "recovery", "value": 0.7, "method": "width", "size": 0.47},
+    **{"predicted": FIGURES, "measured": FIGURES, "exploration": "sha256:" + "0" * 64},
+}
+
+
+def test_a_record_says_what_a_package_was_asked_for_if_anything_was(tmp_path, record):
+    path = write_owner_record(tmp_path / "package", record)
+    stated = json.loads(path.read_text())
+    assert "dial" not in stated
+    path.write_text(json.dumps({**stated, "dial": DIAL}))
+    found = read_owner_record(path)
+    assert found.dial.measured.gap == 1.8
+    assert json.loads(write_owner_record(tmp_path / "package", found).read_text()) == {**stated, "dial": DIAL}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": 1.5},
+        {"size": 0},
+        {"exploration": "sha256:0"},
+        {"measured": {**FIGURES, "gap": 0}},
+        {"measured": {**FIGURES, "num_bytes": 0}},
+        {"predicted": {**FIGURES, "taste": 1}},
+        {"predicted": {name: value for name, value in FIGURES.items() if name != "recovery"}},
+        {"value": "0.7"},
+        {"extra": 1},
+    ],
+)
+def test_a_broken_dial_is_refused(change, tmp_path, record):
+    path = write_owner_record(tmp_path / "package", record)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dial": {**DIAL, **change}}))
+    with pytest.raises(BadSchema):
+        read_owner_record(path)

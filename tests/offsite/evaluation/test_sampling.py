@@ -51,6 +51,24 @@ def test_draws_follow_the_distribution(tiny_model):
         assert ((counts / num - probs).abs() <= 5 * (probs * (1 - probs) / num).sqrt() + 1e-12).all()
 
 
+def test_draws_are_among_the_fewest_that_are_likely_enough(tiny_model):
+    model, num = tiny_model("llama"), 2000
+    with torch.no_grad():
+        shares = model(torch.tensor([[5, 6, 7]])).logits[0, -1].double().softmax(-1)
+    by_share = shares.sort(descending=True)
+    for top_p in (0.1, 0.5, 0.9):
+        num_kept = int((by_share.values.cumsum(0) < top_p).sum()) + 1
+        kept = set(by_share.indices[:num_kept].tolist())
+        made = continuations(
+            model, [[5, 6, 7]] * num, num_tokens=1, batch_size=500, temperature=1.0, top_p=top_p, seed=4
+        )
+        drawn = [ids[0] for ids in made]
+        assert set(drawn) <= kept
+        likeliest = int(by_share.indices[0])
+        share = float(shares[likeliest] / by_share.values[:num_kept].sum())
+        assert drawn.count(likeliest) / num == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / num) + 1e-9)
+
+
 def test_a_seed_repeats_draws_and_another_does_not(tiny_model):
     model = tiny_model("llama")
     settings = {"num_tokens": 12, "batch_size": 4, "temperature": 1.5}
@@ -75,7 +93,14 @@ def test_the_mode_comes_back_and_progress_tells_prompts(tiny_model):
 
 def test_what_cannot_be_is_refused(tiny_model):
     model = tiny_model("llama")
-    for wrong in ({"num_tokens": 0}, {"batch_size": 0}, {"temperature": -1.0}, {"top_k": -1}):
+    for wrong in (
+        {"num_tokens": 0},
+        {"batch_size": 0},
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+    ):
         with pytest.raises(ConfigError):
             continuations(model, PROMPTS, **{"num_tokens": 1, "batch_size": 1, **wrong})
     with pytest.raises(ConfigError):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offsite.report.charts import Curve, Dot, curves, dots, log_ticks, smooth, ticks
-from offsite.report.drawing import Text
+from offsite.report.charts import Curve, Dot, Mark, curves, dots, log_ticks, plane, smooth, ticks
+from offsite.report.drawing import Circle, Polyline, Text
 from offsite.report.engine import environment
 
 POSITIVE = st.floats(1e-2, 1e6)
@@ -92,3 +92,18 @@ def test_smoothing_keeps_constants_and_length():
     assert smooth(points[:3]) == points[:3]
     noisy = tuple((float(n), float(n % 2)) for n in range(100))
     assert all(0.3 < value < 0.7 for _, value in smooth(noisy, share=0.2)[10:-10])
+
+
+def test_marks_on_a_plane_stand_where_their_numbers_say():
+    marks = [Mark((0.0, 1.0), "a", "dot owner"), Mark((2.0, 0.0), "b", "dot owner"), Mark((1.0, 0.5), "", "dot client")]
+    drawing = plane(marks, [((0.0, 1.0), (2.0, 0.0), "raw")], title="marks", axes=("x", "y"))
+    first, last, middle = [shape for shape in drawing.shapes if isinstance(shape, Circle)]
+    assert (middle.x, middle.y) == pytest.approx(((first.x + last.x) / 2, (first.y + last.y) / 2))
+    assert first.x < last.x
+    assert first.y < last.y, "upright values grow upwards"
+    (line,) = [shape for shape in drawing.shapes if isinstance(shape, Polyline)]
+    assert line.points == ((first.x, first.y), (last.x, last.y))
+    labels = {shape.text: shape for shape in drawing.shapes if isinstance(shape, Text) and shape.css == "label"}
+    assert set(labels) == {"a", "b"}
+    assert (labels["a"].anchor, labels["b"].anchor) == ("start", "end")
+    assert "<circle" in svg(drawing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.cli import run as cli
 from offsite.digests import sha256_file, sha256_files
 from offsite.errors import RunFailed
+from offsite.evaluation.rehearsal import Rehearsal, read_rehearsal
 from offsite.text.records import read_records, split_by_document
-from server.evaluation.rehearse import Rehearsal, _settings
+from server.evaluation.rehearse import _settings
 from server.evaluation.rehearseconfig import RehearseConfig
 
 ROWS = [f"patient {n} has a fever of {37 + n / 10} degrees, a cough and a cold for {n} days" for n in range(60)]
@@ -131,6 +133,96 @@ def test_every_trial_is_what_tune_and_evaluate_give(
             assert found.emulator_zero_shot == pytest.approx(by_hand["emulator_zero_shot"], rel=1e-6)
 
 
+def test_what_is_withheld_stands_beside_every_trial(rehearse, in_this_process, texts):
+    code, best, err = rehearse("--learning-rate", "0.01", "--scale", "1", "--scale", "0.5")
+    assert code == 0, err
+    found = read_rehearsal(texts / "found.json")
+    for one in found.trials:
+        assert one.withheld_after_tuning == pytest.approx(math.log(one.emulator_tuned / found.zero_shot))
+        assert (one.recovery, one.recovery_nats) == (None, None)
+    assert found.withheld_zero_shot == pytest.approx(math.log(found.emulator_zero_shot / found.zero_shot))
+    assert best["withheld_after_tuning"] == found.best.withheld_after_tuning
+    assert found.reference is None
+    assert "reference" not in json.loads((texts / "found.json").read_text())
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("adapter", ["lora", "blocks"])
+def test_the_reference_is_lora_on_the_full_model(
+    named, adapter, rehearse, in_this_process, whole_package, llama_folder, texts, capsys
+):
+    words = ["--reference-package", str(whole_package.path)] if named else ["--reference"]
+    settings = [*SETTINGS[2:], "--adapter", adapter, "--learning-rate", "0.01", "--scale", "1", *words]
+    code, best, err = rehearse(settings=settings)
+    assert code == 0, err
+    found = read_rehearsal(texts / "found.json")
+    tried = ["0.01"] if adapter == "lora" else ["0.001", "0.002", "0.004"]
+    assert [name for name in in_this_process if "reference" in name] == [f"tune-reference-{rate}" for rate in tried]
+    assert ("keep-all" in in_this_process) is not named
+    assert (found.reference.adapter.kind, found.reference.adapter.placement) == ("lora", "all")
+    rate = f"{found.reference.learning_rate:g}"
+    assert rate in tried
+    kept = str(whole_package.path)
+    low = [*SETTINGS, "--placement", "all", "--learning-rate", rate]
+    capsys.readouterr()
+    assert cli(["tune", kept, "--data", str(texts / "public.jsonl"), "-o", str(texts / "lora"), *low]) == 0
+    words = ["evaluate", str(llama_folder), "--package", kept, "--block-tokens", "32", "-o", str(texts / "by-hand")]
+    assert cli([*words, "--bundle", str(texts / "lora"), "--data", str(texts / "more.jsonl")]) == 0
+    by_hand = json.loads(capsys.readouterr().out.splitlines()[-1])["plugged_in"]
+    assert found.reference.perplexity == pytest.approx(by_hand, rel=1e-6)
+    (one,) = found.trials
+    full = found.zero_shot
+    assert one.recovery == pytest.approx((one.plugged_in - full) / (by_hand - full), rel=1e-4)
+    assert one.recovery_nats == pytest.approx(math.log(one.plugged_in / full) / math.log(by_hand / full), rel=1e-4)
+    assert (best["recovery"], best["lora_full"]) == (one.recovery, found.reference.perplexity)
+    assert "recovery" in err
+
+
+def test_a_reference_that_was_tuned_is_not_tuned_again(rehearse, in_this_process, texts, monkeypatch):
+    words = ["--learning-rate", "0.01", "--scale", "1", "--reference"]
+    with monkeypatch.context() as patched:
+        patched.setattr("server.evaluation.rehearse.open_candidates", _interrupted)
+        assert rehearse(*words)[0] == 130
+    assert set(in_this_process) == {"tune-0.01", "keep-all", "tune-reference-0.01"}
+    in_this_process.clear()
+    code, _, err = rehearse(*words)
+    assert code == 0, err
+    assert in_this_process == {}
+
+
+def test_a_reference_that_does_not_keep_all_is_refused(rehearse, in_this_process, dropped_package, texts):
+    code, _, err = rehearse("--learning-rate", "0.01", "--reference-package", str(dropped_package.path))
+    assert code == 2
+    assert "does not keep all of the model" in err
+    assert not (texts / "found.json").exists()
+
+
+@pytest.mark.parametrize("best", [1.0, 0.75, 0.5, 0.35])
+def test_a_smaller_share_is_tried_where_the_smallest_did_best_and_no_smaller_one(
+    best, rehearse, in_this_process, texts, monkeypatch
+):
+    def score(ruler, model, label):
+        share = label.partition(" of rate ")[0] if " of rate " in label else "9"
+        return {"perplexity": 10 + abs(float(share) - best)}
+
+    monkeypatch.setattr("server.evaluation.evaluate.Ruler.score", score)
+    code, told, err = rehearse("--learning-rate", "0.01", "--learning-rate", "0.02")
+    assert code == 0, err
+    tried = [(one.learning_rate, one.scale) for one in read_rehearsal(texts / "found.json").trials]
+    assert told["scale"] == best
+    usual = [(rate, share) for rate in (0.01, 0.02) for share in (1, 0.75, 0.5)]
+    assert tried == [*usual, (0.01, 0.35)] if best <= 0.5 else tried == usual
+    assert ("0.5 did best of the usual shares: 0.35 of rate 0.01 is tried, too" in err) is (best <= 0.5)
+    assert ("the smallest share that was tried did best, 0.35" in err) is (best == 0.35)
+
+
+def test_shares_that_were_named_are_those_that_are_tried(rehearse, in_this_process, texts):
+    words = ["--scale", "1", "--scale", "0.75", "--scale", "0.5"]
+    code, _, err = rehearse("--learning-rate", "0.01", *words)
+    assert code == 0, err
+    assert "is tried, too" not in err
+
+
 def test_without_more_text_a_share_of_the_documents_is_measured_on(rehearse, in_this_process, texts):
     words = ["--learning-rate", "0.01", "--scale", "1", "--heldout-share", "0.4"]
     code, _, err = rehearse(*words, heldout=False)
@@ -194,7 +286,7 @@ def test_it_says_what_to_do_with_the_best(rehearse, in_this_process, texts):
     assert code == 0, err
     assert set(in_this_process) == {"tune-0.01"}
     found = Rehearsal.model_validate_json((texts / "found.json").read_bytes())
-    assert {one.scale for one in found.trials} == {1.0, 0.75, 0.5}
+    assert {one.scale for one in found.trials} - {0.35} == {1.0, 0.75, 0.5}
     assert best["plugged_in"] < best["zero_shot"]  # of text it was tuned on, to be sure of it
     assert (f"--scale {best['scale']:g}" in err) is (best["scale"] != 1)
     (command,) = [line for line in err.splitlines() if line.startswith("next: offsite job create ")]
