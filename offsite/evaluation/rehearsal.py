@@ -15,7 +15,7 @@ from offsite.artefacts.bundle import AdapterSpec
 from offsite.digests import DIGEST_PATTERN
 from offsite.errors import ArtefactError, TooLarge
 from offsite.evaluation.figures import recovery, recovery_nats, withheld
-from offsite.evaluation.results import Data
+from offsite.evaluation.results import WAY_PATTERN, Data
 from offsite.strictjson import Sparse, Strict, parse_strict
 
 REHEARSAL_FORMAT = "offsite/rehearsal/1"
@@ -23,16 +23,19 @@ LIMIT_BYTES = 16 * 2**20
 
 
 class Trial(Sparse):
-    """One rate and one share of the update: perplexities on the held-out text, and what they come to.
+    """One rate and one way to plug in: perplexities on the held-out text, and what they come to.
+
+    ``way`` is there where more is to be said than a share of all modules (``server/plugging/ways.py``).
 
     ``withheld_after_tuning`` is in nats per token. Recoveries are there when a reference was run. All three are
     defined in ``offsite/evaluation/figures.py``.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"withheld_after_tuning", "recovery", "recovery_nats"})
+    optional: ClassVar[frozenset[str]] = frozenset({"way", "withheld_after_tuning", "recovery", "recovery_nats"})
 
     learning_rate: float = Field(gt=0, le=1)
     scale: float = Field(gt=0, le=1)
+    way: str = Field("", pattern=WAY_PATTERN)
     plugged_in: float = Field(gt=0, allow_inf_nan=False)
     emulator_tuned: float = Field(gt=0, allow_inf_nan=False)
     withheld_after_tuning: float | None = None

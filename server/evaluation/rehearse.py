@@ -17,7 +17,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters.settings import ADAPTER_FIELDS
@@ -42,6 +42,9 @@ from server.evaluation.evaluate import ONCE, Ruler, data_of, held_out, measure_e
 from server.evaluation.rehearseconfig import LEAST_SCALE, RehearseConfig
 from server.evaluation.summary import reproduce, versions
 from server.plugging.fit import fit, plugged, require_base
+from server.plugging.shares import taken
+from server.plugging.sparing import public_text
+from server.plugging.ways import Way
 
 STAGES = "stages"
 LOW_RANK = ("lora", "rslora", "dora")
@@ -60,6 +63,7 @@ def run(config: RehearseConfig) -> dict[str, object]:
     refuse_existing(config.output)
     require_files(config.data)
     require_files(config.heldout)
+    require_files(config.spare)
     package = open_package(config.package)
     record = read_owner_record(owner_record_path(config.package))
     if record.package_digest != package.digest:
@@ -113,6 +117,7 @@ def run(config: RehearseConfig) -> dict[str, object]:
         "rehearsal": config.output.name,
         "learning_rate": best.learning_rate,
         "scale": best.scale,
+        "way": str(Way.stated(best.scale, best.way)),
         "zero_shot": found.zero_shot,
         "emulator_zero_shot": found.emulator_zero_shot,
         "emulator_tuned": best.emulator_tuned,
@@ -296,12 +301,13 @@ def _played(
     tuned = measure_emulator(emulator, candidates, ruler)
     against = reference.perplexity if reference is not None else None
     trials = []
-    for (name, scale), score in scores.items():
+    for (name, way), score in scores.items():
         left = tuned["emulator_tuned"][name]["perplexity"]
         trials.append(
             Trial(
                 learning_rate=float(name),
-                scale=scale,
+                scale=way.scale,
+                way=way.word,
                 plugged_in=score,
                 emulator_tuned=left,
                 withheld_after_tuning=withheld(left, zero_shot),
@@ -314,21 +320,24 @@ def _played(
 
 def _in_full(
     config: RehearseConfig, candidates: Candidates, references: Candidates | None, ruler: Ruler, digest: str
-) -> tuple[float, dict[tuple[str, float], float], dict[str, float]]:
-    """Return perplexities of the full model: as it is, by the client's rate and share, by the reference's rate.
+) -> tuple[float, dict[tuple[str, Way], float], dict[str, float]]:
+    """Return perplexities of the full model: as it is, by the client's rate and way in, by the reference's rate.
 
     Raises:
-        RunFailed: when no rate and share gave a number.
+        ConfigError: when a way names nothing that the adapter changes.
+        RunFailed: when no rate and way gave a number.
     """
     model = load_model(config.model)
     cast_model(model, ruler.dtype)
     model.to(choose_device(config.device))  # type: ignore[arg-type]
 
-    def scored(found: Candidates, name: str, scale: float, label: str) -> float | None:
+    public = public_text(config.spare, ruler.tokenizer, limit_tokens=config.spare_tokens)[0] if config.spare else []
+
+    def scored(found: Candidates, name: str, way: Way, label: str) -> float | None:
         candidate = found.bundles[name]
-        adapter = fit(model, candidate.verified, candidate.record, base_digest=digest, scale=scale)
+        fitted = fit(model, candidate.verified, candidate.record, base_digest=digest)
         try:
-            with plugged(model, adapter) as adapted:
+            with plugged(model, taken(model, fitted, way, public), mix=way.mix) as adapted:
                 return ruler.score(adapted, label)["perplexity"]
         except RunFailed as error:
             say(f"warning: {label} is left out: {error}")
@@ -336,22 +345,22 @@ def _in_full(
 
     zero_shot = ruler.score(model, "zero-shot")["perplexity"]
     tried = {
-        (name, scale): scored(candidates, name, scale, f"{scale:g} of rate {name}")
+        (name, way): scored(candidates, name, way, f"{way} of rate {name}")
         for name in candidates.bundles
-        for scale in config.scales
+        for way in config.ways
     }
     scores = {key: score for key, score in tried.items() if score is not None}
     if not scores:
         raise RunFailed("no rate and share gave a number in the full model", hint="try a lower --learning-rate")
-    name, scale = min(scores, key=scores.__getitem__)
-    if config.tries_less and scale == min(config.scales):
-        say(f"{scale:g} did best of the usual shares: {LEAST_SCALE:g} of rate {name} is tried, too")
-        if (score := scored(candidates, name, LEAST_SCALE, f"{LEAST_SCALE:g} of rate {name}")) is not None:
-            scores[name, LEAST_SCALE] = score
+    name, way = min(scores, key=scores.__getitem__)
+    if config.tries_less and way == Way(min(config.scales)):
+        say(f"{way} did best of the usual shares: {LEAST_SCALE:g} of rate {name} is tried, too")
+        if (score := scored(candidates, name, Way(LEAST_SCALE), f"{LEAST_SCALE:g} of rate {name}")) is not None:
+            scores[name, Way(LEAST_SCALE)] = score
     compared: dict[str, float] = {}
     if references is not None:
         for name in references.bundles:
-            if (score := scored(references, name, 1.0, f"reference, rate {name}")) is not None:
+            if (score := scored(references, name, Way(), f"reference, rate {name}")) is not None:
                 compared[name] = score
     return zero_shot, scores, compared
 
@@ -378,7 +387,7 @@ def _show(config: RehearseConfig, found: Rehearsal) -> None:
     best, reference = found.best, found.reference
     columns = ["rate", "share", "emulator-tuned", "withheld", "plugged in", "recovery", "in nats", ""]
     lines = [
-        [f"{one.learning_rate:g}", f"{one.scale:g}", f"{one.emulator_tuned:,.2f}",
+        [f"{one.learning_rate:g}", str(Way.stated(one.scale, one.way)), f"{one.emulator_tuned:,.2f}",
          f"{withheld(one.emulator_tuned, found.zero_shot):.2f}", f"{one.plugged_in:,.2f}",
          *("" if share is None else f"{share:.2f}" for share in (one.recovery, one.recovery_nats)),
          "best" if one is best else ""]
@@ -394,10 +403,15 @@ def _show(config: RehearseConfig, found: Rehearsal) -> None:
     if best.plugged_in >= found.zero_shot:
         say("warning: no rate and share made the full model better on this text; the package does not carry over to it")
         return
-    if best.scale == LEAST_SCALE and config.tries_less:
+    way = Way.stated(best.scale, best.way)
+    if way == Way(LEAST_SCALE) and config.tries_less:
         say(f"warning: the smallest share that was tried did best, {best.scale:g}; a smaller one may do better")
-    if best.scale != 1:
-        say(f"plug in what comes back with --scale {best.scale:g}")
+    if not way.is_plain:
+        share = str(replace(way, spare=None, mix=1.0))
+        words = [] if share == "1" else [f"--scale {share}"]
+        words += [] if way.spare is None else [f"--spare TEXT --spare-half {way.spare:g}"]
+        words += [] if way.mix == 1 else [f"and serve it with --mix {way.mix:g}"]
+        say(f"plug in what comes back with {' '.join(words)}")
     spec = {flag_name(name): getattr(config, name) for name in ADAPTER_FIELDS if name in config.model_fields_set}
     shape = [word for pair in spec.items() for word in pair]
     say_next("offsite", "job", "create", config.package, "--client", "FINGERPRINT", "--registry", "registry", *shape,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -10,16 +11,19 @@ from pydantic import Field, model_validator
 from adapters.rates import LEARNING_RATES
 from adapters.settings import TuningSettings
 from offsite.config import MEASURING, OUTPUT, REPEATED, USUAL
+from offsite.errors import ConfigError
 from offsite.modelling.config import ModelWord
 from offsite.problems import meant
 from offsite.text.config import TextFiles
+from server.plugging.config import SpareSettings
+from server.plugging.ways import Way
 
 SCALES = (1.0, 0.75, 0.5)
 LEAST_SCALE = 0.35
 """Shares of the update that are tried, and the one that is tried besides where the smallest of them did best."""
 
 
-class RehearseConfig(ModelWord, TuningSettings):
+class RehearseConfig(ModelWord, TuningSettings, SpareSettings):
     """Settings of ``offsite rehearse MODEL --package PACKAGE --data TEXT -o REHEARSAL.json``."""
 
     verb: ClassVar[str] = "rehearse"
@@ -52,6 +56,12 @@ class RehearseConfig(ModelWord, TuningSettings):
         (),
         description="share of the update to try; repeat it for others; "
         f"default: {', '.join(f'{s:g}' for s in SCALES)}, and {LEAST_SCALE:g} where {SCALES[-1]:g} does best",
+        json_schema_extra=USUAL | REPEATED,
+    )
+    way: tuple[str, ...] = Field(
+        (),
+        description="another way to plug in to try beside the shares, as attention=0.5,mlp=0.75 or 0.75,spare=1 or "
+        "1,mix=0.7; may be repeated",
         json_schema_extra=USUAL | REPEATED,
     )
     steps: int = Field(
@@ -87,9 +97,29 @@ class RehearseConfig(ModelWord, TuningSettings):
                 problems.append(f"{flag}: one value is given twice")
         if self.adapter == "dora" and any(scale != 1 for scale in self.scale):
             problems.append("--scale: a dora adapter is plugged in whole or not")
+        problems += self._way_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _way_problems(self) -> list[str]:
+        found, ways = [], []
+        for word in self.way:
+            try:
+                way = Way.read(word)
+            except ConfigError as error:
+                found.append(f"--way {word[:80]}: {error}")
+                continue
+            if way in ways or way in map(Way, self.scales):
+                found.append(f"--way {word}: tried already")
+            if way.spare is not None and not self.spare:
+                found.append(f"--way {word}: --spare is missing, which names public text")
+            if self.adapter == "dora" and replace(way, mix=1.0) != Way():
+                found.append(f"--way {word}: a dora adapter is plugged in whole or not")
+            ways.append(way)
+        if self.spare and all(way.spare is None for way in ways) and not found:
+            found.append("--spare: no --way spares anything, as 0.75,spare=1 does")
+        return found
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -101,6 +131,11 @@ class RehearseConfig(ModelWord, TuningSettings):
     def scales(self) -> tuple[float, ...]:
         """Shares of the update that are tried, from the largest."""
         return tuple(sorted(self.scale, reverse=True)) or ((1.0,) if self.adapter == "dora" else SCALES)
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """Ways to plug in that are tried: the shares, then the others."""
+        return (*map(Way, self.scales), *(Way.read(word) for word in self.way))
 
     @property
     def tries_less(self) -> bool:

@@ -52,21 +52,14 @@ class ScaleSettings(VerbConfig):
         return Way.read(str(self.scale))
 
 
-class WaySettings(ScaleSettings):
-    """Base of verbs that plug in some directions of an update, too."""
+class SpareSettings(VerbConfig):
+    """Base of verbs that may leave some directions of the full model as they were."""
 
     spare: TextFiles = Field(
         (),
         description="public text: what its inputs use most is left as it was in the full model; may be repeated; not "
         "for dora and bitfit",
         json_schema_extra=USUAL | REPEATED,
-    )
-    spare_half: float = Field(
-        1.0,
-        ge=LEAST_SPARE,
-        le=MOST_SPARE,
-        description="with --spare: a direction used so often, over the mean one, keeps half; larger keeps more",
-        json_schema_extra=USUAL,
     )
     spare_tokens: int = Field(
         20_000, ge=1, description="with --spare: tokens of the text that are read, at most", json_schema_extra=USUAL
@@ -75,9 +68,22 @@ class WaySettings(ScaleSettings):
     @model_validator(mode="after")
     def _spare(self) -> Self:
         for name in ("spare_half", "spare_tokens"):
-            if not self.spare and getattr(self, name) != type(self).model_fields[name].default:
+            field = type(self).model_fields.get(name)
+            if field is not None and not self.spare and getattr(self, name) != field.default:
                 raise ValueError(f"{flag_name(name)} goes with --spare, which names public text")
         return self
+
+
+class WaySettings(ScaleSettings, SpareSettings):
+    """Base of verbs that plug in some directions of an update, too."""
+
+    spare_half: float = Field(
+        1.0,
+        ge=LEAST_SPARE,
+        le=MOST_SPARE,
+        description="with --spare: a direction used so often, over the mean one, keeps half; larger keeps more",
+        json_schema_extra=USUAL,
+    )
 
     @property
     def way(self) -> Way:

@@ -79,7 +79,7 @@ def last_of_each(words):
     """Return the words with the last value of every flag that takes one."""
     kept, skip = [], False
     for number, word in enumerate(words):
-        is_repeated = word in ("--learning-rate", "--scale")
+        is_repeated = word in ("--learning-rate", "--scale", "--way")
         if skip:
             skip = False  # the value of a flag that comes again
         elif word.startswith("--") and not is_repeated and word in words[number + 1 :]:
@@ -221,6 +221,30 @@ def test_shares_that_were_named_are_those_that_are_tried(rehearse, in_this_proce
     code, _, err = rehearse("--learning-rate", "0.01", *words)
     assert code == 0, err
     assert "is tried, too" not in err
+
+
+def test_other_ways_to_plug_in_are_tried_and_read_as_evaluate_does(
+    rehearse, in_this_process, dropped_package, llama_folder, texts, capsys
+):
+    ways = ["--way", "attention=0.5,mlp=0.75", "--way", "0.75,spare=1,mix=0.7", "--spare", str(texts / "more.jsonl")]
+    code, told, err = rehearse("--learning-rate", "0.01", "--scale", "1", *ways)
+    assert code == 0, err
+    found = read_rehearsal(texts / "found.json")
+    assert [(one.scale, one.way) for one in found.trials] == [
+        (1.0, ""),
+        (1.0, "attention=0.5,mlp=0.75"),
+        (0.75, "0.75,spare=1,mix=0.7"),
+    ]
+    assert told["way"] in {"1", "attention=0.5,mlp=0.75", "0.75,spare=1,mix=0.7"}
+    settings = [*SETTINGS, "--learning-rate", "0.01"]
+    package = str(dropped_package.path)
+    capsys.readouterr()
+    assert cli(["tune", package, "--data", str(texts / "public.jsonl"), "-o", str(texts / "tuned"), *settings]) == 0
+    words = ["evaluate", str(llama_folder), "--package", package, "--block-tokens", "32", "-o", str(texts / "by-hand")]
+    words += ["--bundle", str(texts / "tuned"), "--data", str(texts / "more.jsonl"), "--scale", "0.75", "--mix", "0.7"]
+    assert cli([*words, "--spare", str(texts / "more.jsonl")]) == 0
+    by_hand = json.loads(capsys.readouterr().out.splitlines()[-1])["plugged_in"]
+    assert found.trials[2].plugged_in == pytest.approx(by_hand, rel=1e-6)
 
 
 def test_without_more_text_a_share_of_the_documents_is_measured_on(rehearse, in_this_process, texts):
@@ -415,6 +439,11 @@ def test_work_of_another_run_is_left_alone(name, rehearse, in_this_process, text
         (["--learning-rate", "2"], "--learning-rate: expected more than 0 and at most 1"),
         (["--scale", "1.5"], "--scale: expected more than 0 and at most 1"),
         (["--scale", "0.5", "--scale", "0.5"], "--scale: one value is given twice"),
+        (["--way", "attention=2"], "--way attention=2: attention: expected more than 0 and at most 1"),
+        (["--way", "0.5"], "--way 0.5: tried already"),
+        (["--way", "1,spare=1"], "--way 1,spare=1: --spare is missing, which names public text"),
+        (["--spare", "public.jsonl"], "--spare: no --way spares anything"),
+        (["--adapter", "dora", "--way", "mlp=0.5"], "--way mlp=0.5: a dora adapter is plugged in whole or not"),
         (["--adapter", "lorra"], "--adapter: no kind 'lorra'"),
         (["--adapter", "dora", "--scale", "0.5"], "--scale: a dora adapter is plugged in whole or not"),
         (["--steps", "0"], "--steps"),
