@@ -104,6 +104,26 @@ def test_each_is_as_a_run_of_its_seed_on_the_first_ones_split_and_the_bundle_is_
     assert told["best_loss"] == pytest.approx(loss_of(dropped_package, spec, found, ready.text), rel=1e-6)
 
 
+def test_runs_with_another_objective_are_resumed_as_they_began_and_keep_it_in_their_record(
+    settings, narrow_package, tmp_path
+):
+    given = {**LORA, "placement": "all", "objective": "dft", "channel_dropout": 0.2, "runs": 2}
+    whole = run(settings(narrow_package.path, **given, output=tmp_path / "whole"))
+    config = settings(narrow_package.path, **given)
+    train_one(config, 1)
+    told = run(config.model_copy(update={"resume": True}))
+    assert told["bundle_digest"] == whole["bundle_digest"]
+    assert (
+        tensors_of(narrow_package, tmp_path / "bundle").keys() == tensors_of(narrow_package, tmp_path / "whole").keys()
+    )
+    record = read_run(run_path(tmp_path / "bundle"))
+    assert (record.objective.loss, record.objective.channel_dropout, len(record.averaged)) == ("dft", 0.2, 2)
+    plain = {**given, "objective": "next-token"}
+    train_one(settings(narrow_package.path, **given, output=tmp_path / "third"), 1)
+    with pytest.raises(ConfigError, match="objective.loss 'dft'"):
+        run(settings(narrow_package.path, **plain, resume=True, output=tmp_path / "third"))
+
+
 real = averages.keep
 
 
