@@ -120,7 +120,7 @@ def test_runs_with_another_objective_are_resumed_as_they_began_and_keep_it_in_th
     assert (record.objective.loss, record.objective.channel_dropout, len(record.averaged)) == ("dft", 0.2, 2)
     plain = {**given, "objective": "next-token"}
     train_one(settings(narrow_package.path, **given, output=tmp_path / "third"), 1)
-    with pytest.raises(ConfigError, match="objective.loss 'dft'"):
+    with pytest.raises(ConfigError, match=r"objective\.loss 'dft'"):
         run(settings(narrow_package.path, **plain, resume=True, output=tmp_path / "third"))
 
 
