@@ -33,6 +33,7 @@ ADAPTER: JsonDict = {"panel": "Adapter"}
 TRAINING: JsonDict = {"panel": "Training"}
 ROUNDS: JsonDict = {"panel": "Rounds"}
 COMBINING: JsonDict = {"panel": "Combining"}
+PLUGGING: JsonDict = {"panel": "Plugging in"}
 MEASURING: JsonDict = {"panel": "Measuring"}
 ATTACK: JsonDict = {"panel": "Attacks"}
 PRIVACY: JsonDict = {"panel": "Privacy"}
@@ -43,7 +44,7 @@ KEYS: JsonDict = {"panel": "Keys"}
 """Where a setting stands in ``--help``; what must be given stands in the first panel by itself."""
 
 _IN_ORDER: tuple[JsonDict, ...] = (
-    *(NEEDED, USUAL, DIAL, DATA, COMPRESSION, ADAPTER, TRAINING, ROUNDS, COMBINING),
+    *(NEEDED, USUAL, DIAL, DATA, COMPRESSION, ADAPTER, TRAINING, ROUNDS, COMBINING, PLUGGING),
     *(MEASURING, ATTACK, PRIVACY, NETWORK, LIMITS, MACHINE, KEYS),
 )
 PANELS = tuple(str(one["panel"]) for one in _IN_ORDER)

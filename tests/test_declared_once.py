@@ -21,6 +21,8 @@ SEVERAL = {
     "round": "what a round is asked for: to go on from it, or to rebuild what a bundle was tuned on",
     "canaries": "planted by tune, looked for by the audit",
     "certificate": "a server's own, or the one a client trusts",
+    "field_text": "what text of the client's field is for: measuring on, or playing a client on",
+    "parallel": "sizes tried, or runs of a client, at a time",
     "fingerprint": "of a card that is pinned, or of one that is used this once",
     "days": "of keys, or of a TLS certificate",
     "delta": "of a client's claim, or of the guarantee that the owner gives",

@@ -19,6 +19,7 @@ from emulator.audit.withheld import without
 from emulator.distillation.public import PublicText, prepare
 from offsite.artefacts.owner import OwnerRecord, owner_record_path, read_owner_record
 from offsite.artefacts.package import Package, open_package
+from offsite.console import say
 from offsite.errors import ConfigError, UnsupportedModel, WrongBinding
 from offsite.evaluation.results import Results, read_results
 from offsite.text.batches import Example, encode
@@ -140,8 +141,11 @@ def _field_text(
         records = read_files(
             config.field_text, fields=config.fields, document_field=config.document_field, separator=config.separator
         )
-    packed = config.pack if config.field_text else True
-    return _in_batches(config, without(records, held_out), tokenizer, package.empty_model(), packed=packed)
+    packed, own = config.pack if config.field_text else True, without(records, held_out)
+    if not config.field_text and len({record.document for record in own}) < 2:
+        say("warning: no client is played, for too little of the public text is not measured on; give --field-text")
+        return None
+    return _in_batches(config, own, tokenizer, package.empty_model(), packed=packed)
 
 
 def _in_batches(

@@ -172,13 +172,13 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings, Own
         gt=0,
         le=1,
         description="low-rank: share of each linear's numbers that its two factors hold",
-        json_schema_extra=USUAL,
+        json_schema_extra=COMPRESSION,
     )
     pack: Literal["int8", "int4", "nf4", "nf3"] | None = Field(
         None,
         description="what the middle's linears are packed into: 8, 4, 4 or 3 bits a weight, by method packed, or after "
         "any other and its distillation; it saves bytes and withholds next to nothing",
-        json_schema_extra=USUAL,
+        json_schema_extra=COMPRESSION,
     )
     bottom: int = Field(2, ge=0, description="blocks in the bottom end", json_schema_extra=COMPRESSION)
     top: int = Field(2, ge=1, description="blocks in the top end", json_schema_extra=COMPRESSION)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from adapters.rates import LEARNING_RATES
 from adapters.settings import TuningSettings
-from offsite.config import MEASURING, OUTPUT, REPEATED, USUAL
+from offsite.config import MEASURING, OUTPUT, PLUGGING, REPEATED, USUAL
 from offsite.errors import ConfigError
 from offsite.modelling.config import ModelWord
 from offsite.problems import meant
@@ -56,13 +56,13 @@ class RehearseConfig(ModelWord, TuningSettings, SpareSettings):
         (),
         description="share of the update to try; repeat it for others; "
         f"default: {', '.join(f'{s:g}' for s in SCALES)}, and {LEAST_SCALE:g} where {SCALES[-1]:g} does best",
-        json_schema_extra=USUAL | REPEATED,
+        json_schema_extra=PLUGGING | REPEATED,
     )
     way: tuple[str, ...] = Field(
         (),
         description="another way to plug in to try beside the shares, as attention=0.5,mlp=0.75 or 0.75,spare=1 or "
         "1,mix=0.7; may be repeated",
-        json_schema_extra=USUAL | REPEATED,
+        json_schema_extra=PLUGGING | REPEATED,
     )
     steps: int = Field(
         100,

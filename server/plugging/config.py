@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from offsite.config import OUTPUT, REPEATED, USUAL, VerbConfig, flag_name
+from offsite.config import OUTPUT, PLUGGING, REPEATED, USUAL, VerbConfig, flag_name
 from offsite.errors import ConfigError
 from offsite.modelling.config import ModelWord
 from offsite.text.config import TextFiles
@@ -43,7 +43,7 @@ class ScaleSettings(VerbConfig):
         1.0,
         description="share of the adapter's update that is plugged in: a number, or by module and part, as "
         "attention=0.5,mlp=0.75,top=0.5; not for dora",
-        json_schema_extra=USUAL,
+        json_schema_extra=PLUGGING,
     )
 
     @property
@@ -59,10 +59,10 @@ class SpareSettings(VerbConfig):
         (),
         description="public text: what its inputs use most is left as it was in the full model; may be repeated; not "
         "for dora and bitfit",
-        json_schema_extra=USUAL | REPEATED,
+        json_schema_extra=PLUGGING | REPEATED,
     )
     spare_tokens: int = Field(
-        20_000, ge=1, description="with --spare: tokens of the text that are read, at most", json_schema_extra=USUAL
+        20_000, ge=1, description="with --spare: tokens of the text that are read, at most", json_schema_extra=PLUGGING
     )
 
     @model_validator(mode="after")
@@ -82,7 +82,7 @@ class WaySettings(ScaleSettings, SpareSettings):
         ge=LEAST_SPARE,
         le=MOST_SPARE,
         description="with --spare: a direction used so often, over the mean one, keeps half; larger keeps more",
-        json_schema_extra=USUAL,
+        json_schema_extra=PLUGGING,
     )
 
     @property
@@ -99,7 +99,7 @@ class MixSettings(VerbConfig):
         gt=0,
         le=1,
         description="share of the plugged-in model's probabilities; the rest is the full model's, by a second pass",
-        json_schema_extra=USUAL,
+        json_schema_extra=PLUGGING,
     )
 
 
@@ -110,7 +110,7 @@ class CorrectSettings(VerbConfig):
         False,
         description="take the emulator's fault along the adapter's own directions out of the update, so that the full "
         "model computes on them what was tuned; lora and rslora on packages of method low-rank or packed",
-        json_schema_extra=USUAL,
+        json_schema_extra=PLUGGING,
     )
 
 

@@ -64,7 +64,11 @@ def test_the_tokenizers_file_that_is_damaged_is_named(parties, file, at):
 )
 def test_a_folder_of_another_kind_is_told_by_its_kind(parties, given, kind):
     given = given.format(id=parties.figures["id"])
-    parties.run("owner", f"plug-in {given} {parties.figures['id']} --registry registry --keys keys -o again", code=2)
+    parties.run(
+        "owner",
+        f"plug-in {given} {parties.figures['id']} --registry registry --keys keys --package package -o again",
+        code=2,
+    )
     assert f"folder '{given.rpartition('/')[2]}' is {kind}, not the full model" in parties.told
     assert not (parties.owner / "again").exists()
 

@@ -153,8 +153,18 @@ def test_a_client_can_be_played_where_no_attack_is_tried(settings, pack_speaker,
     run(settings(pack_speaker("drop", blocks=2), **alone))
     audit, _ = read_audit(tmp_path / "audit")
     assert list(by_way(audit)) == ["rehearsed client"]
-    assert "on every linear of 1+1 blocks, 2 step(s) on text of the field" in audit.withheld[0].told
+    assert "on every linear, 2 step(s) on text of the field" in audit.withheld[0].told
     assert "no attack is tried" in capsys.readouterr().err
+
+
+def test_a_client_is_left_out_where_all_public_text_is_measured_on(
+    settings, pack_speaker, public_speech, tmp_path, capsys
+):
+    alone = {**NO_ATTACK, "client_steps": "2", "client_rates": "1e-2", "recovery_tokens": "32"}
+    run(settings(pack_speaker("drop", blocks=2), **alone, public=str(public_speech), heldout=str(public_speech)))
+    audit, _ = read_audit(tmp_path / "audit")
+    assert "rehearsed client" not in by_way(audit)
+    assert "no client is played, for too little of the public text is not measured on" in capsys.readouterr().err
 
 
 def test_a_client_is_not_played_with_no_steps(settings, pack_speaker, tmp_path):
