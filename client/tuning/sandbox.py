@@ -29,6 +29,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import unquote
 
 from client.tuning.config import TuneConfig
 from offsite.console import say
@@ -176,12 +177,24 @@ def _is_allowed(event: str, arguments: Arguments, target: _Target, path: Any, pl
         if event == "open" and arguments[1] is None and not Path(given).is_absolute():
             return False  # os.open relative to a folder that the event does not name
         if event == "sqlite3.connect" and given.startswith("file:"):
-            return False
+            given = _read_only(given)
         dir_fd = arguments[target.dir_fd] if target.dir_fd is not None and target.dir_fd < len(arguments) else None
         found = _resolved(given, dir_fd if isinstance(dir_fd, int) and dir_fd >= 0 else None, target.follows)
     except (OSError, ValueError, TypeError):
         return False
     return places.hold(found) or (event == "os.mkdir" and places.lead_through(found))
+
+
+def _read_only(uri: str) -> str:
+    """Return the path of a database that is opened for reading alone, as a ledger is before it is trusted.
+
+    Raises:
+        ValueError: when the address says more or less than that, or could be taken for a file's name.
+    """
+    path, mode = uri.removesuffix("?mode=ro"), uri[-len("?mode=ro") :]
+    if mode != "?mode=ro" or not path.startswith("file:///") or set("?#") & set(path) or os.path.lexists("file:"):
+        raise ValueError("not an absolute path, read only")
+    return unquote(path.removeprefix("file://"))
 
 
 def _opens_to_write(arguments: Arguments) -> bool:
