@@ -163,9 +163,7 @@ def write(plan: dict[str, Any], done: dict[str, dict[str, Any]], given: argparse
     """The results stand: every job that is done, without paths."""
     hidden = {"needs", "distill"}
     jobs = [{key: value for key, value in job.items() if key not in hidden} for job in done.values()]
-    for job in jobs:
-        if "anchor_text" in job.get("how", {}):
-            job["how"] = {**job["how"], "anchor_text": Path(job["how"]["anchor_text"]).name}
+    jobs = [_without_paths(job) for job in jobs]
     roles = {key: Path(found(plan[key], given.data)) for key in ("client", "heldout")}
     texts = {Path(one).stem.split(".")[0]: Path(found(one, given.data)) for one in plan["texts"]}
     result = {
@@ -178,6 +176,17 @@ def write(plan: dict[str, Any], done: dict[str, dict[str, Any]], given: argparse
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _without_paths(found: Any) -> Any:
+    """Return what a job says with every text's name in place of its path."""
+    if isinstance(found, dict):
+        texts = {"text", "anchor_text"}
+        return {
+            key: Path(value).name if key in texts and isinstance(value, str) else _without_paths(value)
+            for key, value in found.items()
+        }
+    return [_without_paths(one) for one in found] if isinstance(found, list) else found
 
 
 if __name__ == "__main__":

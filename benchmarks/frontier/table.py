@@ -85,7 +85,7 @@ def points(result: Mapping[str, Any]) -> list[Point]:
     short, long = references(jobs), references(jobs, "steps-160-full")
     found = []
     for job in jobs:
-        if job["kind"] != "mean" or "emulator_tuned" not in job["found"]:
+        if job["kind"] != "mean" or "emulator_tuned" not in job["found"] or len(job["found"]["plugged_in"]) < 2:
             continue
         known = long if job["how"].get("steps", 40) == 160 else short
         if 1 not in known:
@@ -127,6 +127,17 @@ def table(rows: Iterable[Point]) -> str:
     return "\n".join(lines)
 
 
+def other_ways(result: Mapping[str, Any]) -> str:
+    """Return one Markdown table of the other ways to plug in, and of shares that were fitted."""
+    lines = ["| runs | way | plugged in |", "| --- | --- | --- |"]
+    for job in result["jobs"]:
+        if job["kind"] == "ways":
+            lines += [f"| {len(job['runs'])} | {way} | {one:.2f} |" for way, one in job["found"]["plugged_in"].items()]
+        if job["kind"] == "fit":
+            lines.append(f"| {len(job['runs'])} | fitted: {job['fit']['name']} | {job['found']['plugged_in']:.2f} |")
+    return "\n".join(lines)
+
+
 def draw(rows: Iterable[Point], out: Path) -> None:
     """Write the picture, as SVG: a circle is one run, a filled one a mean; red lies 0.03 or more above the line."""
     import matplotlib
@@ -154,7 +165,8 @@ def draw(rows: Iterable[Point], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    measured = points(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    print(table(measured))
+    results = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    measured = points(results)
+    print(table(measured), other_ways(results), sep="\n\n")
     if len(sys.argv) > 2:
         draw(measured, Path(sys.argv[2]))
