@@ -19,7 +19,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
-"$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check transformers==5.23.0 gguf==0.19.0
+"$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check transformers==5.23.0 gguf==0.19.0 accelerate==1.15.0
 cd "$folder"
 "$folder/venv/bin/python" - <<'PY'
 import logging

@@ -1,8 +1,8 @@
 """The frontier benchmark: what plugging in recovers, against what the client is left with after tuning.
 
 Run as: ``python benchmarks/frontier/run.py --config benchmarks/frontier/medquad.yaml --data FOLDER --work FOLDER --out
-JSON``. Jobs that stand in the results or in the work folder are not run again, unless ``--anew`` says so; each is bound
-to a digest of the code that made it. Killed, it goes on where it was.
+JSON``. What was measured, in the results or in the work folder, is not measured again, and no package or run is made
+that nothing left to measure needs. Each job is bound to a digest of the code that made it. Killed, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from benchmarks.record import environment, files
 from offsite.digests import sha256_bytes, sha256_file
 
 ROOT = Path(__file__).resolve().parents[2]
+MADE = ("package", "run")
+"""Kinds of jobs that leave files in the work folder, and are there for the others."""
+
 CODE = (
     "benchmarks/frontier/work.py",
     "emulator/compression",
@@ -52,9 +55,19 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     only = list(filter(None, given.only.split(",")))
     jobs = [job for job in planned(plan, given.data) if not only or job["arm"] in only or job["arm"] == ""]
-    done = finished(given.work / "jobs.jsonl")
-    work_off(jobs, done, plan, given)
-    write(plan, done, given)
+    earlier = json.loads(given.out.read_text(encoding="utf-8"))["jobs"] if given.out.is_file() else []
+    kept = {job["key"]: job for job in earlier}
+    done = {key: job for key, job in kept.items() if job["kind"] not in MADE} | finished(given.work / "jobs.jsonl")
+    work_off(needed(jobs, done), done, plan, given)
+    write(plan, kept | done, given)
+
+
+def needed(jobs: list[dict[str, Any]], done: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the jobs that are not done, without what is made for others when all of those are done."""
+    left = [job for job in jobs if job["key"] not in done]
+    wanted = {need for job in left if job["kind"] not in MADE for need in job["needs"]}
+    wanted |= {need for job in left if job["key"] in wanted for need in job["needs"]}
+    return [job for job in left if job["kind"] not in MADE or job["key"] in wanted]
 
 
 def planned(plan: dict[str, Any], data: Path) -> Iterator[dict[str, Any]]:
