@@ -2,7 +2,8 @@
 
 Run as: ``python benchmarks/frontier/run.py --config benchmarks/frontier/medquad.yaml --data FOLDER --work FOLDER --out
 JSON``. What was measured, in the results or in the work folder, is not measured again, and no package or run is made
-that nothing left to measure needs. Each job is bound to a digest of the code that made it. Killed, it goes on where it was.
+that nothing left to measure needs. Each job is bound to a digest of the code that made it. Killed, it goes on where it
+was.
 """
 
 from __future__ import annotations
