@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,24 @@ from offsite.digests import sha256_file
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def arguments(description: str | None, *, only: str) -> tuple[argparse.Namespace, dict[str, Any], set[str]]:
+def arguments(
+    description: str | None, *, only: str, more: Callable[[argparse.ArgumentParser], None] | None = None
+) -> tuple[argparse.Namespace, dict[str, Any], set[str]]:
     """Return what the command line says, the configuration it names, and what to work on (empty: all of it).
 
     Args:
         only: what ``--only`` takes.
+        more: adds a benchmark's own options.
     """
-    options = argparse.ArgumentParser(description=description)
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--config", type=Path, required=True)
     options.add_argument("--data", type=Path, required=True, help="folder that benchmarks/data/prepare.py --full wrote")
     options.add_argument("--work", type=Path, required=True)
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--model", default=None, help="instead of the configuration's")
     options.add_argument("--only", default="", help=only)
+    if more is not None:
+        more(options)
     given = options.parse_args()
     plan = yaml.safe_load(given.config.read_text(encoding="utf-8"))
     plan["model"] = given.model or plan["model"]

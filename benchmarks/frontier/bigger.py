@@ -20,11 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-import yaml
-from run import finished, found, planned, work_off, write
+from run import finished, found, planned, shared, work_off, write
 
 from benchmarks.data.models import SOURCES
-from benchmarks.record import environment
+from benchmarks.record import arguments, environment
 from client.tuning.tune import attach_to_package
 from offsite.artefacts.package import open_package
 from offsite.modelling.fetch import bring
@@ -33,32 +32,26 @@ from offsite.text.batches import pad_id
 
 def main() -> None:
     """Run the jobs that are not done, write the results and print the table."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--config", type=Path, required=True)
-    options.add_argument("--data", type=Path, required=True, help="folder that benchmarks/data/prepare.py --full wrote")
-    options.add_argument("--work", type=Path, required=True, help="folder for packages, adapters and finished jobs")
-    options.add_argument("--out", type=Path, required=True, help="results JSON to write")
-    options.add_argument("--cache", type=Path, help="cache folder of models; default: the user's, or OFFSITE_CACHE")
-    options.add_argument("--only", default="", help="arms to work on, by comma; the results keep all that is done")
-    options.add_argument("--workers", type=int, default=1)
-    options.add_argument("--threads", type=int, default=1, help="threads of each worker")
-    options.add_argument("--limit-seconds", type=float, default=0, help="start no job after this long; 0 for no limit")
-    options.add_argument("--check", action="store_true", help="a few blocks and one step, no more")
-    given = options.parse_args()
-    plan = yaml.safe_load(given.config.read_text(encoding="utf-8"))
-    given.work.mkdir(parents=True, exist_ok=True)
+    given, plan, only = arguments(
+        __doc__, only="arms to work on, by comma; the results keep all that is done", more=_options
+    )
     named = plan["model"]
     folder = str(bring(named, SOURCES[named], given.cache)) if named in SOURCES else named
     here = {**plan, "model": folder}
     if given.check:
         check(here, given)
         return
-    only = list(filter(None, given.only.split(",")))
     jobs = [job for job in planned(plan, given.data) if not only or job["arm"] in only or job["arm"] == ""]
     done = finished(given.work / "jobs.jsonl")
     work_off(jobs, done, here, given)
     write({**plan, "model": Path(named).name}, done, given)
     print(write_table(plan, done))
+
+
+def _options(options: argparse.ArgumentParser) -> None:
+    shared(options)
+    options.add_argument("--cache", type=Path, help="cache folder of models; default: the user's, or OFFSITE_CACHE")
+    options.add_argument("--check", action="store_true", help="a few blocks and one step, no more")
 
 
 def check(plan: dict[str, Any], given: argparse.Namespace) -> None:

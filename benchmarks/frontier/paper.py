@@ -26,9 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-import yaml
 
-from benchmarks.record import ROOT, environment, files, write
+from benchmarks.record import ROOT, arguments, environment, files, write
 from offsite.digests import sha256_bytes, sha256_file
 
 CODE = (
@@ -46,27 +45,16 @@ REFERENCE = "full"
 
 def main() -> None:
     """Run the jobs that are not done, write the results and print the table."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--config", type=Path, required=True)
-    options.add_argument("--data", type=Path, required=True, help="folder that benchmarks/data/prepare.py --full wrote")
-    options.add_argument("--work", type=Path, required=True, help="folder for packages, adapters and finished jobs")
-    options.add_argument("--out", type=Path, required=True, help="results JSON to write")
-    options.add_argument("--model", default=None, help="instead of the configuration's")
-    options.add_argument("--only", default="", help="sets to work on, by comma; the results keep all that is done")
-    options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--limit-seconds", type=float, default=0, help="start no job after this long; 0 for no limit")
-    options.add_argument("--any-code", action="store_true", help="keep jobs that other code did")
-    options.add_argument("--check", action="store_true", help="compare the scorer with lm-evaluation-harness, no more")
-    given = options.parse_args()
-    plan = yaml.safe_load(given.config.read_text(encoding="utf-8"))
-    plan["model"] = given.model or plan["model"]
-    if unknown := set(filter(None, given.only.split(","))) - set(plan["sets"]):
-        options.error(f"no set {min(unknown)!r}, known: {', '.join(plan['sets'])}")
+    given, plan, only = arguments(
+        __doc__, only="sets to work on, by comma; the results keep all that is done", more=_options
+    )
+    if unknown := only - set(plan["sets"]):
+        raise SystemExit(f"no set {min(unknown)!r}, known: {', '.join(plan['sets'])}")
     bench = Bench(plan, given)
     if given.check:
         check(bench)
         return
-    sets = list(filter(None, given.only.split(","))) or list(plan["sets"])
+    sets = [name for name in plan["sets"] if not only or name in only]
     finished = bench.run(sets)
     found = bench.found(sets)
     roles = {f"{name}_{role}": given.data / own[role] for name, own in plan["sets"].items() for role in own}
@@ -77,6 +65,13 @@ def main() -> None:
     }  # fmt: skip
     write(given.out, result)
     print(write_table(result))
+
+
+def _options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--limit-seconds", type=float, default=0, help="start no job after this long; 0 for no limit")
+    options.add_argument("--any-code", action="store_true", help="keep jobs that other code did")
+    options.add_argument("--check", action="store_true", help="compare the scorer with lm-evaluation-harness, no more")
 
 
 class Bench:

@@ -21,9 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import yaml
-
-from benchmarks.record import environment, files
+from benchmarks.record import arguments, environment, files
 from offsite.digests import sha256_bytes, sha256_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,25 +40,22 @@ CODE = (
 
 def main() -> None:
     """Run the jobs that are not done and write the results."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--config", type=Path, required=True)
-    options.add_argument("--data", type=Path, required=True, help="folder that benchmarks/data/prepare.py --full wrote")
-    options.add_argument("--work", type=Path, required=True, help="folder for packages, adapters and finished jobs")
-    options.add_argument("--out", type=Path, required=True, help="results JSON to write")
-    options.add_argument("--only", default="", help="arms to work on, by comma; the results keep all that is done")
-    options.add_argument("--workers", type=int, default=1)
-    options.add_argument("--threads", type=int, default=1, help="threads of each worker")
-    options.add_argument("--limit-seconds", type=float, default=0, help="start no job after this long; 0 for no limit")
-    given = options.parse_args()
-    plan = yaml.safe_load(given.config.read_text(encoding="utf-8"))
-    given.work.mkdir(parents=True, exist_ok=True)
-    only = list(filter(None, given.only.split(",")))
+    given, plan, only = arguments(
+        __doc__, only="arms to work on, by comma; the results keep all that is done", more=shared
+    )
     jobs = [job for job in planned(plan, given.data) if not only or job["arm"] in only or job["arm"] == ""]
     earlier = json.loads(given.out.read_text(encoding="utf-8"))["jobs"] if given.out.is_file() else []
     kept = {job["key"]: job for job in earlier}
     done = {key: job for key, job in kept.items() if job["kind"] not in MADE} | finished(given.work / "jobs.jsonl")
     work_off(needed(jobs, done), done, plan, given)
-    write(plan, kept | done, given)
+    write({**plan, "model": Path(plan["model"]).name}, kept | done, given)
+
+
+def shared(options: argparse.ArgumentParser) -> None:
+    """The options of the benchmarks whose jobs run in worker processes are there."""
+    options.add_argument("--workers", type=int, default=1)
+    options.add_argument("--threads", type=int, default=1, help="threads of each worker")
+    options.add_argument("--limit-seconds", type=float, default=0, help="start no job after this long; 0 for no limit")
 
 
 def needed(jobs: list[dict[str, Any]], done: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

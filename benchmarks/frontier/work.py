@@ -1,8 +1,8 @@
 """The frontier benchmark's jobs: packages, runs of a client on them, and what means of runs do in either model.
 
-A job is a pure function of its description. Runs train with the client's own batches, schedule and starts
+A job is a pure function of its description. Runs train with the client's own batches, schedule, starts and objectives
 (`offsite.training.step.rate`, `client.tuning`), in a loop of this file that can do what the product's does not offer;
-frozen linears compute in bfloat16, everything else in float32, as in ``../shared``'s prototypes of 2026-11-30.
+frozen linears compute in bfloat16, everything else in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from torch.nn import functional
 from adapters.kinds import Attached
 from adapters.lift import lift
 from adapters.norms import scale_of
+from client.tuning.anchor import Anchor
+from client.tuning.channels import ChannelDropout
 from client.tuning.data import TrainingText, prepare
+from client.tuning.learning import dft_loss
 from client.tuning.tune import attach_to_package
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.owner import OwnerRecord, owner_record_path, read_owner_record
@@ -37,6 +40,7 @@ from offsite.text.batches import IGNORED, Batches, collate, encode, pack, pad_id
 from offsite.text.records import read_records
 from offsite.training.config import LoopConfig
 from offsite.training.step import rate
+from server.plugging import sparing
 
 BLOCK_TOKENS = 256
 HELDOUT_BLOCKS = 40
@@ -104,7 +108,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     attached = attach_to_package(package, spec, device=torch.device("cpu"), seed=start_seed)
     losses: list[float] = []
     with half(attached.model):
-        averaged = train(attached, text, how, losses)
+        averaged = train(attached, package, text, how, losses, seed=start_seed)
         validation = measure_examples(attached.model, text.validation[:8], text.pad_id)
     tensors = {name: tensor.bfloat16() for name, tensor in attached.tensors().items()}
     path = adapter_path(job["key"])
@@ -168,13 +172,8 @@ def spared(update: Mapping[str, Tensor], strength: float, text: str) -> dict[str
     Args:
         strength: lambda over the mean eigenvalue of C, the mean of x x^T over the layer's inputs in the full model.
     """
-    found = {}
-    for name, delta in update.items():
-        moment = moments(text)[name]
-        scale = strength * float(moment.diagonal().mean())
-        damped = moment + scale * torch.eye(len(moment))
-        found[name] = scale * torch.linalg.solve(damped, delta.T).T
-    return found
+    known = moments(text)
+    return {name: sparing.spared(delta, known[name], strength).float() for name, delta in update.items()}
 
 
 class Shared(nn.Module):
@@ -308,7 +307,7 @@ def spec_for(how: Mapping[str, Any]) -> AdapterSpec:
 
 
 def train(
-    attached: Attached, text: TrainingText, how: Mapping[str, Any], losses: list[float]
+    attached: Attached, package: Package, text: TrainingText, how: Mapping[str, Any], losses: list[float], *, seed: int
 ) -> dict[str, dict[str, Tensor]]:
     """The adapter is trained as `how` says. Returns averages of its weights by name, where they were asked for."""
     steps = how.get("steps", 40)
@@ -323,21 +322,29 @@ def train(
         one.requires_grad_(name in trainable)
     optimizer = torch.optim.AdamW(trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     attached.model.train()
-    handles = dropping(attached.model, how["channel_dropout"]) if how.get("channel_dropout") else []
+    channels = None
+    if how.get("channel_dropout"):
+        channels = ChannelDropout(attached, package, probability=how["channel_dropout"], seed=seed)
     sums: dict[str, Tensor] = {}
     tail = how.get("tail", 0)
     anchors = public_batches(how["anchor_text"]) if how.get("anchor") else None
+    anchor = Anchor(attached)
     batches: Batches = text.batches
     for number in range(1, steps + 1):
         batch = batches.batch(number - 1)
+        if channels is not None:
+            channels.begin(number - 1)
         total, count = 0.0, int((batch["labels"][:, 1:] != IGNORED).sum())
         for rows in range(0, len(batch["input_ids"]), 4):
             part = {name: value[rows : rows + 4] for name, value in batch.items()}
-            loss = token_losses(attached.model, part, how.get("weight", "")).sum() / count
+            summed = dft_loss(attached.model, part)[0] if how.get("weight") == "dft" else None
+            loss = (token_losses(attached.model, part).sum() if summed is None else summed) / count
             loss.backward()
             total += float(loss.detach())
         if anchors is not None:
-            (how["anchor"] * anchored(attached, anchors.batch(number - 1))).backward()
+            public = anchors.batch(number - 1)
+            found = anchor.divergence(attached.model, public["input_ids"], public["attention_mask"])
+            (how["anchor"] * found / public["attention_mask"].sum()).backward()
         norm = nn.utils.clip_grad_norm_(trainable.values(), config.clip_norm or math.inf)
         if not math.isfinite(total) or not math.isfinite(float(norm)):
             raise SystemExit(f"loss {total}, gradient norm {float(norm)} at step {number}")
@@ -349,21 +356,8 @@ def train(
         if tail and number > steps - tail:
             for name, one in attached.tensors().items():
                 sums[name] = sums[name] + one / tail if name in sums else one / tail
-    for handle in handles:
-        handle.remove()
     attached.model.eval()
     return {"tail": sums} if tail else {}
-
-
-def dropping(model: nn.Module, share: float) -> list[Any]:
-    """In every forward pass each kept channel of the middle's MLPs is left out with this chance, anew per block."""
-
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        mask = (torch.rand(args[0].shape[-1]) >= share).float() / (1 - share)
-        return (args[0] * mask, *args[1:])
-
-    linears = [module for name, module in model.named_modules() if name.endswith("mlp.down_proj")][2:-2]
-    return [module.register_forward_pre_hook(hook) for module in linears]
 
 
 def _is_in(name: str, how: Mapping[str, Any], attached: Attached) -> bool:
@@ -375,27 +369,13 @@ def _is_in(name: str, how: Mapping[str, Any], attached: Attached) -> bool:
     return any(first <= number <= last and part in name for first, last, part in how["only"])
 
 
-def token_losses(model: nn.Module, batch: Mapping[str, Tensor], weight: str = "") -> Tensor:
-    """Return (N,): the loss of every position that counts, under an arm's weighting of tokens."""
+def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return (N,): the loss of every position that counts."""
     targets = batch["labels"][:, 1:]
     counted = torch.zeros_like(batch["labels"], dtype=torch.bool)
     counted[:, :-1] = targets != IGNORED
     logits = logits_at(model, dict(batch), counted).float()
-    losses = functional.cross_entropy(logits, targets[targets != IGNORED], reduction="none")
-    if weight == "dft":  # each token's loss times its probability, which is held fixed (arXiv:2508.05629)
-        weights = (-losses.detach()).exp()
-        return losses * weights * (len(weights) / weights.sum())
-    return losses
-
-
-def anchored(attached: Attached, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return KL(untuned emulator || tuned) on public text, nats per token, over every fourth position."""
-    counted = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-    counted[:, ::4] = True
-    with torch.no_grad(), attached.model.disable_adapter():  # type: ignore[operator]
-        before = functional.log_softmax(logits_at(attached.model, dict(batch), counted).float(), -1)
-    after = functional.log_softmax(logits_at(attached.model, dict(batch), counted).float(), -1)
-    return functional.kl_div(after, before, log_target=True, reduction="sum") / len(after)
+    return functional.cross_entropy(logits, targets[targets != IGNORED], reduction="none")
 
 
 # --- updates

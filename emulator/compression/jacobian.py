@@ -86,7 +86,8 @@ def backwards(
     largest = 4 * max(hidden**2 + channels**2 for hidden, channels in sizes)
     at_once = max(1, MOMENTS_LIMIT_BYTES // largest)
     for first in range(0, len(blocks), at_once):
-        group = [_Passed(*pair) for pair in zip(blocks[first : first + at_once], mlps[first:], strict=False)]
+        some = slice(first, first + at_once)
+        group = [_Passed(*pair) for pair in zip(blocks[some], mlps[some], strict=True)]
         with progress(len(batches), f"reading gradients for {len(group)} blocks, batches") as bar:
             _read(model, group, batches, seed, bar)
         yield from (one.backward for one in group)
