@@ -85,7 +85,7 @@ def check(plan: dict[str, Any], given: argparse.Namespace) -> None:
     losses: list[float] = []
     began, cpu = time.monotonic(), time.process_time()
     with frontier.half(attached.model):
-        frontier.train(attached, text, {"steps": 1}, losses)
+        frontier.train(attached, opened, text, {"steps": 1}, losses, seed=0)
     told |= {"step_seconds": time.monotonic() - began, "step_cpu_seconds": time.process_time() - cpu}
     told |= {"step_loss": losses[0], "tokens": 4 * frontier.BLOCK_TOKENS}
     told["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -95,7 +95,7 @@ def tune(job: Mapping[str, Any]) -> dict[str, Any]:
     attached = attach_to_package(package, spec, device=torch.device("cpu"), seed=job["seed"])
     losses: list[float] = []
     with half_where_frozen(attached.model):
-        frontier.train(attached, text, how, losses)
+        frontier.train(attached, package, text, how, losses, seed=job["seed"])
     tensors = {name: tensor.bfloat16() for name, tensor in attached.tensors().items()}
     path = frontier.adapter_path(job["adapter_key"])
     path.parent.mkdir(parents=True, exist_ok=True)
