@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from run import finished, found, planned, shared, work_off, write
+from run import finished, found, needed, planned, shared, work_off, write
 
 from benchmarks.data.models import SOURCES
 from benchmarks.record import arguments, environment
@@ -41,9 +41,8 @@ def main() -> None:
     if given.check:
         check(here, given)
         return
-    jobs = [job for job in planned(plan, given.data) if not only or job["arm"] in only or job["arm"] == ""]
     done = finished(given.work / "jobs.jsonl")
-    work_off(jobs, done, here, given)
+    work_off(needed(list(planned(plan, given.data)), done, only), done, here, given)
     write({**plan, "model": Path(named).name}, done, given)
     print(write_table(plan, done))
 

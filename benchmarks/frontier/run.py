@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,11 @@ def main() -> None:
     given, plan, only = arguments(
         __doc__, only="arms to work on, by comma; the results keep all that is done", more=shared
     )
-    jobs = [job for job in planned(plan, given.data) if not only or job["arm"] in only or job["arm"] == ""]
+    jobs = list(planned(plan, given.data))
     earlier = json.loads(given.out.read_text(encoding="utf-8"))["jobs"] if given.out.is_file() else []
     kept = {job["key"]: job for job in earlier}
     done = {key: job for key, job in kept.items() if job["kind"] not in MADE} | finished(given.work / "jobs.jsonl")
-    work_off(needed(jobs, done), done, plan, given)
+    work_off(needed(jobs, done, only), done, plan, given)
     write({**plan, "model": Path(plan["model"]).name}, kept | done, given)
 
 
@@ -58,12 +58,14 @@ def shared(options: argparse.ArgumentParser) -> None:
     options.add_argument("--limit-seconds", type=float, default=0, help="start no job after this long; 0 for no limit")
 
 
-def needed(jobs: list[dict[str, Any]], done: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the jobs that are not done, without what is made for others when all of those are done."""
+def needed(jobs: list[dict[str, Any]], done: dict[str, dict[str, Any]], only: Collection[str]) -> list[dict[str, Any]]:
+    """Return the jobs of `only` (all where empty) that are not done, and what is made for them, be it in other arms."""
     left = [job for job in jobs if job["key"] not in done]
-    wanted = {need for job in left if job["kind"] not in MADE for need in job["needs"]}
+    measuring = [job for job in left if job["kind"] not in MADE and (not only or job["arm"] in only)]
+    wanted = {need for job in measuring for need in job["needs"]}
     wanted |= {need for job in left if job["key"] in wanted for need in job["needs"]}
-    return [job for job in left if job["kind"] not in MADE or job["key"] in wanted]
+    keys = wanted | {job["key"] for job in measuring}
+    return [job for job in left if job["key"] in keys]
 
 
 def planned(plan: dict[str, Any], data: Path) -> Iterator[dict[str, Any]]:
