@@ -101,6 +101,7 @@ def planned(plan: dict[str, Any], data: Path) -> Iterator[dict[str, Any]]:
             rank = arm.get("rank", 0)
             yield {"kind": "mean", "key": f"mean/{arm['name']}/{first}+{num}", "arm": arm["name"], "needs": needs,
                    "runs": chosen, "how": settings, "rank": rank, "reference": arm.get("reference", False),
+                   **({"correct": True} if arm.get("correct") else {}),
                    "shares": arm.get("shares", plan["shares"])}  # fmt: skip
             if "ways" in arm:
                 listed = [{**way, "text": found(way["text"], data)} if "text" in way else way for way in arm["ways"]]

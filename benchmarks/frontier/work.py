@@ -41,6 +41,7 @@ from offsite.text.records import read_records
 from offsite.training.config import LoopConfig
 from offsite.training.step import rate
 from server.plugging import sparing
+from server.plugging.fit import Fitted, corrected_against
 
 BLOCK_TOKENS = 256
 HELDOUT_BLOCKS = 40
@@ -126,7 +127,8 @@ def mean(job: Mapping[str, Any]) -> dict[str, Any]:
     shares = job.get("shares", [1.0, 0.75, 0.5])
     found: dict[str, Any] = {}
     full = full_model()
-    update = average([lifted(package, spec, tensors, full) for package, tensors in runs])
+    is_corrected = job.get("correct", False)
+    update = average([lifted(package, spec, tensors, full, is_corrected=is_corrected) for package, tensors in runs])
     if job.get("rank"):
         found["cut_error"] = cut(update, job["rank"])
     found["plugged_in"] = {}
@@ -402,9 +404,13 @@ def lifted_factors(
     return found
 
 
-def lifted(name: str, spec: AdapterSpec, tensors: Mapping[str, Tensor], full: nn.Module) -> dict[str, Tensor]:
+def lifted(
+    name: str, spec: AdapterSpec, tensors: Mapping[str, Tensor], full: nn.Module, *, is_corrected: bool = False
+) -> dict[str, Tensor]:
     """Return the adapter's update by the full model's weight names, dense, zero where the package has no channel."""
     record, wide = _wide(name, tensors, full)
+    if is_corrected:
+        wide = corrected_against(open_package(package_path(name)), full, Fitted(spec, wide, record.sites))
     return {f"{record.sites[block]}.{inner}.weight": delta for (block, inner), delta in _deltas(spec, wide)}
 
 

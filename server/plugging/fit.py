@@ -85,7 +85,7 @@ def fit(
     dims = {name: _dims(model, f"{sites[_block(name)]}.{_inner(name)}") for name in _linears(record, sites)}
     fitted = Fitted(verified.spec, lift(verified.tensors, record.channels, dims), sites)
     if emulator is not None:
-        fitted = replace(fitted, tensors=_corrected(model, fitted, emulator))
+        fitted = replace(fitted, tensors=corrected_against(emulator, model, fitted))
     return fitted if scale == 1 else scaled(model, fitted, scale)
 
 
@@ -161,7 +161,16 @@ def corrected(
     return found
 
 
-def _corrected(model: nn.Module, adapter: Fitted, emulator: Package) -> dict[str, Tensor]:
+def corrected_against(emulator: Package, model: nn.Module, adapter: Fitted) -> dict[str, Tensor]:
+    """Return the adapter's tensors `corrected` for what this package's weights differ by from the full model's.
+
+    Args:
+        model: the full model without the adapter; not changed.
+        adapter: as it was tuned on the package, fitted, not `scaled` yet.
+
+    Raises:
+        ConfigError: from `require_correctable`.
+    """
     require_correctable(adapter.spec, emulator)
     stored = {}
     for module in modules_of(adapter.tensors):
