@@ -61,7 +61,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
     kinds = {"zero_shot": zero_shot, "package": make_package, "run": run, "mean": mean, "ways": ways, "fit": fit}
     found = kinds[job["kind"]](job)
-    return {**job, "found": found, "seconds": round(time.monotonic() - began, 1)}
+    return {**job, "found": found, "seconds": round(time.monotonic() - began, 1), "arithmetic": arithmetic()}
 
 
 # --- jobs
@@ -482,9 +482,25 @@ class Half(nn.Module):
         return functional.linear(hidden.bfloat16(), self.weight, self.bias).float()
 
 
+@lru_cache(maxsize=1)
+def arithmetic() -> str:
+    """Return what frozen linears compute in: bfloat16, or float32 where this processor is faster in that."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight = torch.randn(1024, 576).to(dtype), torch.randn(1536, 576).to(dtype)
+        functional.linear(hidden, weight)
+        began = time.process_time()
+        functional.linear(hidden, weight)
+        seconds[dtype] = time.process_time() - began
+    return str(min(seconds, key=seconds.__getitem__)).removeprefix("torch.")
+
+
 @contextmanager
 def half(model: Any) -> Iterator[Any]:
-    """Inside, every frozen linear of the model but adapters' own computes in bfloat16."""
+    """Inside, every frozen linear of the model but adapters' own computes in bfloat16, where that is faster."""
+    if arithmetic() == "float32":
+        yield model
+        return
     changed = [
         (parent, name, child)
         for parent in list(model.modules())
