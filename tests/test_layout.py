@@ -92,7 +92,7 @@ def contracts() -> list[dict]:
 def test_the_modules_were_found() -> None:
     assert {"offsite.cli", "adapters.kinds", "client.tuning.tune", "server.registry"} <= modules()
     assert {"client", "offsite.sealed", "server.registry"} <= set(folders())
-    assert "client.tuning.tune" in uses(), "the command line's table counts"
+    assert "client.tuning.verb" in uses(), "the command line's table counts"
 
 
 @pytest.mark.parametrize("folder", folders())

@@ -134,7 +134,8 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
     """Train one arm for some steps and return tokens/s of the timed ones and the process's peak memory in bytes."""
     import torch
 
-    from client.tuning.tune import attach_to_package, next_token_loss
+    from client.objectives.tokens import next_token_loss
+    from client.tuning.tune import attach_to_package
     from offsite.artefacts.bundle import AdapterSpec
     from offsite.artefacts.package import open_package
     from offsite.training.devices import choose_device

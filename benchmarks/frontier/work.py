@@ -26,8 +26,8 @@ from torch.nn import functional
 from adapters.kinds import Attached
 from adapters.lift import lift
 from adapters.norms import scale_of
-from client.tuning.anchor import Anchor
-from client.tuning.channels import ChannelDropout
+from client.objectives.anchor import Anchor
+from client.objectives.channels import ChannelDropout
 from client.tuning.data import TrainingText, prepare
 from client.tuning.learning import dft_loss
 from client.tuning.tune import attach_to_package

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from client.objectives.tokens import next_token_loss
 from client.privacy.dpsgd import Guarantee, PoissonBatches, PrivateStepper
-from client.tuning.tune import next_token_loss
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.audits.accounting import Mechanism, account, calibrate
 from offsite.audits.canaries import CanarySet, CanaryText

@@ -20,7 +20,8 @@ from adapters.kinds import attach, declared
 from adapters.lift import lift
 from client.tuning.config import TuneConfig
 from client.tuning.data import TrainingText, prepare
-from client.tuning.tune import attach_to_package, loop_settings, tune
+from client.tuning.ready import loop_settings
+from client.tuning.tune import attach_to_package, tune
 from emulator.distillation.config import DistillConfig
 from emulator.distillation.distill import run as distill
 from offsite.artefacts.bundle import AdapterSpec

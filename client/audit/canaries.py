@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from client.audit.canaryconfig import CanaryConfig
-from client.tuning.tune import job_for
+from client.tuning.ready import job_for
 from offsite.artefacts.package import open_package
 from offsite.audits.canaries import (
     COMMITMENT_FOLDER,

@@ -18,9 +18,9 @@ from pathlib import Path
 from client.audit.audit import run as audit_run
 from client.federation.config import MemberConfig
 from client.federation.secureround import SecureRound, last_joined
+from client.tuning.ready import work_folder
 from client.tuning.rounds import work_of
-from client.tuning.tune import run as tune
-from client.tuning.tune import work_folder
+from client.tuning.verb import run as tune
 from offsite.artefacts.bundle import open_bundle
 from offsite.artefacts.job import read_job
 from offsite.artefacts.package import open_package

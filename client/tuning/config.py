@@ -9,8 +9,8 @@ from pydantic import ConfigDict, Field, model_validator
 
 from adapters.rates import LEARNING_RATES
 from adapters.settings import ADAPTER_FIELDS, TuningSettings
+from client.objectives.config import ObjectiveSettings
 from client.privacy.config import DPSettings
-from client.tuning.objective import ObjectiveSettings
 from offsite.artefacts.bundle import DISCLOSABLE, AdapterSpec
 from offsite.artefacts.job import Job
 from offsite.artefacts.round import RoundManifest

@@ -1,4 +1,4 @@
-"""What a run minimises, and on which batches: put together from the settings of `client.tuning.objective`."""
+"""What a run minimises, and on which batches: put together from the settings of `client.objectives.config`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from client.tuning.anchor import Anchor, public_batches
-from client.tuning.channels import ChannelDropout
-from client.tuning.pairs import PairBatches, make_pairs, spin_loss
+from client.objectives.anchor import Anchor, public_batches
+from client.objectives.channels import ChannelDropout
+from client.objectives.pairs import PairBatches, make_pairs, spin_loss
+from client.objectives.tokens import dft_loss
 from offsite.digests import sha256_file
 from offsite.errors import ConfigError
 from offsite.text.batches import IGNORED
@@ -38,27 +38,6 @@ class Learning:
 
     loss: StepLoss
     batches: Batches
-
-
-def dft_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy in nats, each token's times its own probability, summed, and how many count; scalars.
-
-    The probability is held fixed: the gradient is that of -p; that of the next token's loss is 1/p times as large. So
-    what the emulator gets badly wrong does not outweigh the rest.
-
-    Source: dynamic fine-tuning, arXiv:2508.05629.
-
-    Args:
-        batch: ``input_ids``, ``labels`` and ``attention_mask``, each (rows, tokens) int64, on the model's device.
-    """
-    targets_N = batch["labels"][:, 1:].flatten()
-    logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[
-        :, :-1
-    ]
-    losses_N = functional.cross_entropy(
-        logits_BTV.float().flatten(0, 1), targets_N, ignore_index=IGNORED, reduction="none"
-    )
-    return (losses_N * (-losses_N.detach()).exp()).sum(), (targets_N != IGNORED).sum()
 
 
 def anchor_digest(config: TuneConfig, data: Sequence[str]) -> str | None:

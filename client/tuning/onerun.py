@@ -27,7 +27,7 @@ def _trained(asked: dict[str, Any]) -> int:
     import torch
 
     from client.tuning.config import TuneConfig
-    from client.tuning.tune import train_one
+    from client.tuning.verb import train_one
     from offsite.errors import OffsiteError
 
     torch.set_num_threads(min(torch.get_num_threads(), asked["threads"]))

@@ -231,7 +231,7 @@ VERBS: dict[str, Verb] = {
     "tune": Verb(
         "tune an adapter on private data",
         "client.tuning.config:TuneConfig",
-        "client.tuning.tune:run",
+        "client.tuning.verb:run",
         CLIENT,
     ),
     "audit bundle": Verb(

@@ -22,7 +22,7 @@ from client.privacy.budget import BudgetLedger
 from client.privacy.config import DPSettings
 from client.privacy.dpsgd import Guarantee, PoissonBatches, PrivateStepper
 from client.tuning.config import TuneConfig
-from client.tuning.tune import run
+from client.tuning.verb import run
 from offsite import cli
 from offsite.audits import noise
 from offsite.audits.accounting import Mechanism, Spent

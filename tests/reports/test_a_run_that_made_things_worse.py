@@ -40,8 +40,8 @@ def test_a_run_that_helped_is_not_scolded(parties):
 def test_before_tuning_is_the_package_as_it_came(parties):
     """The oracle: the package's own perplexity on the same held-out rows, worked out here."""
     from client.tuning.config import TuneConfig
+    from client.tuning.data import prepare
     from client.tuning.runrecord import read_as, text_settings
-    from client.tuning.tune import prepare
     from offsite.artefacts.package import open_package
     from offsite.config import build
     from offsite.evaluation.measure import perplexity

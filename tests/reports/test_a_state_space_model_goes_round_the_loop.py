@@ -18,7 +18,7 @@ from recurrent import tiny, uncached
 from client.audit.audit import run as audit
 from client.audit.config import AuditBundleConfig
 from client.tuning.config import TuneConfig
-from client.tuning.tune import run as tune
+from client.tuning.verb import run as tune
 from emulator.distillation.config import DistillConfig
 from emulator.distillation.distill import run as distill
 from offsite.artefacts.bundle import open_bundle

@@ -8,7 +8,7 @@ import time
 import pytest
 from two_parties import TwoParties
 
-from client.tuning import tune as module
+from client.tuning import ready as module
 from offsite.errors import Expired
 
 DAY = 86_400

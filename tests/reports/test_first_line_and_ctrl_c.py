@@ -49,7 +49,7 @@ def test_verbs_that_load_for_seconds_are_those_that_say_so():
 
 
 def test_ctrl_c_says_what_stays_and_how_to_go_on(parties, monkeypatch):
-    from client.tuning import tune as module
+    from client.tuning import verb as module
 
     def interrupted(*_words, **_named):
         raise KeyboardInterrupt

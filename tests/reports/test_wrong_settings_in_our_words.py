@@ -7,7 +7,7 @@ import re
 import pytest
 from two_parties import TwoParties
 
-from client.tuning import tune as module
+from client.tuning import ready as module
 from offsite import cli
 from offsite.commands.verbs import VERBS
 from offsite.config import build, flag_name, is_positional

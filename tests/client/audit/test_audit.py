@@ -16,7 +16,7 @@ from client.privacy.config import DPSettings
 from client.tuning.config import TuneConfig
 from client.tuning.data import split_records
 from client.tuning.tune import attach_to_package
-from client.tuning.tune import run as tune_run
+from client.tuning.verb import run as tune_run
 from offsite import cli
 from offsite.artefacts.bundle import AdapterSpec, write_bundle
 from offsite.audits.canaries import CanarySet, CanaryText, Secret, write_canaries

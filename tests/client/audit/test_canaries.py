@@ -10,7 +10,7 @@ import pytest
 from client.audit.canaries import coins, made_up, made_up_secrets, run
 from client.audit.canaryconfig import CanaryConfig
 from client.tuning.config import TuneConfig
-from client.tuning.tune import run as tune
+from client.tuning.verb import run as tune
 from offsite.artefacts.job import write_job
 from offsite.audits.canaries import open_reveal, read_canaries, read_commitment, records_of, synthetic_records
 from offsite.audits.canaryaudit import audit_canaries, canary_examples, score_canaries

@@ -74,8 +74,8 @@ def test_a_round_is_taken_tuned_on_sealed_and_verified(federated, asked, counted
 POINTS = {
     "opened, not in its place": ("client.federation.member.Member._place", 0, {"tune": 1, "seal_run": 1}),
     "in its place": ("client.federation.member.Member._answered", 0, {"tune": 1, "seal_run": 1}),
-    "tuned, not written": ("client.tuning.tune.write_bundle", 1, {"tune": 2, "seal_run": 1}),
-    "written, its checkpoints there": ("client.tuning.tune._finish", 1, {"tune": 1, "seal_run": 1}),
+    "tuned, not written": ("client.tuning.verb.write_bundle", 1, {"tune": 2, "seal_run": 1}),
+    "written, its checkpoints there": ("client.tuning.verb._finish", 1, {"tune": 1, "seal_run": 1}),
     "bundle, not sealed": ("offsite.exchange.verbs.encrypt_files", 1, {"tune": 1, "seal_run": 2}),
     "sealed, not in its place": ("offsite.exchange.verbs.write_release", 1, {"tune": 1, "seal_run": 2}),
 }
@@ -108,7 +108,7 @@ def test_a_killed_tuning_gives_the_bundle_of_one_that_was_not(federated, asked, 
 
     member, other = federated.member("anna"), federated.member("anna", work=str(tmp_path / "other"))
     with monkeypatch.context() as patch:
-        patch.setattr("client.tuning.tune.write_bundle", stop)
+        patch.setattr("client.tuning.verb.write_bundle", stop)
         with pytest.raises(KeyboardInterrupt):
             member.answer(member.take(asked["anna"]))
     found = member.answer(member.take(asked["anna"])).parent / "bundle"

@@ -12,7 +12,7 @@ from scipy import stats
 from client.privacy import dpsgd as privacy
 from client.privacy.config import DPSettings
 from client.privacy.dpsgd import Guarantee, PoissonBatches, PrivateStepper, by_memory, plan, units_of
-from client.tuning.tune import run
+from client.tuning.verb import run
 from offsite import cli
 from offsite.artefacts.bundle import open_bundle
 from offsite.audits.accounting import Mechanism, Spent

@@ -14,7 +14,8 @@ from client.privacy.dpsgd import plan
 from client.privacy.run import release_mean
 from client.tuning.averages import folder_of
 from client.tuning.config import TuneConfig
-from client.tuning.tune import run, work_folder
+from client.tuning.ready import work_folder
+from client.tuning.verb import run
 from offsite.audits.record import read_run, run_path
 from offsite.digests import tensors_digest
 from offsite.errors import ConfigError, PolicyError
@@ -106,7 +107,7 @@ def both_done(make, monkeypatch):
 
     config = make()
     with monkeypatch.context() as patched:
-        patched.setattr(module, "mean_of", stop)
+        patched.setattr("client.tuning.several.mean_of", stop)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     return config

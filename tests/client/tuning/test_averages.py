@@ -16,7 +16,9 @@ from adapters.average import mean_of
 from adapters.kinds import declared
 from adapters.norms import adapted_names, base_tensors
 from client.tuning import averages
-from client.tuning.tune import attach_to_package, run, train_one, work_folder
+from client.tuning.ready import make_ready, work_folder
+from client.tuning.tune import attach_to_package
+from client.tuning.verb import run, train_one
 from offsite.artefacts.bundle import DISCLOSABLE, AdapterSpec, open_bundle
 from offsite.artefacts.job import Job, write_job
 from offsite.audits.record import read_run, run_path
@@ -80,7 +82,7 @@ def test_each_is_as_a_run_of_its_seed_on_the_first_ones_split_and_the_bundle_is_
     assert [one["seed"] for one in told["runs"]] == [5 + n for n in range(num_runs)]
     # the same run alone: other batches and another start, on the text of the first seed
     config = settings(dropped_package.path, **given, output=tmp_path / "alone")
-    ready = module._ready(config)
+    ready = make_ready(config)
     for number, outcome in enumerate(kept):
         attached = attach_to_package(dropped_package, config.spec(), device=torch.device("cpu"), seed=5 + number)
         again = module.tune(
@@ -179,7 +181,7 @@ def test_progress_says_which_run_and_losses_stand_side_by_side(settings, dropped
 def test_a_mean_that_is_worse_than_the_best_run_is_written_and_said(
     settings, dropped_package, tmp_path, monkeypatch, capsys, mean, is_warned
 ):
-    monkeypatch.setattr(module, "_loss_of", lambda *_: mean if math.isfinite(mean) else None)
+    monkeypatch.setattr("client.tuning.several._loss_of", lambda *_: mean if math.isfinite(mean) else None)
     told = run(settings(dropped_package.path, **LORA, runs=2))
     assert told["best_loss"] == (mean if math.isfinite(mean) else None)
     assert open_bundle(tmp_path / "bundle").digest == told["bundle_digest"]

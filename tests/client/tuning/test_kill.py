@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from client.tuning.tune import run
+from client.tuning.verb import run
 from offsite.artefacts.bundle import open_bundle
 
 pytestmark = pytest.mark.slow

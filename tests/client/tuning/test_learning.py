@@ -10,7 +10,8 @@ import torch
 import client.tuning.learning as module
 from client.privacy.config import DPSettings
 from client.tuning.learning import dft_loss
-from client.tuning.tune import run, work_folder
+from client.tuning.ready import work_folder
+from client.tuning.verb import run
 from offsite.audits.record import Objective, read_run, run_path
 from offsite.digests import sha256_file
 from offsite.errors import ConfigError, DataError, RunFailed

@@ -11,7 +11,8 @@ from adapters.kinds import attach, declared
 from adapters.norms import adapted_names, base_tensors, scale_of
 from adapters.updates import LowRank, fold, norm, to_tensors, update_of
 from client.tuning.rounds import Begun, begin, first_step, with_proximal, work_of
-from client.tuning.tune import attach_to_package, run, tune
+from client.tuning.tune import attach_to_package, tune
+from client.tuning.verb import run
 from offsite.artefacts.bundle import AdapterSpec, open_bundle
 from offsite.artefacts.job import Job, write_job
 from offsite.artefacts.round import ROUND_FORMAT, RoundManifest, write_round
@@ -367,7 +368,7 @@ def test_a_run_is_not_resumed_on_another_round(whole_package, make_round, config
 
     first = config(whole_package, make_round(whole_package))
     with monkeypatch.context() as patch:
-        patch.setattr("client.tuning.tune.record_of", stop)
+        patch.setattr("client.tuning.verb.record_of", stop)
         with pytest.raises(KeyboardInterrupt):
             run(first)
     other = make_round(whole_package, update=drawn(whole_package, spec_of()))

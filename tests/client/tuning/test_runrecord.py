@@ -11,7 +11,7 @@ import client.tuning.tune as module
 from client.privacy.config import DPSettings
 from client.tuning.data import split_records
 from client.tuning.runrecord import read_as, require_unused
-from client.tuning.tune import run
+from client.tuning.verb import run
 from offsite.artefacts.bundle import open_bundle
 from offsite.audits.canaries import CanarySet, CanaryText, Secret, read_canaries, records_of, write_canaries
 from offsite.audits.record import read_run, run_path, write_run
@@ -77,7 +77,7 @@ def test_a_break_before_the_bundle_stands_leaves_at_most_the_record(settings, dr
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "write_run", broken)
+        patched.setattr("client.tuning.verb.write_run", broken)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     assert run_path(config.output).is_file()
@@ -90,7 +90,7 @@ def test_a_record_that_cannot_be_written_keeps_the_bundle_back(settings, dropped
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_run", full)
+    monkeypatch.setattr("client.tuning.verb.write_run", full)
     config = settings(dropped_package.path)
     with pytest.raises(module.RunFailed, match="no space left"):
         run(config)
@@ -112,7 +112,7 @@ def test_another_share_is_another_run(settings, dropped_package, monkeypatch, ch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "write_run", broken)
+        patched.setattr("client.tuning.verb.write_run", broken)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     again = config.model_copy(update={"resume": True, **changes})
@@ -276,7 +276,7 @@ def test_a_run_is_resumed_with_its_canaries_only(settings, dropped_package, cana
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "write_run", broken)
+        patched.setattr("client.tuning.verb.write_run", broken)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     with pytest.raises(ConfigError, match="canaries"):

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import client.tuning.scan as module
-import client.tuning.tune as tune_module
+import client.tuning.verb as verb_module
 from client.tuning.ngrams import LEAST_BYTES, NUM_WORDS, Remembered
 from client.tuning.scan import Scan, losses_in, own_names, require_clean, scan_bundle, texts_of
-from client.tuning.tune import run
+from client.tuning.verb import run
 from offsite.artefacts.bundle import DISCLOSABLE, AdapterSpec, open_bundle, write_bundle
 from offsite.errors import PolicyError
 from offsite.tensors import TensorSpec
@@ -370,7 +370,7 @@ def test_row_32_a_bundle_that_holds_it_gets_no_name(settings, dropped_package, n
         WRITERS[category](stage, notes)
         return scan_bundle(stage, **given)
 
-    monkeypatch.setattr(tune_module, "scan_bundle", faulty)
+    monkeypatch.setattr(verb_module, "scan_bundle", faulty)
     config = settings(dropped_package.path, adapter="lora")
     with pytest.raises(PolicyError, match=category):
         run(config)

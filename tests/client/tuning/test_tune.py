@@ -15,8 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import client.tuning.tune as module
 from adapters.kinds import declared
+from client.objectives.tokens import next_token_loss
 from client.tuning.data import prepare
-from client.tuning.tune import attach_to_package, loop_settings, next_token_loss, run, tune, work_folder
+from client.tuning.ready import loop_settings, work_folder
+from client.tuning.tune import attach_to_package, tune
+from client.tuning.verb import run
 from offsite import cli
 from offsite.artefacts.bundle import DISCLOSABLE, AdapterSpec, open_bundle
 from offsite.artefacts.job import Job, write_job
@@ -442,7 +445,7 @@ def test_a_full_disk_at_the_end_keeps_the_work(settings, dropped_package, monkey
     def full(*_args, **_kwargs):
         raise RunFailed("cannot write 'bundle': no space left on device")
 
-    monkeypatch.setattr(module, "write_bundle", full)
+    monkeypatch.setattr("client.tuning.verb.write_bundle", full)
     with pytest.raises(RunFailed, match="no space left"):
         run(config)
     monkeypatch.undo()

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-import client.tuning.pairs as module
+import client.objectives.pairs as module
+from client.objectives.pairs import PairBatches, make_pairs, spin_loss
 from client.tuning.data import prepare
-from client.tuning.pairs import PairBatches, make_pairs, spin_loss
 from offsite.errors import BadSchema, DataError
 from offsite.text.records import read_records
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adapters.kinds import attach, declared
-from client.tuning.channels import ChannelDropout
+from client.objectives.channels import ChannelDropout
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.errors import ConfigError
 from offsite.modelling.mlps import find_mlp, outgoing_weight

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adapters.kinds import attach, declared
-from client.tuning.anchor import Anchor, public_batches
+from client.objectives.anchor import Anchor, public_batches
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.errors import ConfigError
 

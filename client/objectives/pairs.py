@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from offsite.text.batches import IGNORED, Example, collate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from client.tuning.data import TrainingText
+    from offsite.text.batches import Batches
 
 _ROWS_AT_ONCE = 32  # are drawn, and then kept
 _BATCH = 8
@@ -60,10 +60,22 @@ class Pair:
     reference: float
 
 
+class Rows(Protocol):
+    """The client's text: the rows of every step."""
+
+    @property
+    def batches(self) -> Batches:
+        """The rows of every step."""
+
+    @property
+    def pad_id(self) -> int:
+        """The token that rows are filled up with."""
+
+
 class PairBatches:
     """The text's own batches, with the pair of every row: what `spin_loss` takes."""
 
-    def __init__(self, text: TrainingText, pairs: Mapping[int, Pair]) -> None:
+    def __init__(self, text: Rows, pairs: Mapping[int, Pair]) -> None:
         """Take the pairs by ``id`` of the text's examples."""
         self._text, self._pairs = text, pairs
 
@@ -78,7 +90,7 @@ class PairBatches:
 
 def make_pairs(
     model: PreTrainedModel,
-    text: TrainingText,
+    text: Rows,
     *,
     steps: int,
     eos: int,

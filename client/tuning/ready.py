@@ -1,0 +1,216 @@
+"""What a run is given, opened, read and found to belong together, before anything is trained or written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from adapters.average import LOW_RANK, mean_spec
+from adapters.kinds import declared
+from adapters.rates import LEARNING_RATES
+from client.privacy.run import private_binding
+from client.tuning import averages
+from client.tuning.config import TuneConfig
+from client.tuning.data import TrainingText, prepare, say_text
+from client.tuning.learning import anchor_digest, bound_objective
+from client.tuning.rounds import first_step, round_for, start_seed
+from client.tuning.runrecord import Planted, planted_for, read_as, text_settings
+from offsite.artefacts.job import Job, read_job
+from offsite.artefacts.package import Package, open_package
+from offsite.artefacts.round import Round
+from offsite.audits.accounting import require_extra
+from offsite.console import say, utc
+from offsite.digests import joined_digest, sha256_file
+from offsite.errors import ConfigError, Expired, WrongBinding
+from offsite.staging import refuse_existing
+from offsite.tensors import TensorSpec
+from offsite.text.records import require_files
+from offsite.training.checkpoints import require_work
+from offsite.training.config import LoopConfig
+from offsite.training.devices import choose_device
+from offsite.training.processes import is_launched, world
+
+_NEAR_SECONDS = 3 * 86400
+"""A job that ends sooner is said to."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the verb was given, opened, read, and found to belong together; `config` has what job and round say."""
+
+    config: TuneConfig
+    package: Package
+    job: Job | None
+    round: Round | None
+    planted: Planted
+    device: torch.device
+    text: TrainingText
+    digests: tuple[str, ...]
+    anchor: str | None
+    work: Path
+
+    @property
+    def names(self) -> dict[str, TensorSpec]:
+        """The adapter's tensors, as a run trains them."""
+        return declared(self.config.spec(), self.package.layout, self.package.block_tensors())
+
+    @property
+    def mean_rank(self) -> int | None:
+        """The rank that the mean of several runs is cut to; None where it is not."""
+        return self.config.rank if self.config.is_cut and self.config.adapter in LOW_RANK else None
+
+    def binding(self, number: int) -> dict[str, str | int | float | bool]:
+        """Return what a run that is done must share with this one to be taken for it."""
+        seed = start_seed(self.config.seed + number - 1, self.round)
+        loop = loop_settings(self.config, self.text).model_copy(update={"seed": seed})
+        return {**loop.binding(), **self.bound}
+
+    @property
+    def bound(self) -> dict[str, str]:
+        """What every run must share beside the loop's settings to be resumed."""
+        binding = _binding(self.config, self.package, self.planted, self.round, self.data)
+        return binding | bound_objective(self.config, self.anchor)
+
+    @property
+    def data(self) -> str:
+        """Digest of all files."""
+        return joined_digest(self.digests)
+
+
+def make_ready(config: TuneConfig) -> Ready:
+    """Return what these settings name, once all of it is found to belong together; nothing is trained or written."""
+    refuse_existing(config.output)
+    require_files(config.data)
+    if config.dp is not None:
+        require_extra()
+    if config.launch > 1 and not is_launched():
+        raise ConfigError("--launch starts processes from the command line only", hint="offsite tune ... --launch N")
+    work = work_folder(config.output)
+    require_work(work, resume=config.resume)
+    averages.require_kind(work, num_runs=config.runs)
+    package = open_package(config.package)
+    job = job_for(config.job, package) if config.job is not None else None
+    if job is not None:
+        require_in_time(job, now=time.time())
+        config = config.under(job.adapter)
+    round_ = round_for(config, package, job)
+    if round_ is not None:
+        config = config.within(round_.manifest)
+    if job is not None and job.learning_rate is not None:
+        config = _advised(config, job)
+    if config.runs > 1:
+        mean_spec(config.spec(), config.runs, rank=config.rank if config.is_cut else None)
+    if world().is_main and config.is_far_beyond_usual():
+        usual = LEARNING_RATES[config.adapter]
+        say(
+            f"warning: learning rate {config.rate():g} is {config.rate() / usual:.0f} times the usual {usual:g} of "
+            f"{config.adapter}: it can make things worse, or learn rows by heart"
+        )
+    planted = planted_for(config, package, job)
+    declared(config.spec(), package.layout, package.block_tensors())
+    device = choose_device(config.device)
+    tokenizer = package.load_tokenizer()
+    digests = [sha256_file(path) for path in config.data]
+    anchor = anchor_digest(config, digests)
+    text = prepare(
+        read_as(config.data, text_settings(config), share_documents=config.by_user),
+        tokenizer,
+        block_tokens=config.block_tokens,
+        batch_size=config.batch_size,
+        packed=config.packed,
+        on_long=config.on_long,
+        validation=config.validation,
+        seed=config.seed,
+        audit_share=config.audit_share,
+        canaries=planted.records,
+        first_step=first_step(round_),
+    )
+    if world().is_main:
+        say_text(text)
+    return Ready(config, package, job, round_, planted, device, text, tuple(digests), anchor, work)
+
+
+def job_for(folder: Path, package: Package) -> Job:
+    """Return the opened job in `folder`, which is for this package.
+
+    Raises:
+        WrongBinding: when it names another package or base model.
+        ArtefactError: when there is no job, or none of the specified form.
+    """
+    job = read_job(folder).job
+    for what, found, wanted in (
+        ("package", package.digest, job.package_digest),
+        ("base model", package.manifest.base_digest, job.base_digest),
+    ):
+        if found != wanted:
+            raise WrongBinding(
+                f"job {folder.name!r} is for {what} {wanted[:19]}, package {package.path.name!r} has {found[:19]}",
+                hint="give the job that came with this package",
+            )
+    return job
+
+
+def require_in_time(job: Job, *, now: float) -> None:
+    """Return only if the owner still takes a bundle of the job; an end that is near is said.
+
+    Args:
+        now: seconds since 1970.
+
+    Raises:
+        Expired: when nothing that is tuned now would be taken.
+    """
+    if now > job.expires:
+        raise Expired(
+            f"job {job.job_id[:12]} expired on {utc(job.expires)}", hint="ask the owner for a new job before tuning"
+        )
+    if job.expires - now < _NEAR_SECONDS and world().is_main:
+        say(f"job {job.job_id[:12]} ends on {utc(job.expires)}: a bundle handed in later is not taken")
+
+
+def loop_settings(config: TuneConfig, text: TrainingText) -> LoopConfig:
+    """Return the loop's settings: steps from epochs, warm-up and validations in proportion."""
+    steps = config.steps or max(1, round(config.epochs * text.batches.num_steps_per_epoch))
+    return LoopConfig(
+        steps=steps,
+        learning_rate=config.rate(),
+        warmup_steps=min(config.warmup_steps, max(1, steps // 10)),
+        schedule=config.schedule,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        accumulate=config.accumulate,
+        precision=config.precision,
+        seed=config.seed,
+        checkpoint_every=config.checkpoint_every,
+        evaluate_every=config.evaluate_every or max(1, steps // 10),
+        tensorboard=config.tensorboard,
+    )
+
+
+def work_folder(output: Path) -> Path:
+    """Return where checkpoints of a run towards `output` live: ``OUTPUT.work``."""
+    return output.parent / f"{output.name}.work"
+
+
+def _advised(config: TuneConfig, job: Job) -> TuneConfig:
+    """Return the settings with the job's learning rate, if it is used, and say whether it is."""
+    found = config.advised(job)
+    if world().is_main and found is config:
+        why = "tuning with --dp does not take it" if config.learning_rate is None else f"{config.rate():g} is used"
+        say(f"the job advises learning rate {job.learning_rate:g}; {why}")
+    elif world().is_main:
+        say(f"learning rate {found.rate():g}, as the job advises; --learning-rate takes another")
+    return found
+
+
+def _binding(config: TuneConfig, package: Package, planted: Planted, round_: Round | None, data: str) -> dict[str, str]:
+    """Return what a resumed run must share beside the loop's settings, one entry per setting."""
+    text = ("fields", "document_field", "separator", "on_long", "pack", "block_tokens", "validation", "audit_share")
+    shared = config.model_dump(mode="json", include={*text, "batch_size"}) | {"canaries": planted.commitment}
+    shared |= {f"adapter.{name}": value for name, value in config.spec().model_dump(mode="json").items()}
+    shared |= {} if round_ is None else {"round": round_.digest}
+    shared |= {} if config.runs == 1 else {"runs": config.runs}
+    bound = {"package": package.digest, "data": data, **{k: str(v) for k, v in shared.items()}}
+    return bound if config.dp is None else bound | private_binding(config.dp)
