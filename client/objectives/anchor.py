@@ -10,18 +10,18 @@ Shapes: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional
 
 from adapters.kinds import Attached
 from offsite.errors import ConfigError
 from offsite.evaluation.measure import evaluating
+from offsite.modelling.head import Divergence, before_head, values_at
 from offsite.text.batches import Batches, encode, pack, pad_id
 from offsite.text.records import read_files
 
@@ -63,8 +63,7 @@ class Anchor:
 
     def __init__(self, attached: Attached) -> None:
         """Keep the adapter's tensors as they are now: untrained."""
-        names = {id(parameter): name for name, parameter in attached.model.named_parameters()}
-        self._kept = {names[id(one)]: one.detach().clone() for one in attached.trainable.values()}
+        self._kept = [(parameter, parameter.detach().clone()) for parameter in attached.trainable.values()]
 
     def divergence(self, model: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Return KL(untuned || tuned) in nats, summed over the positions that are no padding; scalar, differentiable.
@@ -72,10 +71,20 @@ class Anchor:
         Args:
             ids_BT, mask_BT: tokens and where they count, int64.
         """
-        given: Mapping[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False}
+        rows = {"input_ids": ids_BT, "attention_mask": mask_BT}
         with evaluating(model):
-            with torch.no_grad():
-                untuned_BTV = functional_call(model, self._kept, (), dict(given)).logits.float().log_softmax(-1)
-            tuned_BTV = model(**given).logits.float().log_softmax(-1)
-        found_BT = functional.kl_div(tuned_BTV, untuned_BTV, reduction="none", log_target=True).sum(-1)
-        return (found_BT * mask_BT).sum()
+            with torch.no_grad(), self._untuned():
+                before = before_head(model, rows, mask_BT.bool())
+            return values_at(model, rows, mask_BT.bool(), Divergence(before)).sum()
+
+    @contextmanager
+    def _untuned(self) -> Iterator[None]:
+        """While inside, the adapter's tensors are as they began."""
+        tuned = [parameter.data for parameter, _ in self._kept]
+        for parameter, data in self._kept:
+            parameter.data = data
+        try:
+            yield
+        finally:
+            for (parameter, _), data in zip(self._kept, tuned, strict=True):
+                parameter.data = data

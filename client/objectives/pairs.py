@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from client.objectives.tokens import by_row, token_losses
 from offsite.console import progress, say
 from offsite.errors import DataError
 from offsite.evaluation.measure import evaluating
@@ -152,13 +153,7 @@ def spin_loss(model: nn.Module, batch: Mapping[str, Tensor], *, beta: float) -> 
 
 def _log_probabilities(model: nn.Module, batch: Mapping[str, Tensor], prefix: str) -> Tensor:
     """Return each row's log-probability of what counts in it, in nats, (B,) float32."""
-    ids_BT, mask_BT = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
-    targets_BT = batch[f"{prefix}labels"][:, 1:]
-    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1].float()
-    losses_N = functional.cross_entropy(
-        logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return -losses_N.view_as(targets_BT).sum(1)
+    return -by_row(*token_losses(model, batch, prefix))
 
 
 def _halves(example: Example) -> tuple[list[int], list[int]]:

@@ -1,15 +1,16 @@
 """The loss of a text's tokens, each predicted from those before it: plain, or weighed by its own probability.
 
-Shapes: B rows, T tokens, V vocabulary, N = B x (T - 1) predicted tokens.
+Shapes: B rows, T tokens, N tokens that count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from offsite.modelling.head import CrossEntropy, values_at
 from offsite.text.batches import IGNORED
 
 
@@ -20,16 +21,8 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tens
         batch: ``input_ids``, ``labels`` and ``attention_mask``, each (rows, tokens) int64.
     """
     device = next(model.parameters()).device
-    ids_BT, mask_BT = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-    targets_BT = batch["labels"].to(device)[:, 1:]
-    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1]
-    loss = functional.cross_entropy(
-        logits_BTV.float().reshape(-1, logits_BTV.shape[-1]),
-        targets_BT.reshape(-1),
-        ignore_index=IGNORED,
-        reduction="sum",
-    )
-    return loss, (targets_BT != IGNORED).sum()
+    losses_N, counted_BT = token_losses(model, {name: tensor.to(device) for name, tensor in batch.items()})
+    return losses_N.sum(), counted_BT.sum()
 
 
 def dft_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -43,11 +36,27 @@ def dft_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     Args:
         batch: ``input_ids``, ``labels`` and ``attention_mask``, each (rows, tokens) int64, on the model's device.
     """
-    targets_N = batch["labels"][:, 1:].flatten()
-    logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[
-        :, :-1
-    ]
-    losses_N = functional.cross_entropy(
-        logits_BTV.float().flatten(0, 1), targets_N, ignore_index=IGNORED, reduction="none"
-    )
-    return (losses_N * (-losses_N.detach()).exp()).sum(), (targets_N != IGNORED).sum()
+    losses_N, counted_BT = token_losses(model, batch)
+    return (losses_N * (-losses_N.detach()).exp()).sum(), counted_BT.sum()
+
+
+def token_losses(model: nn.Module, batch: Mapping[str, Tensor], prefix: str = "") -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy in nats where labels count, (N,) float32 in row order, and where that is, (B, T) bool.
+
+    A place is that of the token before the one that counts: the position whose scores predict it.
+
+    Args:
+        batch: ``input_ids``, ``labels`` and ``attention_mask``, each (B, T) int64, on the model's device.
+        prefix: of these names.
+    """
+    targets_BT = batch[f"{prefix}labels"][:, 1:]
+    counted_BT = torch.zeros_like(batch[f"{prefix}labels"], dtype=torch.bool)
+    counted_BT[:, :-1] = targets_BT != IGNORED
+    rows = {name: batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask")}
+    return values_at(model, rows, counted_BT, CrossEntropy(targets_BT[targets_BT != IGNORED])), counted_BT
+
+
+def by_row(values_N: Tensor, counted_BT: Tensor) -> Tensor:
+    """Return the sum of each row's values, (B,), differentiable."""
+    rows_N = counted_BT.nonzero()[:, 0]
+    return values_N.new_zeros(len(counted_BT)).index_add(0, rows_N, values_N)

@@ -22,10 +22,10 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from client.objectives.tokens import by_row, token_losses
 from offsite.errors import RunFailed
-from offsite.text.batches import IGNORED, Example, collate
+from offsite.text.batches import Example, collate
 
 Unit = tuple[Example, ...]
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -109,18 +109,11 @@ class OneByOne:
         """Return each row's mean loss in nats per counted token, weighed or not, (B,) float32."""
         device = next(iter(self.trainable.values())).device
         batch = {name: tensor.to(device) for name, tensor in collate(rows, self.pad_id).items()}
-        targets_BT = batch["labels"][:, 1:]
         with self.autocast():
-            logits_BTV = self.model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            ).logits[:, :-1]
-            losses_N = functional.cross_entropy(
-                logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
-            )
+            losses_N, counted_BT = token_losses(self.model, batch)
         if self._weighs:
             losses_N = losses_N * (-losses_N.detach()).exp()
-        counts_B = (targets_BT != IGNORED).sum(1).clamp(min=1)
-        return losses_N.view_as(targets_BT).sum(1) / counts_B
+        return by_row(losses_N, counted_BT) / counted_BT.sum(1).clamp(min=1)
 
     def _factors(self, norms_B: Tensor) -> Tensor:
         """Return by what each gradient is multiplied: at most `clip` is left of it, nothing if it is not finite."""

@@ -14,6 +14,7 @@ from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.layout import Layout
 from offsite.artefacts.package import Package
 from offsite.modelling.blocks import block_list, decoder_stack, linear_dims, linear_names
+from offsite.modelling.head import CrossEntropy, values_at
 from offsite.tensors import TensorSpec
 from offsite.text.batches import IGNORED
 
@@ -78,13 +79,10 @@ def tuning(model: PreTrainedModel, package: Package, *, seed: int) -> tuple[nn.M
 def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the summed cross-entropy in nats over labels that count, and their number."""
     targets_BT = batch["labels"][:, 1:]
-    logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[
-        :, :-1
-    ]
-    loss = nn.functional.cross_entropy(
-        logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return loss, (targets_BT != IGNORED).sum()
+    counted_BT = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    counted_BT[:, :-1] = targets_BT != IGNORED
+    losses_N = values_at(model, batch, counted_BT, CrossEntropy(targets_BT[targets_BT != IGNORED]))
+    return losses_N.sum(), counted_BT.sum()
 
 
 @torch.no_grad()

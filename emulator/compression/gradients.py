@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emulator.compression.activations import Batch, forward, real_tokens
+from emulator.compression.activations import Batch, real_tokens
 from offsite.errors import UnsupportedModel
+from offsite.modelling.head import CrossEntropy, values_at
 from offsite.modelling.mlps import find_mlp
 
 TOKENS_TOGETHER = 2048
@@ -72,11 +73,10 @@ def _push_rows_back(model: nn.Module, batch: Batch, watched: Sequence[tuple[nn.M
         stack.callback(first.remove)
         for module, see in watched:
             stack.callback(module.register_forward_hook(watch(see)).remove)
-        logits_BTV = forward(model, batch, real_BT.shape[1])
-        counts_BT = real_BT[:, 1:] & real_BT[:, :-1]
-        wanted_N = batch["input_ids"][:, 1:][counts_BT]
-        loss = nn.functional.cross_entropy(logits_BTV[:, :-1][counts_BT].float(), wanted_N, reduction="sum")
-        loss.backward()
+        counts_BT = torch.zeros_like(real_BT)
+        counts_BT[:, :-1] = real_BT[:, 1:] & real_BT[:, :-1]
+        wanted_N = batch["input_ids"].roll(-1, 1)[counts_BT]
+        values_at(model, batch, counts_BT, CrossEntropy(wanted_N)).sum().backward()
 
 
 def _rows(tensor: Tensor) -> Tensor:

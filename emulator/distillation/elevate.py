@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emulator.compression.activations import Batch, forward, on_device, real_tokens
+from emulator.compression.activations import Batch, on_device, real_tokens
 from emulator.compression.compress import Compressed
 from emulator.distillation.imitation import Distilled
 from emulator.distillation.objective import Pair, measure
 from emulator.distillation.public import PublicText
 from offsite.errors import ConfigError
+from offsite.modelling.head import CrossEntropy, values_at
 from offsite.modelling.split import Plan
 from offsite.training.config import LoopConfig
 from offsite.training.loop import train
@@ -138,8 +139,7 @@ def elevate(
 
 def _next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     real_BT = real_tokens(batch)
-    counts_BT = real_BT[:, 1:] & real_BT[:, :-1]
-    logits_BTV = forward(model, batch, real_BT.shape[1])[:, :-1]
-    wanted_N = batch["input_ids"][:, 1:][counts_BT]
-    loss = nn.functional.cross_entropy(logits_BTV[counts_BT].float(), wanted_N, reduction="sum")
-    return loss, counts_BT.sum()
+    counts_BT = torch.zeros_like(real_BT)
+    counts_BT[:, :-1] = real_BT[:, 1:] & real_BT[:, :-1]
+    wanted_N = batch["input_ids"].roll(-1, 1)[counts_BT]
+    return values_at(model, batch, counts_BT, CrossEntropy(wanted_N)).sum(), counts_BT.sum()

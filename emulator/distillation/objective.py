@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emulator.compression.activations import Batch, forward, hidden_after, on_device, real_tokens
+from emulator.compression.activations import Batch, hidden_after, on_device, real_tokens
+from offsite.modelling.head import Divergence, before_head, values_at
 from offsite.modelling.split import Plan
 from offsite.training.processes import Processes
 
@@ -75,10 +76,13 @@ class Pair(nn.Module):
         """
         real_BT = real_tokens(batch)
         positions_N = draw_positions(real_BT, kl_share)
+        drawn_BT = torch.zeros_like(real_BT)
+        if kl_share > 0:
+            drawn_BT[:, positions_N] = real_BT[:, positions_N]
         with torch.no_grad(), hidden_after(self._full_blocks) as full_states:
-            full_logits = forward(self.full, batch, positions_N)
+            before = before_head(self.full, batch, drawn_BT)
         with hidden_after(self._emulator_blocks) as emulator_states:
-            emulator_logits = forward(self.emulator, batch, positions_N)
+            kl_N = values_at(self.emulator, batch, drawn_BT, Divergence(before))
         errors = [
             relative_error(emulator_states[mine], full_states[theirs])[real_BT].sum()
             for mine, theirs in self.aligned.items()
@@ -86,8 +90,7 @@ class Pair(nn.Module):
         num_tokens = real_BT.sum()
         kl = torch.zeros((), device=real_BT.device)
         if kl_share > 0:
-            drawn_BN = real_BT[:, positions_N]
-            kl = divergence(full_logits, emulator_logits)[drawn_BN].sum() * (num_tokens / drawn_BN.sum())
+            kl = kl_N.sum() * (num_tokens / drawn_BT.sum())
         return Terms(torch.stack(errors).mean(), kl, num_tokens)
 
 
@@ -107,13 +110,6 @@ def relative_error(found_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
     wanted = wanted_BTD.float()
     distance_BT = (found_BTD.float() - wanted).square().sum(-1)
     return distance_BT / (wanted.square().sum(-1) + _TINY)
-
-
-def divergence(full_BNV: Tensor, emulator_BNV: Tensor) -> Tensor:
-    """Return (B, N) float32: KL(full || emulator) of the two distributions over the vocabulary, in nats."""
-    full = torch.log_softmax(full_BNV.float(), dim=-1)
-    emulator = torch.log_softmax(emulator_BNV.float(), dim=-1)
-    return nn.functional.kl_div(emulator, full, reduction="none", log_target=True).sum(-1)
 
 
 def draw_positions(real_BT: Tensor, share: float) -> Tensor:

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from offsite.audits.record import SignalName
 from offsite.errors import ConfigError, DataError, RunFailed
-from offsite.evaluation.measure import evaluating, logits_at
+from offsite.evaluation.measure import evaluating
+from offsite.modelling.head import scores_at
 from offsite.text.batches import IGNORED, Example, collate
 
 LOWEST_SHARE = 5
@@ -167,11 +168,12 @@ def _scored(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Scored]:
     targets_BT = batch["labels"][:, 1:]
     counted_BT = torch.zeros_like(batch["labels"], dtype=torch.bool)
     counted_BT[:, :-1] = targets_BT != IGNORED
-    logits_NV = logits_at(model, batch, counted_BT)
     targets_N = targets_BT[targets_BT != IGNORED]
-    with torch.autocast(logits_NV.device.type, enabled=False):
-        pairs = zip(logits_NV.split(_POSITIONS_AT_ONCE), targets_N.split(_POSITIONS_AT_ONCE), strict=True)
-        found_N3 = torch.cat([_statistics(some, to) for some, to in pairs]).cpu().double()
+    found = []
+    for rows, scores_nV in scores_at(model, batch, counted_BT):
+        with torch.autocast(scores_nV.device.type, enabled=False):
+            found.append(_statistics(scores_nV, targets_N[rows]))
+    found_N3 = torch.cat(found).cpu().double()
     if not bool(torch.isfinite(found_N3).all()):
         raise RunFailed("the loss of a row is not finite", hint="check the model: a weight may be NaN or far too large")
     per_row = found_N3.split(counted_BT.sum(1).tolist())

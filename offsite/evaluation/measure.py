@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 
 from offsite.errors import ConfigError, DataError, RunFailed
 from offsite.modelling.context import require_context
+from offsite.modelling.head import CrossEntropy, values_at
 from offsite.text.batches import IGNORED, Example, collate
-
-_POSITIONS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ def perplexity(
 ) -> Perplexity:
     """The model's perplexity over every position whose label counts, each weighing the same.
 
-    Padding and the size of batches do not enter. Logits are computed at counted positions only, the
-    loss in float32, its sum in float64. The model is neither moved nor changed.
+    Padding and the size of batches do not enter. Logits are computed at counted positions only, some at a
+    time, the loss in float32, its sum in float64. The model is neither moved nor changed.
 
     Args:
         device: where batches go; without it, where the model's first parameter is.
@@ -87,38 +86,7 @@ def _losses(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     targets_BT = batch["labels"][:, 1:]
     counted_BT = torch.zeros_like(batch["labels"], dtype=torch.bool)
     counted_BT[:, :-1] = targets_BT != IGNORED
-    targets_N = targets_BT[targets_BT != IGNORED]
-    logits_NV = logits_at(model, batch, counted_BT)
-    pairs = zip(logits_NV.split(_POSITIONS_AT_ONCE), targets_N.split(_POSITIONS_AT_ONCE), strict=True)
-    with torch.autocast(logits_NV.device.type, enabled=False):
-        return torch.cat([nn.functional.cross_entropy(some.float(), to, reduction="none") for some, to in pairs])
-
-
-def logits_at(model: PreTrainedModel, batch: dict[str, Tensor], counted_BT: Tensor) -> Tensor:
-    """Logits (N, V) at the positions chosen by `counted_BT`, in row order.
-
-    The vocabulary projection is the largest tensor of a forward pass and most rows have positions that
-    do not count, so the head is handed the chosen hidden states only. What a model does to its logits
-    afterwards (scaling, soft caps) still happens, which calling the head ourselves would miss.
-    """
-    head = model.get_output_embeddings()
-    narrowed = False
-
-    def narrow(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        nonlocal narrowed
-        if not args or args[0].shape[:2] != counted_BT.shape:
-            return None
-        narrowed = True
-        return (args[0][counted_BT].unsqueeze(0), *args[1:])
-
-    handle = head.register_forward_pre_hook(narrow) if isinstance(head, nn.Module) else None
-    try:
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    finally:
-        if handle is not None:
-            handle.remove()
-    logits: Tensor = output.logits
-    return logits[0] if narrowed else logits[counted_BT]
+    return values_at(model, batch, counted_BT, CrossEntropy(targets_BT[targets_BT != IGNORED]))
 
 
 @contextmanager
@@ -136,6 +104,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 __all__ = [
     "Perplexity",
     "evaluating",
-    "logits_at",
     "perplexity",
 ]

@@ -12,6 +12,7 @@ __all__ = [
     "dtypes",
     "experts",
     "fetch",
+    "head",
     "load",
     "mlps",
     "precision",
