@@ -15,6 +15,7 @@ __all__ = [
     "rates",
     "rounds",
     "settings",
+    "shared",
     "targets",
     "updates",
     "vector",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.kinds import Attached, attach, declared
+from adapters.shared import share_products
 from client.objectives.tokens import next_token_loss
 from client.privacy.run import PrivateRun, Series, private_run
 from client.tuning import averages
@@ -166,6 +167,8 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
     attached = attach_to_package(ready.package, config.spec(), device=ready.device, seed=seed, round_=ready.round)
     begun = begin(attached, config.spec(), ready.round)
     require_fit(text, attached.model)  # type: ignore[arg-type]
+    if config.dp is None and not is_launched():  # clipping looks into each layer, sharding into each block
+        share_products(attached)
     if config.gradient_checkpointing:
         _checkpoint_activations(attached.model)
     binding = ready.bound
