@@ -91,6 +91,12 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, Object
         description="of several --runs, how many at once in processes of their own, where memory and cores allow",
         json_schema_extra=MACHINE,
     )
+    cache_bytes: int = Field(
+        8 << 30,
+        ge=0,
+        description="most that hidden states below the adapter may take in OUTPUT.work, to be computed once; 0: never",
+        json_schema_extra=MACHINE,
+    )
     gradient_checkpointing: bool = Field(
         False, description="save memory by computing activations twice", json_schema_extra=MACHINE
     )

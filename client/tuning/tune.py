@@ -19,6 +19,7 @@ from client.privacy.run import PrivateRun, Series, private_run
 from client.tuning import averages
 from client.tuning.config import TuneConfig
 from client.tuning.data import TrainingText, require_fit
+from client.tuning.hidden import FOLDER, kept_states
 from client.tuning.learning import learning_for
 from client.tuning.ready import Ready, loop_settings
 from client.tuning.rounds import begin, grow, start_seed, with_proximal
@@ -188,7 +189,9 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
     more = {} if board is None or not several else {"tensorboard": board / work.name}
     series = Series(number, config.runs, averages.folder_of(ready.work, 1)) if several else None
     spending = _charged(config, text, work, binding, series) if config.dp else nullcontext()
-    with spending as private:
+    with spending as private, _kept(ready, config, text, attached) as kept:
+        if kept is not None:
+            binding["hidden_states"] = kept
         if private is not None:
             binding["run"] = private.account.run
             config = config.model_copy(update={"steps": private.steps})
@@ -200,7 +203,8 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
             text,
             loop_settings(config, text).model_copy(update={"seed": start_seed(seed, ready.round), **more}),
             work=work,
-            resume=config.resume or config.objective == "spin",  # whose answers lie there before the first step
+            # answers and hidden states lie there before the first step
+            resume=config.resume or config.objective == "spin" or kept is not None,
             binding=binding,
             label=f"run {number} of {config.runs}" if several else "tune",
             sent_as=config.adapter_dtype,
@@ -220,6 +224,32 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
     losses = [outcome.first_loss, outcome.final_loss, *(loss for _, loss in outcome.evaluations)]
     losses += [] if outcome.before_loss is None else [outcome.before_loss]
     return Done(config, config.spec(), {**outcome.tensors, **begun.frozen}, outcome, losses, guarantee)
+
+
+def _kept(
+    ready: Ready, config: TuneConfig, text: TrainingText, attached: Attached
+) -> AbstractContextManager[str | None]:
+    """Return the context in which nothing below the adapter is computed twice; it yields None where all is computed."""
+    if config.dp is not None or is_launched() or config.channel_dropout:
+        return nullcontext()
+    steps = loop_settings(config, text).steps
+    drawn = {id(row): row for step in range(steps) for row in text.batches.chosen(step)}
+    precision = "bf16" if uses_bf16(config.precision, ready.device) else "fp32"
+    return kept_states(
+        attached,
+        [*drawn.values(), *text.validation],
+        pad_id=text.pad_id,
+        folder=ready.work / FOLDER,
+        limit_bytes=config.cache_bytes,
+        binding={
+            "package": ready.package.digest,
+            "round": "" if ready.round is None else ready.round.digest,
+            "precision": precision,
+        },
+        autocast=lambda: torch.autocast(
+            ready.device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+        ),
+    )
 
 
 def _checkpoint_activations(model: Any) -> None:

@@ -52,7 +52,9 @@ def killed_after(command, log, num_lines):
 
 
 @pytest.mark.parametrize(
-    ("adapter", "kills"), [(["lora", "--dropout", "0.2"], 3), (["blocks"], 1)], ids=["lora thrice", "blocks once"]
+    ("adapter", "kills"),
+    [(["lora", "--dropout", "0.2"], 3), (["blocks"], 1), (["lora", "--placement", "0+1"], 1)],
+    ids=["lora thrice", "blocks once", "top once, its input kept"],
 )
 def test_killed_and_resumed_it_ends_as_an_unbroken_run(dropped_package, notes_file, tmp_path, adapter, kills):
     given = [
