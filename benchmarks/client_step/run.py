@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,7 @@ def main() -> None:
     options.add_argument("--batch-size", type=int, default=4)
     options.add_argument("--block-tokens", type=int, default=256)
     options.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS), help="the peer is always run")
+    options.add_argument("--threads", type=int, default=0, help="of each arm's process; 0: as many as there are cores")
     options.add_argument("--note", default="", help="what the run competed with, for the record")
     options.add_argument("--arm", default=None, help=argparse.SUPPRESS)
     options.add_argument("--package", type=Path, default=None, help=argparse.SUPPRESS)
@@ -125,7 +127,14 @@ def _rounds(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             package = folder / ARMS[arm]["package"]
             words = ["--arm", arm, "--package", str(package), "--model", model, "--steps", str(given.steps)]
             words += ["--batch-size", str(given.batch_size), "--block-tokens", str(given.block_tokens)]
-            done = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
+            threads = {"OMP_NUM_THREADS": str(given.threads)} if given.threads else {}
+            done = subprocess.run(
+                [sys.executable, __file__, *words],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **threads},
+            )
             for name, figures in json.loads(done.stdout.splitlines()[-1]).items():
                 one[name] = figures
                 print(f"round {number}: {name} {figures}", file=sys.stderr, flush=True)
