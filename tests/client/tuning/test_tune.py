@@ -192,6 +192,7 @@ def test_a_few_steps_equal_a_loop_written_by_hand(settings, dropped_package):
     config = settings(
         dropped_package.path, adapter="blocks", placement="0+1", learning_rate=0.01, schedule="constant",
         warmup_steps=0, weight_decay=0.1, clip_norm=0.0, steps=3, evaluate_every=3, adapter_dtype="float32",
+        cache_bytes=0,
     )  # fmt: skip
     run(config)
     found = open_bundle(config.output).load_tensors(
