@@ -15,6 +15,7 @@ import client.tuning.tune as module
 from adapters.average import mean_of
 from adapters.kinds import declared
 from adapters.norms import adapted_names, base_tensors
+from adapters.shared import share_products
 from client.tuning import averages
 from client.tuning.ready import make_ready, work_folder
 from client.tuning.tune import attach_to_package
@@ -85,6 +86,7 @@ def test_each_is_as_a_run_of_its_seed_on_the_first_ones_split_and_the_bundle_is_
     ready = make_ready(config)
     for number, outcome in enumerate(kept):
         attached = attach_to_package(dropped_package, config.spec(), device=torch.device("cpu"), seed=5 + number)
+        share_products(attached)  # as a run does
         again = module.tune(
             attached,
             module.replace(ready.text, batches=ready.text.batches.reseeded(5 + number)),
