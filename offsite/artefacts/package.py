@@ -40,6 +40,7 @@ from pydantic import ValidationError
 
 from offsite.artefacts import rebuild
 from offsite.artefacts.encodings import Encoded, decode
+from offsite.artefacts.known import KnownFiles
 from offsite.artefacts.layout import (
     TOKENIZER_CLASS,
     TOKENIZER_KEYS,
@@ -149,14 +150,17 @@ class Package:
         return found
 
 
-def open_package(path: Path) -> Package:
+def open_package(path: Path, known: KnownFiles | None = None) -> Package:
     """Return the package at `path` once every file agrees with the manifest; no tensor is read.
+
+    Args:
+        known: files hashed here before, which are not read again while they are unchanged.
 
     Raises:
         ArtefactError: with the subclass of the check that failed, in the order the module's docstring gives.
     """
     manifest, digest = read_manifest(path, PackageManifest, PACKAGE_FORMAT)
-    check_files(path, manifest.files, FILE_NAMES)
+    check_files(path, manifest.files, FILE_NAMES, known)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if name not in manifest.files:
             raise WrongNames(f"package {path.name!r} binds no {name}")
