@@ -31,6 +31,7 @@ SHAPES = {
 VOCABULARY = 32_000
 SHARD_BLOCKS = 4
 POLL_SECONDS = 0.2
+SETTLED_SECONDS = 3.0  # files written later than two seconds before they are hashed are not remembered
 
 
 def make_checkpoint(folder: Path, shape: str) -> None:
@@ -128,6 +129,24 @@ def measured(words: list[str], code: Path, folder: Path) -> dict[str, Any]:
     }
 
 
+def opened(package: Path, hashed: Path) -> dict[str, dict[str, float]]:
+    """Return what it takes to open the package before a bundle is looked at: when it was never hashed, and again."""
+    from offsite.artefacts.known import KnownFiles
+    from offsite.artefacts.package import open_package
+
+    time.sleep(SETTLED_SECONDS)
+    hashed.unlink(missing_ok=True)
+    found = {}
+    for name in ("first", "again"):
+        began, before = time.monotonic(), _counters(os.getpid())["rchar"]
+        known = KnownFiles(hashed)
+        open_package(package, known)
+        known.save()
+        read = _counters(os.getpid())["rchar"] - before
+        found[name] = {"read_bytes": read, "seconds": round(time.monotonic() - began, 3)}
+    return found
+
+
 def _counters(pid: int) -> dict[str, int]:
     try:
         lines = Path(f"/proc/{pid}/io").read_text().splitlines()
@@ -165,6 +184,19 @@ def show(paths: list[Path]) -> None:
         print("| " + " | ".join([*first, f"{one['config']['tokens']:,}", *figures]) + " |")
 
 
+def show_opened(paths: list[Path]) -> None:
+    """Print what it took to open the packages as a table of a README."""
+    print("| package | read at first | seconds | read again | seconds |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    for path in paths:
+        one = json.loads(path.read_text(encoding="utf-8"))
+        if "opened" in one:
+            first, again = one["opened"]["first"], one["opened"]["again"]
+            figures = [f"{first['read_bytes']:,}", f"{first['seconds']:.2f}"]
+            figures += [f"{again['read_bytes']:,}", f"{again['seconds']:.2f}"]
+            print("| " + " | ".join([_gigabytes(one["measured"]["told"]["package_bytes"]), *figures]) + " |")
+
+
 def _gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.2f} GB"
 
@@ -183,6 +215,8 @@ def main() -> None:
     given = options.parse_args()
     if given.show:
         show(given.show)
+        print()
+        show_opened(given.show)
         return
     from offsite.text.records import bundled, read_records
 
@@ -211,6 +245,7 @@ def main() -> None:
             "seed": 0,
             "checkpoint_bytes": sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")),
             "measured": found,
+            "opened": opened(package, given.work / "package.hashed"),
         }
         if given.out:
             write(given.out, result)
