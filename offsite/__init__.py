@@ -21,6 +21,7 @@ __all__ = [
     "errors",
     "faults",
     "folders",
+    "mapped",
     "problems",
     "stages",
     "staging",

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offsite.mapped import let_go
+
 if TYPE_CHECKING:
     import torch
 
@@ -55,6 +57,7 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
         raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         head = f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode()
         whole.update(head + hashlib.sha256(raw.data).digest())
+        let_go([tensor])
     return "sha256:" + whole.hexdigest()
 
 

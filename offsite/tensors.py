@@ -9,6 +9,7 @@ reading it costs no more than its length and the number of tensors allowed.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from offsite.errors import BadSchema, NotFinite, RunFailed, TooLarge, WrongNames, WrongShape
+from offsite.mapped import let_go
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,7 @@ _CODES = {
     "F64": ("float64", 8),
 }
 _DTYPES = dict(_CODES.values())
+_ORDER = ("int64", "float64", "float32", "int32", "bfloat16", "float16", "uint8", "bool")  # in which data is written
 _METADATA = {"format": "pt"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,254}")
 _MAX_SHOWN = 80
@@ -235,23 +238,56 @@ def check_subnormal(what: str, tensors: Mapping[str, torch.Tensor]) -> None:
             raise BadSchema(f"{what}: {count} of {tensor.numel()} values of tensor {name!r} are subnormal numbers")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write the tensors to `path`, contiguous, each with storage of its own, with no metadata beyond the format.
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    specs: Mapping[str, TensorSpec] | None = None,
+    *,
+    finite: str = "",
+) -> None:
+    """Write the tensors to `path`, contiguous, with no metadata beyond the format; memory holds one at a time.
+
+    The bytes are those that the safetensors library writes: the header's entries and the data by dtype, then by name.
+
+    Args:
+        specs: write those named here alone, each in the dtype that is stated; default: all, as they stand.
+        finite: names the whole in messages: a tensor that holds NaN or infinity is refused; empty does not look.
 
     Raises:
+        BadSchema: a dtype that artefacts may not hold.
+        NotFinite: naming the first tensor that does.
         RunFailed: when the file cannot be written, such as on a full disk.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    own: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        plain = tensor.detach().to("cpu").contiguous()
-        own[name] = plain.clone() if plain.untyped_storage().nbytes() != plain.nbytes else plain
+    declared = {name: spec_of(tensor) for name, tensor in tensors.items()} if specs is None else dict(specs)
+    codes = {dtype: code for code, (dtype, _) in _CODES.items()}
+    for name, spec in declared.items():
+        check_dtype(name, spec)
+    order = sorted(declared, key=lambda name: (_ORDER.index(declared[name].dtype), name))
+    header: dict[str, object] = {"__metadata__": _METADATA}
+    end = 0
+    for name in order:
+        spec, start = declared[name], end
+        end += spec.num_bytes
+        header[name] = {"dtype": codes[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":")).encode("ascii")
+    head += b" " * (-len(head) % 8)
     try:
-        save_file(own, path, metadata=_METADATA)
-    except SafetensorError as error:
-        raise RunFailed(f"cannot write {path.name!r}: {str(error).strip()[:160]}") from None
+        with path.open("wb") as handle:
+            handle.write(len(head).to_bytes(8, "little") + head)
+            for name in order:
+                _write_tensor(handle, name, tensors[name], declared[name], finite)
+    except OSError as error:
+        raise RunFailed(f"cannot write {path.name!r}: {(error.strerror or 'i/o error').lower()}") from None
+
+
+def _write_tensor(handle: BinaryIO, name: str, tensor: torch.Tensor, spec: TensorSpec, finite: str) -> None:
+    import torch
+
+    plain = tensor.detach().to("cpu").to(torch_dtype(spec.dtype)).contiguous()
+    if finite:
+        check_finite(finite, {name: plain})
+    handle.write(plain.reshape(-1).view(torch.uint8).numpy().data)
+    let_go([tensor, plain])
 
 
 def check_dtype(name: str, spec: TensorSpec) -> None:

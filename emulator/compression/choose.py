@@ -7,15 +7,19 @@ input (rounding with ``int`` did so in an earlier system for many pairs of sizes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from emulator.compression.activations import Batch, forward, on_device, real_tokens, seen_by
+from emulator.compression.activations import Batch, real_tokens, seen_by
+from emulator.compression.passage import Passage
+from offsite.console import progress
 from offsite.errors import ConfigError
 from offsite.modelling.blocks import hidden_of
 
@@ -98,7 +102,13 @@ def check_num_kept(num_middle: int, num_kept: int) -> None:
 
 
 @torch.no_grad()
-def measure_influences(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Batch]) -> list[float]:
+def measure_influences(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Batch],
+    *,
+    passage: Passage | None = None,
+) -> list[float]:
     """Return, for each block, how much it turns the hidden state: the mean over tokens of 1 - cosine(in, out).
 
     Padding does not count. Between 0 (the block could be left out) and 2.
@@ -106,29 +116,49 @@ def measure_influences(model: nn.Module, blocks: Sequence[nn.Module], batches: I
     Args:
         blocks: blocks of `model`, in any number.
         batches: public text as ``input_ids`` and ``attention_mask``, (batch, tokens) int64.
+        passage: of these batches through `model`; default: one in memory.
 
     Source: "block influence" of ShortGPT, arXiv:2403.03853, equation 1.
     """
-    sums, count = [0.0] * len(blocks), 0
-    for batch in batches:
-        here = on_device(batch, next(model.parameters()).device)
-        real_BT = real_tokens(here)
-        count += int(real_BT.sum())
+    count = sum(int(real_tokens(batch).sum()) for batch in batches)
+    if count == 0:
+        raise ConfigError("measuring the blocks' influence needs public text, found none")
+    sums = [0.0] * len(blocks)
 
-        def see(number: int, before_BTD: Tensor, output: Any, real_BT: Tensor = real_BT) -> None:
+    @contextmanager
+    def watching(number: int, batch: Batch) -> Iterator[None]:
+        real_BT = real_tokens(batch)
+
+        def see(_which: int, before_BTD: Tensor, output: Any) -> None:
             after_BTD = hidden_of(output)
             cosine_BT = nn.functional.cosine_similarity(before_BTD.float(), after_BTD.float(), dim=-1)
             sums[number] += float((1 - cosine_BT)[real_BT].double().sum())
 
-        with seen_by(blocks, see):
-            forward(model, here)
-    if count == 0:
-        raise ConfigError("measuring the blocks' influence needs public text, found none")
+        with seen_by([blocks[number]], see):
+            yield
+
+    _read(passage or Passage(model, batches), blocks, watching)
     return [total / count for total in sums]
 
 
+def _read(
+    passage: Passage, blocks: Sequence[nn.Module], watching: Callable[[int, Batch], AbstractContextManager[None]]
+) -> None:
+    with progress(len(blocks), "reading calibration text, blocks") as bar:
+        for number, block in enumerate(blocks):
+            passage.run(block, lambda batch, number=number: watching(number, batch))  # type: ignore[misc]
+            bar.update(number + 1)
+    passage.close()
+
+
 @torch.no_grad()
-def measure_similarities(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Batch]) -> list[float]:
+def measure_similarities(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Batch],
+    *,
+    passage: Passage | None = None,
+) -> list[float]:
     """Return how alike what each block and the next one give is, between 0 and 1: linear CKA over rows of text.
 
     A row stands as the mean of its hidden states, each weighing as its position counted from 1; padding does not
@@ -137,26 +167,30 @@ def measure_similarities(model: nn.Module, blocks: Sequence[nn.Module], batches:
     Args:
         blocks: neighbouring blocks of `model`, in their order.
         batches: public text as ``input_ids`` and ``attention_mask``, (batch, tokens) int64.
+        passage: of these batches through `model`; default: one in memory.
 
     Raises:
         ConfigError: with fewer than two rows of text.
 
     Source: the similarity by which CRaSh, arXiv:2310.15477, clusters; linear CKA: arXiv:1905.00414.
     """
+    if sum(len(batch["input_ids"]) for batch in batches) < 2:
+        raise ConfigError("measuring how alike blocks are needs public text of at least two rows")
     rows: list[list[Tensor]] = [[] for _ in blocks]
-    for batch in batches:
-        here = on_device(batch, next(model.parameters()).device)
-        real_BT = real_tokens(here)
+
+    @contextmanager
+    def watching(number: int, batch: Batch) -> Iterator[None]:
+        real_BT = real_tokens(batch)
         place_BT = real_BT.cumsum(1) * real_BT
         weight_BT = place_BT / place_BT.sum(1, keepdim=True).clamp(min=1)
 
-        def see(number: int, _before: Tensor, output: Any, weight_BT: Tensor = weight_BT) -> None:
+        def see(_which: int, _before: Tensor, output: Any) -> None:
             rows[number].append(torch.einsum("bt,btd->bd", weight_BT.double(), hidden_of(output).double()).cpu())
 
-        with seen_by(blocks, see):
-            forward(model, here)
-    if not rows[0] or sum(map(len, rows[0])) < 2:
-        raise ConfigError("measuring how alike blocks are needs public text of at least two rows")
+        with seen_by([blocks[number]], see):
+            yield
+
+    _read(passage or Passage(model, batches), blocks, watching)
     grams = []
     for found in rows:
         rows_RD = torch.cat(found)

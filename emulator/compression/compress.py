@@ -7,19 +7,21 @@ too, and import the module in ``emulator/distillation/distill.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from emulator.compression.activations import Batch
 from emulator.compression.choose import by_clusters, by_influence, measure_influences, measure_similarities, uniform
-from emulator.compression.finished import FinishedBlocks, Kept
+from emulator.compression.finished import FinishedBlocks, Kept, of_its_own
 from emulator.compression.gradients import require_dense
 from emulator.compression.gradot import gradient_keeping, scored, sensitivities
 from emulator.compression.jacobian import backwards, weighed
 from emulator.compression.methods import METHODS
+from emulator.compression.passage import Passage
 from emulator.compression.unequal import favour
 from emulator.compression.width import (
     MULTIPLE,
@@ -35,6 +37,7 @@ from emulator.compression.width import (
 from offsite.artefacts.encodings import Encoded
 from offsite.console import progress
 from offsite.errors import ConfigError
+from offsite.mapped import let_go
 from offsite.modelling.blocks import linear_names
 from offsite.modelling.mlps import Experts, Mlp, Part, find_mlps, mlp_linears
 from offsite.modelling.split import Plan, extract
@@ -59,7 +62,11 @@ class Recipe:
         calibration: public text, ``input_ids`` and ``attention_mask`` of (batch, tokens) int64 each.
         rank_share: share of its numbers that the two factors of a linear hold under ``low-rank``.
         packing: what ``packed`` packs the linears into: a key of `offsite.artefacts.encodings.BITS`.
-        finished: where ``width`` and ``low-rank`` keep each block that is done, and find those of a broken run.
+        finished: where ``width``, ``low-rank`` and ``packed`` keep each block that is done, and find those of a broken
+            run.
+        compute: dtype that the model computes in, block by block; None for that of its weights.
+        decoded: the emulator holds what its encoded tensors decode to. Without, it holds the full model's in their
+            place: enough to write it, and no memory.
     """
 
     blocks: int | None = None
@@ -77,6 +84,17 @@ class Recipe:
     packing: str = ""
     calibration: Sequence[Batch] = field(default=(), repr=False)
     finished: FinishedBlocks = field(default=FinishedBlocks(None, ""), repr=False)
+    compute: torch.dtype | None = None
+    decoded: bool = True
+
+    @property
+    def compute_name(self) -> str | None:
+        """The name of the dtype that the model computes in, as artefacts spell it."""
+        return None if self.compute is None else str(self.compute).removeprefix("torch.")
+
+    def passage(self, model: PreTrainedModel) -> Passage:
+        """Return the calibration text's way through `model`."""
+        return Passage(model, self.calibration, folder=self.finished.place("carried"), compute=self.compute)
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,7 @@ class Compressed:
         variant: as in the recipe, for the owner's record.
         encoded: tensors of `model` that are stored otherwise than as they stand, by name.
         figures: what was measured while compressing, for the owner alone.
+        compute: dtype that `model` is to compute in; None for that of its tensors, which then is one.
     """
 
     model: PreTrainedModel
@@ -106,6 +125,7 @@ class Compressed:
     variant: int = 0
     encoded: Mapping[str, Encoded] = field(default_factory=dict, repr=False)
     figures: Mapping[str, float] = field(default_factory=dict)
+    compute: torch.dtype | None = None
 
 
 Compressor = Callable[[PreTrainedModel, Plan, Recipe], Compressed]
@@ -139,7 +159,8 @@ def compress(model: PreTrainedModel, plan: Plan, method: str, recipe: Recipe | N
     """
     if method not in _COMPRESSORS:
         raise ConfigError(f"unknown method {method!r}, expected one of {', '.join(sorted(_COMPRESSORS))}")
-    return _COMPRESSORS[method](model, plan, recipe or Recipe())
+    recipe = recipe or Recipe()
+    return replace(_COMPRESSORS[method](model, plan, recipe), compute=recipe.compute)
 
 
 @register_compressor("keep-all")
@@ -158,12 +179,13 @@ def drop(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
     """
     if recipe.blocks is None:
         raise ConfigError("method drop needs the number of middle blocks to keep")
+    read = (model, middle_blocks(model, plan), recipe.calibration)
     if recipe.choice == "uniform":
         chosen = uniform(plan.num_middle, recipe.blocks)
     elif recipe.choice == "influence":
-        chosen = by_influence(measure_influences(model, middle_blocks(model, plan), recipe.calibration), recipe.blocks)
+        chosen = by_influence(measure_influences(*read, passage=recipe.passage(model)), recipe.blocks)
     elif recipe.choice == "crash":
-        chosen = by_clusters(measure_similarities(model, middle_blocks(model, plan), recipe.calibration), recipe.blocks)
+        chosen = by_clusters(measure_similarities(*read, passage=recipe.passage(model)), recipe.blocks)
     else:
         raise ConfigError(f"unknown choice {recipe.choice!r} of blocks, expected uniform, influence or crash")
     kept = (*plan.bottom, *(plan.middle[i] for i in chosen), *plan.top)
@@ -198,7 +220,10 @@ def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
         if before:
             bar.update(len(before))
         to_read = [full_blocks[i] for i in left]
-        found = activities(model, to_read, recipe.calibration, products=products) if left else iter(())
+        found: Iterator[Activity] = iter(())
+        if left:
+            way = recipe.passage(model)
+            found = activities(model, to_read, recipe.calibration, products=products, passage=way)
         if recipe.refit_jacobian and left:
             backward = backwards(model, to_read, recipe.calibration, seed=recipe.seed)
             found = weighed(found, backward, recipe.refit_jacobian)
@@ -212,6 +237,7 @@ def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
                     seen = _favoured(seen, recipe, f"{number}.{part.place}")
                     chosen[number][part.place] = _narrowed(blocks[number], full_blocks[number], part, seen, num, recipe)
             recipe.finished.keep(number, chosen[number], blocks[number], full_blocks[number])
+            let_go(full_blocks[number].parameters())
             bar.update(done)
     channels, experts = _by_adapter(full_blocks, parts, chosen)
     return Compressed(
@@ -269,6 +295,9 @@ def _narrowed(
     choose = _CHOICES[recipe.channels]
     chosen = [choose(unit, activity, num) for unit, activity in zip(whole, seen, strict=True)]
     narrowed = narrow(block, part, chosen)
+    if recipe.compute is not None:
+        for parameter in of_its_own(block, full_block).values():
+            parameter.data = parameter.data.to(recipe.compute if parameter.is_floating_point() else parameter.dtype)
     if recipe.refit:
         for number, (unit, kept, activity) in enumerate(zip(whole, chosen, seen, strict=True)):
             refit(Unit(block, narrowed, number), unit, kept, activity)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import nn
 
 from offsite.console import say
+from offsite.errors import RunFailed
 from offsite.staging import staged_file
 
 _BINDING, _CHANNELS = "binding", "channels"
@@ -31,6 +32,15 @@ class FinishedBlocks:
 
     def __init__(self, folder: Path | None, binding: str, *, writes: bool = True) -> None:
         self._folder, self._binding, self._writes = folder, binding, writes
+
+    @property
+    def binding(self) -> str:
+        """What a block that is found must have been kept under."""
+        return self._binding
+
+    def place(self, name: str) -> Path | None:
+        """Return where something called `name` may stand meanwhile, beside the blocks; None without a folder."""
+        return None if self._folder is None else self._folder / name
 
     def channels(self, number: int) -> dict[str, Kept] | None:
         """Return the channels that each narrowed MLP of block `number` keeps, by its place in the block.
@@ -63,18 +73,23 @@ class FinishedBlocks:
             say(f"{path.name} cannot be read; that block is done again")
         return None
 
-    def keep_tensors(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def keep_tensors(self, number: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """These tensors are on disk, as all that block `number` came to.
+
+        Returns:
+            the same tensors, as the file's where they were written to one: they take no memory.
 
         Raises:
             RunFailed: when the disk is full.
         """
         path = self._path(number)
         if path is None or not self._writes:
-            return
+            return dict(tensors)
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with staged_file(path, replace=True) as stage:
-            stage.write_bytes(save(whole, metadata={_BINDING: self._binding}))
+            _save(stage, whole, {_BINDING: self._binding})
+        found = self.tensors(number)
+        return whole if found is None else found
 
     def restore(self, number: int, block: nn.Module) -> None:
         """`block`, narrowed already, holds the tensors that were kept of block `number`."""
@@ -87,10 +102,12 @@ class FinishedBlocks:
                 tensor = file.get_tensor(name)
                 module, _, leaf = name.rpartition(".")
                 held = getattr(block.get_submodule(module), leaf)
-                held.data = tensor.to(device=own[name].device, dtype=own[name].dtype)
+                held.data = tensor.to(own[name].device)  # of the dtype that it was fitted in
 
     def keep(self, number: int, channels: Mapping[str, Kept], block: nn.Module, full_block: nn.Module) -> None:
         """Block `number` is on disk: its channels, and those of its tensors that are not the full block's own.
+
+        `block` holds them as the file's from now on, where it is on the CPU: they take no memory.
 
         Raises:
             RunFailed: when the disk is full.
@@ -98,15 +115,28 @@ class FinishedBlocks:
         path = self._path(number)
         if path is None or not self._writes:
             return
-        before = full_block.state_dict()
-        changed = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in block.state_dict().items()
-            if name not in before or tensor.data_ptr() != before[name].data_ptr()
-        }
+        changed = {name: one.detach().cpu().contiguous() for name, one in of_its_own(block, full_block).items()}
         stated = {_BINDING: self._binding, _CHANNELS: json.dumps(dict(channels))}
         with staged_file(path, replace=True) as stage:
-            stage.write_bytes(save(changed, metadata=stated))
+            _save(stage, changed, stated)
+        self.restore(number, block)
 
     def _path(self, number: int) -> Path | None:
         return None if self._folder is None else self._folder / f"block-{number:04d}.safetensors"
+
+
+def _save(path: Path, tensors: Mapping[str, torch.Tensor], stated: Mapping[str, str]) -> None:
+    try:
+        save_file(dict(tensors), path, metadata=dict(stated))
+    except SafetensorError as error:
+        raise RunFailed(f"cannot write {path.name!r}: {str(error).strip()[:160]}") from None
+
+
+def of_its_own(block: nn.Module, full_block: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and saved buffers of `block` that share no memory with the full block's of their name."""
+    before = full_block.state_dict()
+    return {
+        name: tensor
+        for name, tensor in block.state_dict(keep_vars=True).items()
+        if name not in before or tensor.data_ptr() != before[name].data_ptr()
+    }

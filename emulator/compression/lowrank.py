@@ -10,7 +10,7 @@ Shapes: I inputs, O outputs, R rank, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from emulator.compression.matrices import Matrix, matrices, moments, require_kno
 from offsite.artefacts.encodings import Encoded, Encoding, decode
 from offsite.console import progress, say
 from offsite.errors import ConfigError
+from offsite.mapped import let_go
 from offsite.modelling.split import Plan, extract
 from offsite.tensors import spec_of
 
@@ -50,14 +51,18 @@ def low_rank(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
     left = [number for number in wanted if number not in before]
     with progress(len(wanted), "factoring linears, blocks", start=len(before)) as bar:
         for number, known in before.items():
-            encoded |= _put(plan, number, blocks[number], ranks[number], known)
+            encoded |= _put(plan, number, blocks[number], ranks[number], known, recipe)
         if before:
             bar.update(len(before))
-        measured = moments(model, [full_blocks[i] for i in left], recipe.calibration) if left else iter(())
+        measured: Iterator[dict[str, Tensor]] = iter(())
+        if left:
+            way = recipe.passage(model)
+            measured = moments(model, [full_blocks[i] for i in left], recipe.calibration, passage=way)
         for done, (number, seen) in enumerate(zip(left, measured, strict=True), start=len(before) + 1):
             tensors = _factored(full_blocks[number], ranks[number], seen)
-            recipe.finished.keep_tensors(number, tensors)
-            encoded |= _put(plan, number, blocks[number], ranks[number], tensors)
+            tensors = recipe.finished.keep_tensors(number, tensors)
+            encoded |= _put(plan, number, blocks[number], ranks[number], tensors, recipe)
+            let_go(full_blocks[number].parameters())
             bar.update(done)
     return Compressed(
         emulator,
@@ -92,7 +97,8 @@ def factors(weight_OI: Tensor, moment_II: Tensor, rank: int) -> tuple[Tensor, Te
             nothing was seen, count every direction alike.
     """
     weight, moment = weight_OI.double(), moment_II.double()
-    moment = (moment + moment.T) / 2
+    moment = moment + moment.T
+    moment /= 2
     least = float(moment.diagonal().mean()) * LEAST_EIGENVALUE
     if least <= 0:
         moment = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
@@ -129,14 +135,21 @@ def _factored(block: nn.Module, ranks: Mapping[Matrix, int], seen: Mapping[str, 
 
 
 def _put(
-    plan: Plan, number: int, block: nn.Module, ranks: Mapping[Matrix, int], tensors: Mapping[str, Tensor]
+    plan: Plan,
+    number: int,
+    block: nn.Module,
+    ranks: Mapping[Matrix, int],
+    tensors: Mapping[str, Tensor],
+    recipe: Recipe,
 ) -> dict[str, Encoded]:
-    """Give the emulator's block the weights that the factors make up; return those by the emulator's names."""
+    """Give the emulator's block the weights that the factors make up; return the factors by the emulator's names."""
     found = {}
     for one, rank in ranks.items():
         name = f"{plan.stack.name}.{plan.num_bottom + number}.{one.name}"
         held = block.get_parameter(one.name)
         parts = {side: tensors[f"{one.name}.{side}"] for side in ("left", "right")}
         found[name] = Encoded(Encoding(kind="low-rank", rank=rank, turned=one.turned), parts)
-        held.data = decode(name, spec_of(held), found[name].encoding, parts).to(held.device)
+        if recipe.decoded:
+            spec = spec_of(held, dtype=recipe.compute_name)
+            held.data = decode(name, spec, found[name].encoding, parts).to(held.device)
     return found

@@ -8,22 +8,21 @@ Shapes: B rows, T tokens, N tokens in a row, I inputs, O outputs, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from emulator.compression.activations import Batch, forward, on_device, real_tokens
-from offsite.console import Progress, progress
+from emulator.compression.activations import Batch, real_tokens
+from emulator.compression.passage import Passage
+from offsite.console import progress
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.modelling.blocks import hidden_of, is_conv1d, linear_names
 from offsite.modelling.experts import require_understood, routed
 from offsite.modelling.mlps import Experts, Mlp, find_mlps
-
-MOMENTS_LIMIT_BYTES = 2 * 2**30
-"""What the matrices of one pass over the calibration text may take; more blocks than fit make more passes."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,17 @@ def matrices(block: nn.Module) -> tuple[Matrix, ...]:
     return (*plain, *stacks)
 
 
-def moments(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch]) -> Iterator[dict[str, Tensor]]:
+def moments(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], batches: Sequence[Batch], *, passage: Passage | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Yield, block by block, the sums of x x^T over the inputs of its matrices when `model` reads `batches`.
 
     By name, (E, I, I) float32; matrices that are given the same input have the same tensor. Padding does not count. An
     expert's inputs are those the router sent to it; of experts in a list of modules padding counts too, as nothing
     shows which tokens they read. What nothing reached has zeros.
+
+    Args:
+        passage: of these batches through `model`; default: one in memory.
 
     Raises:
         UnsupportedModel: from `matrices`, or when experts compute something that is not known here.
@@ -79,44 +83,36 @@ def moments(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Bat
     """
     if not batches:
         raise ConfigError("factoring linears needs public text, found none")
-    at_once = max(1, MOMENTS_LIMIT_BYTES // max(map(_num_bytes, blocks)))
-    for first in range(0, len(blocks), at_once):
-        group = blocks[first : first + at_once]
-        with progress(len(batches), f"reading calibration text for {len(group)} blocks, batches") as bar:
-            found = _moments(model, group, batches, bar)
-        yield from found
+    total = len(blocks) * len(batches)
+    with (
+        closing(passage or Passage(model, batches)) as way,
+        progress(total, f"reading calibration text for {len(blocks)} blocks, batches") as bar,
+    ):
+        read = 0
+        for block in blocks:
+            watched = _Watched(block)
 
+            @contextmanager
+            def watching(batch: Batch, watched: _Watched = watched) -> Iterator[None]:
+                nonlocal read
+                with _watching(watched, real_tokens(batch).reshape(-1)):
+                    yield
+                read += 1
+                bar.update(read)
 
-def _num_bytes(block: nn.Module) -> int:
-    """Return what the sums of a block take at most: as if no two matrices were given the same input."""
-    weights = [one.weight(block) for one in matrices(block)]
-    return sum(4 * len(weight_EOI) * weight_EOI.shape[2] ** 2 for weight_EOI in weights)
-
-
-@torch.no_grad()
-def _moments(
-    model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch], bar: Progress
-) -> list[dict[str, Tensor]]:
-    device = next(model.parameters()).device
-    watched = [_Watched(block) for block in blocks]
-    for read, batch in enumerate(batches, start=1):
-        here = on_device(batch, device)
-        with _watching(watched, real_tokens(here).reshape(-1)):
-            forward(model, here)
-        bar.update(read)
-    return [one.found() for one in watched]
+            way.run(block, watching)
+            yield watched.found()
 
 
 @contextmanager
-def _watching(watched: Sequence[_Watched], real_N: Tensor) -> Iterator[None]:
-    handles = [handle for one in watched for handle in one.hooks(real_N)]
+def _watching(watched: _Watched, real_N: Tensor) -> Iterator[None]:
+    handles = list(watched.hooks(real_N))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for one in watched:
-            one.forget()
+        watched.forget()
 
 
 class _Watched:

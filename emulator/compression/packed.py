@@ -17,14 +17,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emulator.compression.compress import Compressed, Recipe, adaptable, middle_blocks, register_compressor
-from emulator.compression.matrices import matrices, require_known
+from emulator.compression.matrices import Matrix, matrices, require_known
 from offsite.artefacts.encodings import BITS, Encoded, Encoding, decode, levels, pack_codes
 from offsite.console import progress
 from offsite.errors import ConfigError
+from offsite.mapped import let_go
 from offsite.modelling.split import Plan, extract
 from offsite.tensors import spec_of
 
@@ -69,7 +70,7 @@ def packed(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
         raise ConfigError(f"method packed needs a packing, expected one of {', '.join(BITS)}")
     kept = (*plan.bottom, *plan.middle, *plan.top)
     emulator = extract(model, {plan.stack.name: kept})
-    done = pack_middle(emulator, plan, recipe.packing, {})
+    done = pack_middle(emulator, plan, recipe.packing, {}, recipe=recipe)
     return Compressed(
         emulator,
         kept,
@@ -82,39 +83,87 @@ def packed(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
 
 
 @torch.no_grad()
-def pack_middle(emulator: PreTrainedModel, plan: Plan, packing: str, encoded: Mapping[str, Encoded]) -> Packed:
+def pack_middle(
+    emulator: PreTrainedModel,
+    plan: Plan,
+    packing: str,
+    encoded: Mapping[str, Encoded],
+    *,
+    recipe: Recipe | None = None,
+) -> Packed:
     """The linears of the emulator's middle hold what packing leaves of them; return how each is to be stored.
 
     What is shared with another model is untouched there. What would take no less than 16 bits a number stays as it is.
 
     Args:
         encoded: tensors that are stored as factors: the factors are packed.
+        recipe: where blocks that are done are kept, in which dtype the emulator computes, and whether it is to hold
+            what is left of its weights.
 
     Raises:
         UnsupportedModel: when the experts of a block are in a form that is not known here.
     """
     blocks = middle_blocks(emulator, plan)
     require_known(blocks, "packed")
+    told = recipe or Recipe()
     found, changed, whole, num_numbers, num_bytes = dict(encoded), 0.0, 0.0, 0, 0
     with progress(len(blocks), f"packing linears as {packing}, blocks") as bar:
         for number, block in enumerate(blocks):
+            prefix = f"{plan.stack.name}.{plan.num_bottom + number}."
+            parts = told.finished.tensors(number)
+            if parts is None:
+                parts = told.finished.keep_tensors(number, _parts(block, prefix, packing, encoded))
             for one in matrices(block):
-                name = f"{plan.stack.name}.{plan.num_bottom + number}.{one.name}"
+                name = f"{prefix}{one.name}"
                 held = block.get_parameter(one.name)
                 stored = encoded.get(name)
-                own = {"": held.detach()} if stored is None else stored.parts
-                new = _packed(own[""], packing, turned=one.turned) if stored is None else _repacked(stored, packing)
-                numbers = sum(part.numel() for part in own.values())
+                encoding = _encoding(packing, one, stored)
+                spec = spec_of(held)
+                new = Encoded(
+                    encoding, {suffix: parts[f"{one.name}.{suffix}"] for suffix in encoding.parts(name, spec)}
+                )
+                numbers = held.numel() if stored is None else sum(part.numel() for part in stored.parts.values())
                 size = sum(part.nbytes for part in new.parts.values())
                 if size >= 2 * numbers:
                     continue
-                decoded = decode(name, spec_of(held), new.encoding, new.parts).to(held.device)
-                changed += float((decoded.double() - held.double()).square().sum())
-                whole += float(held.double().square().sum())
+                exact = spec_of(held, dtype=told.compute_name)
+                decoded = decode(name, exact, new.encoding, new.parts).to(held.device)
+                before = held.detach()
+                if stored is not None and not told.decoded:  # then the emulator does not hold what its factors make up
+                    before = decode(name, exact, stored.encoding, stored.parts)
+                changed += float((decoded.double() - before.double()).square().sum())
+                whole += float(before.double().square().sum())
                 num_numbers, num_bytes = num_numbers + numbers, num_bytes + size
-                found[name], held.data = new, decoded
+                found[name] = new
+                if told.decoded:
+                    held.data = decoded
+                let_go([before, *new.parts.values()])
             bar.update(number + 1)
     return Packed(found, math.sqrt(changed / whole) if whole else 0.0, num_numbers, num_bytes)
+
+
+def _parts(block: nn.Module, prefix: str, packing: str, encoded: Mapping[str, Encoded]) -> dict[str, Tensor]:
+    """Return what every matrix of the block is stored as, by its name in the block and the part's."""
+    found: dict[str, Tensor] = {}
+    for one in matrices(block):
+        held, stored = block.get_parameter(one.name), encoded.get(f"{prefix}{one.name}")
+        if stored is not None:
+            new = {
+                f"{side}.{key}": tensor
+                for side in stored.parts
+                for key, tensor in quantised(stored.parts[side], packing).items()
+            }
+        else:
+            new = quantised(held.detach().mT if one.turned else held.detach(), packing)
+        found |= {f"{one.name}.{suffix}": tensor for suffix, tensor in new.items()}
+    return found
+
+
+def _encoding(packing: str, one: Matrix, stored: Encoded | None) -> Encoding:
+    """Return how a matrix is stored once it is packed, or its factors are."""
+    if stored is None:
+        return Encoding.model_validate({"kind": packing, "group": GROUP, "turned": one.turned})
+    return Encoding.model_validate({**stored.encoding.model_dump(), "group": GROUP, "factors": packing})
 
 
 @torch.no_grad()
@@ -156,17 +205,3 @@ def _quantised(rows_LI: Tensor, packing: str, group: int) -> tuple[Tensor, Tenso
         scales_LG = torch.where(better, tried_LG, scales_LG)
         codes_LGJ = torch.where(better[..., None], (found + is_integer).to(torch.uint8), codes_LGJ)
     return codes_LGJ.flatten(1)[:, :num_inputs].contiguous(), scales_LG
-
-
-def _packed(weight: Tensor, packing: str, *, turned: bool) -> Encoded:
-    encoding = Encoding.model_validate({"kind": packing, "group": GROUP, "turned": turned})
-    return Encoded(encoding, quantised(weight.mT if turned else weight, packing))
-
-
-def _repacked(one: Encoded, packing: str) -> Encoded:
-    """Return the factors packed."""
-    encoding = Encoding.model_validate({**one.encoding.model_dump(), "group": GROUP, "factors": packing})
-    parts = {
-        f"{side}.{key}": tensor for side in one.parts for key, tensor in quantised(one.parts[side], packing).items()
-    }
-    return Encoded(encoding, parts)

@@ -10,14 +10,16 @@ Shapes: B rows, T tokens, N tokens that are text, C channels, K of them kept, D 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from emulator.compression.activations import Batch, forward, on_device, real_tokens, seen_by
+from emulator.compression.activations import Batch, real_tokens, seen_by
+from emulator.compression.passage import Passage
 from offsite.console import Progress, progress
 from offsite.errors import ConfigError
 from offsite.modelling.blocks import hidden_of
@@ -46,7 +48,7 @@ ELIMINATED_TOGETHER = 32
 """Rank-one updates that `eliminate` gathers before it applies them to its matrices: it does not change the result."""
 
 MOMENTS_LIMIT_BYTES = 2 * 2**30
-"""What the matrices of one pass over the calibration text may take; more blocks than fit make more passes."""
+"""What the matrices of one pass for gradients may take; more blocks than fit make more passes."""
 
 
 _TINY = 1e-12  # keeps a hidden state of zeros from dividing by zero
@@ -132,13 +134,19 @@ def num_kept(num_channels: int, share: float) -> int:
 
 
 def activities(
-    model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch], *, products: bool
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Batch],
+    *,
+    products: bool,
+    passage: Passage | None = None,
 ) -> Iterator[Activity]:
     """Yield, unit by unit of every block, what the MLP channels of `blocks` do when `model` reads `batches`.
 
     Args:
         blocks: blocks of `model`, in any number.
         products: measure how every two channels go together, not only each alone.
+        passage: of these batches through `model`; default: one in memory.
 
     Raises:
         UnsupportedModel: when a block has no MLP that can be narrowed.
@@ -146,14 +154,15 @@ def activities(
     """
     if not batches:
         raise ConfigError("choosing MLP channels needs public text, found none")
-    widths = [[unit.part.num_channels for unit in units(block)] for block in blocks]
-    largest = 4 * max(sum(width * (width if products else 1) for width in one) for one in widths)
-    at_once = max(1, MOMENTS_LIMIT_BYTES // largest)
-    for first in range(0, len(blocks), at_once):
-        group = blocks[first : first + at_once]
-        with progress(len(batches), f"reading calibration text for {len(group)} blocks, batches") as bar:
-            found = _activities(model, group, batches, products, bar)
-        yield from found
+    total = len(blocks) * len(batches)
+    with (
+        closing(passage or Passage(model, batches)) as way,
+        progress(total, f"reading calibration text for {len(blocks)} blocks, batches") as bar,
+    ):
+        for number, block in enumerate(blocks):
+            found = _activities(block, way, products, bar, number * len(batches))
+            while found:  # each is let go of as it is taken
+                yield found.pop(0)
 
 
 class _Sums:
@@ -175,28 +184,27 @@ class _Sums:
         else:
             self.moment += scaled_NC.square().sum(0)
 
-    @property
-    def activity(self) -> Activity:
-        """The means; of an expert that read nothing, zeros."""
+    def finish(self) -> Activity:
+        """Return the means, in the memory of the sums; of an expert that read nothing, zeros."""
         total = self.total.clamp(min=torch.finfo(torch.float32).tiny)
-        return Activity(self.sum_C / total, self.moment / total)
+        return Activity(self.sum_C.div_(total), self.moment.div_(total))
 
 
 @torch.no_grad()
-def _activities(
-    model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch], products: bool, bar: Progress
-) -> list[Activity]:
-    device = next(model.parameters()).device
-    wanted = [units(block) for block in blocks]
-    sums = [[_Sums(unit.part.num_channels, products, device) for unit in one] for one in wanted]
-    seen = _Seen([unit for one in wanted for unit in one])
-    for read, batch in enumerate(batches, start=1):
-        here = on_device(batch, device)
-        real_BT = real_tokens(here)
+def _activities(block: nn.Module, passage: Passage, products: bool, bar: Progress, read: int) -> list[Activity]:
+    wanted = units(block)
+    device = next(block.parameters()).device
+    sums = [_Sums(unit.part.num_channels, products, device) for unit in wanted]
+    seen = _Seen(wanted)
 
-        def add(number: int, _before: Tensor, output: Any, real_BT: Tensor = real_BT) -> None:
+    @contextmanager
+    def watching(batch: Batch) -> Iterator[None]:
+        nonlocal read
+        real_BT = real_tokens(batch)
+
+        def add(_number: int, _before: Tensor, output: Any) -> None:
             weight_BT = real_BT / (hidden_of(output).float().square().sum(-1) + _TINY)
-            for unit, into in zip(wanted[number], sums[number], strict=True):
+            for unit, into in zip(wanted, sums, strict=True):
                 for found_NC, rows_N, share_N in seen.take(unit):
                     if rows_N is None:  # nothing says which tokens these are: padding is among them
                         into.add(found_NC, torch.ones(len(found_NC), device=device))
@@ -206,10 +214,13 @@ def _activities(
                     share_N = share_N.float().square()[is_text]
                     into.add(found_NC[is_text], weight_N[is_text] * share_N)
 
-        with seen.watching(), seen_by(blocks, add):
-            forward(model, here)
+        with seen.watching(), seen_by([block], add):
+            yield
+        read += 1
         bar.update(read)
-    return [one.activity for several in sums for one in several]
+
+    passage.run(block, watching)
+    return [one.finish() for one in sums]
 
 
 Rows = tuple[Tensor, Tensor | None, Tensor]
@@ -297,14 +308,19 @@ def eliminate(unit: Unit, activity: Activity, num: int) -> list[int]:
         weight_DC = _root(activity.metric) @ weight_DC
     moment_CC = _moment(unit, activity)
     moment_CC.diagonal().add_(RIDGE * moment_CC.diagonal().median() + 1e-12)
-    inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(moment_CC))
+    factor_CC = torch.linalg.cholesky(moment_CC)
+    del moment_CC  # of a wide MLP each of these is a gigabyte: never more than two at once
+    inverse_CC = torch.cholesky_inverse(factor_CC)
+    del factor_CC
     left = torch.arange(len(inverse_CC), device=inverse_CC.device)
     favour_C = torch.ones_like(weight_DC[0]) if activity.favour is None else activity.favour.to(weight_DC)
     while len(left) > num:
         some = min(ELIMINATED_TOGETHER, len(left) - num)
         stay, down_CS, out_DS = _eliminate_some(weight_DC, inverse_CC, favour_C[left], some)
         weight_DC = (weight_DC - out_DS @ down_CS.T)[:, stay]
-        inverse_CC = (inverse_CC - down_CS @ down_CS.T)[stay][:, stay]
+        inverse_CC -= down_CS @ down_CS.T
+        inverse_CC = inverse_CC[stay]
+        inverse_CC = inverse_CC[:, stay]
         left = left[stay]
     found: list[int] = left.tolist()
     return found

@@ -305,7 +305,7 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings, Own
             if needed:
                 verb = "needs" if len(needed) == 1 else "need"
                 found.append(f"--public is missing: {' and '.join(needed)} {verb} public text")
-        if self.resume and self.steps == 0 and self.method not in ("width", "low-rank"):
+        if self.resume and self.steps == 0 and self.method not in ("width", "low-rank", "packed") and self.pack is None:
             found.append(f"--resume: nothing to resume with --method {self.method} --steps 0")
         if self.steps > 0 and self.accumulate > self.batch_size:
             found.append(f"--accumulate {self.accumulate}: a batch of {self.batch_size} cannot be cut into more parts")

@@ -35,6 +35,7 @@ from emulator.distillation.selfwritten import forget, own_text
 from offsite.artefacts.package import Package
 from offsite.console import say
 from offsite.digests import model_digest, sha256_bytes
+from offsite.modelling.blockwise import block_by_block
 from offsite.modelling.causal import refuse_uncausal
 from offsite.modelling.dtypes import main_dtype, stored_in
 from offsite.modelling.load import load_model, load_tokenizer
@@ -47,12 +48,16 @@ from offsite.training.devices import choose_device
 from offsite.training.processes import Processes, is_launched, world
 from offsite.training.step import uses_bf16
 
+_LARGE = 10**9
+"""Parameters of a model that is too large to be held in memory without a word."""
+
 
 def run(config: DistillConfig) -> dict[str, object]:
     """Do what ``offsite distill`` says: PACKAGE and PACKAGE.owner.json stand when it returns.
 
-    After a distillation its log is PACKAGE.log.jsonl. Checkpoints are in ``PACKAGE.work`` meanwhile, and stay there
-    when the run fails.
+    Without training, on the CPU, the full model stays mapped from its files and memory holds a few blocks of it: see
+    `emulator.compression.passage`. After a distillation its log is PACKAGE.log.jsonl. What is done is in
+    ``PACKAGE.work`` meanwhile, and stays there when the run fails.
 
     Returns:
         the figures that the verb prints.
@@ -71,10 +76,10 @@ def run(config: DistillConfig) -> dict[str, object]:
         require_work(_work(config), resume=config.resume)
     own = own_text(config) if config.writes_itself else None
     torch.manual_seed(config.seed)
-    owned = _open(config)
+    owned = _open(config, processes)
     text = _public_text(config, owned, own)
-    _place(owned.full, config, processes)
-    compressed = compress(owned.full, owned.plan, config.method, _recipe(config, text, owned, processes))
+    recipe = _recipe(config, text, owned, processes)
+    compressed = compress(owned.full, owned.plan, config.method, recipe)
     try_out(owned.plan, compressed)
     sizes = _sizes(owned, compressed)
     if processes.is_main:
@@ -89,7 +94,7 @@ def run(config: DistillConfig) -> dict[str, object]:
     measured = _field_kl(config, owned, compressed, distilled, processes)
     package = None
     if processes.is_main:
-        compressed = _packed(config, owned, compressed, distilled)
+        compressed = _packed(config, owned, compressed, distilled, recipe)
         package = _published(config, owned, compressed, distilled, terms)
     processes.wait()
     return {
@@ -113,16 +118,20 @@ class _Owned:
     digest: str
     dtype: str
     dtypes: Mapping[str, str]
+    compute: torch.dtype | None
 
 
-def _open(config: DistillConfig) -> _Owned:
+def _open(config: DistillConfig, processes: Processes) -> _Owned:
     say(f"loading {Path(config.model).name!r}")
     full = load_model(config.model)
     plan = make_plan(full, num_bottom=config.bottom, num_top=config.top)
-    refuse_uncausal(full)
+    compute = _compute(full, config, processes)
+    refuse_uncausal(full, compute)
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in full.state_dict().items()}
     main = str(main_dtype(stored_in(full).values())).removeprefix("torch.")
-    return _Owned(full, load_tokenizer(config.model), plan, model_digest(full), main, dtypes)
+    owned = _Owned(full, load_tokenizer(config.model), plan, model_digest(full), main, dtypes, compute)
+    _place(full, config, processes)
+    return replace(owned, compute=_compute(full, config, processes))
 
 
 def _public_text(config: DistillConfig, owned: _Owned, own: Path | None) -> PublicText | None:
@@ -153,10 +162,7 @@ def _field_kl(
     distilled: Distilled | None,
     processes: Processes,
 ) -> dict[str, object]:
-    """Return KL(full || emulator) on text of the field, in nats per token, if any was given. It stays with the owner.
-
-    Both models compute in the dtype that they have.
-    """
+    """Return KL(full || emulator) on text of the field, in nats per token, if any was given: the owner's alone."""
     if not config.field_text:
         return {}
     text = prepare(
@@ -172,7 +178,8 @@ def _field_kl(
     )
     model = compressed.model if distilled is None or distilled.model is None else distilled.model
     model.to(processes.device)  # type: ignore[arg-type]
-    with torch.no_grad():
+    full = owned.full
+    with torch.no_grad(), block_by_block(full, owned.compute), block_by_block(model, owned.compute):
         found = measure(Pair(owned.full, model, owned.plan, compressed.kept), text.calibration, processes)
     say(f"distill: KL(full || emulator) on text of the field {found.kl:.4f} nats per token")
     return {"field_kl" if config.pack is None or config.method == "packed" else "field_kl_before_packing": found.kl}
@@ -181,22 +188,45 @@ def _field_kl(
 def _place(full: PreTrainedModel, config: DistillConfig, processes: Processes) -> None:
     """`full` is where and in the dtype that the work needs; several processes: on the CPU, to be sharded from there.
 
-    Where bfloat16 is not fast it is float32, also to calibrate alone: a processor without instructions for bfloat16
-    took 8 to 70 times as long for its products (one core, AVX2, torch 2.13).
+    Where it can be, it stays mapped from its files as it is, and only computes in that dtype.
     """
-    if not (uses_bf16(config.precision, processes.device) and full.dtype in (torch.bfloat16, torch.float32)):
+    if _is_streamed(config, processes):
+        return
+    if full.num_parameters() > _LARGE:
+        say("distill: training, gradients and other devices than the CPU hold the whole model in memory")
+    if _compute(full, config, processes) is not None:
         full.float()
     if processes.size == 1:
         full.to(processes.device)  # type: ignore[arg-type]
 
 
+def _compute(full: PreTrainedModel, config: DistillConfig, processes: Processes) -> torch.dtype | None:
+    """Return the dtype to compute in; None for the one that the model has.
+
+    Where bfloat16 is not fast it is float32, also to calibrate alone: a processor without instructions for bfloat16
+    took 8 to 70 times as long for its products (one core, AVX2, torch 2.13).
+    """
+    if uses_bf16(config.precision, processes.device) and full.dtype in (torch.bfloat16, torch.float32):
+        return None
+    has_it = all(one.dtype == torch.float32 for one in full.parameters() if one.is_floating_point())
+    return None if has_it else torch.float32
+
+
+def _is_streamed(config: DistillConfig, processes: Processes) -> bool:
+    """Say whether one block at a time is enough: without training, and without gradients through the whole model."""
+    needs_gradients = config.method == "width" and (config.refit_jacobian > 0 or config.channels == "gradot")
+    return not config.steps and not needs_gradients and processes.device.type == "cpu" and processes.size == 1
+
+
 def _recipe(config: DistillConfig, text: PublicText | None, owned: _Owned, processes: Processes) -> Recipe:
     calibration = () if text is None else text.calibration
-    depends = [owned.digest, str(owned.full.dtype), config.bottom, config.top, config.width, config.channels]
+    compute = owned.full.dtype if owned.compute is None else owned.compute
+    depends = [owned.digest, str(compute), config.bottom, config.top, config.width, config.channels]
     depends += [config.refit, None if text is None else text.digest, len(calibration), config.batch_size, config.seed]
     depends += [sorted(wider_blocks(config.wider).items()), config.variant, config.variant_noise, config.refit_jacobian]
     depends += [config.gradot_lambda]
     depends += [config.method, config.rank_share] if config.method == "low-rank" else []
+    depends += [config.method, config.pack] if config.method == "packed" else []
     return Recipe(
         blocks=config.blocks,
         choice=config.choice,
@@ -217,6 +247,8 @@ def _recipe(config: DistillConfig, text: PublicText | None, owned: _Owned, proce
             sha256_bytes(json.dumps(depends).encode()),
             writes=processes.is_main,
         ),
+        compute=owned.compute,
+        decoded=bool(config.steps or config.field_text),
     )
 
 
@@ -343,12 +375,15 @@ def _emulator(compressed: Compressed, distilled: Distilled | None) -> PreTrained
     return compressed.model if found is None else found
 
 
-def _packed(config: DistillConfig, owned: _Owned, compressed: Compressed, distilled: Distilled | None) -> Compressed:
+def _packed(
+    config: DistillConfig, owned: _Owned, compressed: Compressed, distilled: Distilled | None, recipe: Recipe
+) -> Compressed:
     """Return what is written of the emulator, whose middle is distilled by now and packed where that is asked."""
     if config.pack is None:
         return compressed
     if config.method != "packed":
-        done = pack_middle(_emulator(compressed, distilled), owned.plan, config.pack, compressed.encoded)
+        own = replace(recipe, finished=_packing(config, compressed, distilled, recipe))
+        done = pack_middle(_emulator(compressed, distilled), owned.plan, config.pack, compressed.encoded, recipe=own)
         compressed = replace(
             compressed,
             settings={**compressed.settings, "pack": config.pack},
@@ -361,6 +396,16 @@ def _packed(config: DistillConfig, owned: _Owned, compressed: Compressed, distil
         f"{told['packed_bits']:.2f} bits a number, with a relative error of {told['packing_error']:.2g}"
     )
     return compressed
+
+
+def _packing(
+    config: DistillConfig, compressed: Compressed, distilled: Distilled | None, recipe: Recipe
+) -> FinishedBlocks:
+    """Return where packed blocks are kept; those of a middle that was trained are not."""
+    if distilled is not None:
+        return FinishedBlocks(None, "")
+    depends = [recipe.finished.binding, config.pack, config.blocks, config.choice, _identity(config, compressed)]
+    return FinishedBlocks(_work(config) / "packing", sha256_bytes(json.dumps(depends).encode()))
 
 
 def _disclosed(config: DistillConfig, distilled: Distilled | None) -> dict[str, float]:

@@ -66,6 +66,7 @@ def publish(
         if dtypes is None
         else {name: dtypes[source_name(name, {plan.stack: compressed.kept})] for name in saved_tensors(model)},
         encoded=compressed.encoded,
+        compute=compressed.compute,
     )
     record = OwnerRecord(
         package_digest=package.digest,
@@ -112,7 +113,8 @@ def try_out(plan: Plan, compressed: Compressed) -> None:
     """
     with TemporaryDirectory() as folder:
         write_config(Path(folder), compressed.model, "float32")
-        require_rebuildable(Path(folder), compressed.model, layout_of(compressed.model, plan, compressed))
+        layout = layout_of(compressed.model, plan, compressed)
+        require_rebuildable(Path(folder), compressed.model, layout, compressed.compute)
 
 
 def read_terms(path: Path | None) -> str:

@@ -3,4 +3,4 @@
 Each module says in its docstring what its folder holds and what is checked, in which order, when one arrives.
 """
 
-__all__ = ["bundle", "encodings", "inspect", "job", "layout", "manifest", "owner", "package", "round", "trial"]
+__all__ = ["bundle", "encodings", "inspect", "job", "known", "layout", "manifest", "owner", "package", "round", "trial"]

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from pydantic import Field, ValidationError
 
+from offsite.artefacts.known import KnownFiles, clock_ns
 from offsite.digests import DIGEST_PATTERN, sha256_bytes, sha256_file
 from offsite.errors import ArtefactError, BadDigest, BadSchema, WrongBinding, WrongNames
 from offsite.folders import kind_of, listed, names_in, opened_plain, read_plain, with_article
@@ -93,8 +94,13 @@ def entries(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     }
 
 
-def check_files(folder: Path, files: Mapping[str, FileEntry], allowed: re.Pattern[str]) -> None:
+def check_files(
+    folder: Path, files: Mapping[str, FileEntry], allowed: re.Pattern[str], known: KnownFiles | None = None
+) -> None:
     """Return only if the folder holds exactly the manifest and the files it binds, byte for byte.
+
+    Args:
+        known: files hashed here before, which are not read again while they are unchanged; what is read is noted there.
 
     Raises:
         WrongNames: when a stated name is not of the allowed form, or a file is missing, foreign or not a plain file.
@@ -113,8 +119,13 @@ def check_files(folder: Path, files: Mapping[str, FileEntry], allowed: re.Patter
         if path.is_symlink() or not path.is_file():
             raise WrongNames(f"{folder.name!r}: {name!r} is not a plain file")
         with opened_plain(path) as handle, open(handle, "rb", closefd=False) as file:
-            size, found = os.fstat(handle).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            size, found = os.fstat(handle).st_size, None if known is None else known.digest(handle)
+            if found is None:
+                began_ns = clock_ns()
+                found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+                if known is not None:
+                    known.note(handle, found, began_ns)
         if size != entry.bytes:
             raise BadDigest(f"{folder.name!r}: {name!r} has {size} bytes, the manifest says {entry.bytes}", hint=_WHOLE)
-        if f"sha256:{found}" != entry.sha256:
+        if found != entry.sha256:
             raise BadDigest(f"{folder.name!r}: SHA-256 of {name!r} is not the one the manifest states")

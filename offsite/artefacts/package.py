@@ -40,6 +40,7 @@ from pydantic import ValidationError
 
 from offsite.artefacts import rebuild
 from offsite.artefacts.encodings import Encoded, decode
+from offsite.artefacts.known import KnownFiles
 from offsite.artefacts.layout import (
     TOKENIZER_CLASS,
     TOKENIZER_KEYS,
@@ -58,13 +59,13 @@ from offsite.artefacts.layout import (
 from offsite.artefacts.manifest import check_files, entries, read_manifest, write_manifest
 from offsite.artefacts.trial import require_rebuildable
 from offsite.errors import BadSchema, ConfigError, UnsupportedModel, WrongNames, WrongShape
+from offsite.mapped import let_go
 from offsite.modelling.load import one_template
 from offsite.staging import staged_folder
 from offsite.tensors import (
     MAX_TENSORS,
     TensorSpec,
     check_exact,
-    check_finite,
     spec_of,
     torch_dtype,
     write_tensors,
@@ -149,14 +150,17 @@ class Package:
         return found
 
 
-def open_package(path: Path) -> Package:
+def open_package(path: Path, known: KnownFiles | None = None) -> Package:
     """Return the package at `path` once every file agrees with the manifest; no tensor is read.
+
+    Args:
+        known: files hashed here before, which are not read again while they are unchanged.
 
     Raises:
         ArtefactError: with the subclass of the check that failed, in the order the module's docstring gives.
     """
     manifest, digest = read_manifest(path, PackageManifest, PACKAGE_FORMAT)
-    check_files(path, manifest.files, FILE_NAMES)
+    check_files(path, manifest.files, FILE_NAMES, known)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if name not in manifest.files:
             raise WrongNames(f"package {path.name!r} binds no {name}")
@@ -219,6 +223,7 @@ def write_package(
     dtype: str = "bfloat16",
     dtypes: Mapping[str, str] | None = None,
     encoded: Mapping[str, Encoded] | None = None,
+    compute: torch.dtype | None = None,
 ) -> Package:
     """Write the package folder `out`, whole or not at all, from allow-lists only.
 
@@ -228,6 +233,7 @@ def write_package(
         dtype: dtype of floating tensors in the file, but of those that the architecture keeps finer.
         dtypes: dtypes by name, for tensors that are to have another one.
         encoded: tensors by name that are stored as these parts, in place of the model's own.
+        compute: dtype in which the model is tried; None for that of its tensors.
 
     Raises:
         ConfigError: when `out` exists, or the licence, terms or a figure's name cannot be stated.
@@ -238,7 +244,7 @@ def write_package(
     """
     with staged_folder(out) as stage:
         write_config(stage, model, dtype)
-        require_rebuildable(stage, model, layout)
+        require_rebuildable(stage, model, layout, compute)
         write_tokenizer(stage, tokenizer)
         tensors = saved_tensors(model)
         specs = _stored(model, tensors, dtype, dtypes or {})
@@ -279,6 +285,7 @@ def _in_parts(
             held[name], declared[name] = tensor, specs[name]
             continue
         decode(name, specs[name], one.encoding, one.parts)  # as whoever receives it will
+        let_go(one.parts.values())
         for suffix, part in one.parts.items():
             held[f"{name}.{suffix}"], declared[f"{name}.{suffix}"] = part, spec_of(part)
     return held, declared
@@ -370,7 +377,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec]) -> None:
-    """Write the tensors in files of at most `SHARD_LIMIT_BYTES` and `MAX_TENSORS`, casting one shard at a time."""
+    """Write the tensors in files of at most `SHARD_LIMIT_BYTES` and `MAX_TENSORS`, one tensor at a time."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, spec in specs.items():
@@ -385,9 +392,8 @@ def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], specs: Mapp
         else [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     )
     for file, names in zip(files, groups, strict=True):
-        cast = {name: tensors[name].detach().to(torch_dtype(specs[name].dtype)) for name in names}
-        check_finite("the package's model", cast)
-        write_tensors(folder / file, cast)
+        wanted = {name: specs[name] for name in names}
+        write_tensors(folder / file, tensors, wanted, finite="the package's model")
     if len(files) > 1:
         index = {name: file for file, names in zip(files, groups, strict=True) for name in names}
         total = sum(spec.num_bytes for spec in specs.values())

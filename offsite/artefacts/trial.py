@@ -18,16 +18,22 @@ from offsite.errors import ArtefactError, UnsupportedModel
 from offsite.tensors import spec_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
 NUM_TOKENS = 8
 
 
-def require_rebuildable(folder: Path, model: PreTrainedModel, layout: Layout) -> None:
+def require_rebuildable(
+    folder: Path, model: PreTrainedModel, layout: Layout, compute: torch.dtype | None = None
+) -> None:
     """Return only if the ``config.json`` in `folder` makes a model that computes what `model` does, from its tensors.
 
-    Nothing is copied: the second model is given the first one's tensors.
+    Nothing is copied: the second model is given the first one's tensors, and each runs block by block.
+
+    Args:
+        compute: dtype that both compute in; None for that of their tensors.
 
     Raises:
         UnsupportedModel: saying what a client would not get, and which settings do not cross.
@@ -47,22 +53,23 @@ def require_rebuildable(folder: Path, model: PreTrainedModel, layout: Layout) ->
     was_training = model.training
     model.eval()
     try:
-        wanted_BTV, found_BTV = _scores(model), _scores(other)
+        wanted_BTV, found_BTV = _scores(model, compute), _scores(other, compute)
     finally:
         model.train(was_training)
     if not _alike(found_BTV, wanted_BTV):
         raise UnsupportedModel(f"{what}: a client would build a model that computes something else", hint=hint)
 
 
-def _scores(model: PreTrainedModel) -> Tensor:
+def _scores(model: PreTrainedModel, compute: torch.dtype | None) -> Tensor:
     import torch
 
+    from offsite.modelling.blockwise import block_by_block
     from offsite.modelling.context import context_of
 
     vocabulary = int(model.config.get_text_config().vocab_size)
     num_tokens = min(NUM_TOKENS, context_of(model) or NUM_TOKENS)
     ids_BT = torch.randint(vocabulary, (1, num_tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
-    with torch.no_grad():
+    with torch.no_grad(), block_by_block(model, compute):
         scores: Tensor = model(input_ids=ids_BT, use_cache=False).logits
     return scores
 

@@ -5,6 +5,7 @@ Facts about architectures live in ``blocks``, ``depth``, ``mlps`` and ``experts`
 
 __all__ = [
     "blocks",
+    "blockwise",
     "causal",
     "config",
     "context",

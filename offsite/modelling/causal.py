@@ -15,19 +15,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offsite.errors import UnsupportedModel
+from offsite.modelling.blockwise import block_by_block
 from offsite.modelling.context import context_of
 
 NUM_TOKENS = 8
 
 
-def refuse_uncausal(model: PreTrainedModel) -> None:
+def refuse_uncausal(model: PreTrainedModel, compute: torch.dtype | None = None) -> None:
     """Return only if another last token leaves the scores of earlier positions alone.
+
+    Args:
+        compute: dtype in which that is tried, one block at a time; None for that of the model.
 
     Raises:
         UnsupportedModel: saying that the model reads ahead, and what may be done; or that it does not run at all.
     """
     try:
-        is_ahead = reads_ahead(model)
+        is_ahead = reads_ahead(model, compute)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
         raise UnsupportedModel(f"{type(model).__name__} does not run on a short text: {reason}") from error
@@ -40,7 +44,7 @@ def refuse_uncausal(model: PreTrainedModel) -> None:
         )
 
 
-def reads_ahead(model: PreTrainedModel) -> bool:
+def reads_ahead(model: PreTrainedModel, compute: torch.dtype | None = None) -> bool:
     """Say whether earlier positions depend on the last token, tried on two short texts that differ in it alone.
 
     A difference of the scores may be rounding: experts that are handed other tokens multiply in other shapes. Then the
@@ -50,7 +54,7 @@ def reads_ahead(model: PreTrainedModel) -> bool:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), block_by_block(model, compute):
             one_TV, other_TV = _scores(model, ids_BT)
         return not _same(one_TV, other_TV) and _has_gradient(model, ids_BT[:1])
     finally:

@@ -19,6 +19,7 @@ _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _QUANTISER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 
+_INDEX = "model.safetensors.index.json"
 _AGAIN = "copy or download that file again"
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -80,6 +81,27 @@ def require_whole(place: Place) -> None:
                 hint="git lfs pull in that folder brings them",
             )
         raise ConfigError(f"{file.name} of model {name} is cut short or damaged", hint=_AGAIN)
+
+
+def require_shards(place: Place) -> None:
+    """Return only if every file that the checkpoint's index names is there, so that this is told before any work.
+
+    Raises:
+        ConfigError: naming the first that is missing, or when the index is not JSON or names something else.
+    """
+    folder, name = folder_of(place), shown(place.source)
+    if folder is None or not place.is_folder or not (folder / _INDEX).is_file():
+        return
+    stated = read_object(folder / _INDEX, f"{_INDEX} of model {name}").get("weight_map")
+    files = sorted({str(file) for file in stated.values()}) if isinstance(stated, Mapping) else []
+    if not files or any(Path(file).name != file for file in files):
+        raise ConfigError(f"{_INDEX} of model {name} does not say which files hold its weights", hint=_AGAIN)
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise ConfigError(
+            f"the checkpoint of model {name} lacks {len(missing)} of its {len(files)} weight files, such as "
+            f"{missing[0]!r}",
+            hint="copy or download it anew: a model cannot be made of some of its weights",
+        )
 
 
 def require_sound_tokenizer(place: Place) -> None:

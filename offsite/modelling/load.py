@@ -10,6 +10,7 @@ from offsite.modelling.checkpoint import (
     folder_of,
     refuse_adapted,
     refuse_unusable,
+    require_shards,
     require_sound_tokenizer,
     require_whole,
     split_unexpected,
@@ -41,6 +42,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> PreTra
 
     place = locate(name)
     refuse_unusable(place)
+    require_shards(place)
     try:
         with quiet_libraries():
             loaded: Any = AutoModelForCausalLM.from_pretrained(

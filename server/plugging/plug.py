@@ -146,7 +146,9 @@ def _emulator(config: PlugConfig, registry: Registry, verified: Verified, record
     """
     if not config.correct:
         return None
-    package = open_package(config.package or registry.package_path(record.package_digest))
+    known = registry.known_files()
+    package = open_package(config.package or registry.package_path(record.package_digest), known)
+    known.save()
     if package.digest != record.package_digest:
         raise WrongBinding(f"package {package.path.name!r} is not the one that the owner's record is of")
     require_correctable(verified.spec, package)

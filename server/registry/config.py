@@ -81,6 +81,11 @@ class IntakeConfig(OwnRegistryConfig):
     verb: ClassVar[str] = "intake"
 
     sealed: Path = Field(description="sealed bundle from the client", json_schema_extra=POSITIONAL)
+    verify_package: bool = Field(
+        False,
+        description="hash every file of the package again, also those unchanged since they were hashed last",
+        json_schema_extra=LIMITS,
+    )
 
 
 class RegistryListConfig(RegistryConfig):

@@ -59,7 +59,9 @@ def run(config: IntakeConfig) -> dict[str, object]:
     """
     identity = open_identity(config)
     with Registry.open(config.registry, config.keys) as registry:
-        verdict = take_in(registry, config.sealed, identity, TrustStore(config.keys))
+        verdict = take_in(
+            registry, config.sealed, identity, TrustStore(config.keys), verify_package=config.verify_package
+        )
         if verdict.error is not None:
             again = ", as before" if verdict.is_again else ""
             say(f"{verdict.id}: refused by {verdict.reason_class}{again}; the registry's log has it")
@@ -86,12 +88,19 @@ def run(config: IntakeConfig) -> dict[str, object]:
 
 
 def take_in(
-    registry: Registry, sealed: Path, identity: Identity, trust: TrustStore, *, now: int | None = None
+    registry: Registry,
+    sealed: Path,
+    identity: Identity,
+    trust: TrustStore,
+    *,
+    now: int | None = None,
+    verify_package: bool = False,
 ) -> Verdict:
     """Return what became of the sealed bundle; it is verified and registered now, if it never was.
 
     Args:
         now: seconds since 1970; by default, the clock's.
+        verify_package: as for `job_package`.
 
     Raises:
         ArtefactError: when `sealed` is no sealed folder, so that there is no digest to answer for.
@@ -113,13 +122,17 @@ def take_in(
             if known is not None and known.is_final:
                 return known
             try:
-                return _examine(registry, sealed, raw, identity, trust, int(time.time()) if now is None else now)
+                when = int(time.time()) if now is None else now
+                return _examine(registry, sealed, raw, identity, trust, when, verify_package)
             finally:
                 _tidy(registry, raw.digest)
 
 
-def job_package(registry: Registry, job: Job) -> tuple[Package, OwnerRecord]:
+def job_package(registry: Registry, job: Job, *, verify_package: bool = False) -> tuple[Package, OwnerRecord]:
     """Return the package that the job is about, and its owner's record.
+
+    Args:
+        verify_package: hash every file of it, also those that are as they were when they were hashed last.
 
     Raises:
         ConfigError: when it is not where it was when the job was made, or another stands there.
@@ -129,7 +142,9 @@ def job_package(registry: Registry, job: Job) -> tuple[Package, OwnerRecord]:
     if not path.is_dir() or not owner_record_path(path).is_file():
         raise ConfigError(f"package {path.name!r} of the job, or its owner's record, is not where it was", hint=moved)
     try:
-        package, record = open_package(path), read_owner_record(owner_record_path(path))
+        known = registry.known_files(trusted=not verify_package)
+        package, record = open_package(path, known), read_owner_record(owner_record_path(path))
+        known.save()
     except ArtefactError as error:
         raise ConfigError(f"package {path.name!r} of the job cannot be used: {error}", hint=moved) from None
     if job.package_digest != package.digest or job.package_digest != record.package_digest:
@@ -180,7 +195,13 @@ def read_registered(registry: Registry, entry: Entry, record: OwnerRecord) -> Ve
 
 
 def _examine(
-    registry: Registry, sealed: Path, raw: RawSealed, identity: Identity, trust: TrustStore, now: int
+    registry: Registry,
+    sealed: Path,
+    raw: RawSealed,
+    identity: Identity,
+    trust: TrustStore,
+    now: int,
+    verify_package: bool,
 ) -> Verdict:
     """Verify, and register what follows from it."""
     digest = raw.digest
@@ -196,7 +217,7 @@ def _examine(
     if added is not None and added.manifest.secure is not None:  # nothing of it is decrypted: its client erred
         secret = WrongBinding(f"round {manifest.round} is a secure one, which no bundle answers")
         return _refused(registry, digest, secret, now)
-    package, record = job_package(registry, job)
+    package, record = job_package(registry, job, verify_package=verify_package)
     stage = registry.folder / "incoming" / short_id(digest)
     try:
         registry.receive(manifest, digest, now=now)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from offsite.artefacts.job import Job
+from offsite.artefacts.known import KnownFiles
 from offsite.errors import ArtefactError, BadSchema, ConfigError, PolicyError, Replayed, RunFailed, WrongBinding
 from offsite.keys.files import check_folder
 from offsite.staging import leftovers, remove, staged_file
@@ -61,8 +62,8 @@ class Registry:
     Made by `Registry.open`.
     """
 
-    def __init__(self, folder: Path, store: Store) -> None:
-        self.folder, self._store = folder, store
+    def __init__(self, folder: Path, store: Store, hashed: Path) -> None:
+        self.folder, self._store, self._hashed = folder, store, hashed
 
     def __enter__(self) -> Self:
         return self
@@ -100,7 +101,8 @@ class Registry:
         except OSError as error:
             raise RunFailed(f"cannot use registry {folder.name!r}: {(error.strerror or 'i/o error').lower()}") from None
         anchor = keys_folder / f"registry-{name}.head"
-        registry = cls(folder, Store(folder / "registry.db", MIGRATIONS, anchor=anchor, agree=agree))
+        store = Store(folder / "registry.db", MIGRATIONS, anchor=anchor, agree=agree)
+        registry = cls(folder, store, anchor.with_suffix(".hashed"))
         try:
             registry.collect()
         except OSError as error:
@@ -190,6 +192,14 @@ class Registry:
         if not rows:
             raise WrongBinding(f"package {package_digest[:19]} is not known to this registry")
         return Path(rows[0]["path"])
+
+    def known_files(self, *, trusted: bool = True) -> KnownFiles:
+        """Return the packages' files that were hashed here; the list is in the keys folder, beside the head.
+
+        Args:
+            trusted: believe it; otherwise all is hashed anew.
+        """
+        return KnownFiles(self._hashed, trusted=trusted)
 
     # --- bundles
 

@@ -297,3 +297,29 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     )
     assert done.stdout.startswith("cannot write 'x.safetensors'")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bytes_are_those_of_the_safetensors_library(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    found = {"scalar": torch.tensor(1.5), "slice": torch.arange(12.0).view(3, 4).T}
+    for number, dtype in enumerate(("int64", "float64", "float32", "int32", "bfloat16", "float16", "uint8", "bool")):
+        for letter in "zB_a":
+            drawn = torch.randint(0, 2, (2, 3), generator=generator).to(getattr(torch, dtype))
+            found[f"{letter}.{number}"] = drawn
+    write_tensors(tmp_path / "ours", found)
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_only_what_is_declared_is_written_in_the_dtype_that_is_declared(tmp_path):
+    found = {"a": torch.tensor([1.5, 2.5]), "b": torch.ones(2)}
+    spec = spec_of(found["a"], dtype="bfloat16")
+    write_tensors(tmp_path / "x", found, {"a": spec}, finite="the whole")
+    assert read_tensors(tmp_path / "x", {"a": spec})["a"].tolist() == [1.5, 2.5]
+    with pytest.raises(NotFinite, match="the whole: tensor 'a'"):
+        write_tensors(
+            tmp_path / "y",
+            {"a": torch.tensor([1e39], dtype=torch.float64)},
+            {"a": TensorSpec(shape=(1,), dtype="float32")},
+            finite="the whole",
+        )
