@@ -171,6 +171,46 @@ class StopMatcher:
         return 0
 
 
+class Answer:
+    """Text that grows by drawn tokens, and ends where a token, a stop string or the limit ends it.
+
+    Args:
+        tokenizer: the model's own.
+        prompt_ids: what was read before.
+        settings: how many tokens at most, and the strings that end the text before them.
+        end_ids: tokens that end the answer and are not part of its text; see `end_tokens`.
+        continues: whether the text goes on from the prompt's (a leading space is kept) or begins anew.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Sequence[int],
+        settings: Settings,
+        *,
+        end_ids: frozenset[int],
+        continues: bool = True,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt_ids if continues else ())
+        self._matcher = StopMatcher(settings.stop)
+        self._limit_tokens, self._end_ids, self._num_tokens = settings.limit_tokens, end_ids, 0
+
+    def push(self, token: int) -> Piece:
+        """Return the piece that the token makes; nothing may follow one with a `finish`."""
+        self._num_tokens += 1
+        ended = token in self._end_ids
+        last = ended or self._num_tokens >= self._limit_tokens
+        text = "" if ended else self._detokenizer.push(token)
+        if last:
+            text += self._detokenizer.flush()
+        text, stopped = self._matcher.push(text)
+        if stopped:
+            return Piece(token, text, "stop")
+        if last:
+            return Piece(token, text + self._matcher.flush(), "stop" if ended else "length")
+        return Piece(token, text)
+
+
 class Sampler:
     """Draws one token after another. The same seed and the same logits give the same tokens, whatever the device.
 
@@ -289,22 +329,12 @@ def generate(
     Raises:
         RunFailed: the model's scores hold NaN.
     """
-    detokenizer = Detokenizer(tokenizer, prompt_ids if continues else ())
-    matcher = StopMatcher(settings.stop)
-    for num_tokens, token in enumerate(next_tokens(model, prompt_ids, settings, cached=cached), start=1):
-        ended = token in end_ids
-        last = ended or num_tokens >= settings.limit_tokens
-        text = "" if ended else detokenizer.push(token)
-        if last:
-            text += detokenizer.flush()
-        text, stopped = matcher.push(text)
-        if stopped:
-            yield Piece(token, text, "stop")
+    answer = Answer(tokenizer, prompt_ids, settings, end_ids=end_ids, continues=continues)
+    for token in next_tokens(model, prompt_ids, settings, cached=cached):
+        piece = answer.push(token)
+        yield piece
+        if piece.finish is not None:
             return
-        if last:
-            yield Piece(token, text + matcher.flush(), "stop" if ended else "length")
-            return
-        yield Piece(token, text)
 
 
 def embedding_table(model: PreTrainedModel) -> Tensor:
