@@ -187,9 +187,27 @@ VERBS: dict[str, Verb] = {
         OWNER,
     ),
     "serve": Verb(
-        "serve an adapted model, OpenAI-style",
+        "serve adapted models, OpenAI-style",
         "server.serving.config:ServeConfig",
         "server.serving.serve:run",
+        OWNER,
+    ),
+    "tenant add": Verb(
+        "give a tenant a key to what is served",
+        "server.serving.config:TenantAddConfig",
+        "server.serving.tenantverbs:add_run",
+        OWNER,
+    ),
+    "tenant list": Verb(
+        "show tenants, their limits and what they used",
+        "server.serving.config:TenantListConfig",
+        "server.serving.tenantverbs:list_run",
+        OWNER,
+    ),
+    "tenant revoke": Verb(
+        "take a tenant's key away",
+        "server.serving.config:TenantRevokeConfig",
+        "server.serving.tenantverbs:revoke_run",
         OWNER,
     ),
     "trace": Verb(
@@ -292,6 +310,7 @@ GROUPS: dict[str, str] = {
     "log": "the registry's log",
     "registry": "what arrived: list, show, accept, refuse",
     "report": "a page, or a signed privacy report and its check",
+    "tenant": "who may ask the server: add, list, revoke",
     "trust": "whom to trust, by pinned cards: add, list, revoke",
 }
 """What ``--help`` says of the first word of several verbs."""

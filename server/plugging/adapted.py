@@ -161,6 +161,26 @@ def load_adapted(
     return model.eval().to(device), load_tokenizer(source)  # type: ignore[arg-type]
 
 
+def read_adapter(path: Path, model: PreTrainedModel, base_digest: str) -> Fitted:
+    """Return the adapter in the folder at `path`, for that full model, once every check has passed.
+
+    Args:
+        path: a folder that ``offsite plug-in`` wrote, not merged.
+        model: the full model without an adapter; not changed.
+        base_digest: ``offsite.digests.model_digest(model)``.
+
+    Raises:
+        ConfigError: when the folder holds a merged checkpoint.
+        WrongBinding: when the adapter belongs to another model.
+        ArtefactError: with the subclass of any other check that failed.
+    """
+    manifest = open_adapted(path)
+    if manifest.form == "merged":
+        raise ConfigError(f"{path.name!r} is a merged checkpoint, no adapter", hint="plug in without --merge")
+    require_base(model, base_digest, manifest.base_digest, f"adapter {path.name!r}")
+    return _read_fitted(path, manifest)
+
+
 def finish_folder(
     stage: Path, tokenizer: PreTrainedTokenizerBase, card: Card, *, sites: Mapping[str, str], **stated: Any
 ) -> AdaptedManifest:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,7 +35,7 @@ from server.serving.generate import (
     end_tokens,
     generate,
 )
-from server.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, Message, Prompt, Usage
+from server.serving.protocol import LIMIT_PROMPTS, ApiError, Ask, ChatAsk, CompletionAsk, Message, Prompt, Usage
 from server.serving.rows import RowAdapter, Rows
 
 if TYPE_CHECKING:
@@ -69,7 +69,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class Job:
-    """An admitted request: its prompts as tokens, how each answer is drawn, with which adapter, and for whom."""
+    """An admitted request: its prompts as tokens, how each answer is drawn, with which adapter, and for whom.
+
+    A prompt stands there once for each of its `num_answers`.
+    """
 
     prompts: tuple[tuple[int, ...], ...]
     settings: tuple[Settings, ...]
@@ -77,11 +80,12 @@ class Job:
     continues: bool
     adapter: RowAdapter | None = None
     tenant: str = ""
+    num_answers: int = 1
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(map(len, self.prompts))
+        """Tokens of all prompts, each once however many answers it gets."""
+        return sum(map(len, self.prompts)) // self.num_answers
 
     @property
     def most_tokens(self) -> int:
@@ -371,13 +375,21 @@ class Engine:
     def _job(self, ask: CompletionAsk | ChatAsk, adapter: RowAdapter | None, tenant: str) -> Job:
         self._take_off_unused()
         if isinstance(ask, ChatAsk):
-            prompts: tuple[tuple[int, ...], ...] = (self._chat_ids(ask.messages),)
+            asked: tuple[tuple[int, ...], ...] = (self._chat_ids(ask.messages),)
         else:
-            prompts = tuple(map(self._prompt_ids, ask.prompt))
-        settings = tuple(self._settings(ask, len(prompt_ids), ask.num_tokens) for prompt_ids in prompts)
+            asked = tuple(map(self._prompt_ids, ask.prompt))
+        num_answers = ask.n or 1
+        if len(asked) * num_answers > LIMIT_PROMPTS:
+            raise ApiError(400, f"n: prompts and answers make more than {LIMIT_PROMPTS} together", param="n")
+        prompts = tuple(prompt_ids for prompt_ids in asked for _ in range(num_answers))
+        settings = tuple(
+            replace(one, seed=None if one.seed is None else one.seed + number)  # answers to one prompt differ
+            for one in (self._settings(ask, len(prompt_ids), ask.num_tokens) for prompt_ids in asked)
+            for number in range(num_answers)
+        )
         is_chat = isinstance(ask, ChatAsk)
         end_ids = self._end_ids | (self._turn_ids if is_chat else frozenset())
-        return Job(prompts, settings, end_ids, not is_chat, adapter, tenant)
+        return Job(prompts, settings, end_ids, not is_chat, adapter, tenant, num_answers)
 
     def _settings(self, ask: Ask, num_prompt: int, num_wanted: int | None) -> Settings:
         if any(token >= self._num_vocabulary for token, _ in ask.logit_bias):

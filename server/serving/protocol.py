@@ -20,14 +20,14 @@ from pydantic_core import PydanticCustomError, from_json
 
 Prompt = str | tuple[int, ...]
 
-_LIMIT_PROMPTS = 64
+LIMIT_PROMPTS = 64
 _LIMIT_STOP = 4
+_LIMIT_ANSWERS = 16
 _FIELD_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _TOKEN_ID = re.compile(r"[0-9]{1,9}", re.ASCII)
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "logprobs": (False,),
@@ -104,6 +104,7 @@ class Ask(_Wire):
     """What both kinds of request share. `None` is what a client sends for "your default"."""
 
     model: str
+    n: int | None = Field(None, ge=1, le=_LIMIT_ANSWERS)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: tuple[str, ...] = ()
@@ -152,8 +153,8 @@ class CompletionAsk(Ask):
             return ("",)
         many: list[Any] = value if isinstance(value, list) and value and not _is_int(value[0]) else [value]
         prompts = tuple(tuple(one) if isinstance(one, list) else one for one in many)
-        if not 1 <= len(prompts) <= _LIMIT_PROMPTS:
-            raise PydanticCustomError("prompt", f"holds {len(prompts)} prompts, at most {_LIMIT_PROMPTS} are answered")
+        if not 1 <= len(prompts) <= LIMIT_PROMPTS:
+            raise PydanticCustomError("prompt", f"holds {len(prompts)} prompts, at most {LIMIT_PROMPTS} are answered")
         if not all(
             isinstance(one, str) or (isinstance(one, tuple) and one and all(map(_is_int, one))) for one in prompts
         ):
@@ -233,7 +234,7 @@ def _refusal(error: ValidationError) -> ApiError:
     if problem["type"] == "unsupported":
         name = problem["msg"] if _FIELD_NAME.fullmatch(problem["msg"]) else "a field of another form"
         where = ".".join(map(str, (*problem["loc"], name)))
-        message = "n: only one answer is supported" if where == "n" else f"{where} is not supported here; leave it out"
+        message = f"{where} is not supported here; leave it out"
         return ApiError(400, message, param=where, code="unsupported_parameter")
     where = ".".join(map(str, problem["loc"]))
     message = "is missing" if problem["type"] == "missing" else problem["msg"]
@@ -284,9 +285,11 @@ class Reply:
         choices = [self._choice(index, text, finish) for index, (text, finish) in enumerate(answers)]
         return {**self._frame("chat.completion"), "choices": choices, "usage": usage.body}
 
-    def opening(self) -> str:
-        """Return the event that opens a streamed answer: for chat the role, otherwise nothing."""
-        return self._event([self._delta(0, {"role": "assistant", "content": ""}, None)]) if self.is_chat else ""
+    def opening(self, num_answers: int = 1) -> str:
+        """Return the events that open streamed answers: for chat each one's role, otherwise nothing."""
+        said = {"role": "assistant", "content": ""}
+        indices = range(num_answers if self.is_chat else 0)
+        return "".join(self._event([self._delta(index, said, None)]) for index in indices)
 
     def part(self, index: int, text: str, finish: str | None) -> str:
         """Return the events for text that became final in answer `index`, and for its end."""

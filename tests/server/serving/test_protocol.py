@@ -62,8 +62,6 @@ def test_text_parts_are_joined_and_developers_are_the_system():
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"n": 2}, "n"),
-        ({"n": True}, "n"),
         ({"best_of": 2}, "best_of"),
         ({"echo": True}, "echo"),
         ({"logprobs": 0}, "logprobs"),
@@ -90,6 +88,14 @@ def test_what_cannot_be_honoured_is_refused(fields, param):
         assert (caught.value.status, error["param"], error["code"]) == (400, param, "unsupported_parameter")
         assert error["message"].startswith(param)
         assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("number", [0, 17, True, "2"])
+def test_a_number_of_answers_is_bounded(number):
+    for make in (completion, chat):
+        with pytest.raises(ApiError) as caught:
+            make(n=number)
+        assert caught.value.body["error"]["param"] == "n"
 
 
 def test_a_field_of_the_other_kind_of_request_is_refused():
