@@ -24,7 +24,7 @@ from torch import Tensor
 
 from offsite.errors import OffsiteError, RunFailed
 from server.serving.cache import RowCache, padded
-from server.serving.generate import Answer, Piece, Sampler, Settings
+from server.serving.generate import Answer, Constraint, Piece, Sampler, Settings
 from server.serving.rows import RowAdapter, Rows
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Row:
     Attributes:
         tell: is called with every piece, or once with what ended it early; from the thread that steps.
         tenant: whose it is; tenants join in turn.
+        grammar: what the answer is held to, for it alone.
     """
 
     prompt: tuple[int, ...]
@@ -48,13 +49,14 @@ class Row:
     tell: Callable[[Told], None]
     adapter: RowAdapter | None = None
     tenant: str = ""
+    grammar: Constraint | None = None
     sampler: Sampler = field(init=False)
     num_read: int = field(default=0, init=False)
     token: int = field(default=-1, init=False)
     is_left: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.sampler = Sampler(self.settings, self.prompt)
+        self.sampler = Sampler(self.settings, self.prompt, self.grammar)
 
     @property
     def num_tokens(self) -> int:

@@ -35,6 +35,7 @@ from server.serving.generate import (
     end_tokens,
     generate,
 )
+from server.serving.grammar import Grammar, Grammars
 from server.serving.protocol import LIMIT_PROMPTS, ApiError, Ask, ChatAsk, CompletionAsk, Message, Prompt, Usage
 from server.serving.rows import RowAdapter, Rows
 
@@ -81,6 +82,7 @@ class Job:
     adapter: RowAdapter | None = None
     tenant: str = ""
     num_answers: int = 1
+    grammar: Grammar | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -131,6 +133,7 @@ class Engine:
         self._num_vocabulary = int(embedding_table(model).shape[0])
         self._end_ids = end_tokens(model, tokenizer)
         self._turn_ids = end_of_turn_tokens(tokenizer) if tokenizer.chat_template else frozenset()
+        self._grammars = Grammars(tokenizer, self._num_vocabulary, self._end_ids | self._turn_ids)
         self._lock, self._worker = asyncio.Lock(), anyio.CapacityLimiter(1)
         self._stopping = False
         self.num_inside = 0  # requests being answered or waiting
@@ -179,7 +182,9 @@ class Engine:
                 chat template refuses the messages.
         """
         with self._place(), self._used(adapter):
-            job = await self.in_thread(lambda: self._job(ask, adapter, tenant))
+            schema = ask.schema_asked if isinstance(ask, ChatAsk) else None
+            grammar = None if schema is None else await asyncio.to_thread(self._grammars.of, schema)
+            job = replace(await self.in_thread(lambda: self._job(ask, adapter, tenant)), grammar=grammar)
             with self._cache_place(job):
                 yield job
 
@@ -224,6 +229,7 @@ class Engine:
                     end_ids=job.end_ids,
                     continues=job.continues,
                     cached=self._cached,
+                    grammar=job.grammar.copy() if job.grammar is not None else None,
                 )
                 while piece := await self._next(pieces, job.adapter, gone):
                     yield index, piece
@@ -256,6 +262,7 @@ class Engine:
                     partial(hear, index),
                     job.adapter,
                     job.tenant,
+                    job.grammar.copy() if job.grammar is not None else None,
                 )
                 for index, (prompt_ids, settings) in enumerate(zip(job.prompts, job.settings, strict=True))
             ]

@@ -13,7 +13,7 @@ import codecs
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -211,14 +211,25 @@ class Answer:
         return Piece(token, text)
 
 
+class Constraint(Protocol):
+    """What an answer may go on with (`server.serving.grammar.Grammar`)."""
+
+    def allowed(self, scores_V: Tensor) -> Tensor:
+        """Return the scores with those of tokens that may not come next at -inf."""
+
+    def take(self, token: int) -> None:
+        """The token was drawn."""
+
+
 class Sampler:
     """Draws one token after another. The same seed and the same logits give the same tokens, whatever the device.
 
     What transformers has a processor for is worked out by it, in the order of its own `generate`.
     """
 
-    def __init__(self, settings: Settings, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(self, settings: Settings, prompt_ids: Sequence[int] = (), grammar: Constraint | None = None) -> None:
         self._settings, self._seen, self._counts = settings, list(prompt_ids), Counter[int]()
+        self._grammar = grammar
         self._warpers = _warpers(settings)
         self._random = torch.Generator(device="cpu")
         if settings.seed is None:
@@ -238,7 +249,10 @@ class Sampler:
         logits_V = logits_V.float().cpu()
         if bool(logits_V.isnan().any()):
             raise RunFailed("the model's scores for the next token are not numbers (NaN)")
-        token = self._draw(self._changed(logits_V))
+        logits_V = self._changed(logits_V)
+        token = self._draw(logits_V if self._grammar is None else self._grammar.allowed(logits_V))
+        if self._grammar is not None:
+            self._grammar.take(token)
         self._seen.append(token)
         self._counts[token] += 1
         return token
@@ -284,7 +298,12 @@ def _warpers(settings: Settings) -> list[Any]:
 
 
 def next_tokens(
-    model: PreTrainedModel, prompt_ids: Sequence[int], settings: Settings, *, cached: bool = True
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    settings: Settings,
+    *,
+    cached: bool = True,
+    grammar: Constraint | None = None,
 ) -> Iterator[int]:
     """Yield tokens without end, each drawn from the model's scores after all before it.
 
@@ -293,12 +312,13 @@ def next_tokens(
         prompt_ids: at least one token.
         settings: how a token is drawn.
         cached: see `offsite.modelling.steps.Steps`.
+        grammar: what the answer is held to.
 
     Raises:
         RunFailed: the model's scores hold NaN.
     """
     ids_BT = torch.tensor([list(prompt_ids)], dtype=torch.long, device=embedding_table(model).device)
-    sampler, steps = Sampler(settings, prompt_ids), Steps(model, ids_BT, cached=cached)
+    sampler, steps = Sampler(settings, prompt_ids, grammar), Steps(model, ids_BT, cached=cached)
     while True:
         token = sampler.pick(steps.logits()[0])
         yield token
@@ -314,6 +334,7 @@ def generate(
     end_ids: frozenset[int],
     continues: bool = True,
     cached: bool = True,
+    grammar: Constraint | None = None,
 ) -> Iterator[Piece]:
     """Yield an answer's pieces, one per generated token, the last with its `finish`.
 
@@ -325,12 +346,13 @@ def generate(
         end_ids: tokens that end the answer and are not part of its text; see `end_tokens`.
         continues: whether the text goes on from the prompt's (a leading space is kept) or begins anew.
         cached: see `offsite.modelling.steps.Steps`.
+        grammar: what the answer is held to.
 
     Raises:
         RunFailed: the model's scores hold NaN.
     """
     answer = Answer(tokenizer, prompt_ids, settings, end_ids=end_ids, continues=continues)
-    for token in next_tokens(model, prompt_ids, settings, cached=cached):
+    for token in next_tokens(model, prompt_ids, settings, cached=cached, grammar=grammar):
         piece = answer.push(token)
         yield piece
         if piece.finish is not None:

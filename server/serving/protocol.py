@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, from_json
@@ -89,7 +89,8 @@ class _Wire(BaseModel):
     @classmethod
     def _nothing_dropped(cls, found: object) -> object:
         for name, value in found.items() if isinstance(found, dict) else ():
-            if name not in cls.model_fields and not _changes_nothing(name, value):
+            known = {field.alias or key for key, field in cls.model_fields.items()}
+            if name not in known and not _changes_nothing(name, value):
                 raise PydanticCustomError("unsupported", "{name}", {"name": name})
         return found
 
@@ -194,11 +195,42 @@ class Message(_Wire):
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
+class JsonSchema(_Wire):
+    """A schema that an answer is held to; it is held to it whether or not `strict` is asked for."""
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(_Wire):
+    """What form an answer has."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("json_schema", "json_schema goes with type 'json_schema', and with no other")
+        return self
+
+
 class ChatAsk(Ask):
     """Body of ``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
+    response_format: ResponseFormat | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
+
+    @property
+    def schema_asked(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer is to be held to."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        return {"type": "object"} if form.json_schema is None else form.json_schema.schema_
 
     @property
     def num_tokens(self) -> int | None:

@@ -249,7 +249,8 @@ class _Part:
         packed = x_NTI.new_zeros(self._num_groups, self._num_places, *x_NTI.shape[1:])
         packed[self._groups_N, self._places_N] = x_NTI
         found = torch.bmm(torch.bmm(packed.flatten(1, 2), a_GIK), b_GKO)
-        return found.unflatten(1, (self._num_places, num_tokens))[self._groups_N, self._places_N]
+        found = found.view(self._num_groups, self._num_places, num_tokens, -1)
+        return found[self._groups_N, self._places_N]
 
 
 class _Plan:

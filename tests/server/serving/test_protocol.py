@@ -77,7 +77,6 @@ def test_text_parts_are_joined_and_developers_are_the_system():
         ({"stream": True, "stream_options": {"include_everything": True}}, "stream_options.include_everything"),
         ({"temperature": "hot", "made_up": 1}, "made_up"),
         ({"tools": [{}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(fields, param):
