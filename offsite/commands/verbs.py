@@ -194,20 +194,20 @@ VERBS: dict[str, Verb] = {
     ),
     "tenant add": Verb(
         "give a tenant a key to what is served",
-        "server.serving.config:TenantAddConfig",
-        "server.serving.tenantverbs:add_run",
+        "server.tenants.config:TenantAddConfig",
+        "server.tenants.verbs:add_run",
         OWNER,
     ),
     "tenant list": Verb(
         "show tenants, their limits and what they used",
-        "server.serving.config:TenantListConfig",
-        "server.serving.tenantverbs:list_run",
+        "server.tenants.config:TenantListConfig",
+        "server.tenants.verbs:list_run",
         OWNER,
     ),
     "tenant revoke": Verb(
         "take a tenant's key away",
-        "server.serving.config:TenantRevokeConfig",
-        "server.serving.tenantverbs:revoke_run",
+        "server.tenants.config:TenantRevokeConfig",
+        "server.tenants.verbs:revoke_run",
         OWNER,
     ),
     "trace": Verb(

@@ -1,3 +1,3 @@
 """``offsite serve``: adapted models behind an OpenAI-style HTTP interface."""
 
-__all__ = ["config", "serve", "tenantverbs"]
+__all__ = ["config", "serve"]

@@ -22,10 +22,12 @@ from starlette.types import Receive, Scope, Send
 from offsite.errors import OffsiteError
 from server.plugging.fit import Fitted
 from server.serving.catalogue import Bundles, Catalogue, Served
-from server.serving.engine import ClientGone, Engine, Job
+from server.serving.engine import ClientGone, Engine
+from server.serving.generate import Piece
+from server.serving.jobs import Job
 from server.serving.metrics import CONTENT_TYPE, Metrics
 from server.serving.protocol import ApiError, ChatAsk, CompletionAsk, Reply, parse, sse
-from server.serving.tenants import Tenant, Tenants, seconds_of_today, today
+from server.tenants.store import Tenant, Tenants, seconds_of_today, today
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -191,14 +193,12 @@ class App:
         tenant: Tenant | None = request.state.tenant
         with self._at_once(tenant):
             async with self._engine.admitted(ask, served.adapter, _whose(tenant, served)) as job:
-                texts, finishes = [""] * len(job.prompts), [""] * len(job.prompts)
+                answers: list[list[Piece]] = [[] for _ in job.prompts]
                 with self._metered(tenant, served, job) as meter:
                     async with aclosing(self._engine.answer(job, request.is_disconnected)) as pieces:
                         async for index, piece in pieces:
-                            texts[index] += piece.text
-                            finishes[index] = piece.finish or ""
+                            answers[index].append(piece)
                             meter.count()
-        answers = list(zip(texts, finishes, strict=True))
         return JSONResponse(reply.whole(answers, job.usage(meter.num_tokens)))
 
     async def _events(
@@ -213,7 +213,7 @@ class App:
                         async with aclosing(self._engine.answer(job, request.is_disconnected)) as pieces:
                             async for index, piece in pieces:
                                 meter.count()
-                                yield reply.part(index, piece.text, piece.finish)
+                                yield reply.part(index, piece)
                     except ClientGone:
                         self._broke_off()
                         return

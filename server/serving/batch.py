@@ -24,8 +24,9 @@ from torch import Tensor
 
 from offsite.errors import OffsiteError, RunFailed
 from server.serving.cache import RowCache, padded
-from server.serving.generate import Answer, Constraint, Piece, Sampler, Settings
+from server.serving.generate import Answer, Piece
 from server.serving.rows import RowAdapter, Rows
+from server.serving.sampling import Constraint, Sampler, Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -296,7 +297,7 @@ class Batch:
         except RunFailed as error:
             self._fail([row], error)
             return
-        piece = row.answer.push(row.token)
+        piece = row.answer.push(row.token, row.sampler.likely)
         if piece.finish is not None:
             self._remove(row)
         row.tell(piece)

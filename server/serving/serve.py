@@ -27,7 +27,7 @@ from server.serving.app import build_app
 from server.serving.catalogue import Bundles
 from server.serving.config import ServeConfig
 from server.serving.engine import Engine
-from server.serving.tenants import Tenants
+from server.tenants.store import Tenants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

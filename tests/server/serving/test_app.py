@@ -200,7 +200,7 @@ def test_a_prompt_beyond_the_context_is_refused(llama):
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
 
 
-@pytest.mark.parametrize("ask", [{"n": 17}, {"echo": True}, {"logprobs": 1}, {"prompt": [-1]}, {"prompt": [10**30]}])
+@pytest.mark.parametrize("ask", [{"n": 17}, {"echo": True}, {"logprobs": 6}, {"prompt": [-1]}, {"prompt": [10**30]}])
 def test_bad_requests_are_refused(llama, ask):
     with pytest.raises(openai.BadRequestError) as caught:
         llama.completions.create(**{"model": "tiny", "prompt": "x", **ask})
@@ -223,6 +223,38 @@ def test_several_answers_to_one_prompt_differ_by_their_seeds(llama):
     whole = llama.chat.completions.create(model="tiny", messages=hello(), n=2, seed=3, max_tokens=5)
     assert heard == {choice.index: choice.message.content for choice in whole.choices}
     assert len(set(heard.values())) == 2
+
+
+def test_logprobs_are_the_models_own(llama, spread_llama, bytes_tokenizer):
+    ids = bytes_tokenizer(FEVER)["input_ids"]
+    reply = llama.completions.create(model="tiny", prompt=FEVER, max_tokens=6, temperature=0.7, seed=2, logprobs=3)
+    told = reply.choices[0].logprobs
+    assert "".join(told.tokens) == reply.choices[0].text
+    assert told.text_offset == [len("".join(told.tokens[:at])) for at in range(len(told.tokens))]
+    drawn = bytes_tokenizer(reply.choices[0].text, add_special_tokens=False)["input_ids"]
+    if len(drawn) == len(told.tokens):
+        logits = spread_llama(torch.tensor([ids + drawn])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        expected = [float(row[token]) for row, token in zip(logits, drawn, strict=True)]
+        assert told.token_logprobs == pytest.approx(expected, abs=1e-4)
+        assert sorted(told.top_logprobs[0].values()) == pytest.approx(
+            sorted(logits[0].topk(3).values.tolist()), abs=1e-4
+        )
+    ask = {"model": "tiny", "messages": hello(), "max_tokens": 5, "seed": 3, "logprobs": True, "top_logprobs": 2}
+    whole = llama.chat.completions.create(**ask).choices[0]
+    assert [len(one.top_logprobs) for one in whole.logprobs.content] == [2] * len(whole.logprobs.content)
+    for one in whole.logprobs.content:
+        assert one.bytes is None or bytes(one.bytes).decode() == one.token
+    streamed = [
+        one
+        for chunk in llama.chat.completions.create(**ask, stream=True)
+        for choice in chunk.choices
+        if choice.logprobs
+        for one in choice.logprobs.content
+    ]
+    assert streamed == whole.logprobs.content
+    for wrong in ({"top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}, {"logprobs": 1}):
+        with pytest.raises(openai.BadRequestError):
+            llama.chat.completions.create(model="tiny", messages=hello(), **wrong)
 
 
 def test_what_is_not_json_is_refused(llama_address):

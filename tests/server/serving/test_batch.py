@@ -15,8 +15,9 @@ from server.plugging.fit import plugged
 from server.serving.batch import Batch, Queue, Row
 from server.serving.batches import cost_of
 from server.serving.cache import RowCache, padded
-from server.serving.generate import Answer, Settings, next_tokens
+from server.serving.generate import Answer, next_tokens
 from server.serving.rows import Rows
+from server.serving.sampling import Settings
 
 ENDS = frozenset({2})
 

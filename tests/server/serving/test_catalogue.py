@@ -23,8 +23,9 @@ from server.registry.registry import Registry
 from server.registry.rows import short_id
 from server.serving.catalogue import Bundles, Catalogue, Served
 from server.serving.engine import Engine
-from server.serving.generate import Settings, generate
+from server.serving.generate import generate
 from server.serving.protocol import CompletionAsk
+from server.serving.sampling import Settings
 
 
 class Shelf:

@@ -17,8 +17,9 @@ from row_adapters import adapters_of
 from served import KEY, calling, serving, wait_for
 
 from server.plugging.fit import plugged
-from server.serving.generate import Settings, generate
-from server.serving.tenants import Tenants
+from server.serving.generate import generate
+from server.serving.sampling import Settings
+from server.tenants.store import Tenants
 
 NAMES = ("lora", "lora of rank 7", "half of rslora", "bitfit", "blocks")
 ENDS = frozenset({2})

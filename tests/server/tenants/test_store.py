@@ -8,7 +8,7 @@ import pytest
 
 from offsite import cli
 from offsite.errors import ConfigError
-from server.serving.tenants import Tenants, Used, seconds_of_today, today
+from server.tenants.store import Tenants, Used, seconds_of_today, today
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_usage_is_by_day_and_outlives_the_process_and_the_key(file, monkeypatch)
         key = tenants.add("anna")
         for _ in range(2):
             server.charge("anna", num_prompt_tokens=3, num_answer_tokens=4)
-        monkeypatch.setattr("server.serving.tenants.today", lambda: "2001-02-03")
+        monkeypatch.setattr("server.tenants.store.today", lambda: "2001-02-03")
         server.charge("anna", num_prompt_tokens=10, num_answer_tokens=0)
     with Tenants.open(file) as tenants:
         assert tenants.used("anna", day=today()) == Used(2, 6, 8)

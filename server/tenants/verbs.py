@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 from offsite.console import say, table
 from offsite.staging import refuse_existing, staged_file
-from server.serving.config import TenantAddConfig, TenantListConfig, TenantRevokeConfig
-from server.serving.tenants import Tenants
+from server.tenants.config import TenantAddConfig, TenantListConfig, TenantRevokeConfig
+from server.tenants.store import Tenants
 
 
 def add_run(config: TenantAddConfig) -> dict[str, object]:
