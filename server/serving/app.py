@@ -334,7 +334,7 @@ def build_app(
     limit_waiting: int = 8,
     limit_bytes: int = 1_048_576,
     limit_rows: int = 16,
-    limit_cache_bytes: int = 2**30,
+    limit_cache_bytes: int = 0,
     prefill_tokens: int = 128,
     adapters: Mapping[str, Fitted] | None = None,
     bundles: Bundles | None = None,
@@ -352,7 +352,7 @@ def build_app(
         limit_waiting: requests that may wait behind those being answered; more get 429.
         limit_bytes: largest request body; larger gets 413.
         limit_rows: answers that are written together.
-        limit_cache_bytes: keys and values of all answers under way.
+        limit_cache_bytes: keys and values of all answers under way; 0 as `Engine` has it.
         prefill_tokens: of prompts in one forward pass.
         adapters: more names, each the model with that adapter; it must carry none then.
         bundles: of a registry, served beside them as they come and go.

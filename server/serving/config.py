@@ -80,9 +80,10 @@ class ServeConfig(KeysConfig, DeviceSettings, ListenSettings, MixSettings):
         json_schema_extra=LIMITS,
     )
     limit_cache_bytes: int = Field(
-        2**30,
-        ge=1,
-        description="memory for the keys and values of all answers under way; more requests wait, then 429",
+        0,
+        ge=0,
+        description="memory for the keys and values of all answers under way; more requests wait, then 429; 0: 2 GiB, "
+        "or one answer of the whole context",
         json_schema_extra=LIMITS,
     )
     prefill_tokens: int = Field(

@@ -66,7 +66,8 @@ class Engine:
         limit_tokens: most tokens in one answer.
         limit_waiting: requests that may wait behind those being answered.
         limit_rows: answers that are written together; 1 writes one at a time.
-        limit_cache_bytes: keys and values of all answers under way.
+        limit_cache_bytes: keys and values of all answers under way; 0 for 2 GiB, or for one answer of the whole context
+            needs where that is more.
         prefill_tokens: of prompts in one forward pass.
     """
 
@@ -79,7 +80,7 @@ class Engine:
         limit_tokens: int = 1024,
         limit_waiting: int = 8,
         limit_rows: int = 16,
-        limit_cache_bytes: int = 2**30,
+        limit_cache_bytes: int = 0,
         prefill_tokens: int = 128,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
@@ -108,6 +109,8 @@ class Engine:
             say(f"answers are written one at a time: {cost}")
             return None
         num_layers, self._bytes_per_token = cost
+        if not self._limit_cache_bytes:
+            self._limit_cache_bytes = max(2**31, padded(self._jobs.context) * self._bytes_per_token)
         return Batch(
             model,
             self.rows,

@@ -68,7 +68,8 @@ class Grammars:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_vocabulary: int, end_ids: Collection[int]) -> None:
         self._tokenizer, self._num_vocabulary, self._end_ids = tokenizer, num_vocabulary, sorted(end_ids)
-        self._lock, self._read = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._read: Any = None
 
     def of(self, schema: Mapping[str, Any]) -> Grammar:
         """Return the grammar of a JSON schema. Takes seconds the first time; call it from a thread of its own.

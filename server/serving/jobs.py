@@ -64,7 +64,7 @@ class Jobs:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, context: int, limit_tokens: int
     ) -> None:
         self._tokenizer, self._limit_tokens = tokenizer, limit_tokens
-        self._context = context_length(model, tokenizer, context)
+        self.context = context_length(model, tokenizer, context)
         self._num_vocabulary = int(embedding_table(model).shape[0])
         self._end_ids = end_tokens(model, tokenizer)
         self._turn_ids = end_of_turn_tokens(tokenizer) if tokenizer.chat_template else frozenset()
@@ -100,9 +100,9 @@ class Jobs:
     def _settings(self, ask: CompletionAsk | ChatAsk, num_prompt: int, num_wanted: int | None) -> Settings:
         if any(token >= self._num_vocabulary for token, _ in ask.logit_bias):
             raise ApiError(400, f"logit_bias: token ids are 0 to {self._num_vocabulary - 1}", param="logit_bias")
-        room = self._context - num_prompt
+        room = self.context - num_prompt
         if room < 1:
-            message = f"the prompt has {num_prompt} tokens; the context is {self._context}, the answer's first included"
+            message = f"the prompt has {num_prompt} tokens; the context is {self.context}, the answer's first included"
             raise ApiError(
                 400, message, param="messages" if isinstance(ask, ChatAsk) else "prompt", code="context_length_exceeded"
             )

@@ -60,7 +60,7 @@ def prompt_of(seed, size):
 def test_every_answer_is_what_its_adapter_gives_alone(full_llama, letters_tokenizer):
     model = copy.deepcopy(full_llama)
     known = adapters_of(model)
-    names = [*known, *known]
+    names = [*known, "lora", "none", "blocks"]
     prompts = [prompt_of(seed, 1 + seed * 5 % 23) for seed in range(len(names))]
     lengths = [1 + seed * 7 % 19 for seed in range(len(names))]
     expected = [alone(model, known[name], *one) for name, *one in zip(names, prompts, lengths, strict=True)]
