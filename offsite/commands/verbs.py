@@ -174,6 +174,12 @@ VERBS: dict[str, Verb] = {
         "server.plugging.plug:run",
         OWNER,
     ),
+    "export": Verb(
+        "write an adapter as another server loads it",
+        "server.plugging.exportconfig:ExportConfig",
+        "server.plugging.export:run",
+        OWNER,
+    ),
     "evaluate": Verb(
         "measure zero-shot, emulator-tuned and plugged in",
         "server.evaluation.config:EvaluateConfig",
@@ -293,7 +299,18 @@ VERBS: dict[str, Verb] = {
 
 HEAVY = frozenset(
     (
-        *("distill", "mark", "trace", "audit package", "rehearse", "job create", "intake", "plug-in", "evaluate"),
+        *(
+            "distill",
+            "mark",
+            "trace",
+            "audit package",
+            "rehearse",
+            "job create",
+            "intake",
+            "plug-in",
+            "export",
+            "evaluate",
+        ),
         *("audit plugged-in", "serve", "realign", "canaries", "tune", "audit bundle"),
         *("exchange certificate", "exchange serve"),
         *("federate simulate", "federate serve", "federate join", "federate node"),

@@ -153,7 +153,7 @@ def load_adapted(
             raise BadDigest(f"the tensors of {path.name!r} are not those that were merged")
     else:
         require_base(model, found, manifest.base_digest, f"adapter {path.name!r}")
-        fitted = _read_fitted(path, manifest)
+        fitted = read_stored(path, manifest)
         model = plain_model(plug(model, fitted)) if mix == 1 else plug_mixed(model, fitted, mix)
     if dtype != "auto":
         cast_model(model, torch_dtype(dtype), stay=stay)
@@ -178,7 +178,7 @@ def read_adapter(path: Path, model: PreTrainedModel, base_digest: str) -> Fitted
     if manifest.form == "merged":
         raise ConfigError(f"{path.name!r} is a merged checkpoint, no adapter", hint="plug in without --merge")
     require_base(model, base_digest, manifest.base_digest, f"adapter {path.name!r}")
-    return _read_fitted(path, manifest)
+    return read_stored(path, manifest)
 
 
 def finish_folder(
@@ -234,7 +234,12 @@ def stored_names(form: Form, sites: Mapping[str, str], names: Iterable[str]) -> 
     return found
 
 
-def _read_fitted(path: Path, manifest: AdaptedManifest) -> Fitted:
+def read_stored(path: Path, manifest: AdaptedManifest) -> Fitted:
+    """Return the adapter in an adapted folder that is not merged; no model is asked whether it fits.
+
+    Raises:
+        ArtefactError: with the subclass of the check on tensors that failed.
+    """
     names = stored_names(manifest.form, manifest.sites, manifest.tensors)
     expected = {names[name]: spec for name, spec in manifest.tensors.items()}
     stored = read_tensors(path / tensor_file(manifest.form), expected)
