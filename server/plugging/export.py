@@ -45,9 +45,9 @@ def run(config: ExportConfig) -> dict[str, object]:
         RunFailed: when what was written reads back as something else.
     """
     refuse_existing(config.output)
-    manifest = open_adapted(config.folder)
-    require_vllm(manifest, config.folder.name)
-    adapter = read_stored(config.folder, manifest)
+    manifest = open_adapted(config.lora)
+    require_vllm(manifest, config.lora.name)
+    adapter = read_stored(config.lora, manifest)
     names = stored_names("peft", adapter.sites, adapter.tensors)
     tensors = {names[name]: tensor for name, tensor in folded(adapter).items()}
     settings = peft_settings(manifest, adapter)

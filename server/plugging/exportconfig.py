@@ -11,10 +11,10 @@ from offsite.config import OUTPUT, POSITIONAL, USUAL, VerbConfig
 
 
 class ExportConfig(VerbConfig):
-    """Settings of ``offsite export ADAPTED -o OUTPUT``."""
+    """Settings of ``offsite export LORA -o OUTPUT``."""
 
     verb: ClassVar[str] = "export"
 
-    folder: Path = Field(description="adapted folder that plug-in wrote", json_schema_extra=POSITIONAL)
+    lora: Path = Field(description="adapted folder of a LoRA, as plug-in wrote it", json_schema_extra=POSITIONAL)
     to: Literal["vllm"] = Field("vllm", description="server that is to load it", json_schema_extra=USUAL)
     output: Path = Field(description="PEFT folder to write, for that server", json_schema_extra=OUTPUT)

@@ -36,7 +36,7 @@ def test_what_is_exported_computes_the_same_with_a_scale_of_one(
     adapted, llama_folder, logits_of, tmp_path, kind, scale
 ):
     folder = adapted(kind, scale=scale)
-    told = run(ExportConfig(folder=folder, output=tmp_path / "out"))
+    told = run(ExportConfig(lora=folder, output=tmp_path / "out"))
     assert (told["rank"], told["max_lora_rank"]) == (3, 8)
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert settings["lora_alpha"] == settings["r"] == 3
@@ -64,7 +64,7 @@ def test_what_is_exported_computes_the_same_with_a_scale_of_one(
 def test_what_vllm_cannot_load_is_refused_and_nothing_is_written(adapted, tmp_path, kind, settings, reason):
     folder = adapted(kind, **settings)
     with pytest.raises(UnsupportedModel, match=reason) as caught:
-        run(ExportConfig(folder=folder, output=tmp_path / "out"))
+        run(ExportConfig(lora=folder, output=tmp_path / "out"))
     assert caught.value.hint
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("out*"))
@@ -74,4 +74,4 @@ def test_an_output_that_exists_stays(adapted, tmp_path):
     folder = adapted("lora")
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="exists"):
-        run(ExportConfig(folder=folder, output=tmp_path / "out"))
+        run(ExportConfig(lora=folder, output=tmp_path / "out"))
