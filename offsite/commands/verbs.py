@@ -174,6 +174,12 @@ VERBS: dict[str, Verb] = {
         "server.plugging.plug:run",
         OWNER,
     ),
+    "export": Verb(
+        "write an adapter as another server loads it",
+        "server.plugging.exportconfig:ExportConfig",
+        "server.plugging.export:run",
+        OWNER,
+    ),
     "evaluate": Verb(
         "measure zero-shot, emulator-tuned and plugged in",
         "server.evaluation.config:EvaluateConfig",
@@ -187,9 +193,27 @@ VERBS: dict[str, Verb] = {
         OWNER,
     ),
     "serve": Verb(
-        "serve an adapted model, OpenAI-style",
+        "serve adapted models, OpenAI-style",
         "server.serving.config:ServeConfig",
         "server.serving.serve:run",
+        OWNER,
+    ),
+    "tenant add": Verb(
+        "give a tenant a key to what is served",
+        "server.tenants.config:TenantAddConfig",
+        "server.tenants.verbs:add_run",
+        OWNER,
+    ),
+    "tenant list": Verb(
+        "show tenants, their limits and what they used",
+        "server.tenants.config:TenantListConfig",
+        "server.tenants.verbs:list_run",
+        OWNER,
+    ),
+    "tenant revoke": Verb(
+        "take a tenant's key away",
+        "server.tenants.config:TenantRevokeConfig",
+        "server.tenants.verbs:revoke_run",
         OWNER,
     ),
     "trace": Verb(
@@ -275,7 +299,18 @@ VERBS: dict[str, Verb] = {
 
 HEAVY = frozenset(
     (
-        *("distill", "mark", "trace", "audit package", "rehearse", "job create", "intake", "plug-in", "evaluate"),
+        *(
+            "distill",
+            "mark",
+            "trace",
+            "audit package",
+            "rehearse",
+            "job create",
+            "intake",
+            "plug-in",
+            "export",
+            "evaluate",
+        ),
         *("audit plugged-in", "serve", "realign", "canaries", "tune", "audit bundle"),
         *("exchange certificate", "exchange serve"),
         *("federate simulate", "federate serve", "federate join", "federate node"),
@@ -292,6 +327,7 @@ GROUPS: dict[str, str] = {
     "log": "the registry's log",
     "registry": "what arrived: list, show, accept, refuse",
     "report": "a page, or a signed privacy report and its check",
+    "tenant": "who may ask the server: add, list, revoke",
     "trust": "whom to trust, by pinned cards: add, list, revoke",
 }
 """What ``--help`` says of the first word of several verbs."""

@@ -1,3 +1,16 @@
 """``offsite plug-in``: a verified adapter fitted to the full model, put on it, and written as an adapted folder."""
 
-__all__ = ["adapted", "card", "config", "fit", "fullmodel", "inspect", "plug", "shares", "sparing", "ways"]
+__all__ = [
+    "adapted",
+    "card",
+    "config",
+    "export",
+    "exportconfig",
+    "fit",
+    "fullmodel",
+    "inspect",
+    "plug",
+    "shares",
+    "sparing",
+    "ways",
+]

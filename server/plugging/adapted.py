@@ -153,12 +153,32 @@ def load_adapted(
             raise BadDigest(f"the tensors of {path.name!r} are not those that were merged")
     else:
         require_base(model, found, manifest.base_digest, f"adapter {path.name!r}")
-        fitted = _read_fitted(path, manifest)
+        fitted = read_stored(path, manifest)
         model = plain_model(plug(model, fitted)) if mix == 1 else plug_mixed(model, fitted, mix)
     if dtype != "auto":
         cast_model(model, torch_dtype(dtype), stay=stay)
     model.requires_grad_(False)
     return model.eval().to(device), load_tokenizer(source)  # type: ignore[arg-type]
+
+
+def read_adapter(path: Path, model: PreTrainedModel, base_digest: str) -> Fitted:
+    """Return the adapter in the folder at `path`, for that full model, once every check has passed.
+
+    Args:
+        path: a folder that ``offsite plug-in`` wrote, not merged.
+        model: the full model without an adapter; not changed.
+        base_digest: ``offsite.digests.model_digest(model)``.
+
+    Raises:
+        ConfigError: when the folder holds a merged checkpoint.
+        WrongBinding: when the adapter belongs to another model.
+        ArtefactError: with the subclass of any other check that failed.
+    """
+    manifest = open_adapted(path)
+    if manifest.form == "merged":
+        raise ConfigError(f"{path.name!r} is a merged checkpoint, no adapter", hint="plug in without --merge")
+    require_base(model, base_digest, manifest.base_digest, f"adapter {path.name!r}")
+    return read_stored(path, manifest)
 
 
 def finish_folder(
@@ -214,7 +234,12 @@ def stored_names(form: Form, sites: Mapping[str, str], names: Iterable[str]) -> 
     return found
 
 
-def _read_fitted(path: Path, manifest: AdaptedManifest) -> Fitted:
+def read_stored(path: Path, manifest: AdaptedManifest) -> Fitted:
+    """Return the adapter in an adapted folder that is not merged; no model is asked whether it fits.
+
+    Raises:
+        ArtefactError: with the subclass of the check on tensors that failed.
+    """
     names = stored_names(manifest.form, manifest.sites, manifest.tensors)
     expected = {names[name]: spec for name, spec in manifest.tensors.items()}
     stored = read_tensors(path / tensor_file(manifest.form), expected)

@@ -165,6 +165,11 @@ class Registry:
         rows = self._store.rows("SELECT content FROM jobs WHERE client = ? ORDER BY expires DESC, job_id", (client,))
         return [Job.model_validate_json(row["content"]) for row in rows]
 
+    def client_names(self) -> dict[str, str]:
+        """Return what every client calls itself, by its fingerprint; who was registered first comes first."""
+        rows = self._store.rows("SELECT fingerprint, name FROM clients ORDER BY registered, rowid")
+        return {row["fingerprint"]: row["name"] for row in rows}
+
     def asked(self, job_id: str, number: int) -> str | None:
         """Return the digest of the federation's round that was asked of the job, which its bundle must bind, or None.
 

@@ -1,3 +1,3 @@
-"""``offsite serve``: an adapted model behind an OpenAI-style HTTP interface."""
+"""``offsite serve``: adapted models behind an OpenAI-style HTTP interface."""
 
 __all__ = ["config", "serve"]

@@ -1,15 +1,16 @@
-"""The OpenAI interface over one engine: routes, the bearer key, streams, and errors in OpenAI's shape.
+"""The OpenAI interface over one engine: routes, bearer keys, streams, and errors in OpenAI's shape.
 
-GET /v1/models, POST /v1/completions, POST /v1/chat/completions, each with the key; GET /health without.
-The key, prompts and answers are never logged.
+GET /v1/models, POST /v1/completions, POST /v1/chat/completions, each with the server's key or a tenant's; GET /metrics
+with the server's; GET /health without. Keys, prompts and answers are never logged.
 """
 
 from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -19,8 +20,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from offsite.errors import OffsiteError
+from server.plugging.fit import Fitted
+from server.serving.catalogue import Bundles, Catalogue, Served
 from server.serving.engine import ClientGone, Engine
+from server.serving.generate import Piece
+from server.serving.jobs import Job
+from server.serving.metrics import CONTENT_TYPE, Metrics
 from server.serving.protocol import ApiError, ChatAsk, CompletionAsk, Reply, parse, sse
+from server.tenants.store import Tenant, Tenants, seconds_of_today, today
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,12 +62,36 @@ class Stream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class App:
-    """The routes over one engine."""
+class Meter:
+    """What one request has used so far."""
 
-    def __init__(self, engine: Engine, *, model_id: str, key: str | None, limit_bytes: int) -> None:
-        self._engine, self._model_id, self._key, self._limit_bytes = engine, model_id, key, limit_bytes
-        self._created = int(time.time())
+    def __init__(self) -> None:
+        self.began, self.first_seconds, self.num_tokens = time.monotonic(), 0.0, 0
+
+    def count(self) -> None:
+        """One token more was written."""
+        if not self.num_tokens:
+            self.first_seconds = time.monotonic() - self.began
+        self.num_tokens += 1
+
+
+class App:
+    """The routes over one engine.
+
+    Args:
+        engine: the model.
+        catalogue: what is served on it.
+        key: the server's own, which opens everything; None leaves all open.
+        tenants: whose keys open the models that they may ask for.
+        limit_bytes: largest request body.
+    """
+
+    def __init__(
+        self, engine: Engine, catalogue: Catalogue, *, key: str | None, tenants: Tenants | None, limit_bytes: int
+    ) -> None:
+        self._engine, self._catalogue, self._key, self._tenants = engine, catalogue, key, tenants
+        self._limit_bytes, self._metrics = limit_bytes, Metrics()
+        self._under_way, self._promised = Counter[str](), Counter[str]()  # requests and tokens, by tenant
 
     def add_routes(self, app: FastAPI) -> None:
         """The routes and the error replies are part of `app`."""
@@ -71,6 +102,7 @@ class App:
         router.add_api_route("/chat/completions", self.chat, methods=["POST"], response_model=None)
         app.include_router(router)
         app.add_api_route("/health", self.health, methods=["GET"])
+        app.add_api_route("/metrics", self.metrics, methods=["GET"], response_model=None)
         app.add_exception_handler(ApiError, self.refuse)
         app.add_exception_handler(HTTPException, self.refuse)
         app.add_exception_handler(OffsiteError, self.refuse)
@@ -79,13 +111,21 @@ class App:
         app.add_exception_handler(Exception, self.refuse)
 
     async def authorise(self, request: Request) -> None:
-        """Return when the request bears the key. Comparing takes the same time wherever the keys differ."""
+        """Return when the request bears the server's key or a tenant's, who is then known.
+
+        Comparing with the server's takes the same time wherever the keys differ.
+        """
         self._engine.counts.num_requests += 1
+        request.state.tenant = None
         if self._key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._key.encode()):
-            return
+        if scheme.lower() == "bearer":
+            if hmac.compare_digest(given.strip().encode(), self._key.encode()):
+                return
+            request.state.tenant = self._tenants.find(given.strip()) if self._tenants is not None else None
+            if request.state.tenant is not None:
+                return
         message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
@@ -93,14 +133,29 @@ class App:
         """Tell that the server answers."""
         return {"status": "ok"}
 
-    async def models(self) -> dict[str, Any]:
-        """List the one model."""
-        return {"object": "list", "data": [self._card()]}
+    async def metrics(self, request: Request) -> Response:
+        """Tell what was done and is being done, to whoever bears the server's own key."""
+        await self.authorise(request)
+        if request.state.tenant is not None:
+            raise ApiError(403, "metrics are for the server's own key", code="forbidden")
+        gauges: dict[str, float] = {
+            "offsite_requests_inside": self._engine.num_inside,
+            "offsite_models": len(await self._catalogue.names()),
+        }
+        if self._engine.batch is not None:
+            gauges["offsite_rows_inside"] = len(self._engine.batch.inside)
+            gauges["offsite_rows_waiting"] = len(self._engine.batch.queue)
+            gauges["offsite_cache_bytes"] = self._engine.batch.num_cache_bytes
+        return Response(self._metrics.text(gauges), media_type=CONTENT_TYPE)
 
-    async def model(self, model_id: str) -> dict[str, Any]:
-        """Describe the one model."""
-        self._check_model(model_id)
-        return self._card()
+    async def models(self, request: Request) -> dict[str, Any]:
+        """List what whoever asks may ask for."""
+        named = await self._catalogue.names()
+        return {"object": "list", "data": [_card(one) for one in named.values() if _may(request, one.name)]}
+
+    async def model(self, request: Request, model_id: str) -> dict[str, Any]:
+        """Describe one of them."""
+        return _card(await self._find(request, model_id))
 
     async def completions(self, request: Request) -> Response:
         """Continue one or more prompts."""
@@ -118,44 +173,100 @@ class App:
         """Turn an error into an OpenAI-shaped reply."""
         self._engine.counts.num_refused += 1
         told = _as_api_error(error)
+        self._metrics.add("offsite_refused_total", status=str(told.status))
         return JSONResponse(told.body, status_code=told.status, headers=told.headers)
 
     async def give_up(self, request: Request, error: Exception) -> Response:
         """End a request whose client left; nobody reads this."""
-        self._engine.counts.num_broken_off += 1
+        self._broke_off()
         return Response(status_code=499)
 
-    async def _answer(self, request: Request, ask: CompletionAsk | ChatAsk) -> Response:
-        self._check_model(ask.model)
-        reply = Reply(self._model_id, is_chat=isinstance(ask, ChatAsk), wants_usage=ask.wants_usage)
-        if ask.stream:
-            return Stream(self._events(request, ask, reply))
-        async with self._engine.admitted(ask) as job:
-            texts, finishes, num_tokens = [""] * len(job.prompts), [""] * len(job.prompts), 0
-            async with aclosing(self._engine.answer(job, request.is_disconnected)) as pieces:
-                async for index, piece in pieces:
-                    texts[index] += piece.text
-                    finishes[index] = piece.finish or ""
-                    num_tokens += 1
-        return JSONResponse(reply.whole(list(zip(texts, finishes, strict=True)), job.usage(num_tokens)))
+    def _broke_off(self) -> None:
+        self._engine.counts.num_broken_off += 1
+        self._metrics.add("offsite_broken_off_total")
 
-    async def _events(self, request: Request, ask: CompletionAsk | ChatAsk, reply: Reply) -> AsyncGenerator[str, None]:
-        num_tokens = 0
-        async with self._engine.admitted(ask) as job:
-            yield reply.opening()
-            try:
-                async with aclosing(self._engine.answer(job, request.is_disconnected)) as pieces:
-                    async for index, piece in pieces:
-                        num_tokens += 1
-                        yield reply.part(index, piece.text, piece.finish)
-            except ClientGone:
-                self._engine.counts.num_broken_off += 1
-                return
-            except (ApiError, OffsiteError) as error:  # the status is sent already: the error is an event
-                self._engine.counts.num_broken_off += 1
-                yield sse(_as_api_error(error).body)
-                return
-        yield reply.closing(job.usage(num_tokens))
+    async def _answer(self, request: Request, ask: CompletionAsk | ChatAsk) -> Response:
+        served = await self._find(request, ask.model)
+        reply = Reply(served.name, is_chat=isinstance(ask, ChatAsk), wants_usage=ask.wants_usage)
+        if ask.stream:
+            return Stream(self._events(request, ask, served, reply))
+        tenant: Tenant | None = request.state.tenant
+        with self._at_once(tenant):
+            async with self._engine.admitted(ask, served.adapter, _whose(tenant, served)) as job:
+                answers: list[list[Piece]] = [[] for _ in job.prompts]
+                with self._metered(tenant, served, job) as meter:
+                    async with aclosing(self._engine.answer(job, request.is_disconnected)) as pieces:
+                        async for index, piece in pieces:
+                            answers[index].append(piece)
+                            meter.count()
+        return JSONResponse(reply.whole(answers, job.usage(meter.num_tokens)))
+
+    async def _events(
+        self, request: Request, ask: CompletionAsk | ChatAsk, served: Served, reply: Reply
+    ) -> AsyncGenerator[str, None]:
+        tenant: Tenant | None = request.state.tenant
+        with self._at_once(tenant):
+            async with self._engine.admitted(ask, served.adapter, _whose(tenant, served)) as job:
+                with self._metered(tenant, served, job) as meter:
+                    yield reply.opening(job.num_answers)
+                    try:
+                        async with aclosing(self._engine.answer(job, request.is_disconnected)) as pieces:
+                            async for index, piece in pieces:
+                                meter.count()
+                                yield reply.part(index, piece)
+                    except ClientGone:
+                        self._broke_off()
+                        return
+                    except (ApiError, OffsiteError) as error:  # the status is sent already: the error is an event
+                        self._broke_off()
+                        yield sse(_as_api_error(error).body)
+                        return
+        yield reply.closing(job.usage(meter.num_tokens))
+
+    @contextmanager
+    def _at_once(self, tenant: Tenant | None) -> Iterator[None]:
+        """The tenant has one request more under way inside; 429 when that would be too many."""
+        if tenant is None:
+            yield
+            return
+        if tenant.requests_at_once and self._under_way[tenant.name] >= tenant.requests_at_once:
+            message = f"{self._under_way[tenant.name]} requests of this key are under way, the most it may have"
+            raise _too_much(message, "requests_at_once", 1)
+        self._under_way[tenant.name] += 1
+        try:
+            yield
+        finally:
+            self._under_way[tenant.name] -= 1
+
+    @contextmanager
+    def _metered(self, tenant: Tenant | None, served: Served, job: Job) -> Iterator[Meter]:
+        """What is written inside is charged, also when it is broken off; 429 when the day's tokens could be passed."""
+        meter, name = Meter(), tenant.name if tenant is not None else ""
+        if tenant is not None and tenant.tokens_per_day and self._tenants is not None:
+            gone = self._tenants.used(name, day=today()).num_tokens + self._promised[name]
+            if gone + job.most_tokens > tenant.tokens_per_day:
+                left = max(tenant.tokens_per_day - gone, 0)
+                message = f"prompt and answer may take {job.most_tokens} tokens, this key has {left} left today"
+                raise _too_much(message, "tokens_per_day", seconds_of_today())
+        self._promised[name] += job.most_tokens
+        try:
+            yield meter
+        finally:
+            self._promised[name] -= job.most_tokens
+            if tenant is not None and self._tenants is not None:
+                counts = {"num_prompt_tokens": job.num_prompt_tokens, "num_answer_tokens": meter.num_tokens}
+                self._tenants.charge(name, **counts)
+            self._measure(name, served, job, meter)
+
+    def _measure(self, tenant: str, served: Served, job: Job, meter: Meter) -> None:
+        for name, amount in (
+            ("offsite_requests_total", 1.0),
+            ("offsite_prompt_tokens_total", job.num_prompt_tokens),
+            ("offsite_answer_tokens_total", meter.num_tokens),
+            ("offsite_request_seconds_total", time.monotonic() - meter.began),
+            ("offsite_first_token_seconds_total", meter.first_seconds),
+        ):
+            self._metrics.add(name, amount, model=served.name, tenant=tenant)
 
     async def _body(self, request: Request) -> bytes:
         body, num_bytes = bytearray(), 0
@@ -169,13 +280,34 @@ class App:
             raise ApiError(413, f"the body is over {self._limit_bytes} bytes", code="request_too_large")
         return bytes(body)
 
-    def _check_model(self, model_id: str) -> None:
-        if model_id != self._model_id:
-            message = f"there is no model of this name here; the one served is {self._model_id!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+    async def _find(self, request: Request, model_id: str) -> Served:
+        named = await self._catalogue.names()
+        found = named.get(model_id)
+        if found is not None and _may(request, model_id):
+            return found
+        known = sorted(name for name in named if _may(request, name))  # another tenant's is not even told
+        served = f"the one served is {known[0]!r}" if len(known) == 1 else "GET /v1/models lists what is served"
+        message = f"there is no model of this name here; {served}"
+        raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _card(self) -> dict[str, Any]:
-        return {"id": self._model_id, "object": "model", "created": self._created, "owned_by": "offsite"}
+
+def _may(request: Request, model_id: str) -> bool:
+    tenant: Tenant | None = request.state.tenant
+    return tenant is None or tenant.may_ask(model_id)
+
+
+def _whose(tenant: Tenant | None, served: Served) -> str:
+    """Return between whom turns are taken: tenants; without them, the names that are asked for."""
+    return f"model {served.name}" if tenant is None else f"tenant {tenant.name}"
+
+
+def _card(served: Served) -> dict[str, Any]:
+    return {"id": served.name, "object": "model", "created": served.created, "owned_by": "offsite"}
+
+
+def _too_much(message: str, code: str, wait_seconds: int) -> ApiError:
+    headers = {"Retry-After": str(wait_seconds)}
+    return ApiError(429, message, kind="rate_limit_error", code=code, headers=headers)
 
 
 def _as_api_error(error: Exception) -> ApiError:
@@ -201,6 +333,12 @@ def build_app(
     limit_tokens: int = 1024,
     limit_waiting: int = 8,
     limit_bytes: int = 1_048_576,
+    limit_rows: int = 16,
+    limit_cache_bytes: int = 0,
+    prefill_tokens: int = 128,
+    adapters: Mapping[str, Fitted] | None = None,
+    bundles: Bundles | None = None,
+    tenants: Tenants | None = None,
 ) -> FastAPI:
     """Return the application that serves `model`; its engine is ``app.state.engine``.
 
@@ -211,11 +349,33 @@ def build_app(
         key: the bearer key under /v1; None leaves it open, for an embedder with its own checks.
         context: tokens of prompt and answer together; 0 for what the model was made for.
         limit_tokens: most tokens in one answer.
-        limit_waiting: requests that may wait behind the one being answered; more get 429.
+        limit_waiting: requests that may wait behind those being answered; more get 429.
         limit_bytes: largest request body; larger gets 413.
+        limit_rows: answers that are written together.
+        limit_cache_bytes: keys and values of all answers under way; 0 as `Engine` has it.
+        prefill_tokens: of prompts in one forward pass.
+        adapters: more names, each the model with that adapter; it must carry none then.
+        bundles: of a registry, served beside them as they come and go.
+        tenants: whose keys are taken beside `key`.
+
+    Raises:
+        WrongNames, WrongShape: when an adapter does not fit the model.
     """
-    engine = Engine(model, tokenizer, context=context, limit_tokens=limit_tokens, limit_waiting=limit_waiting)
+    engine = Engine(
+        model,
+        tokenizer,
+        context=context,
+        limit_tokens=limit_tokens,
+        limit_waiting=limit_waiting,
+        limit_rows=limit_rows,
+        limit_cache_bytes=limit_cache_bytes,
+        prefill_tokens=prefill_tokens,
+    )
+    fixed = {model_id: Served(model_id)}
+    for name, adapter in (adapters or {}).items():
+        fixed[name] = Served(name, engine.rows.put_on(adapter))
     app = FastAPI(title="offsite", openapi_url=None, docs_url=None, redoc_url=None)
     app.state.engine = engine
-    App(engine, model_id=model_id, key=key, limit_bytes=limit_bytes).add_routes(app)
+    catalogue = Catalogue(engine, fixed, bundles)
+    App(engine, catalogue, key=key, tenants=tenants, limit_bytes=limit_bytes).add_routes(app)
     return app

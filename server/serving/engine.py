@@ -1,34 +1,31 @@
-"""One model shared by many requests: one answer at a time, a bounded queue, and an end for what nobody reads.
+"""One model shared by many requests: answers that are written together, a bounded queue, an end for what nobody reads.
 
 The event loop stays free: everything that touches the model or the tokenizer runs in one worker thread,
-a token at a time, so that between two tokens a client that left, or a server that stops, is noticed.
+a token at a time, so that between two tokens a client that left, or a server that stops, is noticed. A model whose
+rows cannot be computed together (`server.serving.batches`) answers one request at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 import anyio.to_thread
 
-from offsite.errors import DataError
+from offsite.console import say
 from offsite.modelling.steps import cache_is_right
-from offsite.text.calls import quietly
-from offsite.text.prompts import prompt_ids
-from server.serving.generate import (
-    Piece,
-    Settings,
-    context_length,
-    embedding_table,
-    end_of_turn_tokens,
-    end_tokens,
-    generate,
-)
-from server.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, Message, Prompt, Usage
+from server.serving.batch import Batch, Row, Told
+from server.serving.batches import cost_of
+from server.serving.cache import padded
+from server.serving.generate import Answer, Piece, generate
+from server.serving.jobs import Job, Jobs
+from server.serving.protocol import ApiError, ChatAsk, CompletionAsk
+from server.serving.rows import RowAdapter, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,34 +56,19 @@ class Counts:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Job:
-    """An admitted request: its prompts as tokens, and how each answer is drawn."""
-
-    prompts: tuple[tuple[int, ...], ...]
-    settings: tuple[Settings, ...]
-    end_ids: frozenset[int]
-    continues: bool
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(map(len, self.prompts))
-
-    def usage(self, num_answer: int) -> Usage:
-        """Return the usage after `num_answer` generated tokens, of all answers together."""
-        return Usage(self.num_prompt_tokens, num_answer)
-
-
 class Engine:
-    """A model, its tokenizer, and the queue before them.
+    """A model, its tokenizer, the adapters on it, and the queue before them.
 
     Args:
         model: a causal language model in eval mode, or a PEFT model around one.
         tokenizer: its own.
         context: tokens of prompt and answer together; 0 for what the model was made for.
         limit_tokens: most tokens in one answer.
-        limit_waiting: requests that may wait behind the one being answered.
+        limit_waiting: requests that may wait behind those being answered.
+        limit_rows: answers that are written together; 1 writes one at a time.
+        limit_cache_bytes: keys and values of all answers under way; 0 for 2 GiB, or for one answer of the whole context
+            needs where that is more.
+        prefill_tokens: of prompts in one forward pass.
     """
 
     def __init__(
@@ -97,36 +79,77 @@ class Engine:
         context: int = 0,
         limit_tokens: int = 1024,
         limit_waiting: int = 8,
+        limit_rows: int = 16,
+        limit_cache_bytes: int = 0,
+        prefill_tokens: int = 128,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._context = context_length(model, tokenizer, context)
-        self._limit_tokens, self._limit_waiting = limit_tokens, limit_waiting
+        self._jobs = Jobs(model, tokenizer, context=context, limit_tokens=limit_tokens)
+        self._limit_waiting = limit_waiting
+        self._limit_cache_bytes, self._bytes_per_token = limit_cache_bytes, 0
         self._cached = cache_is_right(model)
-        self._num_vocabulary = int(embedding_table(model).shape[0])
-        self._end_ids = end_tokens(model, tokenizer)
-        self._turn_ids = end_of_turn_tokens(tokenizer) if tokenizer.chat_template else frozenset()
         self._lock, self._worker = asyncio.Lock(), anyio.CapacityLimiter(1)
         self._stopping = False
         self.num_inside = 0  # requests being answered or waiting
+        self._inside_bytes = 0  # of the caches that they may come to need
+        self._num_crowded = 0  # of them, those that came when the cache had no room for them
+        self._uses, self._retired = dict[RowAdapter, int](), set[RowAdapter]()
         self.counts = Counts()
+        plain: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self.rows = Rows(plain)
+        self.batch = self._batch_of(plain, limit_rows, prefill_tokens) if limit_rows > 1 else None
+        self._limit_rows = limit_rows if self.batch is not None else 1
+        self._steps: asyncio.Task[None] | None = None
+
+    def _batch_of(self, model: PreTrainedModel, limit_rows: int, prefill_tokens: int) -> Batch | None:
+        if not self._cached:  # that was said
+            return None
+        cost = cost_of(model)
+        if isinstance(cost, str):
+            say(f"answers are written one at a time: {cost}")
+            return None
+        num_layers, self._bytes_per_token = cost
+        if not self._limit_cache_bytes:
+            self._limit_cache_bytes = max(2**31, padded(self._jobs.context) * self._bytes_per_token)
+        return Batch(
+            model,
+            self.rows,
+            num_layers=num_layers,
+            bytes_per_token=self._bytes_per_token,
+            limit_rows=limit_rows,
+            limit_bytes=self._limit_cache_bytes,
+            prefill_tokens=prefill_tokens,
+        )
 
     def stop(self) -> None:
         """Answers under way break off after their next token; may be called from a signal handler."""
         self._stopping = True
 
     @asynccontextmanager
-    async def admitted(self, ask: CompletionAsk | ChatAsk) -> AsyncIterator[Job]:
+    async def admitted(
+        self, ask: CompletionAsk | ChatAsk, adapter: RowAdapter | None = None, tenant: str = ""
+    ) -> AsyncIterator[Job]:
         """Hold a place in the queue for `ask`, its prompts turned into tokens.
+
+        Args:
+            adapter: what `rows` put on the model, for this request; None for the model alone.
+            tenant: whose request it is: tenants are answered in turn.
 
         Raises:
             ApiError: 429 when the queue is full; 400 when a prompt does not fit, holds unknown tokens, or the
                 chat template refuses the messages.
         """
-        with self._place():
-            yield await self._in_thread(lambda: self._job(ask))
+        if self._retired:
+            await self.in_thread(self._take_off_unused)
+        with self._place(), self._used(adapter):
+            schema = ask.schema_asked if isinstance(ask, ChatAsk) else None
+            grammar = None if schema is None else await asyncio.to_thread(self._jobs.grammars.of, schema)
+            job = replace(await self.in_thread(lambda: self._jobs.of(ask, adapter, tenant)), grammar=grammar)
+            with self._cache_place(job):
+                yield job
 
     async def answer(self, job: Job, gone: Callable[[], Awaitable[bool]]) -> AsyncGenerator[tuple[int, Piece], None]:
-        """Wait for the turn, then yield (number of the prompt, piece) in order.
+        """Wait for the turn, then yield (number of the prompt, piece), each answer's pieces in order.
 
         Args:
             job: an admitted request.
@@ -137,6 +160,24 @@ class Engine:
             ApiError: 503; the server is stopping.
             RunFailed: the model's scores hold NaN.
         """
+        pieces = self._one_by_one(job, gone) if self.batch is None else self._together(self.batch, job, gone)
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                self.counts.num_completion_tokens += 1
+                yield index, piece
+
+    async def retire(self, adapter: RowAdapter) -> None:
+        """The adapter is off the model, now or when the last answer with it is written."""
+        self._retired.add(adapter)
+        await self.in_thread(self._take_off_unused)
+
+    async def in_thread(self, work: Callable[[], Result]) -> Result:
+        """Return what `work` returns, from the one thread that touches the model and the tokenizer."""
+        return await anyio.to_thread.run_sync(work, limiter=self._worker)
+
+    async def _one_by_one(
+        self, job: Job, gone: Callable[[], Awaitable[bool]]
+    ) -> AsyncGenerator[tuple[int, Piece], None]:
         async with self._turn(gone):
             self.counts.num_prompt_tokens += job.num_prompt_tokens
             for index, (prompt_ids, settings) in enumerate(zip(job.prompts, job.settings, strict=True)):
@@ -148,31 +189,143 @@ class Engine:
                     end_ids=job.end_ids,
                     continues=job.continues,
                     cached=self._cached,
+                    grammar=job.grammar.copy() if job.grammar is not None else None,
                 )
-                while piece := await self._next(pieces, gone):
-                    self.counts.num_completion_tokens += 1
+                while piece := await self._next(pieces, job.adapter, gone):
                     yield index, piece
 
-    async def _next(self, pieces: Iterator[Piece], gone: Callable[[], Awaitable[bool]]) -> Piece | None:
+    async def _next(
+        self, pieces: Iterator[Piece], adapter: RowAdapter | None, gone: Callable[[], Awaitable[bool]]
+    ) -> Piece | None:
+        await self._look(gone)
+
+        def next_piece() -> Piece | None:
+            with self.rows.of([adapter]):
+                return next(pieces, None)
+
+        return await self.in_thread(next_piece)
+
+    async def _together(
+        self, batch: Batch, job: Job, gone: Callable[[], Awaitable[bool]]
+    ) -> AsyncGenerator[tuple[int, Piece], None]:
+        loop, told = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Told]]()
+
+        def hear(index: int, what: Told) -> None:
+            loop.call_soon_threadsafe(told.put_nowait, (index, what))
+
+        def rows_of() -> list[Row]:
+            return [
+                Row(
+                    prompt_ids,
+                    settings,
+                    Answer(self._tokenizer, prompt_ids, settings, end_ids=job.end_ids, continues=job.continues),
+                    partial(hear, index),
+                    job.adapter,
+                    job.tenant,
+                    job.grammar.copy() if job.grammar is not None else None,
+                )
+                for index, (prompt_ids, settings) in enumerate(zip(job.prompts, job.settings, strict=True))
+            ]
+
+        rows = await self.in_thread(rows_of)
+        try:
+            self.counts.num_prompt_tokens += job.num_prompt_tokens
+            for row in rows:
+                batch.submit(row)
+            self._keep_stepping(batch)
+            num_open = len(rows)
+            while num_open:
+                await self._look(gone)
+                try:
+                    index, what = await asyncio.wait_for(told.get(), _LOOK_SECONDS)
+                except TimeoutError:
+                    continue
+                if isinstance(what, Exception):
+                    raise what
+                num_open -= what.finish is not None
+                yield index, what
+        finally:
+            for row in rows:
+                row.leave()
+
+    def _keep_stepping(self, batch: Batch) -> None:
+        """The batch steps until it is idle."""
+        if self._steps is None or self._steps.done():
+            self._steps = asyncio.ensure_future(self._step(batch))
+            self._steps.add_done_callback(partial(self._stepped, batch))
+
+    async def _step(self, batch: Batch) -> None:
+        while not batch.is_idle:
+            if self._stopping:
+                batch.end(_shutting_down())
+            else:
+                await self.in_thread(batch.step)
+
+    def _stepped(self, batch: Batch, done: asyncio.Task[None]) -> None:
+        """Nobody waits for answers that a bug has ended; it is shown by whoever asked."""
+        error = None if done.cancelled() else done.exception()
+        if isinstance(error, Exception):
+            batch.end(error)
+        elif not batch.is_idle and not done.cancelled():
+            self._keep_stepping(batch)
+
+    async def _look(self, gone: Callable[[], Awaitable[bool]]) -> None:
         if self._stopping:
-            raise ApiError(503, "the server is shutting down", kind="server_error", code="shutting_down")
+            raise _shutting_down()
         if await gone():
             raise ClientGone
-        return await self._in_thread(lambda: next(pieces, None))
-
-    async def _in_thread(self, work: Callable[[], Result]) -> Result:
-        return await anyio.to_thread.run_sync(work, limiter=self._worker)
 
     @contextmanager
     def _place(self) -> Iterator[None]:
-        if self.num_inside > self._limit_waiting:
-            message = f"{self.num_inside - 1} requests are waiting already; try again later"
-            raise ApiError(429, message, kind="rate_limit_error", code="queue_full", headers={"Retry-After": "1"})
+        if self.num_inside >= self._limit_rows + self._limit_waiting:
+            raise _busy(f"{self.num_inside - self._limit_rows} requests are waiting already", "queue_full")
         self.num_inside += 1
         try:
             yield
         finally:
             self.num_inside -= 1
+
+    @contextmanager
+    def _cache_place(self, job: Job) -> Iterator[None]:
+        if self.batch is None:
+            yield
+            return
+        sizes = [
+            len(prompt) + settings.limit_tokens - 1 for prompt, settings in zip(job.prompts, job.settings, strict=True)
+        ]
+        if not all(map(self.batch.fits, sizes)):
+            most = self._limit_cache_bytes // self._bytes_per_token
+            message = f"prompt and answer have {max(sizes)} tokens together; the server's cache holds {most}"
+            raise ApiError(400, f"{message}; ask for fewer max_tokens", code="context_length_exceeded")
+        num_bytes = sum(map(padded, sizes)) * self._bytes_per_token
+        is_crowded = self._inside_bytes > 0 and self._inside_bytes + num_bytes > self._limit_cache_bytes
+        if is_crowded and self._num_crowded >= self._limit_waiting:
+            raise _busy(f"the cache is full, and {self._num_crowded} requests are waiting for it", "cache_full")
+        self._inside_bytes += num_bytes
+        self._num_crowded += is_crowded
+        try:
+            yield
+        finally:
+            self._inside_bytes -= num_bytes
+            self._num_crowded -= is_crowded
+
+    @contextmanager
+    def _used(self, adapter: RowAdapter | None) -> Iterator[None]:
+        if adapter is None:
+            yield
+            return
+        self._uses[adapter] = self._uses.get(adapter, 0) + 1
+        try:
+            yield
+        finally:
+            self._uses[adapter] -= 1
+            if not self._uses[adapter]:
+                del self._uses[adapter]
+
+    def _take_off_unused(self) -> None:
+        for adapter in [one for one in self._retired if one not in self._uses]:
+            self._retired.discard(adapter)
+            self.rows.take_off(adapter)
 
     @asynccontextmanager
     async def _turn(self, gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[None]:
@@ -186,69 +339,10 @@ class Engine:
             if not taking.cancel():  # too late to cancel: the lock is ours
                 self._lock.release()
 
-    def _job(self, ask: CompletionAsk | ChatAsk) -> Job:
-        if isinstance(ask, ChatAsk):
-            prompts: tuple[tuple[int, ...], ...] = (self._chat_ids(ask.messages),)
-        else:
-            prompts = tuple(map(self._prompt_ids, ask.prompt))
-        settings = tuple(self._settings(ask, len(prompt_ids), ask.num_tokens) for prompt_ids in prompts)
-        is_chat = isinstance(ask, ChatAsk)
-        return Job(prompts, settings, self._end_ids | (self._turn_ids if is_chat else frozenset()), not is_chat)
 
-    def _settings(self, ask: Ask, num_prompt: int, num_wanted: int | None) -> Settings:
-        if any(token >= self._num_vocabulary for token, _ in ask.logit_bias):
-            raise ApiError(400, f"logit_bias: token ids are 0 to {self._num_vocabulary - 1}", param="logit_bias")
-        room = self._context - num_prompt
-        if room < 1:
-            message = f"the prompt has {num_prompt} tokens; the context is {self._context}, the answer's first included"
-            raise ApiError(
-                400, message, param="messages" if isinstance(ask, ChatAsk) else "prompt", code="context_length_exceeded"
-            )
-        return Settings(
-            limit_tokens=min(num_wanted or room, room, self._limit_tokens),
-            temperature=1.0 if ask.temperature is None else ask.temperature,
-            top_k=max(ask.top_k or 0, 0),
-            top_p=1.0 if ask.top_p is None else ask.top_p,
-            min_p=ask.min_p or 0.0,
-            repetition_penalty=1.0 if ask.repetition_penalty is None else ask.repetition_penalty,
-            presence_penalty=ask.presence_penalty or 0.0,
-            frequency_penalty=ask.frequency_penalty or 0.0,
-            logit_bias=ask.logit_bias,
-            seed=ask.seed,
-            stop=ask.stop,
-        )
+def _busy(reason: str, code: str) -> ApiError:
+    return ApiError(429, f"{reason}; try again later", kind="rate_limit_error", code=code, headers={"Retry-After": "1"})
 
-    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, tuple):
-            if not all(0 <= token < self._num_vocabulary for token in prompt):
-                raise ApiError(400, f"prompt: token ids are 0 to {self._num_vocabulary - 1}", param="prompt")
-            return prompt
-        try:
-            ids = tuple(prompt_ids(self._tokenizer, prompt))
-        except DataError as error:
-            raise ApiError(400, str(error), param="prompt", code="tokenizer_failed") from None
-        if ids:
-            return ids
-        start = next((token for token in self._starts() if token is not None), None)
-        if start is None:
-            raise ApiError(400, "prompt: is empty, and the model has no token to begin with", param="prompt")
-        return (start,)
 
-    def _starts(self) -> Sequence[int | None]:
-        return self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-
-    def _chat_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        if not self._tokenizer.chat_template:
-            message = "the model has no chat template; use /v1/completions, or add chat_template.jinja to its folder"
-            raise ApiError(400, message, param="messages", code="no_chat_template")
-        chat = [message.for_template for message in messages]
-
-        def render() -> Any:
-            # tokens that close a turn are plain text when a message holds them: a user cannot forge a turn
-            return self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, sanitize_control_tokens=True)
-
-        def refusal(_: str) -> ApiError:  # what was raised may quote the request, and is not told
-            message = "the model's chat template refuses these messages; roles that it knows may have to alternate"
-            return ApiError(400, message, param="messages", code="chat_template_refused")
-
-        return tuple(quietly(render, refusal, compiled=True)["input_ids"])
+def _shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", kind="server_error", code="shutting_down")

@@ -4,24 +4,24 @@ Nothing here knows of HTTP. `generate` yields one `Piece` per token; the pieces'
 answer, so that a streamed answer and a whole one cannot differ. Text is handed out only when it is final:
 no half characters, and nothing that may turn out to be the start of a stop string.
 
-Shape letters: B batch (always 1 here), T tokens, V vocabulary.
+Shape letters: B batch (always 1 here), T tokens.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
 
-from offsite.errors import ConfigError, DataError, RunFailed
+from offsite.errors import ConfigError, DataError
 from offsite.modelling.context import context_of
 from offsite.modelling.steps import Steps
 from offsite.text.calls import quietly
+from server.serving.sampling import Constraint, Likely, Sampler, Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,34 +34,17 @@ _FALLBACK_CONTEXT = 2048  # models with relative positions declare no context
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How one answer is drawn. `temperature` 0 takes the likeliest token every time, 0 for `top_k` keeps all tokens.
-
-    Scores of tokens are changed before the rest: `logit_bias` is added to those named; those of the prompt and the
-    answer are divided by `repetition_penalty` (multiplied where negative); `presence_penalty` once, and
-    `frequency_penalty` for each time, is taken from those that were drawn.
-    """
-
-    limit_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Piece:
-    """One generated token and the text that became final with it; the last piece alone has a `finish`."""
+    """One generated token and the text that became final with it; the last piece alone has a `finish`.
+
+    Where it was asked for, `likely` holds the token itself and then the likeliest of all; none of a token that ended
+    the answer.
+    """
 
     token: int
     text: str
     finish: Finish | None = None
+    likely: tuple[Likely, ...] = ()
 
 
 class Detokenizer:
@@ -171,80 +154,69 @@ class StopMatcher:
         return 0
 
 
-class Sampler:
-    """Draws one token after another. The same seed and the same logits give the same tokens, whatever the device.
+class Answer:
+    """Text that grows by drawn tokens, and ends where a token, a stop string or the limit ends it.
 
-    What transformers has a processor for is worked out by it, in the order of its own `generate`.
+    Args:
+        tokenizer: the model's own.
+        prompt_ids: what was read before.
+        settings: how many tokens at most, and the strings that end the text before them.
+        end_ids: tokens that end the answer and are not part of its text; see `end_tokens`.
+        continues: whether the text goes on from the prompt's (a leading space is kept) or begins anew.
     """
 
-    def __init__(self, settings: Settings, prompt_ids: Sequence[int] = ()) -> None:
-        self._settings, self._seen, self._counts = settings, list(prompt_ids), Counter[int]()
-        self._warpers = _warpers(settings)
-        self._random = torch.Generator(device="cpu")
-        if settings.seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(settings.seed)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Sequence[int],
+        settings: Settings,
+        *,
+        end_ids: frozenset[int],
+        continues: bool = True,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt_ids if continues else ())
+        self._matcher = StopMatcher(settings.stop)
+        self._limit_tokens, self._end_ids, self._num_tokens = settings.limit_tokens, end_ids, 0
+        self._tokenizer, self._num_shown = tokenizer, 0
 
-    def pick(self, logits_V: Tensor) -> int:
-        """Return the number of the next token, which counts as drawn from then on.
+    def push(self, token: int, likely: Sequence[Likely] = ()) -> Piece:
+        """Return the piece that the token makes; nothing may follow one with a `finish`.
 
         Args:
-            logits_V: scores before softmax, any float dtype and device.
-
-        Raises:
-            RunFailed: a score is NaN.
+            likely: as `Sampler.likely` has it of this token.
         """
-        logits_V = logits_V.float().cpu()
-        if bool(logits_V.isnan().any()):
-            raise RunFailed("the model's scores for the next token are not numbers (NaN)")
-        token = self._draw(self._changed(logits_V))
-        self._seen.append(token)
-        self._counts[token] += 1
-        return token
+        piece = self._push(token)
+        if not likely or token in self._end_ids:
+            return piece
+        shown = tuple(replace(one, text=self._shown(one.token), offset=self._num_shown) for one in likely)
+        self._num_shown += len(shown[0].text)
+        return replace(piece, likely=shown)
 
-    def _changed(self, logits_V: Tensor) -> Tensor:
-        """Return the scores with bias and penalties, in storage of their own where they change."""
-        from transformers import RepetitionPenaltyLogitsProcessor
+    def _shown(self, token: int) -> str:
+        return str(self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-        settings = self._settings
-        if settings.logit_bias:
-            tokens, values = zip(*settings.logit_bias, strict=True)
-            logits_V = logits_V.index_add(0, torch.tensor(tokens), torch.tensor(values, dtype=torch.float32))
-        if settings.repetition_penalty != 1 and self._seen:
-            penalise: Any = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
-            logits_V = penalise(torch.tensor([self._seen]), logits_V[None])[0]
-        if self._counts and (settings.presence_penalty or settings.frequency_penalty):
-            drawn, times = torch.tensor(list(self._counts)), torch.tensor(list(self._counts.values()))
-            taken = settings.presence_penalty + settings.frequency_penalty * times
-            logits_V = logits_V.index_add(0, drawn, -taken.float())
-        return logits_V
-
-    def _draw(self, logits_V: Tensor) -> int:
-        if self._settings.temperature == 0:
-            return int(logits_V.argmax())
-        # at most 0, so that no temperature can overflow
-        scores_BV = ((logits_V - logits_V.max()) / self._settings.temperature)[None]
-        for warp in self._warpers:
-            scores_BV = warp(None, scores_BV)
-        return int(torch.multinomial(torch.softmax(scores_BV[0], dim=-1), 1, generator=self._random))
-
-
-def _warpers(settings: Settings) -> list[Any]:
-    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    found: list[Any] = []
-    if settings.top_k > 0:
-        found.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1:
-        found.append(TopPLogitsWarper(settings.top_p))
-    if settings.min_p > 0:
-        found.append(MinPLogitsWarper(settings.min_p))
-    return found
+    def _push(self, token: int) -> Piece:
+        self._num_tokens += 1
+        ended = token in self._end_ids
+        last = ended or self._num_tokens >= self._limit_tokens
+        text = "" if ended else self._detokenizer.push(token)
+        if last:
+            text += self._detokenizer.flush()
+        text, stopped = self._matcher.push(text)
+        if stopped:
+            return Piece(token, text, "stop")
+        if last:
+            return Piece(token, text + self._matcher.flush(), "stop" if ended else "length")
+        return Piece(token, text)
 
 
 def next_tokens(
-    model: PreTrainedModel, prompt_ids: Sequence[int], settings: Settings, *, cached: bool = True
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    settings: Settings,
+    *,
+    cached: bool = True,
+    sampler: Sampler | None = None,
 ) -> Iterator[int]:
     """Yield tokens without end, each drawn from the model's scores after all before it.
 
@@ -253,12 +225,13 @@ def next_tokens(
         prompt_ids: at least one token.
         settings: how a token is drawn.
         cached: see `offsite.modelling.steps.Steps`.
+        sampler: what draws them; by default one that is made of the settings.
 
     Raises:
         RunFailed: the model's scores hold NaN.
     """
     ids_BT = torch.tensor([list(prompt_ids)], dtype=torch.long, device=embedding_table(model).device)
-    sampler, steps = Sampler(settings, prompt_ids), Steps(model, ids_BT, cached=cached)
+    sampler, steps = sampler or Sampler(settings, prompt_ids), Steps(model, ids_BT, cached=cached)
     while True:
         token = sampler.pick(steps.logits()[0])
         yield token
@@ -274,6 +247,7 @@ def generate(
     end_ids: frozenset[int],
     continues: bool = True,
     cached: bool = True,
+    grammar: Constraint | None = None,
 ) -> Iterator[Piece]:
     """Yield an answer's pieces, one per generated token, the last with its `finish`.
 
@@ -285,26 +259,18 @@ def generate(
         end_ids: tokens that end the answer and are not part of its text; see `end_tokens`.
         continues: whether the text goes on from the prompt's (a leading space is kept) or begins anew.
         cached: see `offsite.modelling.steps.Steps`.
+        grammar: what the answer is held to.
 
     Raises:
         RunFailed: the model's scores hold NaN.
     """
-    detokenizer = Detokenizer(tokenizer, prompt_ids if continues else ())
-    matcher = StopMatcher(settings.stop)
-    for num_tokens, token in enumerate(next_tokens(model, prompt_ids, settings, cached=cached), start=1):
-        ended = token in end_ids
-        last = ended or num_tokens >= settings.limit_tokens
-        text = "" if ended else detokenizer.push(token)
-        if last:
-            text += detokenizer.flush()
-        text, stopped = matcher.push(text)
-        if stopped:
-            yield Piece(token, text, "stop")
+    answer = Answer(tokenizer, prompt_ids, settings, end_ids=end_ids, continues=continues)
+    sampler = Sampler(settings, prompt_ids, grammar)
+    for token in next_tokens(model, prompt_ids, settings, cached=cached, sampler=sampler):
+        piece = answer.push(token, sampler.likely)
+        yield piece
+        if piece.finish is not None:
             return
-        if last:
-            yield Piece(token, text + matcher.flush(), "stop" if ended else "length")
-            return
-        yield Piece(token, text)
 
 
 def embedding_table(model: PreTrainedModel) -> Tensor:

@@ -11,27 +11,36 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, from_json
+
+from server.serving.generate import Piece
+from server.serving.sampling import Likely
 
 Prompt = str | tuple[int, ...]
 
-_LIMIT_PROMPTS = 64
+LIMIT_PROMPTS = 64
 _LIMIT_STOP = 4
+_LIMIT_ANSWERS = 16
 _FIELD_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _TOKEN_ID = re.compile(r"[0-9]{1,9}", re.ASCII)
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
-    "logprobs": (False,),
-    "top_logprobs": (),
     "suffix": ("",),
     "store": (False,),
     "tools": ([],),
@@ -89,7 +98,8 @@ class _Wire(BaseModel):
     @classmethod
     def _nothing_dropped(cls, found: object) -> object:
         for name, value in found.items() if isinstance(found, dict) else ():
-            if name not in cls.model_fields and not _changes_nothing(name, value):
+            known = {field.alias or key for key, field in cls.model_fields.items()}
+            if name not in known and not _changes_nothing(name, value):
                 raise PydanticCustomError("unsupported", "{name}", {"name": name})
         return found
 
@@ -104,6 +114,7 @@ class Ask(_Wire):
     """What both kinds of request share. `None` is what a client sends for "your default"."""
 
     model: str
+    n: int | None = Field(None, ge=1, le=_LIMIT_ANSWERS)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: tuple[str, ...] = ()
@@ -144,6 +155,7 @@ class CompletionAsk(Ask):
     """Body of ``POST /v1/completions``."""
 
     prompt: tuple[Prompt, ...] = ("",)
+    logprobs: int | None = Field(None, ge=0, le=5)
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -152,8 +164,8 @@ class CompletionAsk(Ask):
             return ("",)
         many: list[Any] = value if isinstance(value, list) and value and not _is_int(value[0]) else [value]
         prompts = tuple(tuple(one) if isinstance(one, list) else one for one in many)
-        if not 1 <= len(prompts) <= _LIMIT_PROMPTS:
-            raise PydanticCustomError("prompt", f"holds {len(prompts)} prompts, at most {_LIMIT_PROMPTS} are answered")
+        if not 1 <= len(prompts) <= LIMIT_PROMPTS:
+            raise PydanticCustomError("prompt", f"holds {len(prompts)} prompts, at most {LIMIT_PROMPTS} are answered")
         if not all(
             isinstance(one, str) or (isinstance(one, tuple) and one and all(map(_is_int, one))) for one in prompts
         ):
@@ -161,6 +173,11 @@ class CompletionAsk(Ask):
                 "prompt", "must be a string, a list of strings, token ids, or a list of token ids"
             )
         return prompts
+
+    @property
+    def num_likely(self) -> int | None:
+        """How many of the likeliest tokens are told beside each; `None`: nothing is."""
+        return self.logprobs
 
     @property
     def num_tokens(self) -> int | None:
@@ -193,11 +210,56 @@ class Message(_Wire):
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
+class JsonSchema(_Wire):
+    """A schema that an answer is held to; it is held to it whether or not `strict` is asked for."""
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(_Wire):
+    """What form an answer has."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("json_schema", "json_schema goes with type 'json_schema', and with no other")
+        return self
+
+
 class ChatAsk(Ask):
     """Body of ``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     max_completion_tokens: int | None = Field(None, ge=1)
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _top_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and not info.data.get("logprobs"):
+            raise PydanticCustomError("top_logprobs", "goes with logprobs: true")
+        return value
+
+    @property
+    def num_likely(self) -> int | None:
+        """How many of the likeliest tokens are told beside each; `None`: nothing is."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def schema_asked(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer is to be held to."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        return {"type": "object"} if form.json_schema is None else form.json_schema.schema_
 
     @property
     def num_tokens(self) -> int | None:
@@ -233,7 +295,7 @@ def _refusal(error: ValidationError) -> ApiError:
     if problem["type"] == "unsupported":
         name = problem["msg"] if _FIELD_NAME.fullmatch(problem["msg"]) else "a field of another form"
         where = ".".join(map(str, (*problem["loc"], name)))
-        message = "n: only one answer is supported" if where == "n" else f"{where} is not supported here; leave it out"
+        message = f"{where} is not supported here; leave it out"
         return ApiError(400, message, param=where, code="unsupported_parameter")
     where = ".".join(map(str, problem["loc"]))
     message = "is missing" if problem["type"] == "missing" else problem["msg"]
@@ -279,21 +341,32 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
     token: str = field(default_factory=lambda: secrets.token_hex(12))
 
-    def whole(self, answers: list[tuple[str, str]], usage: Usage) -> dict[str, Any]:
-        """Return the body of an unstreamed reply; `answers` are texts with their finish reasons."""
-        choices = [self._choice(index, text, finish) for index, (text, finish) in enumerate(answers)]
+    def whole(self, answers: Sequence[Sequence[Piece]], usage: Usage) -> dict[str, Any]:
+        """Return the body of an unstreamed reply; each answer is its pieces."""
+        choices = []
+        for index, pieces in enumerate(answers):
+            text, finish = "".join(piece.text for piece in pieces), (pieces[-1].finish or "") if pieces else ""
+            choices.append(self._choice(index, text, finish, pieces))
         return {**self._frame("chat.completion"), "choices": choices, "usage": usage.body}
 
-    def opening(self) -> str:
-        """Return the event that opens a streamed answer: for chat the role, otherwise nothing."""
-        return self._event([self._delta(0, {"role": "assistant", "content": ""}, None)]) if self.is_chat else ""
+    def opening(self, num_answers: int = 1) -> str:
+        """Return the events that open streamed answers: for chat each one's role, otherwise nothing."""
+        said = {"role": "assistant", "content": ""}
+        indices = range(num_answers if self.is_chat else 0)
+        return "".join(self._event([self._delta(index, said, None)]) for index in indices)
 
-    def part(self, index: int, text: str, finish: str | None) -> str:
-        """Return the events for text that became final in answer `index`, and for its end."""
-        if not self.is_chat:
-            return self._event([self._choice(index, text, finish)]) if text or finish else ""
-        told = self._event([self._delta(index, {"content": text}, None)]) if text else ""
-        return told + (self._event([self._delta(index, {}, finish)]) if finish else "")
+    def part(self, index: int, piece: Piece) -> str:
+        """Return the events for what became final in answer `index` with the piece, and for the answer's end."""
+        if not piece.text and not piece.likely:
+            told = ""
+        elif self.is_chat:
+            told = self._event([self._delta(index, {"content": piece.text}, None, [piece])])
+        else:
+            return self._event([self._choice(index, piece.text, piece.finish, [piece])])
+        if piece.finish is None:
+            return told
+        end = self._delta(index, {}, piece.finish) if self.is_chat else self._choice(index, "", piece.finish, ())
+        return told + self._event([end])
 
     def closing(self, usage: Usage) -> str:
         """Return the events that end a stream."""
@@ -303,16 +376,41 @@ class Reply:
         prefix, kind = ("chatcmpl", chat_object) if self.is_chat else ("cmpl", "text_completion")
         return {"id": f"{prefix}-{self.token}", "object": kind, "created": self.created, "model": self.model_id}
 
-    def _choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
+    def _choice(self, index: int, text: str, finish: str | None, pieces: Sequence[Piece]) -> dict[str, Any]:
         said = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        return {"index": index, **said, "logprobs": None, "finish_reason": finish}
+        return {"index": index, **said, "logprobs": self._logprobs(pieces), "finish_reason": finish}
 
-    def _delta(self, index: int, delta: dict[str, str], finish: str | None) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def _delta(
+        self, index: int, delta: dict[str, str], finish: str | None, pieces: Sequence[Piece] = ()
+    ) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": self._logprobs(pieces), "finish_reason": finish}
+
+    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        told = [piece.likely for piece in pieces if piece.likely]
+        if not told:
+            return None
+        if self.is_chat:
+            content = [{**_entry(own), "top_logprobs": list(map(_entry, top))} for own, *top in told]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [own.text for own, *_ in told],
+            "token_logprobs": [own.logprob for own, *_ in told],
+            "top_logprobs": [{one.text: one.logprob for one in top} for _, *top in told],
+            "text_offset": [own.offset for own, *_ in told],
+        }
 
     def _event(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> str:
         counts = {"usage": usage.body if usage else None} if self.wants_usage else {}
         return sse({**self._frame("chat.completion.chunk"), "choices": choices, **counts})
+
+
+def _entry(likely: Likely) -> dict[str, Any]:
+    whole = "\N{REPLACEMENT CHARACTER}" not in likely.text  # a part of a character has bytes that no text shows
+    return {
+        "token": likely.text,
+        "logprob": likely.logprob,
+        "bytes": list(likely.text.encode("utf-8", "surrogatepass")) if whole else None,
+    }
 
 
 def sse(data: str | Mapping[str, Any]) -> str:

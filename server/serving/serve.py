@@ -1,10 +1,12 @@
-"""``offsite serve``: an adapted model behind the OpenAI interface, until Ctrl-C."""
+"""``offsite serve``: an adapted model, or one full model with many adapters, behind the OpenAI interface."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -15,11 +17,17 @@ import uvicorn
 from fastapi import FastAPI
 
 from offsite.console import say
+from offsite.digests import model_digest
 from offsite.errors import ConfigError
 from server.http.serve import is_loopback, listen, signals_end, url_of
+from server.plugging.adapted import open_adapted, read_adapter
+from server.plugging.fit import Fitted
+from server.registry.registry import Registry
 from server.serving.app import build_app
+from server.serving.catalogue import Bundles
 from server.serving.config import ServeConfig
 from server.serving.engine import Engine
+from server.tenants.store import Tenants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,15 +90,42 @@ def load_served(config: ServeConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
     Raises:
         ConfigError: the device does not exist; told before anything is loaded.
         ArtefactError: `adapted` was rejected.
-        ConfigError: `adapted` is merged, and is to be mixed.
+        ConfigError: `adapted` is merged, and is to be mixed; or is a full model, and is to be.
     """
     device = _device(config.device)
-    from server.plugging.adapted import load_adapted
+    name = config.model_id or config.adapted.resolve().name
+    if is_trunk(config):
+        from offsite.modelling.load import load_model, load_tokenizer
 
-    model, tokenizer = load_adapted(config.adapted, base=config.base, mix=config.mix)
+        if config.mix != 1:
+            raise ConfigError("--mix goes with one adapted folder", hint="leave it out, or serve that folder alone")
+        if name in config.adapter:
+            raise ConfigError(f"--adapter {name}: the model itself has that name", hint="give it another: --model-id")
+        source = str(config.adapted)
+        model, tokenizer = load_model(source), load_tokenizer(source)
+        model.requires_grad_(False)
+    else:
+        from server.plugging.adapted import load_adapted
+
+        model, tokenizer = load_adapted(config.adapted, base=config.base, mix=config.mix)
     model.to(device)  # type: ignore[arg-type]
     model.eval()
-    return model, tokenizer, config.model_id or config.adapted.resolve().name
+    return model, tokenizer, name
+
+
+def is_trunk(config: ServeConfig) -> bool:
+    """Tell whether a full model is served, with adapters on it, and not one adapted folder.
+
+    Raises:
+        ConfigError: when adapters are named for a folder that holds one already.
+    """
+    is_adapted = (config.adapted / "offsite.json").is_file()
+    if is_adapted and config.adapter:
+        raise ConfigError(
+            f"{config.adapted.name!r} is an adapted folder: --adapter goes with the full model",
+            hint=f"offsite serve MODEL --adapter {config.adapted.name}={config.adapted}",
+        )
+    return bool(config.adapter) or (config.registry is not None and not is_adapted)
 
 
 def _device(name: str) -> str:
@@ -117,9 +152,15 @@ def serve(config: ServeConfig) -> dict[str, object]:
     """
     began = time.monotonic()
     key, is_fresh = read_key(config.key_file)
-    sock = listen(config.host, config.port)
-    with sock:
+    with ExitStack() as stack:
+        tenants = stack.enter_context(Tenants.open(config.tenants)) if config.tenants is not None else None
+        sock = stack.enter_context(listen(config.host, config.port))
+        registry = None
+        trunk = is_trunk(config)
+        if trunk and config.registry is not None:
+            registry = stack.enter_context(Registry.open(config.registry, config.keys))
         model, tokenizer, model_id = load_served(config)
+        adapters, bundles = _on_trunk(config, model, registry) if trunk else ({}, None)
         app = build_app(
             model,
             tokenizer,
@@ -129,20 +170,36 @@ def serve(config: ServeConfig) -> dict[str, object]:
             limit_tokens=config.limit_tokens,
             limit_waiting=config.limit_waiting,
             limit_bytes=config.limit_bytes,
+            limit_rows=config.limit_rows,
+            limit_cache_bytes=config.limit_cache_bytes,
+            prefill_tokens=config.prefill_tokens,
+            adapters=adapters,
+            bundles=bundles,
+            tenants=tenants,
         )
-        if config.registry is not None:
+        if not trunk and config.registry is not None:
             mark_served(config.adapted, config.registry, config.keys, mix=config.mix)
         sock.listen()  # from here connections wait in the kernel's queue
         url = url_of(sock)
-        _announce(config, url, model_id, key if is_fresh else None)
+        _announce(config, url, [model_id, *adapters], key if is_fresh else None)
         process = Process(app)
         with signals_end(process):
             process.run(sockets=[sock])
     engine: Engine = app.state.engine
-    return {"model": model_id, "url": url, "seconds": round(time.monotonic() - began, 1), **engine.counts.as_dict()}
+    counts = engine.counts.as_dict()
+    return {"model": model_id, "url": url, "seconds": round(time.monotonic() - began, 1), **counts}
 
 
 run = serve  # the name that every verb's module gives its function
+
+
+def _on_trunk(
+    config: ServeConfig, model: PreTrainedModel, registry: Registry | None
+) -> tuple[dict[str, Fitted], Bundles | None]:
+    """Return the adapters that were named, by name, and the registry's bundles, all for the full model."""
+    base_digest = model_digest(model)
+    adapters = {name: read_adapter(folder, model, base_digest) for name, folder in config.adapter.items()}
+    return adapters, Bundles(registry, model, base_digest) if registry is not None else None
 
 
 def mark_served(adapted: Path, registry: Path, keys: Path, *, mix: float = 1.0) -> None:
@@ -152,9 +209,6 @@ def mark_served(adapted: Path, registry: Path, keys: Path, *, mix: float = 1.0) 
         ConfigError: there is no registry, or it does not know the bundle.
         PolicyError: the bundle is not plugged in, as far as the registry knows.
     """
-    from server.plugging.adapted import open_adapted
-    from server.registry.registry import Registry
-
     manifest = open_adapted(adapted)
     intake = manifest.intake
     if intake is None:
@@ -164,10 +218,10 @@ def mark_served(adapted: Path, registry: Path, keys: Path, *, mix: float = 1.0) 
         opened.note_way(intake, "served", str(replace(manifest.plugged, mix=mix)), manifest.spare_text)
 
 
-def _announce(config: ServeConfig, url: str, model_id: str, fresh_key: str | None) -> None:
+def _announce(config: ServeConfig, url: str, names: Sequence[str], fresh_key: str | None) -> None:
     if not is_loopback(config.host):
         say(f"warning: {config.host} can be reached from other machines, without encryption; put TLS in front")
-    say(f"serving {model_id!r} at {url}/v1; Ctrl-C ends it")
+    say(f"serving {', '.join(map(repr, names))} at {url}/v1; Ctrl-C ends it")
     if config.mix != 1:
         say(f"{config.mix:g} of the probabilities are the adapter's; every token takes two passes")
     if fresh_key is not None:

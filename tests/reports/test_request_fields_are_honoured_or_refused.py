@@ -16,7 +16,8 @@ import torch
 from transformers import GenerationConfig
 
 from server.serving.app import build_app
-from server.serving.generate import Sampler, Settings, next_tokens
+from server.serving.generate import next_tokens
+from server.serving.sampling import Sampler, Settings
 from server.serving.serve import Process, listen
 
 PROMPT = [5, 9, 9, 30]
@@ -112,16 +113,15 @@ def said(client, **fields):
 
 
 def test_the_openai_client_hears_by_name_what_is_not_worked_with(client):
-    for fields in ({"typical_p": 0.5}, {"n": 3}, {"guided_json": {}}, {"tempreature": 0}):
+    for fields in ({"typical_p": 0.5}, {"best_of": 3}, {"guided_json": {}}, {"tempreature": 0}):
         with pytest.raises(openai.BadRequestError) as caught:
             said(client, extra_body=fields)
         (name,) = fields
         assert (caught.value.status_code, caught.value.param, caught.value.code) == (400, name, "unsupported_parameter")
         assert name in caught.value.message
-    with pytest.raises(openai.BadRequestError, match="response_format"):
-        client.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": "x"}], response_format={"type": "json_object"}
-        )
+    tool = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}], tools=[tool])
 
 
 def test_the_openai_client_gets_what_it_asks_for(client):

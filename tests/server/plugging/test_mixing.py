@@ -18,7 +18,8 @@ from offsite.text.batches import Example
 from server.evaluation.candidates import read_own
 from server.plugging.fit import fit, plug_mixed, plugged
 from server.plugging.mixing import mixture, stay_mixed
-from server.serving.generate import Settings, next_tokens
+from server.serving.generate import next_tokens
+from server.serving.sampling import Settings
 
 IDS = [5, 30, 7, 200, 11, 90, 42, 17]
 KINDS = ["lora", "dora", "blocks", "bitfit"]

@@ -12,40 +12,12 @@ import httpx
 import openai
 import pytest
 import torch
+from served import KEY, calling, serving, wait_for
 
 from offsite.errors import RunFailed
-from server.http.serve import listen
-from server.serving.app import build_app
-from server.serving.serve import Process
 
-KEY = "a-key-for-tests"
 FEVER = "the patient has a fever"
 HARD = "naïve 日本語 🙂 the doctor asks\nhow long the cough has lasted"
-
-
-@contextmanager
-def serving(model, tokenizer, **options):
-    """Yield (address, engine) of a server in a thread."""
-    app = build_app(model, tokenizer, **{"model_id": "tiny", "key": KEY, **options})
-    sock = listen("127.0.0.1", 0)
-    sock.listen()
-    process = Process(app)
-    thread = threading.Thread(target=process.run, kwargs={"sockets": [sock]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}", app.state.engine
-    finally:
-        app.state.engine.stop()
-        process.should_exit = True
-        thread.join(20)
-        sock.close()
-    assert not thread.is_alive()
-
-
-@contextmanager
-def calling(address, key=KEY):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=30) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +42,6 @@ def saying(parrot, tokenizer, text, **options):
 def post(address, path="/v1/completions", **options):
     headers = {"Authorization": f"Bearer {KEY}", **options.pop("headers", {})}
     return httpx.post(address + path, headers=headers, **options)
-
-
-def wait_for(fact):
-    for _ in range(400):
-        if fact():
-            return
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
 
 
 def slow(model, seconds):
@@ -236,12 +200,61 @@ def test_a_prompt_beyond_the_context_is_refused(llama):
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
 
 
-@pytest.mark.parametrize("ask", [{"n": 2}, {"echo": True}, {"logprobs": 1}, {"prompt": [-1]}, {"prompt": [10**30]}])
+@pytest.mark.parametrize("ask", [{"n": 17}, {"echo": True}, {"logprobs": 6}, {"prompt": [-1]}, {"prompt": [10**30]}])
 def test_bad_requests_are_refused(llama, ask):
     with pytest.raises(openai.BadRequestError) as caught:
         llama.completions.create(**{"model": "tiny", "prompt": "x", **ask})
     assert caught.value.param in ask
     assert caught.value.type == "invalid_request_error"
+
+
+def test_several_answers_to_one_prompt_differ_by_their_seeds(llama):
+    ask = {"model": "tiny", "prompt": [FEVER, "é"], "max_tokens": 8, "temperature": 1.0}
+    many = llama.completions.create(**ask, n=3, seed=5)
+    assert [choice.index for choice in many.choices] == list(range(6))
+    for number in range(3):
+        ones = llama.completions.create(**ask, seed=5 + number)
+        assert [many.choices[number].text, many.choices[3 + number].text] == [one.text for one in ones.choices]
+    assert many.usage.prompt_tokens == ones.usage.prompt_tokens
+    heard = {0: "", 1: ""}
+    for chunk in llama.chat.completions.create(model="tiny", messages=hello(), n=2, seed=3, max_tokens=5, stream=True):
+        for choice in chunk.choices:
+            heard[choice.index] += choice.delta.content or ""
+    whole = llama.chat.completions.create(model="tiny", messages=hello(), n=2, seed=3, max_tokens=5)
+    assert heard == {choice.index: choice.message.content for choice in whole.choices}
+    assert len(set(heard.values())) == 2
+
+
+def test_logprobs_are_the_models_own(llama, spread_llama, bytes_tokenizer):
+    ids = bytes_tokenizer(FEVER)["input_ids"]
+    reply = llama.completions.create(model="tiny", prompt=FEVER, max_tokens=6, temperature=0.7, seed=2, logprobs=3)
+    told = reply.choices[0].logprobs
+    assert "".join(told.tokens) == reply.choices[0].text
+    assert told.text_offset == [len("".join(told.tokens[:at])) for at in range(len(told.tokens))]
+    drawn = bytes_tokenizer(reply.choices[0].text, add_special_tokens=False)["input_ids"]
+    if len(drawn) == len(told.tokens):
+        logits = spread_llama(torch.tensor([ids + drawn])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        expected = [float(row[token]) for row, token in zip(logits, drawn, strict=True)]
+        assert told.token_logprobs == pytest.approx(expected, abs=1e-4)
+        assert sorted(told.top_logprobs[0].values()) == pytest.approx(
+            sorted(logits[0].topk(3).values.tolist()), abs=1e-4
+        )
+    ask = {"model": "tiny", "messages": hello(), "max_tokens": 5, "seed": 3, "logprobs": True, "top_logprobs": 2}
+    whole = llama.chat.completions.create(**ask).choices[0]
+    assert [len(one.top_logprobs) for one in whole.logprobs.content] == [2] * len(whole.logprobs.content)
+    for one in whole.logprobs.content:
+        assert one.bytes is None or bytes(one.bytes).decode() == one.token
+    streamed = [
+        one
+        for chunk in llama.chat.completions.create(**ask, stream=True)
+        for choice in chunk.choices
+        if choice.logprobs
+        for one in choice.logprobs.content
+    ]
+    assert streamed == whole.logprobs.content
+    for wrong in ({"top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}, {"logprobs": 1}):
+        with pytest.raises(openai.BadRequestError):
+            llama.chat.completions.create(model="tiny", messages=hello(), **wrong)
 
 
 def test_what_is_not_json_is_refused(llama_address):
@@ -376,7 +389,7 @@ def test_nothing_of_the_text_or_the_key_is_logged(parrot, bytes_tokenizer, capfd
     with caplog.at_level(0), saying(parrot, bytes_tokenizer, "hello there") as (client, engine):
         client.completions.create(model="tiny", prompt=FEVER)
         with pytest.raises(openai.BadRequestError):
-            client.completions.create(model="tiny", prompt=FEVER, n=2)
+            client.completions.create(model="tiny", prompt=FEVER, echo=True)
         counts = engine.counts
     server_log = [record.getMessage() for record in caplog.records if record.name.startswith(("uvicorn", "fastapi"))]
     shown = "".join(capfd.readouterr()) + "".join(server_log)

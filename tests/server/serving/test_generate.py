@@ -14,8 +14,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 from offsite.errors import RunFailed
 from server.serving.generate import (
     Detokenizer,
-    Sampler,
-    Settings,
     StopMatcher,
     context_length,
     end_of_turn_tokens,
@@ -23,6 +21,7 @@ from server.serving.generate import (
     generate,
     next_tokens,
 )
+from server.serving.sampling import Sampler, Settings
 
 HARD = [
     "plain words",

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from server.serving.generate import Piece
 from server.serving.protocol import _NEUTRAL, ApiError, ChatAsk, CompletionAsk, Reply, Usage, parse
 
 SECRET = "the patient's name"
@@ -62,12 +63,8 @@ def test_text_parts_are_joined_and_developers_are_the_system():
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"n": 2}, "n"),
-        ({"n": True}, "n"),
         ({"best_of": 2}, "best_of"),
         ({"echo": True}, "echo"),
-        ({"logprobs": 0}, "logprobs"),
-        ({"logprobs": True}, "logprobs"),
         ({"suffix": "x"}, "suffix"),
         ({"store": True}, "store"),
         ({"length_penalty": 0.5}, "length_penalty"),
@@ -79,7 +76,6 @@ def test_text_parts_are_joined_and_developers_are_the_system():
         ({"stream": True, "stream_options": {"include_everything": True}}, "stream_options.include_everything"),
         ({"temperature": "hot", "made_up": 1}, "made_up"),
         ({"tools": [{}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(fields, param):
@@ -90,6 +86,14 @@ def test_what_cannot_be_honoured_is_refused(fields, param):
         assert (caught.value.status, error["param"], error["code"]) == (400, param, "unsupported_parameter")
         assert error["message"].startswith(param)
         assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("number", [0, 17, True, "2"])
+def test_a_number_of_answers_is_bounded(number):
+    for make in (completion, chat):
+        with pytest.raises(ApiError) as caught:
+            make(n=number)
+        assert caught.value.body["error"]["param"] == "n"
 
 
 def test_a_field_of_the_other_kind_of_request_is_refused():
@@ -234,7 +238,7 @@ def test_any_json_is_a_request_or_a_refusal(fields):
 
 def test_usage_is_in_a_stream_only_when_asked_for():
     told = Reply("m", is_chat=False, wants_usage=True)
-    assert '"usage":null' in told.part(0, "a", None)
+    assert '"usage":null' in told.part(0, Piece(5, "a"))
     assert '"prompt_tokens":2,"completion_tokens":3,"total_tokens":5' in told.closing(Usage(2, 3))
     assert told.closing(Usage(2, 3)).endswith("data: [DONE]\n\n")
-    assert "usage" not in Reply("m", is_chat=True).part(0, "a", "stop")
+    assert "usage" not in Reply("m", is_chat=True).part(0, Piece(5, "a", "stop"))

@@ -1,0 +1,170 @@
+"""What is served under which name: the model, adapters that were named, and a registry's accepted bundles.
+
+A registry is looked at again when somebody asks, so that a bundle that its owner accepts or refuses comes and goes
+without a restart. A bundle is served under its client's own name. A name can be wished for by anybody, so it stays with
+the client that was registered first, and with its newest bundle; every other one is served as ``NAME@ID``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from offsite.console import say
+from offsite.errors import ConfigError, OffsiteError
+from server.plugging.fit import Fitted, fit
+from server.plugging.plug import accepted, record_of
+from server.plugging.shares import taken
+from server.plugging.ways import Way
+from server.registry.intake import read_registered
+from server.registry.registry import Registry
+from server.registry.rows import Entry
+from server.serving.engine import Engine
+from server.serving.rows import RowAdapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STANDING = ("accepted", "plugged-in", "served")
+"""States in which a bundle is its owner's to use."""
+
+_LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Served:
+    """One name that clients may ask for; without an adapter it is the model as it was loaded."""
+
+    name: str
+    adapter: RowAdapter | None = field(default=None, repr=False)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+class Bundles:
+    """The accepted bundles of a registry, for one full model.
+
+    Args:
+        registry: open, and open for as long as this is used.
+        model: the full model without an adapter; not changed.
+        base_digest: ``offsite.digests.model_digest(model)``.
+    """
+
+    def __init__(self, registry: Registry, model: PreTrainedModel, base_digest: str) -> None:
+        self._registry, self._model, self._base_digest = registry, model, base_digest
+
+    def standing(self) -> dict[str, Entry]:
+        """Return the bundles that are to be served, by id, oldest first; none of any other model's."""
+        found = {}
+        for entry in self._registry.entries():
+            if entry.state in STANDING and self._registry.job(entry.job_id).base_digest == self._base_digest:
+                found[entry.id] = entry
+        return found
+
+    def names(self, entries: Sequence[Entry], taken_names: frozenset[str]) -> dict[str, str]:
+        """Return under which name each of the bundles is served, by id.
+
+        Args:
+            taken_names: what other things are called.
+        """
+        clients = self._registry.client_names()
+        holders: dict[str, str] = {}
+        standing = {entry.client for entry in entries}
+        for client, name in clients.items():
+            if client in standing and name not in taken_names:
+                holders.setdefault(name, client)
+        newest = {entry.client: entry.id for entry in sorted(entries, key=lambda one: (one.received, one.sequence))}
+        found = {}
+        for entry in entries:
+            name = clients[entry.client]
+            is_plain = holders.get(name) == entry.client and newest[entry.client] == entry.id
+            found[entry.id] = name if is_plain else f"{name}@{entry.id}"
+        return found
+
+    def read(self, bundle_id: str) -> tuple[Fitted, Way]:
+        """Return the bundle's adapter, plugged in the way the owner last did, whole where it never did, and that way.
+
+        Raises:
+            ConfigError: when it answers a federation's later round, or directions are spared, which needs text.
+            ArtefactError: when its files are not those that were verified, or it was refused meanwhile.
+        """
+        entry = accepted(self._registry, bundle_id)
+        record = record_of(self._registry, entry, None)
+        known = self._registry.ways(bundle_id, "plugged-in")
+        way = Way.parse(known[-1][0]) if known else Way()
+        if way.spare is not None:
+            raise ConfigError(
+                f"bundle {bundle_id} is plugged in with directions spared", hint="serve its folder with --adapter"
+            )
+        verified = read_registered(self._registry, entry, record)
+        fitted = fit(self._model, verified, record, base_digest=self._base_digest)
+        return taken(self._model, fitted, replace(way, mix=1.0)), way
+
+    def note(self, bundle_id: str, way: Way) -> None:
+        """The registry knows that the bundle is served, and how; its state stays, so that it can be refused."""
+        self._registry.note_way(bundle_id, "served", str(way))
+
+
+class Catalogue:
+    """The names that are served.
+
+    Args:
+        engine: on whose model the adapters are.
+        fixed: what is served for as long as the server runs.
+        bundles: of a registry, which come and go.
+    """
+
+    def __init__(self, engine: Engine, fixed: Mapping[str, Served], bundles: Bundles | None = None) -> None:
+        self._engine, self._fixed, self._bundles = engine, dict(fixed), bundles
+        self._by_id: dict[str, Served] = {}
+        self._refused: set[str] = set()
+        self._named = dict(self._fixed)
+        self._looked, self._lock = -_LOOK_SECONDS, asyncio.Lock()
+
+    async def names(self) -> dict[str, Served]:
+        """Return what is served now, by name.
+
+        Raises:
+            OffsiteError: when the registry cannot be read.
+        """
+        if self._bundles is not None:
+            async with self._lock:
+                if time.monotonic() - self._looked >= _LOOK_SECONDS:
+                    await self._look(self._bundles)
+                    self._looked = time.monotonic()
+        return self._named
+
+    async def find(self, name: str) -> Served | None:
+        """Return what is served under that name."""
+        return (await self.names()).get(name)
+
+    async def _look(self, bundles: Bundles) -> None:
+        standing = await asyncio.to_thread(bundles.standing)
+        for bundle_id in self._by_id.keys() - standing.keys():
+            gone = self._by_id.pop(bundle_id)
+            if gone.adapter is not None:
+                await self._engine.retire(gone.adapter)
+            say(f"bundle {bundle_id} is served no longer")
+        for bundle_id in [one for one in standing if one not in self._by_id and one not in self._refused]:
+            try:
+                served = await self._engine.in_thread(lambda one=bundle_id: self._put_on(bundles, one))  # type: ignore[misc]
+            except OffsiteError as error:
+                self._refused.add(bundle_id)
+                say(f"bundle {bundle_id} is not served: {error}")
+            else:
+                self._by_id[bundle_id] = served
+        entries = [entry for bundle_id, entry in standing.items() if bundle_id in self._by_id]
+        names = await asyncio.to_thread(bundles.names, entries, frozenset(self._fixed))
+        before = set(self._named)
+        self._named = {**self._fixed, **{name: replace(self._by_id[one], name=name) for one, name in names.items()}}
+        for one, name in names.items():
+            if name not in before:
+                say(f"bundle {one} is served as {name!r}")
+
+    def _put_on(self, bundles: Bundles, bundle_id: str) -> Served:
+        adapter, way = bundles.read(bundle_id)
+        found = Served(bundle_id, self._engine.rows.put_on(adapter))
+        bundles.note(bundle_id, way)
+        return found
