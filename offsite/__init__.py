@@ -15,6 +15,7 @@ OFFSITE_ROLE = "offsite"
 __all__ = [
     "OFFSITE_ROLE",
     "__version__",
+    "blockwise",
     "config",
     "console",
     "digests",

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emulator.compression.activations import Batch, forward, on_device
+from offsite.blockwise import block_by_block, outside_blocks, widened
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.mapped import let_go
 from offsite.modelling.blocks import block_list, decoder_stack, hidden_of
-from offsite.modelling.blockwise import block_by_block, outside_blocks, widened
 from offsite.staging import remove
 from offsite.tensors import write_tensors
 

@@ -33,9 +33,9 @@ from emulator.distillation.public import PublicText, prepare
 from emulator.distillation.publish import publish, read_terms, try_out
 from emulator.distillation.selfwritten import forget, own_text
 from offsite.artefacts.package import Package
+from offsite.blockwise import block_by_block
 from offsite.console import say
 from offsite.digests import model_digest, sha256_bytes
-from offsite.modelling.blockwise import block_by_block
 from offsite.modelling.causal import refuse_uncausal
 from offsite.modelling.dtypes import main_dtype, stored_in
 from offsite.modelling.load import load_model, load_tokenizer

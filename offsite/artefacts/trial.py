@@ -63,7 +63,7 @@ def require_rebuildable(
 def _scores(model: PreTrainedModel, compute: torch.dtype | None) -> Tensor:
     import torch
 
-    from offsite.modelling.blockwise import block_by_block
+    from offsite.blockwise import block_by_block
     from offsite.modelling.context import context_of
 
     vocabulary = int(model.config.get_text_config().vocab_size)

@@ -5,7 +5,6 @@ Facts about architectures live in ``blocks``, ``depth``, ``mlps`` and ``experts`
 
 __all__ = [
     "blocks",
-    "blockwise",
     "causal",
     "config",
     "context",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from offsite.blockwise import block_by_block
 from offsite.errors import UnsupportedModel
-from offsite.modelling.blockwise import block_by_block
 from offsite.modelling.context import context_of
 
 NUM_TOKENS = 8

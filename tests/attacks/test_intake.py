@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from safetensors.torch import load_file, save_file
 
 from offsite import cli
+from offsite.artefacts import known
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.job import Policy
 from offsite.errors import (
@@ -523,6 +524,7 @@ class FailingDisk:
 
 def test_row_25_every_write_of_an_intake_may_fail(exchange, sealed, monkeypatch):
     """Each time: one clean error, nothing half, and the same bundle is taken in afterwards."""
+    monkeypatch.setattr(known, "SETTLED_NANOSECONDS", 0)  # the package's files are remembered at once
     job = exchange.job(rounds=200)
     first = sealed(job, round=1, sequence=1)
     with monkeypatch.context() as patch:
@@ -533,6 +535,8 @@ def test_row_25_every_write_of_an_intake_may_fail(exchange, sealed, monkeypatch)
     numbers = itertools.cycle((errno.ENOSPC, errno.EIO))
     for fail_at in range(1, in_all + 1):
         folder = sealed(job, round=1 + fail_at, sequence=1 + fail_at)
+        for listed in exchange.keys.glob("*.hashed"):  # it is written anew each time
+            listed.unlink()
         with monkeypatch.context() as patch:
             FailingDisk(patch, fail_at=fail_at, number=next(numbers))
             try:

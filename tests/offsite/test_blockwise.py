@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from offsite.modelling.blockwise import block_by_block, outside_blocks, widened
+from offsite.blockwise import block_by_block, outside_blocks, widened
 
 IDS = torch.arange(3, 15)[None]
 
