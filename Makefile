@@ -28,8 +28,8 @@ check: $(READY) ## ruff, mypy, import contract
 test: $(READY) ## fast tests, a process for each of up to four cores
 	$(PYTEST) -m "not slow" -n auto --maxprocesses 4 --dist worksteal
 
-test-slow: $(READY) ## tests with the real model, kills and subprocesses
-	$(PYTEST) -m slow
+test-slow: $(READY) ## tests with the real model, kills and subprocesses; two files at a time
+	$(PYTEST) -m slow -n auto --maxprocesses 2 --dist loadfile
 
 fuzz: $(READY) ## coverage-guided fuzzing of what reads strangers' bytes, FUZZ_SECONDS=60 for all targets together
 	$(PIP) install -c constraints.txt -e '.[fuzz]'
