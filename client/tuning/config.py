@@ -94,7 +94,8 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, Object
     cache_bytes: int = Field(
         8 << 30,
         ge=0,
-        description="most that hidden states below the adapter may take in OUTPUT.work, to be computed once; 0: never",
+        description="most that a run's hidden states below the adapter may take in OUTPUT.work, to be computed once; "
+        "0: never",
         json_schema_extra=MACHINE,
     )
     gradient_checkpointing: bool = Field(

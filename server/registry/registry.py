@@ -342,7 +342,7 @@ class Registry:
         return self.entry(bundle_id)
 
     def note_way(self, bundle_id: str, event: Literal["plugged-in", "served"], way: str, spare_text: str = "") -> None:
-        """It is known in which way the bundle was plugged in or served; again changes nothing.
+        """It is known in which way the bundle was plugged in or served last; again in that way changes nothing.
 
         Args:
             way: as its word says it (``server/plugging/ways.py``).
@@ -352,14 +352,18 @@ class Registry:
             ConfigError: when there is no such bundle.
         """
         entry = self.entry(bundle_id)
-        if (way, spare_text) in self.ways(bundle_id, event):
+        if (way, spare_text) in self.ways(bundle_id, event)[-1:]:
             return
         with self._store.transaction() as transaction:
+            transaction.execute(
+                "DELETE FROM ways WHERE id = ? AND event = ? AND way = ? AND spare_text = ?",
+                (bundle_id, event, way, spare_text),
+            )
             transaction.execute("INSERT INTO ways VALUES (?, ?, ?, ?)", (bundle_id, event, way, spare_text))
             transaction.log("way", digest=entry.digest, of=event, way=way, spare_text=spare_text)
 
     def ways(self, bundle_id: str, event: Literal["plugged-in", "served"]) -> list[tuple[str, str]]:
-        """Return the ways in which the bundle was plugged in or served, each with the digest of the text it spares.
+        """Return the ways in which the bundle was plugged in or served, the latest last, each with what text it spares.
 
         None is known of what was plugged in before ways were noted.
         """

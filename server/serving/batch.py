@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 Told = Piece | Exception
 
+_FAILURES = (OffsiteError, RuntimeError, ArithmeticError, LookupError, MemoryError, TypeError, ValueError)
+"""What a forward pass or a draw can end with; torch says RuntimeError of a device's memory, too."""
+
 
 @dataclass(eq=False)
 class Row:
@@ -76,7 +79,7 @@ class Queue:
         self._waiting: dict[str, deque[Row]] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return sum(map(len, list(self._waiting.values())))
 
     def add(self, row: Row) -> None:
         """The row waits."""
@@ -136,7 +139,9 @@ class Lane:
             at = self.num_writing
         self._swap(at, len(self.rows) - 1)
         self.rows.pop()
-        if not self.rows:
+        if self.rows:
+            self.cache.reserve(len(self.rows), self.longest)
+        else:
             self.cache.clear()
 
     def begin_writing(self, row: Row) -> None:
@@ -186,12 +191,12 @@ class Batch:
     @property
     def inside(self) -> list[Row]:
         """Rows that have joined."""
-        return [row for lane in self._lanes.values() for row in lane.rows]
+        return [row for lane in list(self._lanes.values()) for row in list(lane.rows)]
 
     @property
     def num_cache_bytes(self) -> int:
         """What the caches hold in memory."""
-        return sum(lane.cache.num_bytes for lane in self._lanes.values())
+        return sum(lane.cache.num_bytes for lane in list(self._lanes.values()))
 
     @property
     def is_idle(self) -> bool:
@@ -250,8 +255,9 @@ class Batch:
         for key, lane in {self._key(row): None, **self._lanes}.items():
             joins = key is self._key(row)
             longest = max(lane.longest if lane else 0, row.num_tokens if joins else 0)
-            held += ((len(lane.rows) if lane else 0) + joins) * padded(longest)
-        return held * self._bytes_per_token <= self._limit_bytes
+            promised = ((len(lane.rows) if lane else 0) + joins) * padded(longest) * self._bytes_per_token
+            held += max(promised, lane.cache.num_bytes if lane else 0)
+        return held <= self._limit_bytes
 
     def _read(self) -> None:
         if not self._reading:
@@ -280,7 +286,7 @@ class Batch:
         positions_BT, seen_B1TU = lane.cache.at(at, [row.num_read for row in rows], lengths)
         try:
             logits_BV = self._forward(lane.cache, rows, ids, positions_BT, seen_B1TU)
-        except (OffsiteError, RuntimeError, MemoryError) as error:  # torch has no other name for a device's memory
+        except _FAILURES as error:
             self._fail(rows, error if isinstance(error, OffsiteError) else RunFailed(_first_line(error)))
             return
         for row, length, logits_V in zip(rows, lengths, logits_BV, strict=True):
@@ -294,10 +300,10 @@ class Batch:
     def _draw(self, row: Row, logits_V: Tensor) -> None:
         try:
             row.token = row.sampler.pick(logits_V)
-        except RunFailed as error:
-            self._fail([row], error)
+            piece = row.answer.push(row.token, row.sampler.likely)
+        except _FAILURES as error:  # whatever it is, it is this row's alone
+            self._fail([row], error if isinstance(error, OffsiteError) else RunFailed(_first_line(error)))
             return
-        piece = row.answer.push(row.token, row.sampler.likely)
         if piece.finish is not None:
             self._remove(row)
         row.tell(piece)

@@ -147,7 +147,9 @@ class RowCache:
         place.upto = max(start + length for start, length in zip(starts, lengths, strict=True))
         place.rows_index = torch.tensor(place.rows, device=self._device)
         place.starts_index = torch.tensor(place.starts, device=self._device)
+        ends_B1 = place.starts_index[:, None] + torch.tensor(lengths, device=self._device)[:, None] - 1
         positions_BT = place.starts_index[:, None] + torch.arange(max(lengths), device=self._device)
+        positions_BT = torch.minimum(positions_BT, ends_B1)  # what fills a row up has no position past its end
         upto_U = torch.arange(place.upto, device=self._device)
         return positions_BT, (upto_U <= positions_BT[:, :, None])[:, None]
 

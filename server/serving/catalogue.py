@@ -32,6 +32,7 @@ STANDING = ("accepted", "plugged-in", "served")
 """States in which a bundle is its owner's to use."""
 
 _LOOK_SECONDS = 0.5
+_TRY_AGAIN_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,8 @@ class Bundles:
         """
         clients = self._registry.client_names()
         holders: dict[str, str] = {}
-        standing = {entry.client for entry in entries}
         for client, name in clients.items():
-            if client in standing and name not in taken_names:
+            if name not in taken_names:  # whoever was registered first, also with nothing to be served now
                 holders.setdefault(name, client)
         newest = {entry.client: entry.id for entry in sorted(entries, key=lambda one: (one.received, one.sequence))}
         found = {}
@@ -82,6 +82,11 @@ class Bundles:
             is_plain = holders.get(name) == entry.client and newest[entry.client] == entry.id
             found[entry.id] = name if is_plain else f"{name}@{entry.id}"
         return found
+
+    def way(self, bundle_id: str) -> Way:
+        """Return the way in which the bundle was plugged in last; all of it where it never was."""
+        known = self._registry.ways(bundle_id, "plugged-in")
+        return Way.parse(known[-1][0]) if known else Way()
 
     def read(self, bundle_id: str) -> tuple[Fitted, Way]:
         """Return the bundle's adapter, plugged in the way the owner last did, whole where it never did, and that way.
@@ -92,8 +97,7 @@ class Bundles:
         """
         entry = accepted(self._registry, bundle_id)
         record = record_of(self._registry, entry, None)
-        known = self._registry.ways(bundle_id, "plugged-in")
-        way = Way.parse(known[-1][0]) if known else Way()
+        way = self.way(bundle_id)
         if way.spare is not None:
             raise ConfigError(
                 f"bundle {bundle_id} is plugged in with directions spared", hint="serve its folder with --adapter"
@@ -119,7 +123,8 @@ class Catalogue:
     def __init__(self, engine: Engine, fixed: Mapping[str, Served], bundles: Bundles | None = None) -> None:
         self._engine, self._fixed, self._bundles = engine, dict(fixed), bundles
         self._by_id: dict[str, Served] = {}
-        self._refused: set[str] = set()
+        self._refused: dict[str, tuple[float, str]] = {}
+        self._ways: dict[str, Way] = {}
         self._named = dict(self._fixed)
         self._looked, self._lock = -_LOOK_SECONDS, asyncio.Lock()
 
@@ -142,19 +147,24 @@ class Catalogue:
 
     async def _look(self, bundles: Bundles) -> None:
         standing = await asyncio.to_thread(bundles.standing)
-        for bundle_id in self._by_id.keys() - standing.keys():
+        ways = await asyncio.to_thread(lambda: {one: bundles.way(one) for one in self._by_id if one in standing})
+        for bundle_id in [one for one in self._by_id if one not in standing or ways[one] != self._ways[one]]:
             gone = self._by_id.pop(bundle_id)
             if gone.adapter is not None:
                 await self._engine.retire(gone.adapter)
-            say(f"bundle {bundle_id} is served no longer")
-        for bundle_id in [one for one in standing if one not in self._by_id and one not in self._refused]:
+            changed = (
+                "is put on anew: it was plugged in another way" if bundle_id in standing else "is served no longer"
+            )
+            say(f"bundle {bundle_id} {changed}")
+        for bundle_id in [one for one in standing if one not in self._by_id and self._may_try(one)]:
             try:
-                served = await self._engine.in_thread(lambda one=bundle_id: self._put_on(bundles, one))  # type: ignore[misc]
-            except OffsiteError as error:
-                self._refused.add(bundle_id)
-                say(f"bundle {bundle_id} is not served: {error}")
+                served, way = await self._engine.in_thread(lambda one=bundle_id: self._put_on(bundles, one))  # type: ignore[misc]
+            except (OffsiteError, OSError, RuntimeError, MemoryError) as error:  # torch: RuntimeError of memory, too
+                if self._refused.get(bundle_id, (0.0, ""))[1] != str(error):
+                    say(f"bundle {bundle_id} is not served: {error}")
+                self._refused[bundle_id] = (time.monotonic(), str(error))
             else:
-                self._by_id[bundle_id] = served
+                self._by_id[bundle_id], self._ways[bundle_id] = served, way
         entries = [entry for bundle_id, entry in standing.items() if bundle_id in self._by_id]
         names = await asyncio.to_thread(bundles.names, entries, frozenset(self._fixed))
         before = set(self._named)
@@ -163,8 +173,16 @@ class Catalogue:
             if name not in before:
                 say(f"bundle {one} is served as {name!r}")
 
-    def _put_on(self, bundles: Bundles, bundle_id: str) -> Served:
+    def _may_try(self, bundle_id: str) -> bool:
+        """Tell whether the bundle was never refused, or some time ago: a file may be there again, memory free."""
+        return bundle_id not in self._refused or time.monotonic() - self._refused[bundle_id][0] >= _TRY_AGAIN_SECONDS
+
+    def _put_on(self, bundles: Bundles, bundle_id: str) -> tuple[Served, Way]:
         adapter, way = bundles.read(bundle_id)
-        found = Served(bundle_id, self._engine.rows.put_on(adapter))
-        bundles.note(bundle_id, way)
-        return found
+        found = self._engine.rows.put_on(adapter)
+        try:
+            bundles.note(bundle_id, way)
+        except OffsiteError:
+            self._engine.rows.take_off(found)
+            raise
+        return Served(bundle_id, found), way

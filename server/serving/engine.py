@@ -136,15 +136,17 @@ class Engine:
             tenant: whose request it is: tenants are answered in turn.
 
         Raises:
-            ApiError: 429 when the queue is full; 400 when a prompt does not fit, holds unknown tokens, or the
-                chat template refuses the messages.
+            ApiError: 429 when the queue is full; 404 when the adapter was taken off meanwhile; 400 when a prompt does
+                not fit, holds unknown tokens, or the chat template refuses the messages.
         """
-        if self._retired:
-            await self.in_thread(self._take_off_unused)
         with self._place(), self._used(adapter):
+            if self._retired:
+                await self.in_thread(self._take_off_unused)
             schema = ask.schema_asked if isinstance(ask, ChatAsk) else None
             grammar = None if schema is None else await asyncio.to_thread(self._jobs.grammars.of, schema)
             job = replace(await self.in_thread(lambda: self._jobs.of(ask, adapter, tenant)), grammar=grammar)
+            if adapter is not None and not adapter.is_on:  # it was taken off before it was in use here
+                raise ApiError(404, "this model is served no longer", code="model_not_found")
             with self._cache_place(job):
                 yield job
 
@@ -323,7 +325,7 @@ class Engine:
                 del self._uses[adapter]
 
     def _take_off_unused(self) -> None:
-        for adapter in [one for one in self._retired if one not in self._uses]:
+        for adapter in [one for one in list(self._retired) if one not in self._uses]:
             self._retired.discard(adapter)
             self.rows.take_off(adapter)
 

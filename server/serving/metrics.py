@@ -46,7 +46,7 @@ class Metrics:
 
 
 HELP = {
-    "offsite_requests_total": "Requests that were answered to their end, by model and tenant.",
+    "offsite_requests_total": "Admitted requests that have ended, also those that broke off, by model and tenant.",
     "offsite_prompt_tokens_total": "Tokens of prompts, by model and tenant.",
     "offsite_answer_tokens_total": "Tokens of answers, by model and tenant.",
     "offsite_request_seconds_total": "Seconds from admission to the last token, by model and tenant.",

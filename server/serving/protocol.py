@@ -122,7 +122,7 @@ class Ask(_Wire):
     top_k: int | None = Field(None, ge=-1)  # 0 and -1: all tokens
     top_p: float | None = Field(None, ge=0, le=1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: tuple[tuple[int, float], ...] = ()

@@ -51,6 +51,11 @@ class RowAdapter:
     replaced: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
+    def is_on(self) -> bool:
+        """Whether rows may ask for it; not once it is taken off."""
+        return bool(self.pool or self.replaced)
+
+    @property
     def paths(self) -> set[str]:
         """Names of the modules that it changes."""
         return set(self.replaced) | (set(self.pool.stacks) if self.pool else set())
@@ -190,11 +195,13 @@ class _Pool:
         """Return the slot in which the factors are."""
         if not self._free:
             more = max(1, self._num_slots // 8)
+            stacks = {}
             for path, pair in factors.items():
                 grown = [one.new_zeros(self._num_slots + more, *one.shape) for one in pair]
                 for new, old in zip(grown, self.stacks.get(path, ()), strict=False):
                     new[: self._num_slots] = old
-                self.stacks[path] = (grown[0], grown[1])
+                stacks[path] = (grown[0], grown[1])
+            self.stacks = stacks  # all of them, or as they were where memory ends
             self._free = list(range(self._num_slots, self._num_slots + more))
             self._num_slots += more
         slot = self._free.pop(0)

@@ -117,7 +117,7 @@ class Sampler:
         return logits_V
 
     def _draw(self, logits_V: Tensor) -> int:
-        if self._settings.temperature == 0:
+        if self._settings.temperature < torch.finfo(torch.float32).tiny:  # a smaller one divides as 0
             return int(logits_V.argmax())
         # at most 0, so that no temperature can overflow
         scores_BV = ((logits_V - logits_V.max()) / self._settings.temperature)[None]

@@ -17,10 +17,16 @@ def add_run(config: TenantAddConfig) -> dict[str, object]:
         ConfigError: when there is a tenant of that name, or the output exists.
     """
     refuse_existing(config.output)
-    with Tenants.open(config.tenants, create=True) as tenants, staged_file(config.output) as stage:
-        limits = {"requests_at_once": config.requests_at_once, "tokens_per_day": config.tokens_per_day}
-        stage.touch(mode=0o600)
-        stage.write_text(tenants.add(config.tenant, models=config.models, **limits) + "\n", encoding="ascii")
+    limits = {"requests_at_once": config.requests_at_once, "tokens_per_day": config.tokens_per_day}
+    with Tenants.open(config.tenants, create=True) as tenants:
+        key = tenants.add(config.tenant, models=config.models, **limits)
+        try:
+            with staged_file(config.output) as stage:
+                stage.touch(mode=0o600)
+                stage.write_text(key + "\n", encoding="ascii")
+        except BaseException:
+            tenants.revoke(config.tenant)  # nobody has its key
+            raise
     say(f"{config.tenant}: its key is in {config.output.name}, and nowhere else; hand it over safely")
     return {"tenant": config.tenant, "models": list(config.models), **limits}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from row_adapters import adapters_of, fitted
 from tiny_architectures import tiny
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from offsite.errors import RunFailed
 from server.plugging.fit import plugged
@@ -285,3 +286,70 @@ def test_a_cache_gives_back_what_was_written_in_each_row():
     assert torch.equal(keys[0, :, :-1], written[0].transpose(0, 1))
     cache.clear()
     assert cache.num_bytes == 0
+
+
+def test_a_draw_that_fails_ends_its_own_answer_alone(full_llama, letters_tokenizer, monkeypatch):
+    batch = batch_of(full_llama, Rows(full_llama))
+    broken, heard_broken = row(letters_tokenizer, prompt_of(1, 5), 9)
+    sound, heard = row(letters_tokenizer, prompt_of(2, 5), 9)
+
+    def fail(_logits):
+        raise RuntimeError("probability tensor contains nan")
+
+    monkeypatch.setattr(broken.sampler, "pick", fail)
+    for one in (broken, sound):
+        batch.submit(one)
+    while not batch.is_idle:
+        batch.step()
+    assert [type(told) for told in heard_broken] == [RunFailed]
+    assert heard.tokens == alone(full_llama, None, list(sound.prompt), 9)
+
+
+def test_the_least_temperature_takes_the_likeliest_token(full_llama, letters_tokenizer):
+    batch = batch_of(full_llama, Rows(full_llama))
+    one, heard = row(letters_tokenizer, prompt_of(3, 5), 6, temperature=1e-300)
+    batch.submit(one)
+    while not batch.is_idle:
+        batch.step()
+    assert heard.tokens == alone(full_llama, None, list(one.prompt), 6)
+
+
+def test_what_fills_a_row_up_has_no_position_past_the_table(letters_tokenizer):
+    torch.manual_seed(0)
+    most = 64
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=most, n_embd=32, n_layer=2, n_head=4)).eval()
+    piece = most * 3 // 4
+    batch = batch_of(model, Rows(model), prefill_tokens=piece)
+    long, heard_long = row(letters_tokenizer, prompt_of(4, most - 2), 2)
+    short, heard = row(letters_tokenizer, prompt_of(5, piece // 2), 2)
+    batch.submit(long)
+    batch.step()  # what is left of it is shorter than the other, beside which it is read
+    batch.submit(short)
+    while not batch.is_idle:
+        batch.step()
+    assert heard_long.tokens == alone(model, None, list(long.prompt), 2)
+    assert heard.tokens == alone(model, None, list(short.prompt), 2)
+
+
+def test_caches_of_several_lanes_keep_the_limit_together(letters_tokenizer):
+    model = tiny("mixtral")
+    rows = Rows(model)
+    experts = rows.put_on(fitted(model, "blocks", 1, at=(0, 5)))
+    _, bytes_per_token = cost_of(model)
+    limit = 8 * padded(20) * bytes_per_token
+    batch = batch_of(model, rows, limit_bytes=limit)
+    first = [row(letters_tokenizer, [7, 8, 9], 17 if number else 3, adapter=experts)[0] for number in range(8)]
+    second = [row(letters_tokenizer, [7, 8, 9], 17)[0] for _ in range(8)]
+    for one in [*first, *second]:
+        batch.submit(one)
+    most = 0
+    for number in range(200):
+        batch.step()
+        most = max(most, batch.num_cache_bytes)
+        if number == 2:
+            for one in first[1:]:
+                one.leave()
+        if batch.is_idle:
+            break
+    assert batch.is_idle
+    assert 0 < most <= limit

@@ -130,6 +130,10 @@ def test_accepting_and_refusing_change_what_is_served(shelf, lines, full_llama, 
         named = await catalogue.names()
         assert await answered(engine, named["cora"]) == alone(half, 0.5)
         assert alone(half, 0.5) != alone(half)
+        shelf.registry.note_way(half, "plugged-in", str(Way()))
+        assert await answered(engine, (await catalogue.names())["cora"]) == alone(half)
+        shelf.registry.note_way(half, "plugged-in", str(Way(0.5)))  # as once before
+        assert await answered(engine, (await catalogue.names())["cora"]) == alone(half, 0.5)
 
     asyncio.run(run())
     assert [line.partition(" is served")[2] for line in lines] == [
@@ -137,6 +141,8 @@ def test_accepting_and_refusing_change_what_is_served(shelf, lines, full_llama, 
         " as 'bert'",
         " no longer",
         " as 'cora'",
+        "",  # put on anew, twice
+        "",
     ]
 
 
@@ -163,6 +169,8 @@ def test_a_name_stays_with_the_client_that_had_it_first(shelf, lines, full_llama
         assert named[f"anna@{first}"].adapter is before
         shelf.registry.refuse(newer)
         assert (await catalogue.names())["anna"].adapter is before
+        shelf.registry.refuse(first)  # nothing of hers is left: nobody else is called so for that
+        assert set(await catalogue.names()) == {"base", f"anna@{second}", f"base@{like_base}"}
 
     asyncio.run(run())
 
