@@ -122,7 +122,7 @@ def test_the_registry_knows_every_way_once_and_in_which_it_is_served(plugging, t
     mark_served(tmp_path / "adapted", config.registry, config.keys, mix=0.7)
     mark_served(tmp_path / "adapted", config.registry, config.keys, mix=0.7)
     with Registry.open(config.registry, config.keys) as registry:
-        assert registry.ways(config.id, "plugged-in") == [("0.5", ""), ("1", "")]
+        assert registry.ways(config.id, "plugged-in") == [("1", ""), ("0.5", "")]  # the latest last
         assert registry.ways(config.id, "served") == [("0.5,mix=0.7", "")]
         registry.verify_log()
 
