@@ -35,7 +35,7 @@ from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.owner import OwnerRecord, owner_record_path, read_owner_record
 from offsite.artefacts.package import Package, open_package
 from offsite.evaluation.measure import evaluating
-from offsite.modelling.head import scores_at
+from offsite.modelling.head import CrossEntropy, values_at
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.text.batches import IGNORED, Batches, collate, encode, pack, pad_id
 from offsite.text.records import read_records
@@ -377,8 +377,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     targets = batch["labels"][:, 1:]
     counted = torch.zeros_like(batch["labels"], dtype=torch.bool)
     counted[:, :-1] = targets != IGNORED
-    logits = torch.cat([scores for _, scores in scores_at(model, batch, counted)]).float()
-    return functional.cross_entropy(logits, targets[targets != IGNORED], reduction="none")
+    return values_at(model, batch, counted, CrossEntropy(targets[targets != IGNORED]))
 
 
 # --- updates
