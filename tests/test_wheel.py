@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import venv
 import zipfile
 from collections.abc import Iterator
@@ -24,8 +23,8 @@ PROMISED = {
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's, without what would let the new environment see this one."""
-    ours = ("PYTHON", "VIRTUAL_ENV", "COVERAGE", "PYTEST", "OMP_", "HF_HUB_OFFLINE")
+    """This process's, without what would let the new environment see this one; its number of threads stays."""
+    ours = ("PYTHON", "VIRTUAL_ENV", "COVERAGE", "PYTEST", "HF_HUB_OFFLINE")
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
 
@@ -96,10 +95,11 @@ def test_it_runs_from_a_folder_with_modules_of_the_same_names(installed, elsewhe
     for verb in ("fetch", "distill", "inspect", "tune", "plug-in", "evaluate", "serve", "report", "demo"):
         assert verb in shown
     seconds = []
-    for _ in range(3):
-        began = time.monotonic()
+    for _ in range(3):  # processor's: other tests run beside this one
+        began = os.times()
         call(installed / "offsite", "--help", cwd=elsewhere)
-        seconds.append(time.monotonic() - began)
+        ended = os.times()
+        seconds.append(sum(ended[2:4]) - sum(began[2:4]))
     assert min(seconds) < 0.5
     where = "import client, offsite, server; print(client.__file__, offsite.__file__, server.__file__)"
     for path in call(installed / "python", "-P", "-c", where, cwd=elsewhere).stdout.split():

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -202,10 +201,11 @@ def test_importing_the_packages_imports_no_torch():
 
 def test_help_answers_at_once():
     seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
+    for _ in range(3):  # processor's: other tests run beside this one
+        began = os.times()
         done = subprocess.run([OFFSITE, "--help"], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - began)
+        ended = os.times()
+        seconds.append(sum(ended[2:4]) - sum(began[2:4]))
     assert "distill" in done.stdout
     assert min(seconds) < 0.5
 
