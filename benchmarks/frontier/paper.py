@@ -36,7 +36,9 @@ CODE = (
     "emulator/compression",
     "emulator/distillation",
     "offsite/training",
+    "offsite/modelling/head.py",
     "offsite/text/batches.py",
+    "client/objectives",
     "client/tuning/data.py",
     "adapters",
 )

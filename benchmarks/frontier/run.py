@@ -32,7 +32,9 @@ CODE = (
     "benchmarks/frontier/work.py",
     "emulator/compression",
     "offsite/training/step.py",
+    "offsite/modelling/head.py",
     "offsite/text/batches.py",
+    "client/objectives",
     "client/tuning/data.py",
     "adapters/lift.py",
 )

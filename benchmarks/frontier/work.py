@@ -26,16 +26,15 @@ from torch.nn import functional
 from adapters.kinds import Attached
 from adapters.lift import lift
 from adapters.norms import scale_of
+from client.objectives import tokens
 from client.objectives.anchor import Anchor
 from client.objectives.channels import ChannelDropout
 from client.tuning.data import TrainingText, prepare
-from client.tuning.learning import dft_loss
 from client.tuning.tune import attach_to_package
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.owner import OwnerRecord, owner_record_path, read_owner_record
 from offsite.artefacts.package import Package, open_package
 from offsite.evaluation.measure import evaluating
-from offsite.modelling.head import CrossEntropy, values_at
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.text.batches import IGNORED, Batches, collate, encode, pack, pad_id
 from offsite.text.records import read_records
@@ -340,7 +339,7 @@ def train(
         total, count = 0.0, int((batch["labels"][:, 1:] != IGNORED).sum())
         for rows in range(0, len(batch["input_ids"]), 4):
             part = {name: value[rows : rows + 4] for name, value in batch.items()}
-            summed = dft_loss(attached.model, part)[0] if how.get("weight") == "dft" else None
+            summed = tokens.dft_loss(attached.model, part)[0] if how.get("weight") == "dft" else None
             loss = (token_losses(attached.model, part).sum() if summed is None else summed) / count
             loss.backward()
             total += float(loss.detach())
@@ -374,10 +373,7 @@ def _is_in(name: str, how: Mapping[str, Any], attached: Attached) -> bool:
 
 def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Return (N,): the loss of every position that counts."""
-    targets = batch["labels"][:, 1:]
-    counted = torch.zeros_like(batch["labels"], dtype=torch.bool)
-    counted[:, :-1] = targets != IGNORED
-    return values_at(model, batch, counted, CrossEntropy(targets[targets != IGNORED]))
+    return tokens.token_losses(model, batch)[0]
 
 
 # --- updates
