@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Small matrices on few cores: one thread per process is faster and steadier than several (torch's default).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
-OUT := demo-out$(if $(SHORT),-short)$(if $(DP),-dp$(DP))
+OUT := demo-out$(if $(SHORT),-short)$(if $(DP),-dp$(DP))$(if $(TASK),-$(notdir $(TASK:/=)))
 FUZZ_SECONDS ?= 60
 
 .DEFAULT_GOAL := help
@@ -40,8 +40,8 @@ fuzz: $(READY) ## coverage-guided fuzzing of what reads strangers' bytes, FUZZ_S
 	    -print_final_stats=1 -verbosity=0 build/fuzz/$$target tests/fuzz/corpus/$$target || exit 1; \
 	done
 
-demo: $(READY) ## both sides on a real model and real text; SHORT=1 for the same path at a few steps, DP=8 with differential privacy
-	$(BIN)/offsite demo -o $(OUT) $(if $(SHORT),--short) $(if $(DP),--dp $(DP))
+demo: $(READY) ## both sides on a real model and real text; SHORT=1 for the same path at a few steps, DP=8 with differential privacy, TASK=examples/tasks/intents for a task
+	$(BIN)/offsite demo -o $(OUT) $(if $(SHORT),--short) $(if $(DP),--dp $(DP)) $(if $(TASK),--task $(TASK))
 
 bench: $(READY) ## the benchmarks (hours on a CPU); results go to their scratch/ folders
 	@test -d .bench-data || { echo "make: .bench-data is missing; benchmarks/data/README.md says how to make it" >&2; exit 1; }

@@ -8,6 +8,8 @@ OFFSITE_ROLE = "adapters"
 __all__ = [
     "OFFSITE_ROLE",
     "average",
+    "heads",
+    "held",
     "kinds",
     "lift",
     "lowrank",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapters.heads import attach_head, head_tensors, without_head
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.layout import Layout
 from offsite.errors import ConfigError
@@ -82,22 +83,25 @@ def declared(spec: AdapterSpec, layout: Layout, block_tensors: Mapping[str, Tens
     Raises:
         ConfigError: when the kind is not known or the package cannot carry it in that place.
     """
-    return _kind(spec)[0](spec, layout, block_tensors)
+    return _kind(spec)[0](spec, layout, block_tensors) | head_tensors(spec)
 
 
 def attach(model: nn.Module, spec: AdapterSpec, sites: Mapping[str, str], names: Mapping[str, TensorSpec]) -> Attached:
-    """Put an untrained adapter on `model`, in place, and freeze everything else.
+    """Put an untrained adapter on `model`, in place, and freeze everything else; a head begins at zero.
 
     Args:
         sites: module name in `model` of every canonical block.
         names: the tensors the adapter must have, as `declared` returns; shapes are taken from the model.
 
     Raises:
-        UnsupportedModel: when exactly these tensors cannot be attached to the model.
+        UnsupportedModel: when exactly these tensors cannot be attached to the model, or it takes no head.
+        WrongShape: when a head reads states of another size than the model's.
     """
     model.requires_grad_(False)
-    attached = _kind(spec)[1](model, spec, sites, tuple(names))
+    attached = _kind(spec)[1](model, spec, sites, tuple(without_head(names)))
     attached.sites = dict(sites)
+    if spec.head is not None:
+        attached.trainable |= attach_head(model, spec.head)
     return attached
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapters.heads import without_head
 from adapters.kinds import declared
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.layout import Layout
@@ -68,7 +69,8 @@ def adapted_names(spec: AdapterSpec, layout: Layout, block_tensors: Mapping[str,
         ConfigError: when the package cannot carry such an adapter, or what it changes is not known.
     """
     _require_kind(spec)
-    return tuple(dict.fromkeys(_base_name(spec, name) for name in declared(spec, layout, block_tensors)))
+    names = without_head(declared(spec, layout, block_tensors))
+    return tuple(dict.fromkeys(_base_name(spec, name) for name in names))
 
 
 def base_tensors(package: Package, names: Iterable[str]) -> dict[str, Tensor]:
@@ -91,7 +93,7 @@ def update_norms(
     """Return the norms of the adapter's effective update, by canonical module (low rank) or tensor name.
 
     Args:
-        tensors: the adapter's, by canonical name, as the bundle holds them.
+        tensors: the adapter's, by canonical name, as the bundle holds them; a head changes no module of the model.
         base: the package's tensors of the modules it changes, by canonical name (`base_tensors`).
 
     Raises:
@@ -103,6 +105,7 @@ def update_norms(
     check_finite("the adapter", tensors)
     check_subnormal("the adapter", tensors)
     _require_kind(spec)
+    tensors = without_head(tensors)
     if missing := {_base_name(spec, name) for name in tensors} - base.keys():
         raise WrongNames(f"the base weight {min(missing)!r} of an adapter's tensor is missing")
     found = _UPDATES[spec.kind](spec, tensors, base)

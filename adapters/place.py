@@ -12,15 +12,25 @@ from offsite.errors import ConfigError
 def placed_blocks(spec: AdapterSpec, layout: Layout) -> tuple[str, ...]:
     """Return the canonical blocks that carry the adapter, in model order.
 
-    Counts are taken from the outside: ``1+2`` is the first block of the model and its last two. ``last:5`` are the
-    package's last five blocks in its own numbering, those of the middle among them.
+    Counts are taken from the outside: ``1+2`` is the first block of the model and its last two. ``top`` is all of the
+    top end; ``last:5`` are the package's last five blocks in its own numbering, those of the middle among them. Of an
+    encoder-decoder all of it is said of each stack.
 
     Raises:
         ConfigError: when there are fewer blocks than asked for, or blocks of the middle are asked of a package whose
             middle keeps nothing that can be lifted into the full model.
     """
+    return tuple(name for side in layout.sides for name in _placed_in(tuple(side), spec, layout))
+
+
+def _placed_in(every: tuple[str, ...], spec: AdapterSpec, layout: Layout) -> tuple[str, ...]:
+    """Return those of one stack's blocks that carry the adapter."""
+    bottoms, tops = ([name for name in every if name.startswith(f"{role}.")] for role in ("bottom", "top"))
+    if spec.placement == "top":
+        if not tops:
+            raise ConfigError("--placement top: the package has no top end", hint="use --placement all")
+        return tuple(tops)
     if spec.counts is None:
-        every = tuple(layout.blocks)
         if spec.last is not None and spec.last > len(every):
             raise ConfigError(
                 f"--placement {spec.placement}: the package has {len(every)} blocks",
@@ -34,16 +44,12 @@ def placed_blocks(spec: AdapterSpec, layout: Layout) -> tuple[str, ...]:
             )
         return placed
     bottom, top = spec.counts
-    if bottom > layout.num_bottom or top > layout.num_top:
+    if bottom > len(bottoms) or top > len(tops):
         raise ConfigError(
-            f"--placement {spec.placement}: the package's ends have {layout.num_bottom}+{layout.num_top} blocks",
-            hint=f"use at most --placement {layout.num_bottom}+{layout.num_top}",
+            f"--placement {spec.placement}: the package's ends have {len(bottoms)}+{len(tops)} blocks",
+            hint=f"use at most --placement {len(bottoms)}+{len(tops)}",
         )
-    first_top = layout.num_top - top
-    return tuple(
-        [f"bottom.{number}" for number in range(bottom)]
-        + [f"top.{number}" for number in range(first_top, layout.num_top)]
-    )
+    return tuple(bottoms[:bottom] + tops[len(tops) - top :])
 
 
 def in_middle(blocks: Iterable[str]) -> bool:

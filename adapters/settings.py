@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from adapters.rates import LEARNING_RATES
-from offsite.artefacts.bundle import AdapterSpec
-from offsite.config import ADAPTER, TRAINING, VerbConfig
+from offsite.artefacts.bundle import MAX_LABELS, AdapterSpec, Head, Label
+from offsite.config import ADAPTER, TRAINING, USUAL, VerbConfig
 from offsite.errors import ConfigError
 from offsite.problems import meant
 from offsite.text.config import TextSettings
 from offsite.training.config import TrainingSettings
 
-__all__ = ["ADAPTER_FIELDS", "AdapterSettings", "AdapterShape", "TuningSettings"]
+__all__ = [
+    "ADAPTER_FIELDS",
+    "AdapterSettings",
+    "AdapterShape",
+    "LabelSettings",
+    "TuningSettings",
+    "head_of",
+    "head_problems",
+]
 
 ADAPTER_FIELDS = {
     "adapter": "kind",
@@ -28,6 +37,50 @@ ADAPTER_FIELDS = {
 """Name of each setting, and of the field of `AdapterSpec` that it fills."""
 
 
+def head_of(task: str, labels: Sequence[str], hidden: int, encoder: str = "") -> Head:
+    """Return the head of that task, with these labels, on states of `hidden` numbers.
+
+    Args:
+        encoder: architecture of the encoder that it is on; empty for a causal language model.
+
+    Raises:
+        ConfigError: when there is none such.
+    """
+    try:
+        return Head(task=task, labels=tuple(labels), hidden=hidden, encoder=encoder)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ConfigError("; ".join(head_problems(task, labels)) or str(error.errors()[0]["msg"])) from None
+
+
+def head_problems(task: str, labels: Sequence[str]) -> list[str]:
+    """Return what is wrong with the labels of a head of that task, a line each."""
+    problems: list[str] = []
+    if task == "reward":
+        return ["--labels: a reward model has none"] if labels else []
+    if len(labels) < 2:
+        problems.append(f"--labels: {len(labels)} given, a classifier has two or more")
+    if len(labels) > MAX_LABELS:
+        problems.append(f"--labels: {len(labels)} given, at most {MAX_LABELS} are taken")
+    if len(set(labels)) != len(labels):
+        problems.append("--labels: one is named twice")
+    for label in labels:
+        try:
+            TypeAdapter(Label).validate_python(label)
+        except ValidationError:
+            problems.append(f"--labels: label {labels.index(label) + 1} is not one line of 1 to 100 characters")
+    return problems
+
+
+class LabelSettings(VerbConfig):
+    """Base of verbs that say which labels a classifier tells apart."""
+
+    labels: tuple[str, ...] = Field(
+        (),
+        description="classify: names of the labels, as yes,no; all that the client's rows have; with --job the job's",
+        json_schema_extra=USUAL,
+    )
+
+
 class AdapterShape(VerbConfig):
     """What an adapter is, but for its rank: a federation has another setting of that name."""
 
@@ -36,7 +89,7 @@ class AdapterShape(VerbConfig):
     )
     placement: str = Field(
         "2+2",
-        description="blocks that carry it: of the bottom and top end, as 2+2 or 0+2; the last ones, as last:8; or all",
+        description="blocks that carry it: of the bottom and top end, as 2+2 or 0+2; top; the last, as last:8; or all",
         json_schema_extra=ADAPTER,
     )
     targets: Literal["all-linear", "attention", "mlp"] = Field(
@@ -73,7 +126,9 @@ class AdapterSettings(AdapterShape):
                     f"--adapter {self.adapter}: expected one of {kinds}{meant(self.adapter, LEARNING_RATES)}"
                 )
             if "placement" in wrong:
-                problems.append(f"--placement {self.placement}: expected BOTTOM+TOP, as 2+2 or 0+2, last:N, or all")
+                problems.append(
+                    f"--placement {self.placement}: expected BOTTOM+TOP, as 2+2 or 0+2, top, last:N, or all"
+                )
             raise ConfigError(
                 "; ".join(problems) or f"--placement {self.placement}: no block is left to train",
                 hint="BOTTOM and TOP count the blocks that carry the adapter, from the outside",

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from adapters.kinds import Attached
+from offsite.encoders.outputs import outputs
 from offsite.modelling.head import causal_lm
 
 _ADAPTER = "default"
@@ -64,7 +65,7 @@ def share_products(attached: Attached) -> int:
         ids_BT = torch.zeros((1, _PROBE_TOKENS), dtype=torch.long, device=next(lm.parameters()).device)
         try:
             with torch.no_grad():
-                lm(input_ids=ids_BT, use_cache=False)
+                outputs(lm, ids_BT)
         finally:
             for module, mode in modes:
                 module.training = mode

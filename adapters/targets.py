@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from adapters.heads import without_head
 from adapters.kinds import attach, declared
 from adapters.lowrank import quiet_peft
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.package import Package
+from offsite.encoders.trunk import build_like
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.modelling.blocks import is_conv1d
 
@@ -32,7 +36,8 @@ def require_carried(package: Package, spec: AdapterSpec) -> int:
     """Return how many tensors such an adapter has, once it is seen to go on the package's model and into its form.
 
     The owner's question before a job is made of it: what the client's `attach` and a PEFT folder would refuse is
-    refused here, on a model without memory.
+    refused here, on a model without memory. Asked again in one process of the same package's content, it is not tried
+    again: a federation's jobs differ in their client alone.
 
     Raises:
         ConfigError: when the package cannot carry the adapter in that place.
@@ -59,11 +64,26 @@ def _is_carried(package: Package, spec: AdapterSpec) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class _Question:
+    """An adapter on a package's content, wherever that lies."""
+
+    digest: str
+    spec: AdapterSpec
+    package: Package = field(compare=False)
+
+
 def _carried(package: Package, spec: AdapterSpec) -> int:
+    return _answer(_Question(package.digest, spec, package))
+
+
+@lru_cache(maxsize=16)  # what is refused is raised, so not kept
+def _answer(question: _Question) -> int:
+    package, spec = question.package, question.spec
     names = declared(spec, package.layout, package.block_tensors())
     model, blocks = package.empty_model(), package.layout.blocks
     if spec.kind in PEFT_KINDS:
-        parts = [name.rpartition(".")[0].split(".", 2) for name in names]
+        parts = [name.rpartition(".")[0].split(".", 2) for name in without_head(names)]
         modules = {f"{blocks[f'{role}.{number}']}.{inner}" for role, number, inner in parts}
         peft_targets(model, modules, dora=spec.kind == "dora")
     attach(model, spec, blocks, names)
@@ -87,7 +107,7 @@ def peft_targets(model: PreTrainedModel, modules: Iterable[str], *, dora: bool =
     config = copy.deepcopy(model.config)
     config.dtype = model.dtype  # saving a model leaves its name there, which some architectures do not take
     with torch.device("meta"):
-        shell = type(model)(config)
+        shell = build_like(model, config)
     for settings in _by_name(wanted):
         if _reached(shell, settings) == set(wanted):
             return settings

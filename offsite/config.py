@@ -7,7 +7,10 @@ is reported at once, in one `ConfigError`.
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
@@ -42,6 +45,15 @@ LIMITS: JsonDict = {"panel": "Limits"}
 MACHINE: JsonDict = {"panel": "Machine"}
 KEYS: JsonDict = {"panel": "Keys"}
 """Where a setting stands in ``--help``; what must be given stands in the first panel by itself."""
+
+FROM_PROJECT: JsonDict = {"project": True}
+"""What the project's file names where it is not given: `project_folders`."""
+
+PROJECT_NAME = "offsite.toml"
+PROJECT_FOLDERS = ("keys", "registry")
+"""The project's file, and the settings that it may hold."""
+
+_PROJECT_LIMIT_BYTES = 64 * 2**10
 
 _IN_ORDER: tuple[JsonDict, ...] = (
     *(NEEDED, USUAL, DIAL, DATA, COMPRESSION, ADAPTER, TRAINING, ROUNDS, COMBINING, PLUGGING),
@@ -101,6 +113,7 @@ def build(
         _put(cls, values, key.split("."), text)
     for name, given in (flags or {}).items():
         _put_flag(cls, values, name, given)
+    _take_from_project(cls, values)
     try:
         text = json.dumps(values, default=str)
     except (ValueError, RecursionError):
@@ -109,6 +122,61 @@ def build(
         return cls.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError(_all_problems(cls, error), hint=_hint(cls)) from None
+
+
+def _take_from_project(cls: type[BaseModel], values: dict[str, Any]) -> None:
+    """What was not given stands in `values` as the project's file names it."""
+    wanted = [name for name, field in cls.model_fields.items() if declared(field).get("project")]
+    missing = [name for name in wanted if name not in values]
+    if missing:
+        values |= {name: str(path) for name, path in project_folders().items() if name in missing}
+
+
+def project_file(folder: Path | None = None) -> Path | None:
+    """Return the nearest project file, in `folder` (the working one) or above it; None where there is none."""
+    start = Path.cwd() if folder is None else folder.absolute()
+    return next(
+        (path for path in (place / PROJECT_NAME for place in (start, *start.parents)) if os.path.lexists(path)), None
+    )
+
+
+def project_folders(folder: Path | None = None) -> dict[str, Path]:
+    """Return the folders that the nearest project file names, absolute, by their settings; none where there is none.
+
+    Who can write it can have commands use other keys, so that one which others may write or own is refused.
+
+    Raises:
+        ConfigError: when others may write the file or own it, it is not TOML, or names anything else.
+    """
+    path = project_file(folder)
+    if path is None:
+        return {}
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(
+                f"{PROJECT_NAME} is not a file", hint=f"it names {' and '.join(PROJECT_FOLDERS)} of this project"
+            )
+        if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
+            raise ConfigError(
+                f"{PROJECT_NAME} can be written by others", hint=f"chmod go-w {PROJECT_NAME}, if it is yours"
+            )
+        if found.st_size > _PROJECT_LIMIT_BYTES:
+            raise ConfigError(f"{PROJECT_NAME} is larger than {_PROJECT_LIMIT_BYTES} bytes")
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{PROJECT_NAME} cannot be read: {(error.strerror or 'i/o error').lower()}") from None
+    except (ValueError, RecursionError):  # what is not UTF-8 or not TOML
+        raise ConfigError(f"{PROJECT_NAME} is not valid TOML", hint='as: keys = "keys"') from None
+    for name, value in values.items():
+        if name not in PROJECT_FOLDERS:
+            raise ConfigError(f"{PROJECT_NAME} names {name[:40]!r}, expected some of: {', '.join(PROJECT_FOLDERS)}")
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise ConfigError(f"{PROJECT_NAME}: {name} is not the path of a folder", hint=f'as: {name} = "{name}"')
+    try:
+        return {name: path.parent / Path(value).expanduser() for name, value in values.items()}
+    except RuntimeError:  # nobody of that name has a home here
+        raise ConfigError(f"{PROJECT_NAME} names the home of somebody unknown", hint='as: keys = "keys"') from None
 
 
 def flag_name(field_name: str) -> str:

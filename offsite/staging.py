@@ -154,6 +154,25 @@ def leftovers(out: Path) -> list[Path]:
         return []
 
 
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `out` that nobody else may read; it is gone afterwards, as are those of killed runs.
+
+    Raises:
+        RunFailed: when it cannot be made.
+    """
+    for path in leftovers(out):
+        remove(path)
+    folder = _beside(out)
+    with _refusing(out):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
 def remove(path: Path) -> None:
     """The file, link or folder at `path` is gone, as far as the disk allows; no link in it is followed."""
     if path.is_dir() and not path.is_symlink():

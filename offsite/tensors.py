@@ -217,6 +217,7 @@ def check_finite(what: str, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NotFinite(f"{what}: tensor {name!r} holds NaN or infinity")
+        let_go([tensor])
 
 
 def check_subnormal(what: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -38,6 +39,27 @@ from offsite.tensors import read_header
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+gc.disable()  # until everything is imported
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is not looked through again at every collection: a tenth of the tests' time."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _disk_is_not_waited_for() -> Iterator[None]:
+    """Nothing waits until what was written is on the disk: no test pulls a plug, and a kill loses nothing of it."""
+
+    def quick(handle: int) -> None:
+        os.fstat(handle)  # one that is not open is still an error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", quick)
+        yield
+
 
 @pytest.fixture(scope="session")
 def letters_tokenizer() -> PreTrainedTokenizerFast:
@@ -51,6 +73,20 @@ def letters_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def llama_like(tmp_path_factory, letters_tokenizer):
+    """A checkpoint folder of a tiny random llama with room for the demo's blocks of text."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}
+    special |= {"initializer_range": 0.1}  # at 0.02 a few steps are an update as large as the weights: refused
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=259, max_position_embeddings=256, **sizes, **special))
+    folder = tmp_path_factory.mktemp("demo") / "tiny-llama"
+    model.to(torch.bfloat16).save_pretrained(folder)
+    letters_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -258,12 +294,24 @@ def make_party(tmp_path: Path, key_ring: Callable[[str], tuple[Path, Identity]])
     return make
 
 
+@pytest.fixture(scope="session")
+def acquainted(tmp_path_factory: pytest.TempPathFactory, key_ring: Callable[[str], tuple[Path, Identity]]) -> Path:
+    """The keys folders of an owner and a client who trust each other; copied, never used in place."""
+    home = tmp_path_factory.mktemp("acquainted")
+    for name, other in (("owner", "client"), ("client", "owner")):
+        shutil.copytree(key_ring(name)[0], home / name)
+        (home / name).chmod(0o700)
+        known = key_ring(other)[1].public
+        TrustStore(home / name).add(known.card, known.fingerprint)
+    return home
+
+
 @pytest.fixture
-def parties(make_party: Callable[[str], Party]) -> tuple[Party, Party]:
+def parties(make_party: Callable[[str], Party], acquainted: Path) -> tuple[Party, Party]:
     """An owner and a client who trust each other and have exchanged nothing yet."""
     owner, client = make_party("owner"), make_party("client")
-    for one, other in ((owner, client), (client, owner)):
-        TrustStore(one.keys).add(other.identity.public.card, other.fingerprint)
+    for name, party in (("owner", owner), ("client", client)):
+        shutil.copytree(acquainted / name, party.keys, dirs_exist_ok=True)
     return owner, client
 
 
@@ -609,7 +657,7 @@ class Federated:
         from server.federation.simulationconfig import SimulateConfig
 
         self.folder, self.package = folder, package
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)  # or it is a copy of another's, with all that `prepared` makes in it
         texts = {}
         for name in self.NAMES:
             texts[name] = str(folder / f"{name}.jsonl")
@@ -623,7 +671,7 @@ class Federated:
         }  # fmt: skip
         self.config, self.settings = prepared(build(SimulateConfig, flags={**stated, **changes}))
         self.outbox = folder / "work" / "outbox"
-        self.outbox.mkdir()
+        self.outbox.mkdir(exist_ok=True)
         self._members: dict[str, Any] = {}
 
     def opened(self, **changes: Any) -> Any:
@@ -692,14 +740,38 @@ class Federated:
         return federation.close_round(number, {})
 
 
+@pytest.fixture(scope="session")
+def federation_begun(
+    tmp_path_factory: pytest.TempPathFactory, llama_folder: Path
+) -> Callable[[Path, Package, dict[str, Any]], None]:
+    """Copy into a folder what a federation of such settings begins with; its keys and jobs are made once a session."""
+    made: dict[str, Path] = {}
+
+    def begin(folder: Path, package: Package, changes: dict[str, Any]) -> None:
+        key = repr((package.digest, sorted(changes.items())))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("begun") / "federated"
+            Federated(made[key], package, llama_folder, **changes)
+        shutil.copytree(made[key], folder)
+        for settings in folder.glob("work/clients/*/member.json"):  # they name their own folders in full
+            settings.write_text(settings.read_text().replace(str(made[key].resolve()), str(folder.resolve())))
+
+    return begin
+
+
 @pytest.fixture
 def make_federated(
-    tmp_path: Path, whole_package: Package, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    whole_package: Package,
+    llama_folder: Path,
+    federation_begun: Callable[[Path, Package, dict[str, Any]], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Federated]:
     """Prepare a federation of three clients on the whole tiny model."""
     monkeypatch.setattr("offsite.keys.files.SCRYPT_COST", 2**4)
 
     def make(name: str = "federated", *, package: Package = whole_package, **changes: Any) -> Federated:
+        federation_begun(tmp_path / name, package, changes)
         return Federated(tmp_path / name, package, llama_folder, **changes)
 
     return make

@@ -48,6 +48,7 @@ def test_cut_and_joined_again_is_the_full_model(name):
     assert not torch.equal(logits(halved), logits(model))
 
 
+@pytest.mark.proves("models", "causal language models")
 @pytest.mark.parametrize("name", [*DENSE, *MIXTURES, *DROPPED])
 def test_lora_goes_the_whole_way(name, letters_tokenizer, tmp_path):
     method = {"method": "drop", "blocks": 2} if name in DROPPED else {"method": "width", "width": 0.5}

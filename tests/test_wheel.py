@@ -115,8 +115,10 @@ def test_it_runs_from_a_folder_with_modules_of_the_same_names(installed, elsewhe
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_short_demo_runs_from_there(installed, elsewhere):
-    done = call(installed / "offsite", "demo", "--short", "-o", "out", cwd=elsewhere)
+def test_the_short_demo_runs_from_there(installed, elsewhere, llama_like):
+    """On a tiny model: `make demo` runs it on the real one."""
+    shutil.copytree(llama_like, elsewhere / "tiny-llama")
+    done = call(installed / "offsite", "demo", "--short", "--model", "tiny-llama", "-o", "out", cwd=elsewhere)
     told = json.loads(done.stdout.splitlines()[-1])
     assert told.keys() >= PROMISED
     assert all(isinstance(told[name], int | float) for name in PROMISED)

@@ -2,7 +2,8 @@
 
 Run as: ``python benchmarks/client_step/run.py --model smollm2-135m -o benchmarks/client_step/results/NAME.json``.
 Every arm trains on the same batches in a process of its own, one after another, the whole round repeated; figures are
-tokens/s and peak memory as ratios to the peer within the round. ``--shape`` uses random weights of a published shape
+tokens/s (on the wall, and per second of the processor, which other programs do not lengthen) and peak memory as ratios
+to the peer within the round. ``--shape`` uses random weights of a published shape
 instead of a model.
 """
 
@@ -17,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -56,6 +57,31 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+class Clocks(NamedTuple):
+    """Seconds on the wall, and of the processor, which other programs do not lengthen."""
+
+    wall: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> Clocks:
+        """Return what both show."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, earlier: Clocks) -> Clocks:
+        """Return the difference."""
+        return Clocks(self.wall - earlier.wall, self.processor - earlier.processor)
+
+    def until_now(self) -> Clocks:
+        """Return what has gone by."""
+        return Clocks.now().since(self)
+
+
+def _rates(tokens: int, taken: list[Clocks]) -> dict[str, float]:
+    wall, processor = (sum(one[place] for one in taken) for place in (0, 1))
+    return {"tokens_per_second": tokens / wall, "tokens_per_processor_second": tokens / processor}
+
+
 def main() -> None:
     """Measure every arm in rounds and write the ratios."""
     options = argparse.ArgumentParser(description=__doc__)
@@ -68,6 +94,8 @@ def main() -> None:
     options.add_argument("--block-tokens", type=int, default=256)
     options.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS), help="the peer is always run")
     options.add_argument("--threads", type=int, default=0, help="of each arm's process; 0: as many as there are cores")
+    options.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of every arm")
+    options.add_argument("--emulator", default=None, help="package made before with --method, to save making it")
     options.add_argument("--note", default="", help="what the run competed with, for the record")
     options.add_argument("--arm", default=None, help=argparse.SUPPRESS)
     options.add_argument("--package", type=Path, default=None, help=argparse.SUPPRESS)
@@ -79,7 +107,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rounds = _rounds(given, Path(folder))
     arms = {arm: _against(rounds, arm) for arm in rounds[0]}
-    settings = {key: value for key, value in vars(given).items() if key not in {"arm", "package", "out"}}
+    settings = {key: value for key, value in vars(given).items() if key not in {"arm", "package", "emulator", "out"}}
     result = {
         "benchmark": "client_step",
         **environment(),
@@ -92,19 +120,22 @@ def main() -> None:
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print("| arm | trained parameters | tokens/s, of the peer's | peak memory, of the peer's |")
-    print("| --- | --- | --- | --- |")
+    print("| arm | trained parameters | tokens/s, of the peer's | per processor second | peak memory, of the peer's |")
+    print("| --- | --- | --- | --- | --- |")
     for arm, found in arms.items():
         speed, memory = found["tokens_per_second_ratio"], found["peak_bytes_ratio"]
-        print(f"| {arm} | {found['trained']:,} | {speed:.2f} | {memory:.2f} |")
+        own = found["tokens_per_processor_second_ratio"]
+        print(f"| {arm} | {found['trained']:,} | {speed:.2f} | {own:.2f} | {memory:.2f} |")
 
 
 def _rounds(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     model = _random_model(given.shape, folder) if given.shape else given.model
     arms = [PEER, *(arm for arm in given.arms if arm != PEER)]
+    if given.emulator:
+        (folder / "emulator").symlink_to(Path(given.emulator).resolve(), target_is_directory=True)
     made = {"keep-all": ["--method", "keep-all"], "emulator": _method(given.method)}
     for name, words in made.items():
-        if all(ARMS[arm]["package"] != name for arm in arms):
+        if all(ARMS[arm]["package"] != name for arm in arms) or (folder / name).exists():
             continue
         command = [
             sys.executable,
@@ -127,6 +158,7 @@ def _rounds(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             package = folder / ARMS[arm]["package"]
             words = ["--arm", arm, "--package", str(package), "--model", model, "--steps", str(given.steps)]
             words += ["--batch-size", str(given.batch_size), "--block-tokens", str(given.block_tokens)]
+            words += ["--precision", given.precision]
             threads = {"OMP_NUM_THREADS": str(given.threads)} if given.threads else {}
             done = subprocess.run(
                 [sys.executable, __file__, *words],
@@ -169,6 +201,7 @@ def _measure(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         return {given.arm: _peer(given)}
     import torch
 
+    from adapters.held import hold_frozen
     from adapters.shared import share_products
     from client.objectives.tokens import next_token_loss
     from client.tuning.hidden import kept_states
@@ -178,22 +211,25 @@ def _measure(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     from offsite.text.batches import Example, collate
     from offsite.training.devices import choose_device
     from offsite.training.loop import peak_bytes
-    from offsite.training.step import uses_bf16
+    from offsite.training.precision import uses_bf16
 
     spec = AdapterSpec(kind=ARMS[given.arm]["kind"], placement=ARMS[given.arm]["placement"])
     device = choose_device()
     attached = attach_to_package(open_package(given.package), spec, device=device)
     share_products(attached)
+    is_bf16 = uses_bf16(given.precision, device)
+    if is_bf16:
+        hold_frozen(attached)
     parameters = list(attached.trainable.values())
     optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     attached.model.train()
     rows = [Example(row, row) for row in _rows(given)]
 
     def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16("auto", device))
+        return torch.autocast(device.type, torch.bfloat16, enabled=is_bf16, cache_enabled=False)
 
-    def step(number: int) -> float:
-        began = time.perf_counter()
+    def step(number: int) -> Clocks:
+        began = Clocks.now()
         some = rows[number * given.batch_size : (number + 1) * given.batch_size]
         batch = {name: tensor.to(device) for name, tensor in collate(some, 0).items()}
         with autocast():
@@ -203,18 +239,18 @@ def _measure(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         optimiser.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return began.until_now()
 
-    def figures(seconds: float, num_steps: int) -> dict[str, Any]:
+    def figures(taken: list[Clocks], num_steps: int) -> dict[str, Any]:
         tokens = num_steps * given.batch_size * given.block_tokens
         trained = sum(parameter.numel() for parameter in parameters)
-        return {"tokens_per_second": tokens / seconds, "peak_bytes": peak_bytes(device), "trained": trained}
+        return {**_rates(tokens, taken), "peak_bytes": peak_bytes(device), "trained": trained, "bf16": is_bf16}
 
     if not given.arm.endswith("_top"):
         step(0)
-        return {given.arm: figures(sum(step(number) for number in range(1, given.steps + 1)), given.steps)}
+        return {given.arm: figures([step(number) for number in range(1, given.steps + 1)], given.steps)}
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
+        began = Clocks.now()
         kept = kept_states(
             attached,
             rows,
@@ -227,12 +263,12 @@ def _measure(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         with kept as done:
             if done is None:
                 raise RuntimeError("nothing was kept")
-            filling = time.perf_counter() - began
-            seconds = [sum(step(number) for number in range(given.steps + 1)) for _ in range(2)]
+            filling = began.until_now()
+            epochs = [[step(number) for number in range(given.steps + 1)] for _ in range(2)]
     whole = given.steps + 1
     return {
-        f"{given.arm}_first_epoch": figures(filling + seconds[0], whole),
-        f"{given.arm}_later_epochs": figures(seconds[1], whole),
+        f"{given.arm}_first_epoch": figures([filling, *epochs[0]], whole),
+        f"{given.arm}_later_epochs": figures(epochs[1], whole),
     }
 
 
@@ -255,17 +291,18 @@ def _peer(given: argparse.Namespace) -> dict[str, Any]:
     from offsite.modelling.fetch import fetch
     from offsite.training.devices import choose_device
     from offsite.training.loop import peak_bytes
-    from offsite.training.step import uses_bf16
+    from offsite.training.precision import uses_bf16
 
     device = choose_device()
     path = given.model if Path(given.model).is_dir() else fetch(given.model)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    ends: list[float] = []
+    is_bf16 = uses_bf16(given.precision, device)
+    ends: list[Clocks] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: object, **__: object) -> None:
-            ends.append(time.perf_counter())
+            ends.append(Clocks.now())
 
     class InOrder(Trainer):  # type: ignore[misc]
         def _get_train_sampler(self, *_: object) -> Any:
@@ -279,7 +316,7 @@ def _peer(given: argparse.Namespace) -> dict[str, Any]:
             max_steps=given.steps + 1,
             learning_rate=1e-4,
             optim="adamw_torch_fused",
-            bf16=uses_bf16("auto", device),
+            bf16=is_bf16,
             use_cpu=device.type == "cpu",
             save_strategy="no",
             logging_strategy="no",
@@ -290,9 +327,10 @@ def _peer(given: argparse.Namespace) -> dict[str, Any]:
     tokens = given.steps * given.batch_size * given.block_tokens
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {
-        "tokens_per_second": tokens / (ends[-1] - ends[0]),
+        **_rates(tokens, [ends[-1].since(ends[0])]),
         "peak_bytes": peak_bytes(device),
         "trained": trained,
+        "bf16": is_bf16,
     }
 
 
@@ -300,7 +338,7 @@ def _against(rounds: list[dict[str, Any]], arm: str) -> dict[str, Any]:
     def ratio(key: str) -> float:
         return median(one[arm][key] / one[PEER][key] for one in rounds)
 
-    found = {f"{key}_ratio": ratio(key) for key in ("tokens_per_second", "peak_bytes")}
+    found = {f"{key}_ratio": ratio(key) for key in ("tokens_per_second", "tokens_per_processor_second", "peak_bytes")}
     return {"trained": rounds[0][arm]["trained"], **found}
 
 

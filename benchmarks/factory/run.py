@@ -5,6 +5,9 @@
 A checkpoint of that shape is made of random weights (in FOLDER, unless it is there; ``--clean`` removes it afterwards)
 with a tokenizer of single bytes, and ``offsite distill --steps 0`` runs on it as a process of its own, with the words
 after ``--``. ``--code`` runs the verb of another checkout, to compare with. ``--show FILE ...`` prints a table.
+
+With ``--verb plug-in`` the words are those of ``offsite plug-in``: a random LoRA of rank 8 on the linears of both ends,
+whose package has eight blocks of the middle, is put into the checkpoint's model.
 """
 
 from __future__ import annotations
@@ -166,7 +169,7 @@ def _memory(pid: int) -> dict[str, int]:
 def show(paths: list[Path]) -> None:
     """Print the results as a table of a README."""
     print(
-        "| shape | checkpoint | method | code | tokens | peak memory | of it not of files | seconds | read | written |"
+        "| shape | checkpoint | words | code | tokens | peak memory | of it not of files | seconds | read | written |"
     )
     print("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for path in paths:
@@ -179,9 +182,10 @@ def show(paths: list[Path]) -> None:
             _gigabytes(found["disk_read_bytes"]),
             _gigabytes(found["disk_written_bytes"]),
         ]
-        name, code = " ".join(one["config"]["words"]), (one["code_commit"] or "")[:7]
+        verb = one["config"].get("verb", "distill")
+        name, code = " ".join([verb, *one["config"]["words"]]), (one["code_commit"] or "")[:7]
         first = [one["config"]["shape"], _gigabytes(one["checkpoint_bytes"]), f"`{name}`", code]
-        print("| " + " | ".join([*first, f"{one['config']['tokens']:,}", *figures]) + " |")
+        print("| " + " | ".join([*first, f"{one['config'].get('tokens', 0):,}", *figures]) + " |")
 
 
 def show_opened(paths: list[Path]) -> None:
@@ -201,9 +205,75 @@ def _gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.2f} GB"
 
 
+def accepted(package: Path, folder: Path) -> list[str]:
+    """A bundle with a random adapter for `package` is accepted in a registry in `folder`; return the words for it."""
+    import secrets
+    from types import SimpleNamespace
+
+    import torch
+
+    from adapters.kinds import declared
+    from offsite.artefacts.bundle import AdapterSpec, write_bundle
+    from offsite.artefacts.job import Job
+    from offsite.artefacts.package import open_package
+    from offsite.tensors import torch_dtype
+    from server.registry.registry import Registry
+    from server.registry.rows import short_id
+
+    opened_package = open_package(package)
+    spec = AdapterSpec(kind="lora", rank=8, dtype="float32")
+    expected = declared(spec, opened_package.layout, opened_package.block_tensors())
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.empty(one.shape, dtype=torch_dtype(one.dtype)).normal_(0, 0.01, generator=generator)
+        for name, one in expected.items()
+    }
+    bundle = write_bundle(folder / "bundle", package=opened_package, spec=spec, tensors=tensors, expected=expected)
+    parties = {"owner": "-".join(["a" * 4] * 13), "client": "-".join(["b" * 4] * 13)}
+    bound = {"package_digest": opened_package.digest, "base_digest": opened_package.manifest.base_digest}
+    job = Job(job_id=secrets.token_hex(16), adapter=spec, created=1, expires=2**39, **parties, **bound)
+    digest = "sha256:" + secrets.token_hex(32)
+    (folder / "keys").mkdir(mode=0o700)
+    with Registry.open(folder / "registry", folder / "keys", create=True) as registry:
+        registry.add_job(job, package=package, client_name="client")
+        registry.receive(SimpleNamespace(job_id=job.job_id, issuer=job.client, round=1, sequence=1), digest)
+        shutil.copytree(bundle.path, registry.bundle_folder(short_id(digest)))
+        tensors_sha256 = bundle.manifest.files["adapter.safetensors"].sha256
+        registry.verified(digest, bundle_digest=bundle.digest, tensors_sha256=tensors_sha256, figures={})
+        registry.advance(short_id(digest), "accepted")
+    return [short_id(digest), "--registry", str(folder / "registry"), "--keys", str(folder / "keys")]
+
+
+def plugged_in(given: argparse.Namespace, checkpoint: Path, package: Path) -> dict[str, Any]:
+    """Return what plugging a random adapter into the checkpoint's model takes."""
+    folder = given.work.resolve() / "package.plugging"
+    folder.mkdir()
+    made = ["distill", str(checkpoint), "--method", "drop", "--blocks", "8", "--steps", "0", "-o", str(package)]
+    measured(made, ROOT, checkpoint)
+    words = accepted(package, folder)
+    return measured(
+        ["plug-in", str(checkpoint), *words, *given.words, "-o", str(folder / "adapted")],
+        given.code.resolve(),
+        checkpoint,
+    )
+
+
+def distilled(given: argparse.Namespace, checkpoint: Path, package: Path) -> dict[str, Any]:
+    """Return what making a package of the checkpoint's model takes."""
+    from offsite.text.records import bundled, read_records
+
+    text = given.work.resolve() / "public.txt"
+    documents = "\n\n".join(record.whole_text for record in read_records(bundled("public")))
+    text.write_text(documents[: 2 * given.tokens], encoding="utf-8")  # a token is a byte here
+    words = ["distill", str(checkpoint), "--public", str(text), "--steps", "0", "--device", "cpu"]
+    words += ["--block-tokens", "128", "--batch-size", "4", "--calibration-tokens", str(given.tokens)]
+    return measured([*words, *given.words, "-o", str(package)], given.code.resolve(), checkpoint)
+
+
 def main() -> None:
     """Measure one run and write the result."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--verb", choices=("distill", "plug-in"), default="distill")
     options.add_argument("--shape", choices=sorted(SHAPES), default="1b")
     options.add_argument("--work", type=Path, default=Path("factory-work"))
     options.add_argument("--tokens", type=int, default=2048, help="calibration tokens, in blocks of 128")
@@ -211,42 +281,38 @@ def main() -> None:
     options.add_argument("--clean", action="store_true", help="remove the checkpoint afterwards")
     options.add_argument("-o", "--out", type=Path)
     options.add_argument("--show", type=Path, nargs="*")
-    options.add_argument("words", nargs="*", help="of offsite distill, behind --")
+    options.add_argument("words", nargs="*", help="of the verb, behind --")
     given = options.parse_args()
     if given.show:
         show(given.show)
         print()
         show_opened(given.show)
         return
-    from offsite.text.records import bundled, read_records
-
     checkpoint, package = given.work.resolve() / f"llama-{given.shape}", given.work.resolve() / "package"
-    needed = 3 * 2**30 if given.shape != "7b" else 24 * 2**30
+    needed = (3 if given.shape != "7b" else 24) * (2**30 if given.verb == "distill" else 2**31)
     given.work.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(given.work).free < needed:
         raise SystemExit(f"expected {needed:,} bytes of free disk in {given.work.name!r}")
     if not checkpoint.exists():
         make_checkpoint(checkpoint, given.shape)
-    text = given.work.resolve() / "public.txt"
-    documents = "\n\n".join(record.whole_text for record in read_records(bundled("public")))
-    text.write_text(documents[: 2 * given.tokens], encoding="utf-8")  # a token is a byte here
-    words = ["distill", str(checkpoint), "--public", str(text), "--steps", "0", "--device", "cpu"]
-    words += ["--block-tokens", "128", "--batch-size", "4", "--calibration-tokens", str(given.tokens)]
     try:
-        found = measured([*words, *given.words, "-o", str(package)], given.code.resolve(), checkpoint)
+        found = (distilled if given.verb == "distill" else plugged_in)(given, checkpoint, package)
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=given.code, capture_output=True, text=True, check=False
         ).stdout.strip()
+        config = {"shape": given.shape, "words": given.words}
+        config |= {"tokens": given.tokens} if given.verb == "distill" else {"verb": given.verb}
         result = {
             "benchmark": "factory",
             **environment(),
             "code_commit": commit or None,
-            "config": {"shape": given.shape, "tokens": given.tokens, "words": given.words},
+            "config": config,
             "seed": 0,
             "checkpoint_bytes": sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")),
             "measured": found,
-            "opened": opened(package, given.work / "package.hashed"),
         }
+        if given.verb == "distill":
+            result["opened"] = opened(package, given.work / "package.hashed")
         if given.out:
             write(given.out, result)
         print(json.dumps(result, indent=1))

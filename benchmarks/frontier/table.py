@@ -84,7 +84,12 @@ def points(result: Mapping[str, Any]) -> list[Point]:
     emulators = {job["package"]: job["found"]["perplexity"] for job in jobs if job["kind"] == "package"}
     short, long = references(jobs), references(jobs, "steps-160-full")
     found = []
+    again = {
+        arm["name"] for arm in result["config"]["arms"] if "ways" in arm
+    }  # other ways of runs that have their rows
     for job in jobs:
+        if job["arm"] in again:
+            continue
         if job["kind"] != "mean" or "emulator_tuned" not in job["found"] or len(job["found"]["plugged_in"]) < 2:
             continue
         known = long if job["how"].get("steps", 40) == 160 else short
@@ -139,26 +144,42 @@ def other_ways(result: Mapping[str, Any]) -> str:
 
 
 def draw(rows: Iterable[Point], out: Path) -> None:
-    """Write the picture, as SVG: a circle is one run, a filled one a mean; red lies 0.03 or more above the line."""
+    """Write the picture, as SVG: a circle is one run, a filled one a mean; red lies 0.03 or more above the line.
+
+    Rows that plug in worse than the full model was are named below it: their distance would leave no room for others.
+    """
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "offsite"
     import matplotlib.pyplot as plt
 
+    rows = list(rows)
+    below = [row for row in rows if row.recovery < 0]
+    rows = [row for row in rows if row.recovery >= 0]
     figure, axes = plt.subplots(figsize=(7.2, 5.0))
+    named: set[str] = set()
     for row in rows:
         colour = "#b3261e" if row.off_line >= 0.03 else "#2563a8"
         filled = colour if row.runs > 1 else "white"
         axes.plot(row.withheld, row.recovery, "o", color=colour, markerfacecolor=filled)
         name = row.arm if row.runs == 1 else f"{row.arm}, {row.runs} runs"
-        axes.annotate(name, (row.withheld, row.recovery), (4, 3), textcoords="offset points", fontsize=6)
+        if name not in named:  # seeds of an arm lie side by side
+            named.add(name)
+            left_below = {"xytext": (-4, -8), "horizontalalignment": "right"}
+            beside = {"xytext": (4, 3)} if row.off_line >= 0.02 else left_below
+            axes.annotate(name, (row.withheld, row.recovery), textcoords="offset points", fontsize=6, **beside)
     low, high = axes.get_xlim()
     axes.plot([low, high], [LINE[0] - LINE[1] * one for one in (low, high)], color="#555", linewidth=0.8)
     axes.set_xlim(low, high)
     axes.set_xlabel("withheld after tuning: ln(emulator tuned / full zero-shot), nats per token")
     axes.set_ylabel("recovery against one run of LoRA on the full model")
     axes.spines[["top", "right"]].set_visible(False)
+    if below:
+        told = ", ".join(f"{row.arm} ({row.recovery:.1f})" for row in below)
+        axes.text(
+            0, -0.15, f"worse than the full model as it was, not shown: {told}", transform=axes.transAxes, fontsize=6
+        )
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Date": None})

@@ -35,6 +35,7 @@ from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.owner import OwnerRecord, owner_record_path, read_owner_record
 from offsite.artefacts.package import Package, open_package
 from offsite.evaluation.measure import evaluating
+from offsite.modelling.head import scores_at
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.text.batches import IGNORED, Batches, collate, encode, pack, pad_id
 from offsite.text.records import read_records
@@ -42,6 +43,7 @@ from offsite.training.config import LoopConfig
 from offsite.training.step import rate
 from server.plugging import sparing
 from server.plugging.fit import Fitted, corrected_against
+from server.plugging.offset import moved
 
 BLOCK_TOKENS = 256
 HELDOUT_BLOCKS = 40
@@ -74,9 +76,9 @@ def zero_shot(_job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_package(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The package stands under the work folder. Returns its zero-shot perplexity and its price."""
-    from emulator.distillation.config import DistillConfig
-    from emulator.distillation.distill import run as distill
+    """The package stands under the work folder. Returns its zero-shot perplexity, its price and what a dial said."""
+    from emulator.dial.config import DialConfig
+    from emulator.dial.verb import run as distill
 
     out = package_path(job["package"])
     began = time.monotonic()
@@ -85,9 +87,11 @@ def make_package(job: Mapping[str, Any]) -> dict[str, Any]:
         settings = {"bottom": 2, "top": 2, "steps": 0, "batch_size": 4, "block_tokens": 256, **job["distill"]}
         if "public" in settings:
             settings["public"] = tuple(Path(one) for one in settings["public"])
-        distill(DistillConfig(model=_STATE["model"], output=out, **settings))
+        if "target" in settings:
+            settings["explore_size"] = tuple(settings["explore_size"])
+        distill(DialConfig(model=_STATE["model"], output=out, **settings))
     seconds = time.monotonic() - began
-    package = open_package(out)
+    package, dial = open_package(out), read_owner_record(owner_record_path(out)).dial
     with half(package.load_model(dtype="float32")) as model:
         found = measure(model)
     return {
@@ -96,6 +100,7 @@ def make_package(job: Mapping[str, Any]) -> dict[str, Any]:
         "package_bytes": package.num_bytes,
         "make_seconds": round(seconds, 1),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **({} if dial is None else {"dial": dial.model_dump(mode="json")}),
     }
 
 
@@ -153,7 +158,12 @@ def ways(job: Mapping[str, Any]) -> dict[str, Any]:
     runs = [(one["package"], load_file(adapter_path(one["key"]))) for one in job["runs"]]
     update = average([lifted(package, spec, tensors, full) for package, tensors in runs])
     found: dict[str, Any] = {}
+    betas = [way["offset"] for way in job["ways"] if "offset" in way]
+    by_beta = offsets(runs, spec, betas) if betas else {}
     for way in job["ways"]:
+        if "offset" in way:
+            found[way["name"]] = by_beta[way["offset"]]
+            continue
         changed = spared(update, way["spare"], way["text"]) if "spare" in way else update
         parts = {name: way.get(_part_of(name), way.get("share", 1.0)) * delta for name, delta in changed.items()}
         with added(full, parts, 1.0), half(full) as model:
@@ -282,6 +292,36 @@ def mixed(plugged: Any, update: Mapping[str, Tensor], share: float) -> float:
         losses = -torch.logsumexp(pair, 0)
         total, num = total + float(losses.double().sum()), num + len(losses)
     return math.exp(total / num)
+
+
+@torch.no_grad()
+def offsets(
+    runs: Sequence[tuple[str, Mapping[str, Tensor]]], spec: AdapterSpec, betas: Sequence[float]
+) -> dict[float, float]:
+    """Return the perplexity of the full model's scores plus beta (tuned emulator's - emulator's), for each beta.
+
+    The runs are on one package; of several the emulator carries the mean. Nothing is plugged into the full model.
+    """
+    (name,) = {package for package, _ in runs}
+    package = open_package(package_path(name))
+    untuned, tuned = (package.load_model(dtype="float32") for _ in range(2))
+    update = average([local(package, spec, tensors) for _, tensors in runs])
+    totals, num = dict.fromkeys(betas, 0.0), 0
+    with added(tuned, update, 1.0), half(full_model()) as full, half(untuned), half(tuned):
+        for first in range(0, len(heldout()), 4):
+            batch = collate(heldout()[first : first + 4], pad_id(tokenizer()))
+            targets_BT = batch["labels"][:, 1:]
+            chosen_BT = torch.zeros_like(batch["labels"], dtype=torch.bool)
+            chosen_BT[:, :-1] = targets_BT != IGNORED
+            targets_N = targets_BT[targets_BT != IGNORED]
+            passes = [scores_at(model, batch, chosen_BT) for model in (full, tuned, untuned)]
+            for (rows, full_nV), (_, tuned_nV), (_, untuned_nV) in zip(*passes, strict=True):
+                for beta in betas:
+                    scores_nV = moved(full_nV, tuned_nV, untuned_nV, beta)
+                    losses_n = functional.cross_entropy(scores_nV, targets_N[rows], reduction="none")
+                    totals[beta] += float(losses_n.double().sum())
+            num += len(targets_N)
+    return {beta: math.exp(total / num) for beta, total in totals.items()}
 
 
 @lru_cache(maxsize=1)

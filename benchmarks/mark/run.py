@@ -34,7 +34,7 @@ from offsite.evaluation.measure import perplexity
 from offsite.text.batches import Batches, Example, encode, pack, pad_id
 from offsite.text.records import bundled, read_records
 from offsite.training.devices import choose_device
-from offsite.training.step import uses_bf16
+from offsite.training.precision import uses_bf16
 
 Tensors = dict[str, torch.Tensor]
 ALICE, BOB, CAROL = RECIPIENTS = tuple("-".join([letter * 4] * 13) for letter in "abc")

@@ -98,10 +98,10 @@ def arm(given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from offsite.modelling.load import load_model, load_tokenizer
+    from server.batching.sampling import Settings
     from server.plugging.fit import plain_model, plug
     from server.serving.engine import Engine
     from server.serving.jobs import Job
-    from server.serving.sampling import Settings
 
     torch.set_num_threads(given.threads)
     model, tokenizer = load_model(given.model, dtype="float32"), load_tokenizer(given.model)

@@ -10,18 +10,20 @@ text.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapters.kinds import declared
+from adapters.kinds import Attached, declared
 from client.audit.config import AuditBundleConfig
 from client.audit.rows import Rows, choose_rows
 from client.audit.table import show
+from client.tuning.hidden import FOLDER, kept_states
 from client.tuning.rounds import answered
 from client.tuning.runrecord import read_as, versions
 from client.tuning.scan import losses_in, scan_bundle, texts_of
@@ -30,7 +32,7 @@ from offsite.artefacts.bundle import Bundle, open_bundle
 from offsite.artefacts.package import Package, open_package
 from offsite.artefacts.round import Round, open_round
 from offsite.audits.canaries import CanarySet, read_canaries
-from offsite.audits.canaryaudit import CanaryScores, audit_canaries, score_canaries
+from offsite.audits.canaryaudit import CanaryScores, audit_canaries, canary_examples, read_out, score_canaries
 from offsite.audits.extraction import verbatim
 from offsite.audits.gates import bundle_gates, passed
 from offsite.audits.membership import membership_of
@@ -47,15 +49,19 @@ from offsite.audits.record import (
     run_path,
     write_audit,
 )
-from offsite.audits.scores import RowScores, score_rows, signals
+from offsite.audits.scores import RowScores, beginning_of, score_heads, score_pairs, score_rows, signals
 from offsite.audits.statistics import require_extra
 from offsite.console import progress, say, say_next
 from offsite.digests import sha256_file
-from offsite.errors import ConfigError, WrongBinding
+from offsite.encoders.trunk import is_encoder
+from offsite.errors import ConfigError, DataError, WrongBinding
+from offsite.evaluation.heads import SCORE
 from offsite.modelling.context import context_of
-from offsite.staging import refuse_existing
+from offsite.modelling.head import causal_lm
+from offsite.seq2seq.models import is_seq2seq, start_token
+from offsite.staging import refuse_existing, scratch_folder
 from offsite.text.batches import IGNORED, Example, pad_id
-from offsite.text.records import require_files
+from offsite.text.records import answer_of, require_files
 from offsite.training.devices import choose_device
 
 if TYPE_CHECKING:
@@ -76,7 +82,7 @@ class _Given:
 
     package: Package
     bundle: Bundle
-    run: Run
+    run: KeptRun
     records: list[Record] = field(repr=False)
     others: list[Record] | None = field(repr=False)
     canaries: CanarySet | None = field(repr=False)
@@ -85,11 +91,16 @@ class _Given:
 
 @dataclass(frozen=True)
 class _Found:
-    """What one of the two models says: of rows, of canaries, and which rows come back."""
+    """What one of the two models says: of rows, of canaries, and which rows come back.
 
+    ``texts`` are scores of the rows by the vocabulary's own head; ``rows`` are what attacks go by. The two differ where
+    a head was tuned. An encoder has no head over a vocabulary, and no row comes back.
+    """
+
+    texts: RowScores | None
     rows: RowScores | None
     canaries: CanaryScores | None
-    verbatim: np.ndarray[Any, np.dtype[np.bool_]] = field(repr=False)
+    verbatim: np.ndarray[Any, np.dtype[np.bool_]] | None = field(repr=False)
 
 
 def run(config: AuditBundleConfig) -> dict[str, object]:
@@ -104,7 +115,8 @@ def run(config: AuditBundleConfig) -> dict[str, object]:
     require_files(config.nonmembers)
     require_extra()
     given = _open(config)
-    audit, rows = _measure(config, given)
+    with scratch_folder(config.output) as scratch:
+        audit, rows = _measure(config, given, scratch)
     digest = write_audit(config.output, audit)
     gates = bundle_gates(audit)
     show(audit, gates, num_nonmembers=rows.num_available)
@@ -142,9 +154,39 @@ def _open(config: AuditBundleConfig) -> _Given:
     canaries = _canaries(config, record)
     _require_data(config, record)
     by_user = record.claim is not None and record.claim.unit == "user"
-    records = read_as(config.data, record.text, share_documents=by_user)
-    others = read_as(config.nonmembers, record.text, share_documents=by_user) if config.nonmembers else None
+    head = record.adapter.head
+    how: dict[str, Any] = {"share_documents": by_user, "pairs": learns_preferences(record)}
+    how |= {"questions": num_new(record) is not None, "labels": () if head is None else head.labels}
+    records = read_as(config.data, record.text, **how)
+    others = read_as(config.nonmembers, record.text, **how) if config.nonmembers else None
+    if num_new(record) is not None:
+        _require_answers([*records, *(others or ())])
     return _Given(package, bundle, record, records, others, canaries, round_)
+
+
+def learns_preferences(record: KeptRun) -> bool:
+    """Tell whether the run's rows are pairs of a chosen and a rejected answer."""
+    return record.objective is not None and record.objective.loss in ("dpo", "reward")
+
+
+def num_new(record: KeptRun) -> int | None:
+    """Return how many tokens at most followed a prompt, of a run that learned from rewards; None of others."""
+    rewarded = None if record.objective is None else record.objective.rloo
+    return None if rewarded is None else rewarded.max_new_tokens
+
+
+def _require_answers(records: Sequence[Record]) -> None:
+    """Return only if every row has an answer that can be scored.
+
+    Raises:
+        DataError: naming the first that has none.
+    """
+    missing = next((record for record in records if answer_of(record) is None), None)
+    if missing is not None:
+        raise DataError(
+            f"{missing.place}: no answer; of a run with --objective rloo an audit scores the rows' answers",
+            hint="such a bundle cannot be audited so: tune on rows with answers, or leave the audit out",
+        )
 
 
 def _require_data(config: AuditBundleConfig, record: KeptRun) -> None:
@@ -200,7 +242,7 @@ def _canaries(config: AuditBundleConfig, record: Run) -> CanarySet | None:
     return canaries
 
 
-def _measure(config: AuditBundleConfig, given: _Given) -> tuple[BundleAudit, Rows]:
+def _measure(config: AuditBundleConfig, given: _Given, scratch: Path) -> tuple[BundleAudit, Rows]:
     tokenizer = given.package.load_tokenizer()
     device = choose_device(config.device)
     attached = attach_to_package(given.package, given.run.adapter, device=device, round_=given.round)
@@ -214,20 +256,24 @@ def _measure(config: AuditBundleConfig, given: _Given) -> tuple[BundleAudit, Row
         others=given.others,
         canaries=given.canaries,
         seed=config.seed,
+        num_new=num_new(given.run),
+        start=start_token(causal_lm(model).config) if is_seq2seq(causal_lm(model)) else None,
     )
     say(f"{len(rows.members)} rows that were trained on, {len(rows.nonmembers)} that were not ({_WORDS[rows.source]})")
     if not rows.members:
         say("no row was certainly trained on: the run was too short to say which of them it drew")
     if rows.drawn_share < 1:
         say(f"{rows.drawn_share:.0%} of the canaries to train on were drawn by the step released, the rest is left out")
-    before = _score(config, given, model, tokenizer, rows, label="without the adapter", is_tuned=False)
-    started = _of_the_package(config, given, tokenizer, rows) or before.rows
+    below = partial(_below, config, given, attached, tokenizer, rows, scratch)
+    before = _score(config, model, tokenizer, rows, below, label="without the adapter", is_tuned=False)
+    started = _of_the_package(config, given, tokenizer, rows) or before.texts
     expected = declared(given.run.adapter, given.package.layout, given.package.block_tensors())
     attached.load(given.bundle.load_tensors(expected))
-    after = _score(config, given, model, tokenizer, rows, label="with the adapter", is_tuned=True)
+    after = _score(config, model, tokenizer, rows, below, label="with the adapter", is_tuned=True)
     membership, shift = _membership(before, after, started, len(rows.members))
     audit = BundleAudit(
         run=quoted(given.run),
+        objective=None if given.run.objective is None else given.run.objective.quoted(),
         tokens_per_row=config.tokens_per_row,
         seed=config.seed,
         rows_limit=config.rows,
@@ -235,7 +281,7 @@ def _measure(config: AuditBundleConfig, given: _Given) -> tuple[BundleAudit, Row
         nonmembers=rows.source,
         auc_before=None if shift is None else shift.auc,
         canaries=_canary_audit(given, rows, before, after),
-        verbatim=_verbatim(before, after, beginning(rows.members)),
+        verbatim=_verbatim(before, after, beginning(_asked(rows))),
         scan=_scan(config, given),
         versions=versions(),
     )
@@ -247,17 +293,37 @@ _WORDS = {"set aside": "set aside for this", "validation": "validated on", "file
 
 def _score(
     config: AuditBundleConfig,
-    given: _Given,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
+    below: Callable[[], AbstractContextManager[object]],
     *,
     label: str,
     is_tuned: bool,
 ) -> _Found:
-    scored = _rows_scored(config, model, tokenizer, rows, label=label)
-    tokens = beginning(rows.members)
-    asked = [_window(example, tokens) for example in rows.members[:NUM_VERBATIM]]
+    """Return what the model says; inside of `below` what no adapter changes need not be computed again."""
+    writes = not is_encoder(causal_lm(model))
+    canaries = None
+    drawing: dict[str, Any] = {
+        "label": label,
+        "batch_size": config.batch_size,
+        "num_samples": config.secrets_samples,
+        "seed": config.seed,
+    }
+    with below():
+        scored = texts = _rows_scored(config, model, tokenizer, rows, label=label) if writes else None
+        if (compared := _compared(rows)) and hasattr(causal_lm(model), SCORE):
+            pad = pad_id(tokenizer)
+            scored = score_heads(model, texts, compared, batch_size=config.batch_size, pad_id=pad)
+        if rows.canaries is not None:
+            canaries = score_canaries(model, tokenizer, rows.canaries, extract=False, **drawing)
+    if not writes or is_seq2seq(causal_lm(model)):  # whose answers have no beginning of their own to go on from
+        return _Found(texts, scored, canaries, None)
+    # what is written token by token is written by the model as it is
+    if rows.canaries is not None and canaries is not None and is_tuned:
+        canaries = replace(canaries, extracted=read_out(model, tokenizer, rows.canaries, **drawing))
+    tokens = beginning(_asked(rows))
+    asked = [_window(example, tokens) for example in _asked(rows)]
     with _told(max(1, len(asked)), f"{label}: rows asked for") as bar:
         back = verbatim(
             model,
@@ -267,30 +333,61 @@ def _score(
             batch_size=config.batch_size,
             progress=bar,
         )
-    canaries = None
+    return _Found(texts, scored, canaries, back)
+
+
+def _below(
+    config: AuditBundleConfig,
+    given: _Given,
+    attached: Attached,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    scratch: Path,
+) -> AbstractContextManager[object]:
+    """Return the context in which what lies below an adapter on the top alone is computed once for both models."""
+    model: Any = attached.model
+    if is_seq2seq(causal_lm(model)):
+        return nullcontext()
+    scored = [side for row in _compared(rows) for side in row.sides]
+    wanted = [beginning_of(side, config.tokens_per_row) for side in scored]
     if rows.canaries is not None:
-        canaries = score_canaries(
-            model,
-            tokenizer,
-            rows.canaries,
-            label=label,
-            extract=is_tuned,
-            batch_size=config.batch_size,
-            num_samples=config.secrets_samples,
-            seed=config.seed,
-        )
-    return _Found(scored, canaries, back)
+        made = canary_examples(model, tokenizer, rows.canaries)
+        wanted += [beginning_of(one, rows.canaries.tokens) for one in made]
+    return kept_states(
+        attached,
+        wanted,
+        pad_id=pad_id(tokenizer),
+        folder=scratch / FOLDER,
+        limit_bytes=config.cache_bytes,
+        binding={
+            "package": given.package.digest,
+            "round": "" if given.round is None else given.round.digest,
+            "precision": "fp32",
+        },
+        autocast=nullcontext,
+    )
+
+
+def _asked(rows: Rows) -> list[Example]:
+    """Return the rows that are asked for word for word; of a pair, both answers."""
+    return [side for row in rows.members[:NUM_VERBATIM] for side in row.sides][:NUM_VERBATIM]
+
+
+def _compared(rows: Rows) -> list[Example]:
+    """Return the rows to score, members first; none where one side has none."""
+    return [*rows.members, *rows.nonmembers] if rows.members and rows.nonmembers else []
 
 
 def _rows_scored(
     config: AuditBundleConfig, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, label: str
 ) -> RowScores | None:
     """Return what the model says of the rows, members first; None where one side has none."""
-    examples = [*rows.members, *rows.nonmembers] if rows.members and rows.nonmembers else []
+    examples = _compared(rows)
     if not examples:
         return None
+    score = score_rows if examples[0].rejected is None else score_pairs
     with _told(len(examples), f"{label}: rows") as bar:
-        return score_rows(
+        return score(
             model,
             examples,
             batch_size=config.batch_size,
@@ -325,10 +422,12 @@ def _membership(
     before: _Found, after: _Found, started: RowScores | None, num_members: int
 ) -> tuple[tuple[Membership, ...], Membership | None]:
     """Return the attacks, and the loss of a model that read no row as one: it should tell nothing."""
-    if before.rows is None or after.rows is None or started is None:
+    if before.rows is None or after.rows is None:
         return (), None
     attacks = signals(after.rows, before.rows)
     found = tuple(membership_of(name, by[:num_members], by[num_members:]) for name, by in attacks.items())
+    if started is None:  # an encoder's, which says nothing of a text
+        return found, None
     untuned = -started.loss
     return found, membership_of("loss", untuned[:num_members], untuned[num_members:])
 
@@ -363,7 +462,9 @@ def _window(row: Example, tokens: int) -> Example:
     return Example(row.input_ids[start:], row.labels[start:])
 
 
-def _verbatim(before: _Found, after: _Found, tokens: int) -> Verbatim:
+def _verbatim(before: _Found, after: _Found, tokens: int) -> Verbatim | None:
+    if before.verbatim is None or after.verbatim is None:
+        return None
     return Verbatim(
         num_rows=after.verbatim.size,
         prefix_tokens=tokens,

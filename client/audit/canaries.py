@@ -53,6 +53,7 @@ def run(config: CanaryConfig) -> dict[str, object]:
     """
     refuse_existing(config.output)
     package = open_package(config.package)
+    package.require_text("canaries")
     job_id = None if config.job is None else job_for(config.job, package).job_id
     model = package.load_model(device=str(choose_device(config.device)))
     texts = made_up(

@@ -9,10 +9,10 @@ from pydantic import Field
 
 from offsite.config import MACHINE, MEASURING, OUTPUT, POSITIONAL, REPEATED, USUAL
 from offsite.text.config import TextFiles
-from offsite.training.config import DeviceSettings, SeedSettings
+from offsite.training.config import CacheSettings, DeviceSettings, SeedSettings
 
 
-class AuditBundleConfig(DeviceSettings, SeedSettings):
+class AuditBundleConfig(CacheSettings, DeviceSettings, SeedSettings):
     """Settings of ``offsite audit bundle PACKAGE BUNDLE --data FILE -o AUDIT``."""
 
     verb: ClassVar[str] = "audit bundle"

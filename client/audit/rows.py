@@ -17,7 +17,8 @@ from client.tuning.data import prepare, rows_drawn, split_records
 from offsite.audits.canaries import CanarySet, drawn_only, records_of
 from offsite.audits.record import Run
 from offsite.errors import WrongBinding
-from offsite.text.batches import Encoded, Example, encode
+from offsite.text.answers import encode_answers
+from offsite.text.batches import Encoded, Example, cut, encode, encode_questions
 from offsite.text.records import Record
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def choose_rows(
     others: Sequence[Record] | None = None,
     canaries: CanarySet | None = None,
     seed: int = 0,
+    num_new: int | None = None,
+    start: int | None = None,
 ) -> Rows:
     """Return at most `limit` rows that the run was trained on and as many that it was not, drawn by `seed`.
 
@@ -61,6 +64,8 @@ def choose_rows(
         context: longest row that the model can read; none for any.
         others: non-members; without them, those set aside, or else those validated on.
         canaries: the set that was trained on.
+        num_new: most tokens that followed a prompt, of a run on questions; their answers are what is scored.
+        start: token that an encoder-decoder's answers begin behind; None for any other model.
 
     Raises:
         WrongBinding: when the split does not come out as the run's did.
@@ -76,19 +81,19 @@ def choose_rows(
     source: Source = "file" if others is not None else "set aside" if sides.audit else "validation"
     outside = others if others is not None else sides.audit or sides.validation
     read = [sides.train, *([] if source == "validation" else [sides.validation])]
-    known = {_content(record) for side in read for record in side}
-    unread = [record for record in outside if _content(record) not in known]
+    known = {record.content for side in read for record in side}
+    unread = [record for record in outside if record.content not in known]
     planted = [] if canaries is None else records_of(canaries)
-    inside, known_canaries = _trained(records, sides.train, run, tokenizer, planted)
-    inside = _distinct(inside)
-    nonmembers = _distinct(_encoded(unread, run, tokenizer).examples) if unread else []
+    inside, known_canaries = _trained(records, sides.train, run, tokenizer, planted, num_new, start)
+    inside = _scorable(_distinct(inside))
+    nonmembers = _scorable(_distinct(_encoded(unread, run, tokenizer, num_new, start).examples)) if unread else []
     chosen = [_some(rows, limit, f"{seed}/{name}") for rows, name in ((inside, "members"), (nonmembers, "others"))]
-    cut = [[_cut(example, context) for example in rows] for rows in chosen]
+    fitting = [[example if context is None else cut(example, context) for example in rows] for rows in chosen]
     kept, share = canaries, 1.0
     if canaries is not None and known_canaries is not None:
         kept = drawn_only(canaries, known_canaries)
         share = kept.num_included / max(1, canaries.num_included)
-    return Rows(cut[0], cut[1], source, len(nonmembers), kept if kept and kept.synthetic else None, share)
+    return Rows(fitting[0], fitting[1], source, len(nonmembers), kept if kept and kept.synthetic else None, share)
 
 
 def _trained(
@@ -97,14 +102,16 @@ def _trained(
     run: Run,
     tokenizer: PreTrainedTokenizerBase,
     planted: Sequence[Record],
+    num_new: int | None,
+    start: int | None,
 ) -> tuple[list[Example], set[str] | None]:
     """Return the rows that count as trained on, and the documents of canaries that do; None where all of them do."""
-    examples = _encoded(train, run, tokenizer).examples
+    examples = _encoded(train, run, tokenizer, num_new, start).examples
     if run.claim is not None:
         units = units_of(examples, unit=run.claim.unit, rows_per_user=run.claim.rows_per_user or 1)
         return [example for unit in units for example in unit], None
     added = _encoded(planted, run, tokenizer).examples if planted else []
-    drawn = _drawn(records, run, tokenizer, planted)
+    drawn = _drawn(records, run, tokenizer, planted, num_new, start)
     if drawn is None:
         return examples, None
     inside = [example for number, example in enumerate(examples) if number in drawn]
@@ -116,6 +123,8 @@ def _drawn(
     run: Run,
     tokenizer: PreTrainedTokenizerBase,
     planted: Sequence[Record],
+    num_new: int | None,
+    start: int | None,
 ) -> set[int] | None:
     """Return the numbers of the rows that the run drew, whole, by the step released; None when it drew them all.
 
@@ -134,14 +143,35 @@ def _drawn(
         audit_share=text.audit_share,
         canaries=planted,
         first_step=0 if run.round is None else run.round.first_step,
+        num_new=num_new,
+        ended=run.adapter.head is None,
+        start=start,
     )
     found = rows_drawn(whole, run.draws, whole=True)
     return None if len(found) == len(whole.rows) else found
 
 
-def _encoded(records: Sequence[Record], run: Run, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _encoded(
+    records: Sequence[Record],
+    run: Run,
+    tokenizer: PreTrainedTokenizerBase,
+    num_new: int | None = None,
+    start: int | None = None,
+) -> Encoded:
     text = run.text
-    return encode(records, tokenizer, context=text.block_tokens, on_long=text.on_long, whole_text=text.packed)
+    if start is not None:
+        return encode_answers(records, tokenizer, start=start, context=text.block_tokens, on_long=text.on_long)
+    if num_new is not None:
+        return encode_questions(records, tokenizer, context=text.block_tokens, num_new=num_new, on_long=text.on_long)
+    ended = run.adapter.head is None
+    return encode(
+        records, tokenizer, context=text.block_tokens, on_long=text.on_long, whole_text=text.packed, ended=ended
+    )
+
+
+def _scorable(examples: Sequence[Example]) -> list[Example]:
+    """Return the examples with a token that another one stands before: a labelled text of one token has none."""
+    return [example for example in examples if example.num_loss_tokens]
 
 
 def _some(rows: Sequence[Row], limit: int, label: str) -> list[Row]:
@@ -154,17 +184,9 @@ def _some(rows: Sequence[Row], limit: int, label: str) -> list[Row]:
 
 def _distinct(examples: Sequence[Example]) -> list[Example]:
     """Return the examples in their order, of those that are alike the first."""
-    found: dict[tuple[tuple[int, ...], tuple[int, ...]], Example] = {}
+    found: dict[tuple[object, ...], Example] = {}
     for example in examples:
-        found.setdefault((tuple(example.input_ids), tuple(example.labels)), example)
+        sides = example.sides
+        tokens = tuple(tuple(part) for side in sides for part in (side.input_ids, side.labels, side.source))
+        found.setdefault((example.target, tokens), example)
     return list(found.values())
-
-
-def _cut(example: Example, context: int | None) -> Example:
-    if context is None or len(example.input_ids) <= context:
-        return example
-    return Example(example.input_ids[:context], example.labels[:context], example.document)
-
-
-def _content(record: Record) -> tuple[object, ...]:
-    return (record.segments, record.messages)

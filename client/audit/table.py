@@ -35,6 +35,8 @@ def show(audit: BundleAudit, gates: Sequence[Gate], *, num_nonmembers: int) -> N
         [_row("rows", one) for one in audit.membership]
         + [_row("canaries", one) for one in (audit.canaries.membership if audit.canaries else ())],
     )
+    if audit.objective is not None:
+        say(f"  the run's objective: {audit.objective.loss}")
     for line in _lines(audit):
         say(f"  {line}")
     say("gates")
@@ -90,6 +92,25 @@ def _interval(found: Estimate, scale: int) -> str:
 
 def _lines(audit: BundleAudit) -> list[str]:
     found = []
+    head = audit.run.adapter.head
+    if head is not None:
+        what = "the head's loss of a row's label" if head.labels else "by how far the rejected answer is ahead"
+        told = "min-k and min-k++ are of the text, as is the area before tuning"
+        if head.encoder:
+            told = "an encoder says nothing of a text: no min-k, no area before tuning, no row to read back"
+        found.append(f"loss and reference are {what}; {told}")
+    if audit.objective is not None and audit.objective.loss == "dpo":
+        found.append(
+            "a row is a pair of answers: loss is by how far the chosen one is ahead of the other, reference by how "
+            "much further than before tuning; min-k and min-k++ are of the chosen one"
+        )
+    if audit.objective is not None and audit.objective.loss == "rloo":
+        found.append(
+            "a row is its own answer after its prompt: rules may have looked at it, no loss was of it; neither prompts "
+            "nor sampled answers are scored"
+        )
+        if audit.objective.rloo is not None and audit.objective.rloo.reward_weight is not None:
+            found.append("a reward model gave rewards: what the adapter took over from its pairs is not tried here")
     if audit.auc_before is not None:
         found.append(f"before tuning the same rows are told apart with an area of {audit.auc_before.value:.3f}")
     canaries = audit.canaries

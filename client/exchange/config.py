@@ -24,7 +24,7 @@ class ExchangeConfig(IdentityConfig):
     )
     owner: str | None = Field(
         None,
-        description="fingerprint of the owner, pinned by trust add; default: the only party pinned",
+        description="name or fingerprint of the owner, pinned by trust add; default: the only party pinned",
         json_schema_extra=KEYS,
     )
     patience_seconds: float = Field(

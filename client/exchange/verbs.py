@@ -180,7 +180,7 @@ def owner_of(fingerprint: str | None, trust: TrustStore) -> str:
     """Return the fingerprint of the party whose exchange it is: the one named, or the only one trusted."""
     now = int(time.time())
     if fingerprint is not None:
-        return trust.require(fingerprint, now=now).fingerprint
+        return trust.require(trust.named(fingerprint, now=now), now=now).fingerprint
     trusted = [peer.keys.fingerprint for peer in trust.peers() if peer.state(now=now) == "trusted"]
     if len(trusted) != 1:
         raise ConfigError(f"--owner is missing; {len(trusted)} parties are trusted here", hint="offsite trust list")

@@ -1,3 +1,13 @@
-"""What a client tunes towards: the loss of a text's tokens, and the experiments beside it."""
+"""What a client tunes towards: next tokens, preferences, rewards of sampled answers, heads, and experiments."""
 
-__all__ = ["anchor", "channels", "config", "pairs", "tokens"]
+__all__ = [
+    "anchor",
+    "channels",
+    "config",
+    "heads",
+    "pairs",
+    "preferences",
+    "rewardmodel",
+    "rollouts",
+    "tokens",
+]

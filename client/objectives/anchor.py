@@ -58,27 +58,15 @@ def public_batches(
     return Batches(rows, batch_size=batch_size, seed=seed, pad_id=pad_id(tokenizer))
 
 
-class Anchor:
-    """The untuned emulator, beside the model that is tuned."""
+class Untuned:
+    """The model as it was: its adapter's tensors as they are now are kept beside those that are tuned."""
 
     def __init__(self, attached: Attached) -> None:
         """Keep the adapter's tensors as they are now: untrained."""
         self._kept = [(parameter, parameter.detach().clone()) for parameter in attached.trainable.values()]
 
-    def divergence(self, model: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Return KL(untuned || tuned) in nats, summed over the positions that are no padding; scalar, differentiable.
-
-        Args:
-            ids_BT, mask_BT: tokens and where they count, int64.
-        """
-        rows = {"input_ids": ids_BT, "attention_mask": mask_BT}
-        with evaluating(model):
-            with torch.no_grad(), self._untuned():
-                before = before_head(model, rows, mask_BT.bool())
-            return values_at(model, rows, mask_BT.bool(), Divergence(before)).sum()
-
     @contextmanager
-    def _untuned(self) -> Iterator[None]:
+    def inside(self) -> Iterator[None]:
         """While inside, the adapter's tensors are as they began."""
         tuned = [parameter.data for parameter, _ in self._kept]
         for parameter, data in self._kept:
@@ -88,3 +76,23 @@ class Anchor:
         finally:
             for (parameter, _), data in zip(self._kept, tuned, strict=True):
                 parameter.data = data
+
+
+class Anchor:
+    """The untuned emulator, beside the model that is tuned."""
+
+    def __init__(self, attached: Attached) -> None:
+        """Keep the adapter's tensors as they are now: untrained."""
+        self._untuned = Untuned(attached)
+
+    def divergence(self, model: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Return KL(untuned || tuned) in nats, summed over the positions that are no padding; scalar, differentiable.
+
+        Args:
+            ids_BT, mask_BT: tokens and where they count, int64.
+        """
+        rows = {"input_ids": ids_BT, "attention_mask": mask_BT}
+        with evaluating(model):
+            with torch.no_grad(), self._untuned.inside():
+                before = before_head(model, rows, mask_BT.bool())
+            return values_at(model, rows, mask_BT.bool(), Divergence(before)).sum()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from offsite.modelling.head import CrossEntropy, values_at
+from offsite.seq2seq.inputs import row_names
 from offsite.text.batches import IGNORED
 
 
@@ -18,7 +19,8 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tens
     """Return the summed cross-entropy in nats over labels that count, and their number; both scalars.
 
     Args:
-        batch: ``input_ids``, ``labels`` and ``attention_mask``, each (rows, tokens) int64.
+        batch: ``input_ids``, ``labels`` and ``attention_mask``, each (rows, tokens) int64; of an encoder-decoder also
+            what its encoder reads (`offsite.seq2seq.inputs`).
     """
     device = next(model.parameters()).device
     losses_N, counted_BT = token_losses(model, {name: tensor.to(device) for name, tensor in batch.items()})
@@ -40,7 +42,21 @@ def dft_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     return (losses_N * (-losses_N.detach()).exp()).sum(), counted_BT.sum()
 
 
-def token_losses(model: nn.Module, batch: Mapping[str, Tensor], prefix: str = "") -> tuple[Tensor, Tensor]:
+class Tempered:
+    """The cross-entropy of scores that are divided by a temperature first, in nats."""
+
+    def __init__(self, targets_N: Tensor, temperature: float) -> None:
+        self._own, self._temperature = CrossEntropy(targets_N), temperature
+
+    def __call__(self, scores_nV: Tensor, rows: slice, *, slopes: bool) -> tuple[Tensor, Tensor | None]:
+        """See `offsite.modelling.head.Measure`."""
+        values_n, slopes_nV = self._own(scores_nV / self._temperature, rows, slopes=slopes)
+        return values_n, None if slopes_nV is None else slopes_nV / self._temperature
+
+
+def token_losses(
+    model: nn.Module, batch: Mapping[str, Tensor], prefix: str = "", *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy in nats where labels count, (N,) float32 in row order, and where that is, (B, T) bool.
 
     A place is that of the token before the one that counts: the position whose scores predict it.
@@ -48,12 +64,15 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor], prefix: str = ""
     Args:
         batch: ``input_ids``, ``labels`` and ``attention_mask``, each (B, T) int64, on the model's device.
         prefix: of these names.
+        temperature: what scores are divided by.
     """
     targets_BT = batch[f"{prefix}labels"][:, 1:]
     counted_BT = torch.zeros_like(batch[f"{prefix}labels"], dtype=torch.bool)
     counted_BT[:, :-1] = targets_BT != IGNORED
-    rows = {name: batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask")}
-    return values_at(model, rows, counted_BT, CrossEntropy(targets_BT[targets_BT != IGNORED])), counted_BT
+    rows = {name: batch[f"{prefix}{name}"] for name in row_names(batch)}
+    targets_N = targets_BT[targets_BT != IGNORED]
+    measure = CrossEntropy(targets_N) if temperature == 1 else Tempered(targets_N, temperature)
+    return values_at(model, rows, counted_BT, measure), counted_BT
 
 
 def by_row(values_N: Tensor, counted_BT: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ class BudgetLedger:
         """Return the keyed digests of records and users."""
         exact, folded = set[bytes](), set[bytes]()
         for record in records:
-            exact.add(self._digest("record", json.dumps([record.segments, record.messages])))
+            exact.add(self._digest("record", json.dumps(record.content)))
             folded |= self._folded("said", record.whole_text)
         for user in users:
             exact.add(self._digest("user", user))

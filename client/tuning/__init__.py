@@ -1,3 +1,3 @@
 """``offsite tune``: the private text, the training of the adapter, and the last look at what is written."""
 
-__all__ = ["config", "data", "ready", "rounds", "runrecord", "sandbox", "scan", "tune", "verb"]
+__all__ = ["config", "data", "hidden", "ready", "rounds", "runrecord", "sandbox", "scan", "tune", "verb"]

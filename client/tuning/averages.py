@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from offsite.audits.record import AveragedRun, Digest
@@ -162,6 +162,16 @@ def kept(folder: Path, expected: Mapping[str, TensorSpec], *, seed: int, setting
         raise BadDigest(f"{folder.name}/{TENSORS_NAME} is not the file that {RECORD_NAME} binds", hint=_AGAIN)
     whole = {name: TensorSpec(shape=spec.shape, dtype="float32") for name, spec in expected.items()}
     return Kept(seed, record, read_tensors(tensors, whole))
+
+
+def precision_of(folder: Path) -> str | None:
+    """Return the arithmetic that the record of a run that is done states; None without one that can be read."""
+    try:
+        with (folder / RECORD_NAME).open("rb") as handle:
+            record = FinishedRun.model_validate_json(handle.read(_LIMIT_BYTES))
+    except (OSError, ValidationError):  # `kept` says what is wrong with it
+        return None
+    return str(record.settings.get("precision"))
 
 
 def averaged(runs: Sequence[Kept]) -> tuple[AveragedRun, ...]:

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from adapters.rates import LEARNING_RATES
-from adapters.settings import ADAPTER_FIELDS, TuningSettings
+from adapters.rates import LEARNING_RATES, SAMPLED_SHARE
+from adapters.settings import ADAPTER_FIELDS, TuningSettings, head_problems
 from client.objectives.config import ObjectiveSettings
 from client.privacy.config import DPSettings
 from offsite.artefacts.bundle import DISCLOSABLE, AdapterSpec
@@ -18,7 +18,7 @@ from offsite.config import DATA, MACHINE, OUTPUT, POSITIONAL, PRIVACY, REPEATED,
 from offsite.errors import ConfigError
 from offsite.problems import meant
 from offsite.text.config import PackedTextSettings, TextFiles
-from offsite.training.config import LoopSettings, Schedule
+from offsite.training.config import CacheSettings, LoopSettings, Schedule
 
 _FAR = 5  # times a kind's rate, past which an owner's advice is worth a second look
 
@@ -28,12 +28,14 @@ class PrivateTextSettings(VerbConfig):
 
     data: TextFiles = Field(
         min_length=1,
-        description="private text: .txt, .jsonl, .json or .csv, each optionally .gz; may be repeated",
+        description="private text: .txt, .jsonl, .json, .csv or .tsv, or those as .gz, or .parquet; may be repeated",
         json_schema_extra=REPEATED,
     )
 
 
-class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, ObjectiveSettings, LoopSettings):
+class TuneConfig(
+    PrivateTextSettings, TuningSettings, PackedTextSettings, ObjectiveSettings, CacheSettings, LoopSettings
+):
     """Settings of ``offsite tune PACKAGE --data FILE -o BUNDLE``."""
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -43,6 +45,11 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, Object
     job: Path | None = Field(
         None,
         description="opened job folder: its adapter is the one that is tuned, for the package it names",
+        json_schema_extra=USUAL,
+    )
+    task: Path | None = Field(
+        None,
+        description="task.yaml by whose prompts rows of its fields and answers are read; default: the job's, if any",
         json_schema_extra=USUAL,
     )
     round: Path | None = Field(
@@ -91,18 +98,17 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, Object
         description="of several --runs, how many at once in processes of their own, where memory and cores allow",
         json_schema_extra=MACHINE,
     )
-    cache_bytes: int = Field(
-        8 << 30,
-        ge=0,
-        description="most that a run's hidden states below the adapter may take in OUTPUT.work, to be computed once; "
-        "0: never",
+    gradient_checkpointing: bool = Field(
+        False,
+        description="save memory by computing activations twice; by itself where a step does not fit into free memory, "
+        "with --no-gradient-checkpointing never",
         json_schema_extra=MACHINE,
     )
-    gradient_checkpointing: bool = Field(
-        False, description="save memory by computing activations twice", json_schema_extra=MACHINE
-    )
     evaluate_every: int = Field(
-        0, ge=0, description="steps between validations; 0: ten times per run", json_schema_extra=TRAINING
+        0,
+        ge=0,
+        description="steps between validations; 0: three to ten times per run, by what they cost",
+        json_schema_extra=TRAINING,
     )
     sealed_off: bool = Field(
         False, description="deny connections, other processes and writes beside the output", json_schema_extra=PRIVACY
@@ -141,6 +147,12 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, Object
             problems.append("--adapter dora: no federation adds up its updates")
         if self.sealed_off and self.launch > 1:
             problems.append("--launch: --sealed-off runs in one process, several must connect to each other")
+        if self.task is not None and (self.compares_answers or self.samples_answers or self.has_head):
+            problems.append(
+                f"--task: its rows are prompts and answers, --objective {self.objective} learns from others"
+            )
+        if self.task is not None and self.separator is not None:
+            problems.append("--separator: rows of a task have fields, plain text has none")
         problems += self._averaging_problems()
         problems += self._private_problems()
         problems += self.objective_problems(
@@ -148,11 +160,15 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, Object
             dp=self.dp is not None,
             launch=self.launch > 1,
             packed=self.pack and "pack" in self.model_fields_set,
+            canaries=self.canaries is not None,
+            several=self.runs > 1,
         )
         try:
             self.spec()
         except ConfigError as error:
             problems.append(str(error))
+        if self.has_head and (self.labels or (self.job is None and self.objective == "classify")):
+            problems += head_problems(self.objective, self.labels)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -219,8 +235,19 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, Object
 
     @property
     def packed(self) -> bool:
-        """Whether sequences are filled across rows: as `pack` says, never with --dp or of pairs of answers."""
-        return self.pack and self.dp is None and self.objective != "spin"
+        """Whether sequences are filled across rows: as `pack` says; not with --dp, of pairs, prompts, or for a head."""
+        each = self.compares_answers or self.samples_answers or self.has_head
+        return self.pack and self.dp is None and not each
+
+    @property
+    def rows_each(self) -> int:
+        """How many rows go through the model for one of the text's."""
+        return 2 if self.compares_answers else self.rloo_samples if self.samples_answers else 1
+
+    @property
+    def num_new(self) -> int | None:
+        """How many tokens may follow a prompt, where the model answers some; None where rows are read as they are."""
+        return self.max_new_tokens if self.samples_answers else None
 
     @property
     def by_user(self) -> bool:
@@ -242,14 +269,38 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, Object
                 ),
                 hint="leave the adapter's settings to the job, or ask the owner for another job",
             )
-        return self.model_copy(update=wanted)
+        return self.model_copy(update=wanted | self._labels_of(adapter))
+
+    def _labels_of(self, adapter: AdapterSpec) -> dict[str, object]:
+        """Return the labels of a job's head.
+
+        Raises:
+            ConfigError: when the job is for another task than `objective`, or names other labels than were given.
+        """
+        if adapter.head is None and not self.has_head:
+            return {}
+        if adapter.head is None:
+            raise ConfigError(
+                f"--objective {self.objective}: the job asks for an adapter for text, without a head",
+                hint=f"ask the owner for another job: offsite job create --head {self.objective}",
+            )
+        if adapter.task != self.objective:
+            raise ConfigError(
+                f"--objective {self.objective}: the job asks for --objective {adapter.task}",
+                hint=f"tune with --objective {adapter.task}, or ask the owner for another job",
+            )
+        if self.labels and self.labels != adapter.head.labels:
+            raise ConfigError(
+                "--labels: they are not the job's, or in another order", hint="leave --labels out to take the job's"
+            )
+        return {"labels": adapter.head.labels}
 
     def advised(self, job: Job) -> TuneConfig:
         """Return these settings with the learning rate that the job advises, where nothing else says one.
 
         A rate that was given, or that a federation's round names, stands; and no owner has tried one with ``--dp``.
         """
-        if job.learning_rate is None or self.learning_rate is not None or self.dp is not None:
+        if job.learning_rate is None or self.learning_rate is not None or self.dp is not None or self.samples_answers:
             return self
         return self.model_copy(update={"learning_rate": job.learning_rate})
 
@@ -279,5 +330,6 @@ class TuneConfig(PrivateTextSettings, TuningSettings, PackedTextSettings, Object
         return config.model_copy(update=asked)
 
     def rate(self) -> float:
-        """Return the peak learning rate: the one given, or the kind's."""
-        return LEARNING_RATES[self.adapter] if self.learning_rate is None else self.learning_rate
+        """Return the peak learning rate: the one given, or the kind's; of sampled answers a share of that."""
+        usual = LEARNING_RATES[self.adapter] * (SAMPLED_SHARE if self.samples_answers else 1)
+        return usual if self.learning_rate is None else self.learning_rate

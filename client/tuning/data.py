@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from offsite.console import say
 from offsite.errors import ConfigError, DataError
 from offsite.modelling.context import context_of
-from offsite.text.batches import IGNORED, Batches, Encoded, Example, encode, pack, pad_id
+from offsite.text.answers import encode_answers
+from offsite.text.batches import IGNORED, Batches, Encoded, Example, encode, encode_questions, pack, pad_id
 from offsite.text.records import Record, split_by_document
 
 if TYPE_CHECKING:
@@ -86,6 +87,9 @@ def prepare(
     audit_share: float = 0.0,
     canaries: Sequence[Record] = (),
     first_step: int = 0,
+    num_new: int | None = None,
+    ended: bool = True,
+    start: int | None = None,
 ) -> TrainingText:
     """Return the records as training batches and validation examples; a document is on one side as a whole.
 
@@ -96,6 +100,9 @@ def prepare(
         audit_share: share of documents that are set aside, neither trained nor validated on, below 1.
         canaries: made-up rows that are trained on as well, after the split.
         first_step: batches that earlier rounds have taken; these go on after them.
+        num_new: most tokens that are to follow each prompt, where records are questions; None where they are text.
+        ended: whether rows end with an end-of-sequence token; not where a head reads them.
+        start: token that an encoder-decoder's answers begin behind; None for any other model.
 
     Raises:
         DataError: when a row is too long under "error", or there is too little text for one batch.
@@ -104,7 +111,11 @@ def prepare(
     sides = split_records(records, validation=validation, audit_share=audit_share, seed=seed)
 
     def encoded(rows: Sequence[Record]) -> Encoded:
-        return encode(rows, tokenizer, context=block_tokens, on_long=on_long, whole_text=packed)
+        if start is not None:
+            return encode_answers(rows, tokenizer, start=start, context=block_tokens, on_long=on_long)
+        if num_new is not None:
+            return encode_questions(rows, tokenizer, context=block_tokens, num_new=num_new, on_long=on_long)
+        return encode(rows, tokenizer, context=block_tokens, on_long=on_long, whole_text=packed, ended=ended)
 
     def shaped(examples: list[Example]) -> list[Example]:
         return pack(examples, block_tokens=block_tokens) if packed else examples
@@ -123,6 +134,7 @@ def prepare(
         raise DataError("too little text is held out to validate on", hint="raise --validation, or give more data")
     pad = pad_id(tokenizer)
     parts = [part for part in (train, held_out, added) if part is not None]
+    every = [row for example in (*examples, *validated) for row in example.sides]
     return TrainingText(
         batches=Batches(examples, batch_size=batch_size, seed=seed, pad_id=pad, first_step=first_step),
         validation=validated,
@@ -134,8 +146,8 @@ def prepare(
         num_tokens=train.num_tokens,
         num_truncated=sum(part.num_truncated for part in parts),
         num_dropped=sum(part.num_dropped for part in parts),
-        longest_tokens=max(len(example.input_ids) for example in (*examples, *validated)),
-        largest_id=max(max(example.input_ids) for example in (*examples, *validated)),
+        longest_tokens=max(max(len(row.input_ids), len(row.prompt) + (num_new or 0), len(row.source)) for row in every),
+        largest_id=max(max([*row.input_ids, *row.source]) for row in every),
         num_canaries=len(canaries),
         num_aside=len(sides.audit),
         read=[*sides.train, *sides.validation, *canaries],
@@ -191,6 +203,7 @@ def _blocks_kept(rows: Sequence[Example], block_tokens: int, num_kept: int) -> S
 
 def say_text(text: TrainingText) -> None:
     """What the text came to is on stderr, in numbers."""
+    asks = any(example.prompt for example in text.examples)
     aside = f", {text.num_aside} records set aside for an audit" if text.num_aside else ""
     say(
         f"{text.num_records} records, {text.num_tokens:,} tokens to train on; "
@@ -201,7 +214,8 @@ def say_text(text: TrainingText) -> None:
     if text.num_truncated:
         say(f"{text.num_truncated} rows were longer than the context and were cut")
     if text.num_dropped:
-        say(f"{text.num_dropped} rows were dropped: nothing that counts was left of them")
+        why = "their prompts leave no room for an answer" if asks else "nothing that counts was left of them"
+        say(f"{text.num_dropped} rows were dropped: {why}")
 
 
 def require_fit(text: TrainingText, model: PreTrainedModel) -> None:

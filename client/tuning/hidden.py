@@ -32,6 +32,7 @@ from torch.nn import functional
 
 from adapters.kinds import Attached
 from offsite.console import progress, say
+from offsite.encoders.outputs import outputs
 from offsite.errors import RunFailed, UnsupportedModel
 from offsite.evaluation.measure import evaluating
 from offsite.modelling.head import causal_lm
@@ -106,7 +107,7 @@ def kept_states(
         why = f"they would take {num_bytes:,} bytes, --cache-bytes allows {limit_bytes:,}"
     else:
         why = "they hang on more than the row"
-    say(f"hidden states below the adapter are computed at every step: {why}")
+    say(f"hidden states below the adapter are computed every time: {why}")
     yield None
 
 
@@ -168,17 +169,21 @@ class _States:
             states_BTD = self._states(batch)
             again_BTD = self._states(batch)
             self._model.eval()
-            expected, self._dtype = self._model(**batch, use_cache=False).logits, states_BTD.dtype
+            expected, self._dtype = self._said(batch), states_BTD.dtype
             still_BTD = self._states(batch)
             self._places = {}
             self._handed = states_BTD
-            found = self._model(**batch, use_cache=False).logits
+            found = self._said(batch)
             self._handed = None
         for module, mode in modes:
             module.training = mode
         same = torch.equal(states_BTD, again_BTD) and torch.equal(states_BTD, still_BTD)
         fits = states_BTD.shape[:2] == batch["input_ids"].shape
         return states_BTD.shape[-1] if same and fits and torch.equal(found, expected) else 0
+
+    def _said(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what the model says of every position."""
+        return outputs(self._lm, batch["input_ids"], batch["attention_mask"])
 
     def fill(self, rows: Sequence[tuple[int, ...]], width: int, binding: Mapping[str, str]) -> None:
         """The states of these rows are on disk, those that an earlier run left as they are.
@@ -219,7 +224,7 @@ class _States:
         """Return what enters the lowest trained block, computed now and rounded, (B, T, D)."""
         self._stops = True
         try:
-            self._model(**batch, use_cache=False)
+            self._said(batch)
         except _Reached:
             pass
         finally:
@@ -257,7 +262,8 @@ class _States:
                     states_TD: Tensor = file.get_slice(_NAME)[place.start : place.stop]
             except (OSError, SafetensorError) as error:
                 raise RunFailed(
-                    f"{FOLDER}/{place.path.name} cannot be read: {type(error).__name__}", hint="--resume makes it anew"
+                    f"{FOLDER}/{place.path.name} cannot be read: {type(error).__name__}",
+                    hint="run it again, tune with --resume: it is made anew",
                 ) from None
             rows.append(functional.pad(states_TD, (0, 0, 0, num_tokens - len(states_TD))))
         return torch.stack(rows).to(self._device, self._dtype)
@@ -322,7 +328,7 @@ def _write(path: Path, states: Tensor) -> None:
     except (RunFailed, OSError, SafetensorError) as error:
         raise RunFailed(
             f"cannot write hidden states under {path.parent.parent.name!r}",
-            hint="free space, then --resume; or compute them at every step: --cache-bytes 0",
+            hint="free space, then run it again, tune with --resume; or compute them every time: --cache-bytes 0",
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,20 @@ from torch import Tensor, nn
 
 from client.objectives.anchor import Anchor, public_batches
 from client.objectives.channels import ChannelDropout
-from client.objectives.pairs import PairBatches, make_pairs, spin_loss
+from client.objectives.heads import HeadBatches, HeadLoss, HeadValidation
+from client.objectives.pairs import make_pairs, require_prompts
+from client.objectives.preferences import PairBatches, Precision, Rule, Validation, measured_pairs, pair_loss
+from client.objectives.rewardmodel import RewardModel
+from client.objectives.rollouts import HeldOut, Recipe, Rollouts, policy_loss
 from client.objectives.tokens import dft_loss
 from offsite.digests import sha256_file
 from offsite.errors import ConfigError
+from offsite.modelling.context import context_of
+from offsite.tasks.rules import require_answers
 from offsite.text.batches import IGNORED
 from offsite.text.records import require_files
-from offsite.training.step import StepLoss, uses_bf16
+from offsite.training.precision import uses_bf16
+from offsite.training.step import StepLoss
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,18 +33,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from adapters.kinds import Attached
+    from client.objectives.rewardmodel import RewardBundle
     from client.tuning.config import TuneConfig
     from client.tuning.data import TrainingText
     from offsite.artefacts.package import Package
+    from offsite.tasks.rules import Rules
     from offsite.training.loop import Batches
 
 
 @dataclass(frozen=True)
 class Learning:
-    """What is minimised, and on what: `batches` are the text's own, or hold more than those."""
+    """What is minimised, and on what: `batches` are the text's own, or hold more than those.
+
+    `validation` is of held-out rows, where the loss is one of preferences, of rewards or of a head; None for the next
+    token's loss. `figures` gives what else is told of a step.
+    """
 
     loss: StepLoss
     batches: Batches
+    validation: Validation | HeldOut | HeadValidation | None = None
+    figures: Callable[[], Mapping[str, float]] | None = None
 
 
 def anchor_digest(config: TuneConfig, data: Sequence[str]) -> str | None:
@@ -59,11 +74,48 @@ def anchor_digest(config: TuneConfig, data: Sequence[str]) -> str | None:
     return found
 
 
-def bound_objective(config: TuneConfig, anchor_sha256: str | None) -> dict[str, str]:
+def bound_objective(
+    config: TuneConfig, anchor_sha256: str | None, rules: Rules | None, reward_digest: str | None = None
+) -> dict[str, str]:
     """Return what a resumed run must share of these settings, one entry per setting; none of the usual ones."""
-    stated = config.stated(anchor_sha256)
+    stated = config.stated(anchor_sha256, reward_digest)
     found = {} if stated is None else stated.model_dump(mode="json")
-    return {f"objective.{name}": str(value) for name, value in found.items()}
+    rewarded = found.pop("rloo", {})
+    bound = {f"objective.{name}": str(value) for name, value in found.items()}
+    bound |= {f"rloo.{name}": str(value) for name, value in rewarded.items()}
+    return bound if rules is None else bound | rules.binding()
+
+
+def require_objective(config: TuneConfig, text: TrainingText, *, steps: int, rules: Rules | None = None) -> None:
+    """Return only if the text has what the objective asks of it; that of preferences was read so.
+
+    Raises:
+        DataError: when a row has no prompt to answer, or no answer that a rule compares with.
+    """
+    if rules is not None:
+        require_answers([*text.rows, *text.validation], rules)
+    if config.objective == "spin":
+        require_prompts(text, steps=steps)
+
+
+def validation_for(config: TuneConfig, attached: Attached, text: TrainingText) -> Validation | None:
+    """Return what measures an adapter on held-out pairs, of the untuned one as it is now; None for other objectives.
+
+    Raises:
+        RunFailed: when the model's output is not finite.
+    """
+    if config.objective != "dpo":
+        return None
+    precision = _precision(config, attached)
+    pairs = measured_pairs(attached.model, text.validation, pad_id=text.pad_id, precision=precision)
+    return Validation(list(pairs.values()), rule_of(config), pad_id=text.pad_id, precision=precision)
+
+
+def rule_of(config: TuneConfig) -> Rule:
+    """Return the loss of pairs that these settings name."""
+    if config.objective == "spin":
+        return Rule(config.spin_beta)
+    return Rule(config.dpo_beta, config.dpo_loss, config.dpo_label_smoothing)
 
 
 def learning_for(
@@ -77,15 +129,19 @@ def learning_for(
     steps: int,
     work: Path,
     binding: Mapping[str, str],
+    rules: Rules | None = None,
+    reward: RewardBundle | None = None,
 ) -> Learning:
     """Return what these settings minimise. Of the usual ones that is `plain` on the text's own batches.
 
     Args:
-        attached: the adapter as it begins, on its device.
+        attached: the adapter as it begins, untuned, on its device, where it will be tuned.
         plain: the next token's loss.
         steps: how many the run takes.
         work: folder for what is drawn beforehand.
         binding: what a resumed run must share.
+        rules: what answers are rewarded for, of an objective that samples some.
+        reward: the bundle that rewards them besides.
 
     Raises:
         ConfigError: when the package's middle has no channels to leave out, or its model does not know the anchor.
@@ -94,15 +150,28 @@ def learning_for(
     """
     if config.is_usual() or config.dp is not None:  # a private run's clipping weighs tokens by itself
         return Learning(plain, text.batches)
+    if rules is not None:
+        precision = _precision(config, attached)
+        judge = None
+        if reward is not None:
+            context = min(config.block_tokens, context_of(attached.model) or config.block_tokens)
+            judge = RewardModel(reward, package, attached, tokenizer, context=context, precision=precision)
+        rollouts = Rollouts(attached, text, tokenizer, rules, _recipe(config), precision=precision, judge=judge)
+        rewarded = partial(policy_loss, temperature=config.temperature)
+        return Learning(rewarded, rollouts, HeldOut(rollouts, text.validation), rollouts.figures)
+    if config.has_head:
+        held_out = HeadValidation(text.validation, pad_id=text.pad_id, precision=_precision(config, attached))
+        return Learning(HeadLoss(text.pad_id), HeadBatches(text), held_out)
     loss: StepLoss = plain
     batches: Batches = text.batches
+    validation: Validation | None = None
     if config.objective == "dft":
         loss = dft_loss
+    if config.compares_answers:
+        loss = partial(pair_loss, rule=rule_of(config))
     if config.objective == "spin":
-        loss = partial(spin_loss, beta=config.spin_beta)
-        device = next(iter(attached.trainable.values())).device
         pairs = make_pairs(
-            package.load_model(dtype="float32").to(device),  # type: ignore[arg-type]
+            package.load_model(dtype="float32").to(_device(attached)),  # type: ignore[arg-type]
             text,
             steps=steps,
             eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
@@ -110,9 +179,11 @@ def learning_for(
             seed=config.seed,
             work=work,
             binding=binding,
-            precision="bf16" if uses_bf16(config.precision, device) else "fp32",
+            precision=_precision(config, attached),
         )
         batches = PairBatches(text, pairs)
+    if config.objective == "dpo":
+        batches, validation = _preferences(config, attached, text, steps=steps, work=work, binding=binding)
     public, anchor, channels = None, None, None
     if config.anchor is not None:
         anchor = Anchor(attached)
@@ -127,8 +198,37 @@ def learning_for(
     if config.channel_dropout:
         channels = ChannelDropout(attached, package, probability=config.channel_dropout, seed=config.seed)
     return Learning(
-        _Loss(loss, channels, anchor, config.anchor_weight), _Numbered(batches, public, config.objective == "spin")
+        _Loss(loss, channels, anchor, config.anchor_weight),
+        _Numbered(batches, public, config.compares_answers),
+        validation,
     )
+
+
+def _recipe(config: TuneConfig) -> Recipe:
+    return Recipe(
+        beta=config.rloo_beta,
+        num_samples=config.rloo_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        kl_limit=config.kl_limit,
+        entropy_floor=config.entropy_floor,
+        seed=config.seed,
+        weight=config.reward_weight,
+    )
+
+
+def _preferences(
+    config: TuneConfig, attached: Attached, text: TrainingText, *, steps: int, work: Path, binding: Mapping[str, str]
+) -> tuple[PairBatches, Validation]:
+    """Return the pairs of every step, and the held-out ones, measured under the model as it is now: untuned."""
+    precision = _precision(config, attached)
+    rows = {id(one): one for step in range(steps) for one in text.batches.chosen(step)}
+    measured = partial(
+        measured_pairs, attached.model, pad_id=text.pad_id, precision=precision, work=work, binding=binding
+    )
+    pairs = measured(list(rows.values()))
+    held_out = list(measured(text.validation, label="held-out pairs before tuning").values())
+    return PairBatches(text, pairs), Validation(held_out, rule_of(config), pad_id=text.pad_id, precision=precision)
 
 
 class _Numbered:
@@ -167,6 +267,14 @@ class _Loss:
             found = self._anchor.divergence(model, batch["anchor_ids"], batch["anchor_mask"])
             total = total + self._weight * batch["anchor_scale"][0] * found
         return total, count
+
+
+def _device(attached: Attached) -> torch.device:
+    return next(iter(attached.trainable.values())).device
+
+
+def _precision(config: TuneConfig, attached: Attached) -> Precision:
+    return "bf16" if uses_bf16(config.precision, _device(attached)) else "fp32"
 
 
 def _num_known(attached: Attached) -> int:

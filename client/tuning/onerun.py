@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
+from types import FrameType
 from typing import Any
 
 _INTERRUPTED = 130
@@ -16,6 +18,7 @@ _INTERRUPTED = 130
 
 def main() -> int:
     """Train the run that is asked for. Returns the exit code; an unexpected error propagates (it is a bug)."""
+    signal.signal(signal.SIGINT, _end)
     try:
         return _trained(json.loads(sys.stdin.buffer.readline()))
     except KeyboardInterrupt:
@@ -37,6 +40,14 @@ def _trained(asked: dict[str, Any]) -> int:
         print(json.dumps({"error": str(error), "hint": error.hint}), flush=True)
         return error.exit_code
     return 0
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    """End at once when asked to stop outside the steps, which have a handler of their own and a checkpoint to write.
+
+    A KeyboardInterrupt is lost where the signal comes while an object is being finalised (Python goes on).
+    """
+    os._exit(_INTERRUPTED)
 
 
 def _watch() -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 
 from adapters.average import LOW_RANK, mean_spec
+from adapters.heads import encoder_of, read_size, require_classifier
 from adapters.kinds import declared
 from adapters.rates import LEARNING_RATES
+from adapters.settings import head_of
+from client.objectives.rewardmodel import RewardBundle, read_reward
 from client.privacy.run import private_binding
 from client.tuning import averages
 from client.tuning.config import TuneConfig
@@ -18,21 +21,31 @@ from client.tuning.data import TrainingText, prepare, say_text
 from client.tuning.learning import anchor_digest, bound_objective
 from client.tuning.rounds import first_step, round_for, start_seed
 from client.tuning.runrecord import Planted, planted_for, read_as, text_settings
+from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.job import Job, read_job
 from offsite.artefacts.package import Package, open_package
 from offsite.artefacts.round import Round
 from offsite.audits.accounting import require_extra
 from offsite.console import say, utc
 from offsite.digests import joined_digest, sha256_file
-from offsite.errors import ConfigError, Expired, WrongBinding
+from offsite.errors import ConfigError, Expired, UnsupportedModel, WrongBinding
+from offsite.seq2seq.models import start_token
+from offsite.seq2seq.refusals import refuse_settings
 from offsite.staging import refuse_existing
+from offsite.tasks.config import RuleSettings
+from offsite.tasks.read import read_task
+from offsite.tasks.rules import Rules, read_rules
+from offsite.tasks.task import Task
 from offsite.tensors import TensorSpec
 from offsite.text.records import require_files
 from offsite.training.checkpoints import require_work
 from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
+from offsite.training.precision import Settled, settled
 from offsite.training.processes import is_launched, world
 
+_PASSES_OF_STEP = 3
+_FEWEST_VALIDATIONS, _MOST_VALIDATIONS = 3, 10
 _NEAR_SECONDS = 3 * 86400
 """A job that ends sooner is said to."""
 
@@ -48,14 +61,23 @@ class Ready:
     planted: Planted
     device: torch.device
     text: TrainingText
+    spec: AdapterSpec
     digests: tuple[str, ...]
     anchor: str | None
     work: Path
+    rules: Rules | None = None
+    task: Task | None = None
+    reward: RewardBundle | None = None
+
+    @property
+    def reward_digest(self) -> str | None:
+        """Digest of the bundle that rewards, where there is one."""
+        return None if self.reward is None else self.reward.digest
 
     @property
     def names(self) -> dict[str, TensorSpec]:
         """The adapter's tensors, as a run trains them."""
-        return declared(self.config.spec(), self.package.layout, self.package.block_tensors())
+        return declared(self.spec, self.package.layout, self.package.block_tensors())
 
     @property
     def mean_rank(self) -> int | None:
@@ -71,8 +93,9 @@ class Ready:
     @property
     def bound(self) -> dict[str, str]:
         """What every run must share beside the loop's settings to be resumed."""
-        binding = _binding(self.config, self.package, self.planted, self.round, self.data)
-        return binding | bound_objective(self.config, self.anchor)
+        binding = _binding(self.config, self.spec, self.package, self.planted, self.round, self.data)
+        binding |= {} if self.task is None else {"task": self.task.digest}
+        return binding | bound_objective(self.config, self.anchor, self.rules, self.reward_digest)
 
     @property
     def data(self) -> str:
@@ -84,6 +107,7 @@ def make_ready(config: TuneConfig) -> Ready:
     """Return what these settings name, once all of it is found to belong together; nothing is trained or written."""
     refuse_existing(config.output)
     require_files(config.data)
+    rules = read_rules(config.rules or RuleSettings()) if config.samples_answers else None
     if config.dp is not None:
         require_extra()
     if config.launch > 1 and not is_launched():
@@ -109,14 +133,27 @@ def make_ready(config: TuneConfig) -> Ready:
             f"warning: learning rate {config.rate():g} is {config.rate() / usual:.0f} times the usual {usual:g} of "
             f"{config.adapter}: it can make things worse, or learn rows by heart"
         )
+    reward = None if config.reward is None else read_reward(config.reward, package)
+    task = task_for(config, job)
     planted = planted_for(config, package, job)
-    declared(config.spec(), package.layout, package.block_tensors())
+    if package.is_seq2seq:
+        require_answers_alone(config, package)
+        config = config.model_copy(update={"pack": False})
+    spec = _with_head(config, package, job)
+    declared(spec, package.layout, package.block_tensors())
     device = choose_device(config.device)
     tokenizer = package.load_tokenizer()
     digests = [sha256_file(path) for path in config.data]
     anchor = anchor_digest(config, digests)
     text = prepare(
-        read_as(config.data, text_settings(config), share_documents=config.by_user),
+        read_as(
+            config.data,
+            text_settings(config, task),
+            share_documents=config.by_user,
+            pairs=config.reads_pairs,
+            questions=config.samples_answers,
+            labels=config.labels,
+        ),
         tokenizer,
         block_tokens=config.block_tokens,
         batch_size=config.batch_size,
@@ -127,10 +164,63 @@ def make_ready(config: TuneConfig) -> Ready:
         audit_share=config.audit_share,
         canaries=planted.records,
         first_step=first_step(round_),
+        num_new=config.num_new,
+        ended=spec.head is None,
+        start=start_token(package.empty_model().config) if package.is_seq2seq else None,
     )
     if world().is_main:
         say_text(text)
-    return Ready(config, package, job, round_, planted, device, text, tuple(digests), anchor, work)
+    config = config.model_copy(update={"precision": _precision(config, device, work)})
+    found = (config, package, job, round_, planted, device, text, spec, tuple(digests), anchor, work, rules, task)
+    return Ready(*found, reward)
+
+
+def require_answers_alone(config: TuneConfig, package: Package) -> None:
+    """Return only if nothing is asked that an encoder-decoder does not learn yet.
+
+    Raises:
+        ConfigError: naming the settings.
+    """
+    asked = {
+        f"--objective {config.objective}": config.objective not in ("next-token", "dft"),
+        "--dp": config.dp is not None,
+        "--canaries": config.canaries is not None,
+        "--round": config.round is not None,
+        "--anchor": config.anchor is not None,
+        "--channel-dropout": config.channel_dropout > 0,
+        "--launch": config.launch > 1,
+        "--pack": config.pack and "pack" in config.model_fields_set,
+    }
+    hint = "tune it on rows of a prompt and an answer, by --objective next-token or dft"
+    refuse_settings(f"package {package.path.name!r}", asked, hint)
+
+
+def _with_head(config: TuneConfig, package: Package, job: Job | None) -> AdapterSpec:
+    """Return the adapter, with the head that these settings ask for and the package's model can carry.
+
+    Raises:
+        WrongBinding: when the job's head reads states of another size than the package's.
+        UnsupportedModel: when the package's architecture takes none, or is an encoder and there is to be none.
+    """
+    spec = config.spec()
+    if package.is_encoder and config.objective != "classify":
+        raise UnsupportedModel(
+            f"package {package.path.name!r} holds an encoder, which has no next tokens: --objective {config.objective} "
+            "cannot be learnt on it",
+            hint="tune it with --objective classify --labels A,B on rows of a text and a label",
+        )
+    if not config.has_head:
+        return spec
+    model = package.empty_model()
+    require_classifier(model)
+    head = head_of(config.objective, config.labels, read_size(model), encoder_of(model))
+    found = spec.model_copy(update={"head": head})
+    if job is not None and job.adapter.head != found.head:
+        raise WrongBinding(
+            f"job {job.job_id[:12]} asks for a head on other states than those of package {package.path.name!r}",
+            hint="give the job that came with this package",
+        )
+    return found
 
 
 def job_for(folder: Path, package: Package) -> Job:
@@ -151,6 +241,27 @@ def job_for(folder: Path, package: Package) -> Job:
                 hint="give the job that came with this package",
             )
     return job
+
+
+def task_for(config: TuneConfig, job: Job | None) -> Task | None:
+    """Return the task by which the data is read: the job's, else the one that these settings name, if any.
+
+    Raises:
+        ConfigError, DataError: when the task's file is not as needed, or its rows are to be pairs.
+        WrongBinding: when the job carries another task than the file holds.
+    """
+    named = None if config.task is None else read_task(config.task)
+    carried = None if job is None else job.task
+    if named is not None and carried is not None and named.digest != carried.digest:
+        raise WrongBinding(
+            f"--task: the job carries task {carried.name!r}, {carried.digest[:19]}, the file holds another",
+            hint="leave --task out, and the job's is taken",
+        )
+    if carried is not None and (config.compares_answers or config.samples_answers or config.has_head):
+        raise ConfigError(
+            f"--objective {config.objective}: the job carries task {carried.name!r}, whose rows are prompts and answers"
+        )
+    return named if carried is None else carried
 
 
 def require_in_time(job: Job, *, now: float) -> None:
@@ -184,9 +295,35 @@ def loop_settings(config: TuneConfig, text: TrainingText) -> LoopConfig:
         precision=config.precision,
         seed=config.seed,
         checkpoint_every=config.checkpoint_every,
-        evaluate_every=config.evaluate_every or max(1, steps // 10),
+        evaluate_every=config.evaluate_every or _steps_between(config, text, steps),
         tensorboard=config.tensorboard,
     )
+
+
+def _precision(config: TuneConfig, device: torch.device, work: Path) -> Settled:
+    """Return the arithmetic of all runs that these settings start, in whatever process; of resumed ones, their own."""
+    if not config.resume:
+        return settled(config.precision, device)
+    folders = [work, *(averages.folder_of(work, number) for number in range(1, config.runs + 1))]
+    stated = next((one for one in map(averages.precision_of, folders) if one), None)
+    return settled(config.precision, device, works=folders, stated=stated)
+
+
+def _steps_between(config: TuneConfig, text: TrainingText, steps: int) -> int:
+    """Return after how many steps a run is validated: a tenth of them, up to a third where that takes longer.
+
+    Longer than training does: a step takes about three passes over its tokens, a validation one over all held out. A
+    private run is validated at its end alone; its interval is part of what it is resumed by.
+    """
+    if config.dp is not None:
+        return max(1, steps // _MOST_VALIDATIONS)
+    if config.samples_answers:  # what takes long is to answer
+        affordable = steps * config.batch_size * config.rloo_samples // len(text.validation)
+        return -(-steps // max(_FEWEST_VALIDATIONS, min(_MOST_VALIDATIONS, affordable)))
+    trained = _PASSES_OF_STEP * steps * text.batches.num_tokens(0)
+    sides = [side for example in text.validation for side in example.sides]
+    affordable = trained // sum(len(side.input_ids) + len(side.source) for side in sides)
+    return -(-steps // max(_FEWEST_VALIDATIONS, min(_MOST_VALIDATIONS, affordable)))
 
 
 def work_folder(output: Path) -> Path:
@@ -198,18 +335,21 @@ def _advised(config: TuneConfig, job: Job) -> TuneConfig:
     """Return the settings with the job's learning rate, if it is used, and say whether it is."""
     found = config.advised(job)
     if world().is_main and found is config:
-        why = "tuning with --dp does not take it" if config.learning_rate is None else f"{config.rate():g} is used"
+        how = "--objective rloo" if config.samples_answers else "--dp"
+        why = f"tuning with {how} does not take it" if config.learning_rate is None else f"{config.rate():g} is used"
         say(f"the job advises learning rate {job.learning_rate:g}; {why}")
     elif world().is_main:
         say(f"learning rate {found.rate():g}, as the job advises; --learning-rate takes another")
     return found
 
 
-def _binding(config: TuneConfig, package: Package, planted: Planted, round_: Round | None, data: str) -> dict[str, str]:
+def _binding(
+    config: TuneConfig, spec: AdapterSpec, package: Package, planted: Planted, round_: Round | None, data: str
+) -> dict[str, str]:
     """Return what a resumed run must share beside the loop's settings, one entry per setting."""
     text = ("fields", "document_field", "separator", "on_long", "pack", "block_tokens", "validation", "audit_share")
     shared = config.model_dump(mode="json", include={*text, "batch_size"}) | {"canaries": planted.commitment}
-    shared |= {f"adapter.{name}": value for name, value in config.spec().model_dump(mode="json").items()}
+    shared |= {f"adapter.{name}": value for name, value in spec.model_dump(mode="json").items()}
     shared |= {} if round_ is None else {"round": round_.digest}
     shared |= {} if config.runs == 1 else {"runs": config.runs}
     bound = {"package": package.digest, "data": data, **{k: str(v) for k, v in shared.items()}}

@@ -15,8 +15,19 @@ from typing import TYPE_CHECKING
 from client.tuning.data import rows_drawn
 from offsite import __version__
 from offsite.audits.canaries import CanarySet, mark_used, read_canaries, records_of, require_unmarked
-from offsite.audits.record import AnsweredRound, AveragedRun, Claim, KeptRun, TextSettings, read_run, run_path
+from offsite.audits.record import (
+    AnsweredRound,
+    AveragedRun,
+    Claim,
+    KeptRun,
+    Objective,
+    Rewarded,
+    TextSettings,
+    read_run,
+    run_path,
+)
 from offsite.errors import ArtefactError, PolicyError, WrongBinding
+from offsite.tasks.rows import read_task_rows, training_records
 from offsite.text.records import Record, read_files
 
 if TYPE_CHECKING:
@@ -25,6 +36,7 @@ if TYPE_CHECKING:
     from offsite.artefacts.bundle import AdapterSpec
     from offsite.artefacts.job import Job
     from offsite.artefacts.package import Package
+    from offsite.tasks.task import Task
     from offsite.training.loop import Outcome
 
 
@@ -42,7 +54,9 @@ def record_of(
     canaries: str | None = None,
     answered: AnsweredRound | None = None,
     anchor: str | None = None,
+    reward: str | None = None,
     averaged: tuple[AveragedRun, ...] = (),
+    task: Task | None = None,
 ) -> KeptRun:
     """Return the record of a run that ended so, of a bundle whose digest is not known yet: it has all zeros.
 
@@ -55,7 +69,9 @@ def record_of(
         canaries: digest of the canary set committed to, if any was trained on.
         answered: the federation's round that the run answered, if any.
         anchor: digest of the anchor's file, if there is one.
+        reward: digest of the bundle that rewarded, if one did.
         averaged: the several runs whose mean the bundle is, if it is one; `outcome` is of all of them together.
+        task: by which the data was read, if by one.
     """
     claim = None if guarantee is None else {name: guarantee[name] for name in Claim.model_fields}
     draws = [(one.seed, one.steps) for one in averaged] or [(config.seed, outcome.best_step)]
@@ -67,8 +83,8 @@ def record_of(
         adapter=spec or config.spec(),
         data_sha256=data_sha256,
         data_files=tuple(data_files) if len(data_files) > 1 else (),
-        objective=config.stated(anchor),
-        text=text_settings(config),
+        objective=_objective(config, anchor, reward, outcome.ended),
+        text=text_settings(config, task),
         num_records=text.num_records,
         num_drawn=_num_drawn(text, draws, config.batch_size, is_private=claim is not None),
         num_tokens=text.num_tokens,
@@ -86,6 +102,15 @@ def record_of(
     )
 
 
+def _objective(config: TuneConfig, anchor: str | None, reward: str | None, ended: str | None) -> Objective | None:
+    """Return what the run minimised, and why it ended early, if it did."""
+    found = config.stated(anchor, reward)
+    if found is None or found.rloo is None or ended is None:
+        return found
+    rewarded = Rewarded.model_validate({**found.rloo.model_dump(), "ended": ended})
+    return found.model_copy(update={"rloo": rewarded})
+
+
 def _num_drawn(text: TrainingText, draws: Sequence[tuple[int, int]], batch_size: int, *, is_private: bool) -> int:
     """Return how many rows, canaries apart, had a token in a batch of any run; of private runs, about as many.
 
@@ -98,7 +123,7 @@ def _num_drawn(text: TrainingText, draws: Sequence[tuple[int, int]], batch_size:
     return max(1, sum(number < own for number in rows_drawn(text, draws, whole=False)))
 
 
-def text_settings(config: TuneConfig) -> TextSettings:
+def text_settings(config: TuneConfig, task: Task | None = None) -> TextSettings:
     """Return how the run's text was read and cut."""
     return TextSettings(
         fields=config.fields,
@@ -110,6 +135,7 @@ def text_settings(config: TuneConfig) -> TextSettings:
         validation=config.validation,
         audit_share=config.audit_share,
         seed=config.seed,
+        task=task,
     )
 
 
@@ -157,18 +183,43 @@ def planted_for(config: TuneConfig, package: Package, job: Job | None) -> Plante
     return Planted(records_of(canaries), commitment, canaries)
 
 
-def read_as(data: Sequence[Path], settings: TextSettings, *, share_documents: bool = False) -> list[Record]:
+def read_as(
+    data: Sequence[Path],
+    settings: TextSettings,
+    *,
+    share_documents: bool = False,
+    pairs: bool = False,
+    questions: bool = False,
+    labels: Sequence[str] = (),
+) -> list[Record]:
     """Return the files' records, read as those settings say.
+
+    Args:
+        pairs: the run learns from preferences, and from nothing else.
+        questions: the run answers prompts, and learns from its answers' rewards.
+        labels: the run learns to tell these, from rows of a text and one of them.
 
     Raises:
         DataError, ConfigError: as `offsite.text.records.read_files`.
     """
+    if settings.task is not None:
+        rows = read_task_rows(
+            data,
+            settings.task,
+            fields=settings.fields,
+            document_field=settings.document_field,
+            share_documents=share_documents,
+        )
+        return training_records(rows, settings.task)
     return read_files(
         data,
         fields=settings.fields,
         document_field=settings.document_field,
         separator=settings.separator,
         share_documents=share_documents,
+        pairs=pairs,
+        questions=questions,
+        labels=labels,
     )
 
 

@@ -479,7 +479,7 @@ def _num_threads() -> int:
 
 def _reached(config: TuneConfig) -> list[tuple[Path, int]]:
     """Return what the run reads and where it writes, each with the access that takes."""
-    inputs = [folder for folder in (config.package, config.job) if folder is not None]
+    inputs = [folder for folder in (config.package, config.job, config.reward) if folder is not None]
     inputs += [] if config.anchor is None else [config.anchor]
     read = [*config.data, *inputs, *(path for folder in inputs for path in folder.glob("*"))]
     written = [config.output.parent, config.output.parent / f"{config.output.name}.work", config.tensorboard]

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from client.tuning.ngrams import LEAST_BYTES, Remembered
-from offsite.artefacts.bundle import BUNDLE_FORMAT, DISCLOSABLE, TENSOR_FILE, AdapterSpec, BundleManifest
+from offsite.artefacts.bundle import BUNDLE_FORMAT, DISCLOSABLE, TENSOR_FILE, AdapterSpec, BundleManifest, Head
 from offsite.artefacts.manifest import MANIFEST_NAME, FileEntry
 from offsite.digests import DIGEST_PATTERN
 from offsite.errors import PolicyError
@@ -68,9 +68,9 @@ _DIGEST = re.compile(DIGEST_PATTERN)
 
 _FIXED = " ".join(
     [
-        *(name for cls in (BundleManifest, AdapterSpec, TensorSpec, FileEntry) for name in cls.model_fields),
+        *(name for cls in (BundleManifest, AdapterSpec, Head, TensorSpec, FileEntry) for name in cls.model_fields),
         *(BUNDLE_FORMAT, TENSOR_FILE, MANIFEST_NAME, *DISCLOSABLE),
-        "sha256 data_offsets __metadata__ pt BF16 F32 bfloat16 float32 all-linear attention mlp all",
+        "reward classify sha256 data_offsets __metadata__ pt BF16 F32 bfloat16 float32 all-linear attention mlp all",
     ]
 )
 
@@ -125,7 +125,8 @@ def scan_bundle(
         names: of user and host; by default this machine's.
         known: names that the owner knows anyway, such as the package's tensors: none of these is a finding.
     """
-    public = " ".join((_FIXED, *known, spec.kind, spec.targets))
+    labels = () if spec.head is None else spec.head.labels  # the job's, or chosen to be told
+    public = " ".join((_FIXED, *known, *labels, spec.kind, spec.targets))
     stated = own_names() if names is None else names
     search = _Search(
         remembered=Remembered(texts),
@@ -133,6 +134,7 @@ def scan_bundle(
         names=tuple(sorted({name for name in stated if len(name) >= LEAST_NAME and not _named(name).search(public)})),
         paths=tuple(path for path in _private_paths(paths) if path not in public),
         settings={"rank": spec.rank, "alpha": spec.alpha, "dropout": spec.dropout},
+        read_size=None if spec.head is None else spec.head.hidden,
         disclosed=dict(disclosed or {}),
     )
     return search.over(folder)
@@ -215,6 +217,7 @@ class _Search:
     names: tuple[str, ...]
     paths: tuple[str, ...]
     settings: Mapping[str, float]
+    read_size: int | None
     disclosed: Mapping[str, float]
 
     def over(self, folder: Path) -> Scan:
@@ -281,6 +284,8 @@ class _Search:
                 return literal.isdecimal()
             case ("adapter", name):
                 return name in self.settings and float(literal) == self.settings[name]
+            case ("adapter", "head", "hidden"):
+                return literal == str(self.read_size)
             case ("disclosed", name):
                 return name in self.disclosed and float(literal) == self.disclosed[name]
         return False

@@ -15,13 +15,14 @@ from client.privacy.dpsgd import free_bytes, units_of
 from client.privacy.run import release_mean
 from client.tuning import averages
 from client.tuning.averages import Kept
+from client.tuning.learning import validation_for
 from client.tuning.ready import Ready
 from client.tuning.sidebyside import num_at_once, train_side_by_side
 from client.tuning.tune import Done, attach_to_package, make_room, train_run
 from offsite.console import say
 from offsite.errors import OffsiteError, RunFailed
 from offsite.evaluation.measure import perplexity
-from offsite.training.step import uses_bf16
+from offsite.training.precision import uses_bf16
 
 if TYPE_CHECKING:
     from offsite.artefacts.bundle import AdapterSpec
@@ -55,7 +56,7 @@ def mean_run(ready: Ready) -> Done:
     if len(runs) < config.runs:
         raise RunFailed(f"{config.runs - len(runs)} of {config.runs} runs are not done", hint="--resume goes on")
     spec, tensors, lost = mean_of(config.spec(), [run.tensors for run in runs], _base(ready), rank=ready.mean_rank)
-    loss = _loss_of(ready, spec, tensors)
+    loss, figures = _measured(ready, spec, tensors)
     outcome = averages.together(runs, tensors, loss=loss)
     averages.say_runs(runs, loss=loss, lost=lost, rank=ready.mean_rank)
     guarantee = _released(ready, runs, tensors)
@@ -68,7 +69,7 @@ def mean_run(ready: Ready) -> Done:
         [*averages.losses_of(runs), *([] if loss is None else [loss])],
         guarantee,
         averages.averaged(runs),
-        {"mean": how, "mean_lost": lost, "rank": spec.rank, "runs": averages.told(runs)},
+        {"mean": how, "mean_lost": lost, "rank": spec.rank, "runs": averages.told(runs), **figures},
     )
 
 
@@ -99,21 +100,27 @@ def _base(ready: Ready) -> dict[str, Tensor]:
     return base if ready.round is None else grown(base, ready.round)
 
 
-def _loss_of(ready: Ready, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> float | None:
-    """Return the held-out loss of the package's model with that adapter; None where it is not finite."""
+def _measured(ready: Ready, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> tuple[float | None, dict[str, object]]:
+    """Return the held-out loss of the package's model with that adapter, None where it is not finite, and what else is
+    measured with it.
+    """
     attached = attach_to_package(ready.package, spec, device=ready.device, round_=ready.round)
+    validation = validation_for(ready.config, attached, ready.text)
     attached.load(tensors)
     model: Any = attached.model
     model.eval()
     precision: Literal["bf16", "fp32"] = (
         "bf16" if uses_bf16(ready.config.precision, next(model.parameters()).device) else "fp32"
     )
-    held_out = ready.text.validation
+    held_out, figures = ready.text.validation, dict[str, object]()
     try:
-        found = perplexity(model, held_out, batch_size=8, pad_id=ready.text.pad_id, precision=precision).loss
+        if validation is not None:
+            found, figures["reward_accuracy"] = validation.measure(model)
+        else:
+            found = perplexity(model, held_out, batch_size=8, pad_id=ready.text.pad_id, precision=precision).loss
     except RunFailed:
-        return None
-    return found if math.isfinite(found) else None
+        return None, {}
+    return (found if math.isfinite(found) else None), figures
 
 
 def _released(ready: Ready, runs: Sequence[Kept], tensors: Mapping[str, Tensor]) -> dict[str, object] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,27 +12,37 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from adapters.held import hold_frozen
 from adapters.kinds import Attached, attach, declared
 from adapters.shared import share_products
+from client.objectives import tokens
 from client.objectives.tokens import next_token_loss
 from client.privacy.run import PrivateRun, Series, private_run
 from client.tuning import averages
 from client.tuning.config import TuneConfig
 from client.tuning.data import TrainingText, require_fit
 from client.tuning.hidden import FOLDER, kept_states
-from client.tuning.learning import learning_for
+from client.tuning.learning import learning_for, require_objective
 from client.tuning.ready import Ready, loop_settings
 from client.tuning.rounds import begin, grow, start_seed, with_proximal
 from offsite.artefacts.package import Package
 from offsite.artefacts.round import Round
 from offsite.audits.record import AveragedRun
+from offsite.console import say
+from offsite.encoders.outputs import outputs
+from offsite.encoders.trunk import is_encoder
 from offsite.errors import ConfigError, RunFailed
 from offsite.evaluation.measure import perplexity
+from offsite.modelling.head import causal_lm
 from offsite.tensors import torch_dtype
+from offsite.text.batches import Example, collate
 from offsite.training.config import LoopConfig
-from offsite.training.loop import Batches, Outcome, train
+from offsite.training.devices import free_bytes
+from offsite.training.loop import Batches, Outcome, require_resumable, train
+from offsite.training.memory import bytes_of_step, fits
+from offsite.training.precision import uses_bf16
 from offsite.training.processes import is_launched, world
-from offsite.training.step import StepLoss, Stepper, uses_bf16
+from offsite.training.step import StepLoss, Stepper
 
 if TYPE_CHECKING:
     from offsite.artefacts.bundle import AdapterSpec
@@ -51,7 +61,7 @@ def attach_to_package(
         ArtefactError: when a tensor of the package is not the declared, finite one.
     """
     names = declared(spec, package.layout, package.block_tensors())
-    model = package.load_model(dtype="float32")
+    model = package.load_model(dtype="float32", seq2seq=True)
     grow(model, package, spec, round_)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(start_seed(seed, round_))
@@ -74,6 +84,8 @@ def tune(
     private: PrivateRun | None = None,
     loss: StepLoss = next_token_loss,
     batches: Batches | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
+    figures: Callable[[], Mapping[str, float]] | None = None,
 ) -> Outcome:
     """The adapter holds the weights of the lowest validation loss; of a private run, those after the last step.
 
@@ -83,6 +95,8 @@ def tune(
         sent_as: dtype of the bundle, in which something must have changed.
         loss: what is minimised.
         batches: read in place of the text's own, where the loss takes more than those hold.
+        validate: gives the validation loss of the model; without it, that is the held-out text's, per token.
+        figures: gives what else is told of a step.
         private: draws the batches and takes the steps; private text then has no say in which weights are kept, and is
             validated on once, at the end.
 
@@ -97,6 +111,8 @@ def tune(
 
     def evaluate() -> float:
         try:
+            if validate is not None:
+                return validate(model)
             return perplexity(model, text.validation, batch_size=8, pad_id=text.pad_id, precision=precision).loss
         except RunFailed:
             return math.inf  # the loop says at which step, and what is kept
@@ -118,10 +134,11 @@ def tune(
         shard_blocks=attached.blocks,
         binding=binding,
         make_stepper=Stepper if private is None else private.make_stepper,
+        figures=figures,
     )
     model.eval()
     if outcome.tensors:
-        _require_moved(before, outcome.tensors, sent_as)
+        _require_moved(before, outcome.tensors, sent_as, _UNLIKE if figures is not None else "")
     if private is not None:
         private.require_moved(before, outcome.tensors)
         found = evaluate()
@@ -130,9 +147,13 @@ def tune(
     return outcome
 
 
-def _require_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], sent_as: str) -> None:
+_UNLIKE = "reward some of the answers to a prompt more than others (--rules, --reward), or "
+
+
+def _require_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], sent_as: str, first: str = "") -> None:
     if all(torch.equal(after[name].cpu(), old) for name, old in before.items()):
-        raise RunFailed("no weight moved during training", hint="raise --learning-rate, or train for more steps")
+        hint = f"{first}raise --learning-rate, or train for more steps"
+        raise RunFailed("no weight moved during training", hint=hint)
     dtype = torch_dtype(sent_as)
     if all(torch.equal(after[name].cpu().to(dtype), old.to(dtype)) for name, old in before.items()):
         raise RunFailed(
@@ -165,28 +186,22 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
     work = averages.folder_of(ready.work, number) if several else ready.work
     if several:
         text = replace(text, batches=text.batches.reseeded(seed))
-    attached = attach_to_package(ready.package, config.spec(), device=ready.device, seed=seed, round_=ready.round)
-    begun = begin(attached, config.spec(), ready.round)
+    attached = attach_to_package(ready.package, ready.spec, device=ready.device, seed=seed, round_=ready.round)
+    begun = begin(attached, ready.spec, ready.round)
     require_fit(text, attached.model)  # type: ignore[arg-type]
     if config.dp is None and not is_launched():  # clipping looks into each layer, sharding into each block
         share_products(attached)
-    if config.gradient_checkpointing:
-        _checkpoint_activations(attached.model)
     binding = ready.bound
-    learning = learning_for(
-        config.model_copy(update={"seed": seed}),
-        attached,
-        ready.package,
-        text,
-        ready.package.load_tokenizer(),
-        next_token_loss,
-        steps=loop_settings(config, text).steps,
-        work=work,
-        binding=binding,
-    )
-    make_room(work)
+    require_objective(config, text, steps=loop_settings(config, text).steps, rules=ready.rules)
     board = config.tensorboard
-    more = {} if board is None or not several else {"tensorboard": board / work.name}
+    more: dict[str, object] = {"seed": start_seed(seed, ready.round)}
+    more |= {} if board is None or not several else {"tensorboard": board / work.name}
+    if config.resume and config.dp is None:  # before anything of this run is written
+        require_resumable(work, loop_settings(config, text).model_copy(update=more), binding)
+    if _may_hold(config) and uses_bf16(config.precision, ready.device):
+        hold_frozen(attached)
+    _save_memory(config, attached, text)
+    make_room(work)
     series = Series(number, config.runs, averages.folder_of(ready.work, 1)) if several else None
     spending = _charged(config, text, work, binding, series) if config.dp else nullcontext()
     with spending as private, _kept(ready, config, text, attached) as kept:
@@ -195,23 +210,40 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
         if private is not None:
             binding["run"] = private.account.run
             config = config.model_copy(update={"steps": private.steps})
+        learning = learning_for(
+            config.model_copy(update={"seed": seed}),
+            attached,
+            ready.package,
+            text,
+            ready.package.load_tokenizer(),
+            next_token_loss,
+            steps=loop_settings(config, text).steps,
+            work=work,
+            binding=binding,
+            rules=ready.rules,
+            reward=ready.reward,
+        )
+        validation = learning.validation
         world().wait()  # every process has found the canaries unused
         if world().is_main:
             ready.planted.mark(config)
         outcome = tune(
             attached,
             text,
-            loop_settings(config, text).model_copy(update={"seed": start_seed(seed, ready.round), **more}),
+            loop_settings(config, text).model_copy(update=more),
             work=work,
-            # answers and hidden states lie there before the first step
-            resume=config.resume or config.objective == "spin" or kept is not None,
+            # pairs and hidden states lie there before the first step
+            resume=config.resume or config.compares_answers or kept is not None,
             binding=binding,
             label=f"run {number} of {config.runs}" if several else "tune",
             sent_as=config.adapter_dtype,
             private=private,
-            loss=with_proximal(learning.loss, attached, begun, config.spec()),
+            loss=with_proximal(learning.loss, attached, begun, ready.spec),
             batches=learning.batches,
+            validate=None if validation is None else validation.told,
+            figures=learning.figures,
         )
+        told = {} if validation is None else validation.figures(attached.model)
         if not world().is_main:
             return None
         guarantee = None
@@ -223,21 +255,28 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
             guarantee = private.release(outcome.tensors)
     losses = [outcome.first_loss, outcome.final_loss, *(loss for _, loss in outcome.evaluations)]
     losses += [] if outcome.before_loss is None else [outcome.before_loss]
-    return Done(config, config.spec(), {**outcome.tensors, **begun.frozen}, outcome, losses, guarantee)
+    return Done(config, ready.spec, {**outcome.tensors, **begun.frozen}, outcome, losses, guarantee, told=told)
+
+
+def _may_hold(config: TuneConfig) -> bool:
+    """Tell whether the model is called under autocast alone; whether its cache is right is tried in float32."""
+    return config.dp is None and not is_launched() and not config.samples_answers
 
 
 def _kept(
     ready: Ready, config: TuneConfig, text: TrainingText, attached: Attached
 ) -> AbstractContextManager[str | None]:
     """Return the context in which nothing below the adapter is computed twice; it yields None where all is computed."""
-    if config.dp is not None or is_launched() or config.channel_dropout:
+    if config.dp is not None or is_launched() or config.channel_dropout or config.samples_answers:
+        return nullcontext()
+    if ready.package.is_seq2seq:  # what enters a decoder's block hangs on another text besides
         return nullcontext()
     steps = loop_settings(config, text).steps
     drawn = {id(row): row for step in range(steps) for row in text.batches.chosen(step)}
     precision = "bf16" if uses_bf16(config.precision, ready.device) else "fp32"
     return kept_states(
         attached,
-        [*drawn.values(), *text.validation],
+        [side for row in (*drawn.values(), *text.validation) for side in row.sides],
         pad_id=text.pad_id,
         folder=ready.work / FOLDER,
         limit_bytes=config.cache_bytes,
@@ -252,16 +291,52 @@ def _kept(
     )
 
 
-def _checkpoint_activations(model: Any) -> None:
-    """Activations are computed anew in the backward pass instead of kept.
+def _save_memory(config: TuneConfig, attached: Attached, text: TrainingText) -> None:
+    """Activations are computed anew in the backward pass instead of kept: as asked for, or where they would not fit.
 
     Raises:
-        ConfigError: when the architecture cannot.
+        ConfigError: when it is asked for and the architecture cannot.
     """
+    model: Any = attached.model
+    is_asked = "gradient_checkpointing" in config.model_fields_set
+    if is_asked and not config.gradient_checkpointing:
+        return
+    if not is_asked:
+        if config.dp is not None or is_launched() or not model.supports_gradient_checkpointing:
+            return
+        device = _device(model)
+        rows = math.ceil(config.batch_size * config.rows_each / config.accumulate)
+        one = collate([_longest(config, text)], text.pad_id)
+        loss = _loss_of_states if is_encoder(causal_lm(model)) else tokens.next_token_loss
+        needed, free = rows * bytes_of_step(model, one, loss, config.precision), free_bytes(device)
+        if fits(needed, free):
+            return
+        say(
+            f"activations of a step would take {needed / 1e9:.1f} GB, {(free or 0) / 1e9:.1f} GB are free: they are "
+            "computed twice instead of kept (--no-gradient-checkpointing keeps them)"
+        )
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError:
         raise ConfigError("--gradient-checkpointing: the package's architecture does not support it") from None
+
+
+def _longest(config: TuneConfig, text: TrainingText) -> Example:
+    """Return the longest row of a step, or what is as long: of answers to come, as long as they may get."""
+    if config.samples_answers:
+        ids = [*max((row.prompt for row in text.examples), key=len), *[text.pad_id] * config.max_new_tokens]
+        return Example(ids, ids)
+    return max((side for row in text.examples for side in row.sides), key=_length)
+
+
+def _length(row: Example) -> int:
+    return len(row.input_ids) + len(row.source)
+
+
+def _loss_of_states(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return a loss that keeps what an encoder's step keeps: the sum of its last hidden states, and their number."""
+    states_BTD = outputs(causal_lm(model), batch["input_ids"], batch["attention_mask"])
+    return states_BTD.float().sum(), torch.tensor(states_BTD.numel())
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -72,7 +72,9 @@ def _written(ready: Ready, done: Done) -> dict[str, object]:
         canaries=ready.planted.commitment,
         answered=answered(ready.round),
         anchor=ready.anchor,
+        reward=ready.reward_digest,
         averaged=done.averaged,
+        task=ready.task,
     )
     figures = {
         "num_records": text.num_records,
@@ -93,6 +95,7 @@ def _written(ready: Ready, done: Done) -> dict[str, object]:
         tensors=done.tensors,
         expected=names,
         round_digest=None if ready.round is None else ready.round.digest,
+        task_digest=None if ready.job is None else ready.job.task_digest,
         figures=figures,
         disclose=config.disclose,
         before=before,
@@ -121,7 +124,7 @@ def _release(
         figures=[*done.losses, *logged],
         spec=done.spec,
         disclosed={name: figures[name] for name in config.disclose},
-        paths=[*config.data, config.output, config.package, *([] if config.anchor is None else [config.anchor])],
+        paths=[*config.data, config.output, config.package, *_beside(config)],
         known=names,
     )
     require_clean(scan)
@@ -133,11 +136,16 @@ def _say_outcome(config: TuneConfig, outcome: Outcome) -> None:
     """What the run was worth is said, loudly when it made things worse, and what comes next."""
     best, before = outcome.best_loss, outcome.before_loss
     if best is not None and before is not None:
-        which = f"best validation loss {best:.4f} at step {outcome.best_step}"
+        which = f"best validation loss {best:.4f} at step {outcome.best_step}, before tuning {before:.4f}"
         if config.runs > 1:
-            which = f"validation loss of the mean {best:.4f}"
-        say(f"{which}, before tuning {before:.4f}")
-        if not best < before:
+            which = f"validation loss of the mean {best:.4f}, before tuning {before:.4f}"
+        if config.samples_answers:  # a loss that is a negative reward
+            earned = f"{0 - best:.4f} at step {outcome.best_step}, before tuning {0 - before:.4f}"
+            which = f"best mean reward of held-out prompts {earned}"
+        say(which)
+        if config.samples_answers and best == before:
+            say("WARNING: tuning earned no more on held-out prompts. This bundle was written all the same.")
+        elif not best < before:
             say("WARNING: tuning made it worse. This bundle is of no use to the owner; it was written all the same.")
             say(f"  try a lower --learning-rate: {config.rate() / 10:g} instead of {config.rate():g}, or more data")
     if config.round is None:
@@ -145,6 +153,12 @@ def _say_outcome(config: TuneConfig, outcome: Outcome) -> None:
         texts = [word for path in config.data for word in ("--data", path)]
         audit = ["offsite", "audit", "bundle", config.package, config.output, *texts, *planted]
         say_next(*audit, "-o", config.output.with_name(f"{config.output.name}-audit"))
+
+
+def _beside(config: TuneConfig) -> list[Path]:
+    """Return what other files the run read."""
+    schema = None if config.rules is None else config.rules.json_schema
+    return [path for path in (config.anchor, schema, config.reward) if path is not None]
 
 
 def _folders(config: TuneConfig, work: Path) -> list[Path]:

@@ -14,10 +14,12 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from emulator.audit.capability import (
@@ -42,6 +44,7 @@ from offsite import __version__
 from offsite.artefacts.owner import OwnerRecord
 from offsite.audits.gates import package_gates
 from offsite.audits.record import Capability, PackageAudit, Recovery, Similarity, Union, Withheld, write_audit
+from offsite.blockwise import block_by_block
 from offsite.console import say
 from offsite.digests import model_digest, sha256_files
 from offsite.errors import WrongBinding
@@ -50,6 +53,7 @@ from offsite.staging import refuse_existing
 from offsite.tensors import torch_dtype
 from offsite.text.batches import Example, collate
 from offsite.training.checkpoints import require_work
+from offsite.training.precision import PRECISION_NOTE, settled
 
 LIBRARIES = ("torch", "transformers", "peft")
 
@@ -129,7 +133,15 @@ def _measure(config: AuditPackageConfig, given: Given) -> _Measured:
             f"{given.record.base_digest[:19]}",
             hint="give the model that the package was made of, in the same dtype",
         )
-    full.float().to(given.device)  # type: ignore[arg-type]
+    with ExitStack() as stack:
+        if given.device.type == "cpu":  # stays mapped from its files: a block of it is in memory, and float32
+            stack.enter_context(block_by_block(full, torch.float32))
+        else:
+            full.float().to(given.device)  # type: ignore[arg-type]
+        return _measured(config, given, full)
+
+
+def _measured(config: AuditPackageConfig, given: Given, full: PreTrainedModel) -> _Measured:
     emulator = given.package.load_model(device=str(given.device))
     losses = Losses(
         full=given.text.loss(full, "full model on held-out text"),
@@ -252,7 +264,7 @@ def _attacker(config: AuditPackageConfig, given: Given, text: PublicText, losses
         step_tokens=config.batch_size * config.block_tokens,
         work=work,
         seed=config.seed,
-        precision=config.precision,
+        precision=settled(config.precision, given.device, note=work / PRECISION_NOTE),
         checkpoint_every=config.checkpoint_every,
         device=str(given.device),
     )

@@ -28,7 +28,8 @@ from offsite.evaluation.measure import perplexity
 from offsite.evaluation.results import Results
 from offsite.evaluation.tasks import multiple_choice_task, run_tasks
 from offsite.text.batches import IGNORED, Example, encode, pack, pad_id
-from offsite.text.records import Record, read_rows
+from offsite.text.records import Record
+from offsite.text.rows import read_rows
 
 PERPLEXITY = "perplexity"
 """The name of the capability that is measured on held-out text; a task cannot have it."""

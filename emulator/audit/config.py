@@ -37,7 +37,7 @@ class AuditPackageConfig(OwnPackageSettings, HeldoutSettings, CheckpointSettings
     output: Path = Field(description="audit folder to write", json_schema_extra=OUTPUT)
     heldout: TextFiles = Field(
         min_length=1,
-        description="text to measure on: .txt, .jsonl, .json or .csv, each optionally .gz; may be repeated",
+        description="measured on: .txt, .jsonl, .json, .csv or .tsv, or those as .gz, or .parquet; may be repeated",
         json_schema_extra=REPEATED,
     )
     results: Path | None = Field(

@@ -62,6 +62,7 @@ def open_given(config: AuditPackageConfig) -> Given:
     require_files(config.public)
     require_files(config.field_text)
     package = open_package(config.package)
+    package.require_text("audit package")
     record = _record(config.package)
     if record.package_digest != package.digest:
         raise WrongBinding(f"{owner_record_path(config.package).name!r} is the record of another package")

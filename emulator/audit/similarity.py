@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from emulator.compression.activations import Batch, forward, hidden_after, on_de
 from offsite.artefacts.owner import OwnerRecord
 from offsite.audits.record import BlockAlignment, Similarity
 from offsite.console import progress
+from offsite.mapped import let_go
 from offsite.modelling.blocks import EXPERTS
 from offsite.modelling.mlps import find_mlps, matrix_channels
 
@@ -41,19 +42,20 @@ def similarity(
     """Return what of `full` is in `emulator`: nothing in it says which block or channel is which.
 
     Args:
-        full: the full model, in a dtype that holds both its checkpoint's and the package's values.
+        full: the full model, in its checkpoint's dtype or one that holds that and the package's values. Mapped from its
+            files and inside of `offsite.blockwise.block_by_block` it is read a block at a time.
         emulator: the package's model.
         record: the owner's, of this package.
         batches: held-out text on which hidden states are compared.
         dtype: floating dtype of the package's tensors.
     """
-    owned, sent = _parameters(full, dtype), _parameters(emulator, dtype)
+    owned, sent = _Parameters(full, dtype), _Parameters(emulator, dtype)
     num_whole, num_lines = verbatim(owned, sent)
     num_near = within_rounding(owned, sent, full, record)
     cosines = block_cosines(full, emulator, record)
     ckas = block_ckas(full, emulator, record, batches)
     return Similarity(
-        num_parameters=sum(tensor.numel() for tensor in owned.values()),
+        num_parameters=sum(math.prod(shape) for shape in owned.shapes()),
         num_verbatim=num_whole,
         num_verbatim_by_row=num_whole + num_lines,
         num_within_rounding=max(num_near, num_whole + num_lines),
@@ -76,19 +78,29 @@ def verbatim(owned: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> tuple[i
     digests = {name: _digest(tensor) for name, tensor in sent.items()}
     left = Counter(digests.values())
     rest, num_whole = [], 0
-    for tensor in owned.values():
+    for name, tensor in owned.items():
         digest = _digest(tensor)
         if left[digest]:
             left[digest] -= 1
             num_whole += tensor.numel()
         elif tensor.dim() == 2:
-            rest.append(tensor)
+            rest.append(name)
+        _done_with(owned, [name])
     lines: tuple[set[bytes], set[bytes]] = set(), set()
     for name, tensor in sent.items():
         if tensor.dim() == 2 and left[digests[name]]:
             lines[0].update(_lines(tensor))
             lines[1].update(_lines(tensor.T))
-    return num_whole, sum(_num_in_lines(tensor, *lines) for tensor in rest)
+    num_lines = 0
+    for name in rest:
+        num_lines += _num_in_lines(owned[name], *lines)
+        _done_with(owned, [name])
+    return num_whole, num_lines
+
+
+def _done_with(parameters: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    if isinstance(parameters, _Parameters):
+        parameters.done_with(names)
 
 
 def _num_in_lines(matrix: Tensor, rows: set[bytes], columns: set[bytes]) -> int:
@@ -121,11 +133,12 @@ def within_rounding(
         for name, tensor in _inside(sent, module).items():
             if name in narrowed:
                 num_near += _num_near(narrowed[name], tensor, theirs[name].shape)
+        _done_with(owned, [f"{site}.{name}" for name in theirs])
     return num_near
 
 
 def _inside(parameters: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{module}."): one for name, one in parameters.items() if name.startswith(f"{module}.")}
+    return {name.removeprefix(f"{module}."): parameters[name] for name in parameters if name.startswith(f"{module}.")}
 
 
 def _num_near(owned: Tensor, sent: Tensor, whole: torch.Size) -> int:
@@ -149,9 +162,32 @@ def is_near(one: Tensor, other: Tensor) -> Tensor:
     return (one - other).abs() <= torch.where(larger == 0, 0.0, step)
 
 
-def _parameters(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the parameters, tied ones once, as they stand in a package of that dtype; see `_apart`."""
-    return _apart({name: parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()})
+class _Parameters(Mapping[str, Tensor]):
+    """A model's parameters, tied ones once, as they stand in a package of that dtype; each made when it is asked for.
+
+    Names are those of `_apart`. Nothing is held: a model that is mapped from its files stays so.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._found = _apart({name: parameter.detach() for name, parameter in model.named_parameters()})
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._found[name].to("cpu", self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def shapes(self) -> Iterator[torch.Size]:
+        """Yield the shape of each, without making it."""
+        return (tensor.shape for tensor in self._found.values())
+
+    def done_with(self, names: Iterable[str]) -> None:
+        """What is mapped of these parameters takes no memory until it is asked for again."""
+        let_go(self._found[name] for name in names)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -189,7 +225,11 @@ def block_cosines(full: PreTrainedModel, emulator: PreTrainedModel, record: Owne
         for number, (name, module) in enumerate(record.layout.blocks.items(), 1):
             mine = _matrices(emulator.get_submodule(module))
             block = full.get_submodule(record.sites[name])
-            found[name] = max(_cosine(mine, _narrowed(theirs, block, record, name)) for theirs in owned)
+            cosines = []
+            for theirs in owned:
+                cosines.append(_cosine(mine, _narrowed(theirs, block, record, name)))
+                let_go(theirs.values())
+            found[name] = max(cosines)
             bar.update(number)
     return found
 

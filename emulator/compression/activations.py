@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offsite.modelling.blocks import hidden_of
+from offsite.encoders.outputs import outputs
+from offsite.encoders.trunk import is_encoder
+from offsite.modelling.blocks import Stack, hidden_of
+from offsite.seq2seq.inputs import SOURCE, inputs_of
 
 Batch = Mapping[str, Tensor]
 
@@ -60,19 +63,28 @@ def real_tokens(batch: Batch) -> Tensor:
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
+def read_by(stack: Stack, batch: Batch) -> Batch:
+    """Return what the blocks of the stack read of the batch: an encoder-decoder's encoder what stands beside."""
+    if SOURCE[0] in batch and "encoder" in stack.name.split("."):
+        return {"input_ids": batch[SOURCE[0]], "attention_mask": batch[SOURCE[1]]}
+    return batch
+
+
 def forward(model: nn.Module, batch: Batch, positions: Tensor | int = 1) -> Tensor:
     """Run a causal LM and return its logits (batch, positions, vocabulary) at those token positions.
+
+    An encoder has no logits: its last hidden states (batch, tokens, hidden) are returned, at all positions.
 
     Args:
         positions: 1-D tensor of token positions, or how many of the last ones. The vocabulary projection is
             paid for these alone; the model's own code does it, so soft-capping and scaling stay right.
     """
-    logits: Tensor = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch.get("attention_mask"),
-        use_cache=False,
-        logits_to_keep=positions,
-    ).logits
+    if is_encoder(model):
+        return outputs(model, batch["input_ids"], batch.get("attention_mask"))
+    given = inputs_of(batch)
+    if SOURCE[0] not in batch:  # of encoder-decoders the head is not asked for some positions
+        given["logits_to_keep"] = positions
+    logits: Tensor = model(**given, use_cache=False).logits
     return logits
 
 

@@ -38,7 +38,7 @@ from offsite.artefacts.encodings import Encoded
 from offsite.console import progress
 from offsite.errors import ConfigError
 from offsite.mapped import let_go
-from offsite.modelling.blocks import linear_names
+from offsite.modelling.blocks import Stack, linear_names
 from offsite.modelling.mlps import Experts, Mlp, Part, find_mlps, mlp_linears
 from offsite.modelling.split import Plan, extract
 
@@ -87,14 +87,19 @@ class Recipe:
     compute: torch.dtype | None = None
     decoded: bool = True
 
+    def of(self, plan: Plan) -> Recipe:
+        """Return the recipe for one stack of an encoder-decoder: what is finished of the two is kept apart."""
+        return replace(self, finished=self.finished.within(plan.stack.name))
+
     @property
     def compute_name(self) -> str | None:
         """The name of the dtype that the model computes in, as artefacts spell it."""
         return None if self.compute is None else str(self.compute).removeprefix("torch.")
 
-    def passage(self, model: PreTrainedModel) -> Passage:
-        """Return the calibration text's way through `model`."""
-        return Passage(model, self.calibration, folder=self.finished.place("carried"), compute=self.compute)
+    def passage(self, model: PreTrainedModel, stack: Stack | None = None) -> Passage:
+        """Return the calibration text's way through `model`, of an encoder-decoder through that stack."""
+        folder = self.finished.place("carried")
+        return Passage(model, self.calibration, stack=stack, folder=folder, compute=self.compute)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,8 @@ class Compressed:
 
     Attributes:
         model: same class as the full model. What was not changed shares storage with it.
-        kept: full-model number of every block of `model`, ends included, ascending.
+        kept: full-model number of every block of `model`, ends included, ascending; of an encoder-decoder the
+            encoder's, then the decoder's.
         channels: kept MLP channels by block (``middle.3``), ascending; absent where all were kept.
         experts: kept channels of MLPs that carry no adapter, by name (``middle.3.mlp.experts``): a list per expert.
         adaptable_middle: names inside a middle block of linears on which an adapter lifts into the full model.
@@ -160,7 +166,41 @@ def compress(model: PreTrainedModel, plan: Plan, method: str, recipe: Recipe | N
     if method not in _COMPRESSORS:
         raise ConfigError(f"unknown method {method!r}, expected one of {', '.join(sorted(_COMPRESSORS))}")
     recipe = recipe or Recipe()
-    return replace(_COMPRESSORS[method](model, plan, recipe), compute=recipe.compute)
+    if plan.encoder is None:
+        return replace(_COMPRESSORS[method](model, plan, recipe), compute=recipe.compute)
+    parts = [_COMPRESSORS[method](model, side, recipe.of(side)) for side in plan.sides if side.num_middle]
+    return replace(_joined(model, plan, parts), compute=recipe.compute)
+
+
+def _joined(model: PreTrainedModel, plan: Plan, parts: Sequence[Compressed]) -> Compressed:
+    """Return the emulator whose stacks are those of `parts`, in the plan's order; one that has no middle is whole."""
+    left = iter(parts)
+    found = [next(left) if side.num_middle else _as_it_is(model, side) for side in plan.sides]
+    keep = {side.stack.name: part.kept for side, part in zip(plan.sides, found, strict=True)}
+    emulator = extract(model, keep)
+    channels: dict[str, tuple[int, ...]] = {}
+    begun = 0
+    for side, part in zip(plan.sides, found, strict=True):
+        place, _, last = side.stack.name.rpartition(".")
+        setattr(emulator.get_submodule(place), last, part.model.get_submodule(side.stack.name))
+        for name, kept in part.channels.items():
+            channels[f"middle.{begun + int(name.partition('.')[2])}"] = kept
+        begun += len(part.kept) - side.num_bottom - side.num_top
+    return Compressed(
+        emulator,
+        tuple(number for part in found for number in part.kept),
+        channels,
+        tuple(dict.fromkeys(name for part in parts for name in part.adaptable_middle)),
+        parts[0].settings,
+        middle_whole=all(part.middle_whole for part in parts),
+        variant=parts[0].variant,
+    )
+
+
+def _as_it_is(model: PreTrainedModel, plan: Plan) -> Compressed:
+    """Return the model with a stack that has no middle, as it is."""
+    kept = tuple(range(plan.stack.num_blocks))
+    return Compressed(extract(model, {plan.stack.name: kept}), kept, {}, (), {}, middle_whole=True)
 
 
 @register_compressor("keep-all")
@@ -222,7 +262,7 @@ def width(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Compressed:
         to_read = [full_blocks[i] for i in left]
         found: Iterator[Activity] = iter(())
         if left:
-            way = recipe.passage(model)
+            way = recipe.passage(model, plan.stack)
             found = activities(model, to_read, recipe.calibration, products=products, passage=way)
         if recipe.refit_jacobian and left:
             backward = backwards(model, to_read, recipe.calibration, seed=recipe.seed)
@@ -323,9 +363,12 @@ def _by_adapter(
 
 
 def middle_blocks(model: PreTrainedModel, plan: Plan) -> list[nn.Module]:
-    """Return the middle's blocks of the full model or of an emulator of it, between the plan's ends."""
-    blocks = list(model.get_submodule(plan.stack.name).children())
-    return blocks[plan.num_bottom : len(blocks) - plan.num_top]
+    """Return the middle's blocks of the full model or of an emulator of it, between the plan's ends, of all stacks."""
+    found: list[nn.Module] = []
+    for side in plan.sides:
+        blocks = list(model.get_submodule(side.stack.name).children())
+        found += blocks[side.num_bottom : len(blocks) - side.num_top]
+    return found
 
 
 def adaptable(blocks: Sequence[nn.Module]) -> tuple[str, ...]:

@@ -38,6 +38,10 @@ class FinishedBlocks:
         """What a block that is found must have been kept under."""
         return self._binding
 
+    def within(self, name: str) -> FinishedBlocks:
+        """Return those of another stack, in a folder of that name inside of this one."""
+        return FinishedBlocks(self.place(name), self._binding, writes=self._writes)
+
     def place(self, name: str) -> Path | None:
         """Return where something called `name` may stand meanwhile, beside the blocks; None without a folder."""
         return None if self._folder is None else self._folder / name

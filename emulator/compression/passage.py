@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emulator.compression.activations import Batch, forward, on_device
+from emulator.compression.activations import Batch, forward, on_device, read_by
 from offsite.blockwise import block_by_block, outside_blocks, widened
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.mapped import let_go
-from offsite.modelling.blocks import block_list, decoder_stack, hidden_of
+from offsite.modelling.blocks import Stack, block_list, hidden_of, text_stack
 from offsite.staging import remove
 from offsite.tensors import write_tensors
 
@@ -46,6 +46,7 @@ class Passage:
 
     Args:
         batches: ``input_ids`` and ``attention_mask``, (batch, tokens) int64 each.
+        stack: of an encoder-decoder, the one whose blocks are read; of any other model its own.
         folder: where hidden states past the limit are kept meanwhile; None keeps all in memory.
         compute: dtype that the model computes in; None for that of its weights.
         limit_bytes: of hidden states in memory.
@@ -56,12 +57,14 @@ class Passage:
         model: PreTrainedModel,
         batches: Sequence[Batch],
         *,
+        stack: Stack | None = None,
         folder: Path | None = None,
         compute: torch.dtype | None = None,
         limit_bytes: int | None = None,
     ) -> None:
         self._model, self._batches, self._compute = model, batches, compute
-        self._blocks = list(block_list(model, decoder_stack(model)))
+        self._stack = text_stack(model) if stack is None else stack
+        self._blocks = list(block_list(model, self._stack))
         self._carried = _Carried(folder, CARRIED_LIMIT_BYTES if limit_bytes is None else limit_bytes)
         self._next = 0  # the block that the carried states are to enter
         self._forms: list[_Form] | None = None
@@ -123,7 +126,7 @@ class Passage:
                     if numbers[0]:
                         inject = _injecting(self._carried.get(i))
                         inner.callback(used[0].register_forward_pre_hook(inject, with_kwargs=True).remove)
-                    inner.enter_context(watch(batch))
+                    inner.enter_context(watch(read_by(self._stack, batch)))
                     inner.callback(used[-1].register_forward_hook(_ending).remove)
                     state_BTD = self._reached(batch)
                 if self._forms:

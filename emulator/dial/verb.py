@@ -39,6 +39,8 @@ from offsite.modelling.mlps import find_mlps
 from offsite.modelling.split import make_plan
 from offsite.staging import refuse_existing, remove
 from offsite.text.records import require_files
+from offsite.training.devices import choose_device
+from offsite.training.precision import PRECISION_NOTE, settled
 
 LIBRARIES = ("torch", "transformers", "peft")
 CLOSE = 0.05
@@ -145,7 +147,9 @@ def _scene(config: DialConfig, paths: _Paths) -> Scene:
         texts: Texts = write_texts(paths.work, shared)
     except OSError as error:
         raise RunFailed(f"cannot write {paths.work.name!r}: {(error.strerror or 'i/o error').lower()}") from None
-    return Scene(config, paths.work, digest, shape, texts)
+    note = paths.work / NOTES / PRECISION_NOTE
+    arithmetic = settled(config.precision, choose_device(config.device), note=note)  # one for all that is compared
+    return Scene(config.model_copy(update={"precision": arithmetic}), paths.work, digest, shape, texts)
 
 
 def _look(config: DialConfig) -> tuple[str, Shape]:
@@ -281,6 +285,7 @@ def _publish(config: DialConfig, made: Path, found: Answer, measured: Made, targ
         size=found.size,
         predicted=found.predicted,
         measured=measured.measured,
+        scale=measured.scale,
         exploration=digest,
     )
     refuse_existing(config.output)
@@ -328,7 +333,7 @@ def _say_made(config: DialConfig, target: Target, found: Answer, made: Made) -> 
     say(f"dial: {config.output.name} of {measured.num_bytes:,} bytes is written; both stand in its owner's record")
     say(f"dial: keep {config.output.name}.owner.json: plug-in needs it, and it is not to be sent")
     if made.scale != 1:
-        say(f"plug in what comes back with --scale {made.scale:g}")
+        say(f"plug-in takes {made.scale:g} of what comes back, unless --scale says otherwise")
     say_next("offsite", "mark", config.output, "--recipient", "FINGERPRINT", "-o", f"{config.output}.marked")
 
 

@@ -11,9 +11,9 @@ from emulator.compression.methods import METHODS
 from emulator.compression.unequal import wider_blocks
 from offsite.artefacts.layout import Line
 from offsite.config import COMPRESSION, DATA, MEASURING, OUTPUT, POSITIONAL, REPEATED, TRAINING, USUAL, VerbConfig
-from offsite.modelling.config import ModelFlag, ModelWord
+from offsite.modelling.config import ModelFlag, ModelWord, Stacks
 from offsite.text.config import TextFiles, TextSettings
-from offsite.training.config import LoopSettings
+from offsite.training.config import CacheSettings, LoopSettings
 
 
 def _several(given: Any) -> Any:
@@ -74,7 +74,7 @@ class OwnTextSettings(VerbConfig):
     )
 
 
-class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings, OwnTextSettings):
+class DistillConfig(ModelWord, TextSettings, CacheSettings, LoopSettings, FidelitySettings, OwnTextSettings):
     """Settings of ``offsite distill MODEL --public TEXT -o PACKAGE``."""
 
     verb: ClassVar[str] = "distill"
@@ -82,7 +82,7 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings, Own
     output: Path = Field(description="package folder to write", json_schema_extra=OUTPUT)
     public: TextFiles = Field(
         (),
-        description="public text to choose and distil on: .txt, .jsonl, .json or .csv, each optionally .gz; "
+        description="public text to distil on: .txt, .jsonl, .json, .csv or .tsv, or those as .gz, or .parquet; "
         "may be repeated; or 'self': the model writes it (--field)",
         json_schema_extra=USUAL | REPEATED,
     )
@@ -182,6 +182,11 @@ class DistillConfig(ModelWord, TextSettings, LoopSettings, FidelitySettings, Own
     )
     bottom: int = Field(2, ge=0, description="blocks in the bottom end", json_schema_extra=COMPRESSION)
     top: int = Field(2, ge=1, description="blocks in the top end", json_schema_extra=COMPRESSION)
+    stacks: Stacks = Field(
+        "both",
+        description="of an encoder-decoder: which of its stacks has a middle that is made smaller",
+        json_schema_extra=COMPRESSION,
+    )
     calibration_tokens: int = Field(
         32768,
         ge=1,

@@ -28,6 +28,7 @@ from emulator.distillation.config import DistillConfig
 from emulator.distillation.elevate import elevate
 from emulator.distillation.imitation import Distilled, distill
 from emulator.distillation.launched import in_processes
+from emulator.distillation.masked import Masks, masks_for, require_no_text, scored
 from emulator.distillation.objective import Pair, Weights, measure
 from emulator.distillation.public import PublicText, prepare
 from emulator.distillation.publish import publish, read_terms, try_out
@@ -36,17 +37,21 @@ from offsite.artefacts.package import Package
 from offsite.blockwise import block_by_block
 from offsite.console import say
 from offsite.digests import model_digest, sha256_bytes
+from offsite.encoders.trunk import is_encoder
+from offsite.errors import ConfigError
 from offsite.modelling.causal import refuse_uncausal
 from offsite.modelling.dtypes import main_dtype, stored_in
-from offsite.modelling.load import load_model, load_tokenizer
+from offsite.modelling.load import is_encoder_name, is_seq2seq_name, load_model, load_tokenizer
 from offsite.modelling.split import Plan, make_plan
+from offsite.seq2seq.models import is_seq2seq, require_start
+from offsite.seq2seq.refusals import refuse_settings
 from offsite.staging import refuse_existing
 from offsite.text.records import Record, read_files, require_files
 from offsite.training.checkpoints import require_work
 from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
+from offsite.training.precision import settled, uses_bf16
 from offsite.training.processes import Processes, is_launched, world
-from offsite.training.step import uses_bf16
 
 _LARGE = 10**9
 """Parameters of a model that is too large to be held in memory without a word."""
@@ -70,13 +75,21 @@ def run(config: DistillConfig) -> dict[str, object]:
     require_files(config.field_text)
     if config.launch > 1 and not is_launched():
         return in_processes(config)
+    say(f"loading {Path(config.model).name!r}")
+    if is_encoder_name(config.model):
+        require_no_text(config)
+    _require_stacks(config)
     began, terms = time.monotonic(), read_terms(config.terms)
     processes = replace(world(), device=choose_device(config.device))
     if processes.is_main:  # before it writes anything there itself
         require_work(_work(config), resume=config.resume)
+    works = [_work(config)] if config.resume else []
+    config = config.model_copy(update={"precision": settled(config.precision, processes.device, works=works)})
     own = own_text(config) if config.writes_itself else None
     torch.manual_seed(config.seed)
     owned = _open(config, processes)
+    if is_encoder(owned.full) and config.steps:
+        owned = replace(owned, masks=masks_for(config, owned.full, owned.tokenizer))
     text = _public_text(config, owned, own)
     recipe = _recipe(config, text, owned, processes)
     compressed = compress(owned.full, owned.plan, config.method, recipe)
@@ -87,6 +100,8 @@ def run(config: DistillConfig) -> dict[str, object]:
     distilled = None
     if config.steps and text is not None:
         distilled = _distilled(config, owned, text, compressed, processes)
+        if compressed.compute is None:  # its middle is float32 by now, the rest what the checkpoint has
+            compressed = replace(compressed, compute=torch.float32)
     margin: dict[str, object] = {}
     if config.elevate and text is not None and distilled is not None:
         distilled, nats = _elevated(config, owned, text, compressed, distilled, processes)
@@ -98,7 +113,7 @@ def run(config: DistillConfig) -> dict[str, object]:
         package = _published(config, owned, compressed, distilled, terms)
     processes.wait()
     return {
-        **_told(config, package, distilled),
+        **_told(config, owned, package, distilled),
         **margin,
         **measured,
         **compressed.settings,
@@ -106,6 +121,34 @@ def run(config: DistillConfig) -> dict[str, object]:
         **compressed.figures,
         "seconds": round(time.monotonic() - began, 3),
     }
+
+
+def _require_stacks(config: DistillConfig) -> None:
+    """Return only if the settings go with the model's one stack of blocks, or with an encoder-decoder's two.
+
+    Raises:
+        ConfigError: naming those that do not.
+    """
+    if not is_seq2seq_name(config.model):
+        if "stacks" in config.model_fields_set:
+            raise ConfigError(f"--stacks: model {Path(config.model).name!r} has no encoder beside its decoder")
+        return
+    needs = {
+        "--steps above 0": config.steps > 0,
+        "--public self": config.writes_itself,
+        "--field-text": bool(config.field_text),
+        f"--method {config.method}": config.method not in ("keep-all", "drop", "width"),
+        "--pack": config.pack is not None and config.method != "packed",
+        "--refit-jacobian": config.method == "width" and config.refit_jacobian > 0,
+        "--channels gradot": config.method == "width" and config.channels == "gradot",
+        "--wider": bool(config.wider),
+        f"--choice {config.choice}": config.method == "drop" and config.choice != "uniform",
+    }
+    refuse_settings(
+        f"model {Path(config.model).name!r}",
+        needs,
+        "make its package without training: --steps 0 with --method width, drop or keep-all",
+    )
 
 
 @dataclass(frozen=True)
@@ -119,12 +162,14 @@ class _Owned:
     dtype: str
     dtypes: Mapping[str, str]
     compute: torch.dtype | None
+    masks: Masks | None = None
 
 
 def _open(config: DistillConfig, processes: Processes) -> _Owned:
-    say(f"loading {Path(config.model).name!r}")
-    full = load_model(config.model)
-    plan = make_plan(full, num_bottom=config.bottom, num_top=config.top)
+    full = load_model(config.model, encoders=True, seq2seq=True)
+    plan = make_plan(full, num_bottom=config.bottom, num_top=config.top, stacks=config.stacks)
+    if is_seq2seq(full):
+        require_start(full)
     compute = _compute(full, config, processes)
     refuse_uncausal(full, compute)
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in full.state_dict().items()}
@@ -148,6 +193,7 @@ def _public_text(config: DistillConfig, owned: _Owned, own: Path | None) -> Publ
         holdout=config.holdout if config.steps else None,
         evaluation_tokens=config.evaluation_tokens,
         calibration_tokens=config.calibration_tokens,
+        masking=None if owned.masks is None else owned.masks.masking,
     )
 
 
@@ -179,7 +225,7 @@ def _field_kl(
     model = compressed.model if distilled is None or distilled.model is None else distilled.model
     model.to(processes.device)  # type: ignore[arg-type]
     full = owned.full
-    with torch.no_grad(), block_by_block(full, owned.compute), block_by_block(model, owned.compute):
+    with torch.no_grad(), block_by_block(full, owned.compute), block_by_block(model, compressed.compute):
         found = measure(Pair(owned.full, model, owned.plan, compressed.kept), text.calibration, processes)
     say(f"distill: KL(full || emulator) on text of the field {found.kl:.4f} nats per token")
     return {"field_kl" if config.pack is None or config.method == "packed" else "field_kl_before_packing": found.kl}
@@ -190,7 +236,7 @@ def _place(full: PreTrainedModel, config: DistillConfig, processes: Processes) -
 
     Where it can be, it stays mapped from its files as it is, and only computes in that dtype.
     """
-    if _is_streamed(config, processes):
+    if _is_streamed(config, processes) and not is_seq2seq(full):
         return
     if full.num_parameters() > _LARGE:
         say("distill: training, gradients and other devices than the CPU hold the whole model in memory")
@@ -225,6 +271,7 @@ def _recipe(config: DistillConfig, text: PublicText | None, owned: _Owned, proce
     depends += [config.refit, None if text is None else text.digest, len(calibration), config.batch_size, config.seed]
     depends += [sorted(wider_blocks(config.wider).items()), config.variant, config.variant_noise, config.refit_jacobian]
     depends += [config.gradot_lambda]
+    depends += [] if owned.plan.encoder is None else [config.stacks]
     depends += [config.method, config.rank_share] if config.method == "low-rank" else []
     depends += [config.method, config.pack] if config.method == "packed" else []
     return Recipe(
@@ -274,18 +321,20 @@ def _work(config: DistillConfig) -> Path:
 def _distilled(
     config: DistillConfig, owned: _Owned, text: PublicText, compressed: Compressed, processes: Processes
 ) -> Distilled:
-    return distill(
-        owned.full,
-        compressed,
-        owned.plan,
-        text,
-        _loop(config),
-        weights=Weights(config.hidden_weight, config.kl_weight, config.kl_share),
-        work=_work(config),
-        resume=True,  # what the folder holds is of this run: that was asked before anything was loaded
-        binding={"full model": owned.digest, "emulator": _identity(config, compressed)},
-        processes=processes,
-    )
+    with scored(owned.masks, (owned.full, compressed.model)):
+        return distill(
+            owned.full,
+            compressed,
+            owned.plan,
+            text,
+            _loop(config),
+            weights=Weights(config.hidden_weight, config.kl_weight, config.kl_share),
+            work=_work(config),
+            resume=True,  # what the folder holds is of this run: that was asked before anything was loaded
+            binding={"full model": owned.digest, "emulator": _identity(config, compressed)},
+            processes=processes,
+            cache_bytes=config.cache_bytes,
+        )
 
 
 def _elevated(
@@ -354,7 +403,7 @@ def _published(
         compressed=compressed,
         method=config.method,
         base_digest=owned.digest,
-        figures=_disclosed(config, distilled),
+        figures=_disclosed(config, owned, distilled),
         dtype=owned.dtype if config.dtype == "auto" else config.dtype,
         dtypes=owned.dtypes if config.dtype == "auto" else None,
         licence=config.licence,
@@ -408,7 +457,7 @@ def _packing(
     return FinishedBlocks(_work(config) / "packing", sha256_bytes(json.dumps(depends).encode()))
 
 
-def _disclosed(config: DistillConfig, distilled: Distilled | None) -> dict[str, float]:
+def _disclosed(config: DistillConfig, owned: _Owned, distilled: Distilled | None) -> dict[str, float]:
     """Return the figures that the package states: nothing of time or machine, so that a resumed run's are the same."""
     if distilled is None:
         return {"distillation_steps": 0.0}
@@ -416,19 +465,30 @@ def _disclosed(config: DistillConfig, distilled: Distilled | None) -> dict[str, 
     return {
         "distillation_steps": float(distilled.outcome.steps),
         "distillation_tokens": float(distilled.outcome.tokens),
-        f"held_out_kl{when}": _rounded(distilled.fidelity.kl),
-        f"held_out_hidden_error{when}": _rounded(distilled.fidelity.hidden),
+        **{f"{name}{when}": _rounded(value) for name, value in _fidelity(owned, distilled).items()},
     }
 
 
-def _told(config: DistillConfig, package: Package | None, distilled: Distilled | None) -> dict[str, object]:
+def _fidelity(owned: _Owned, distilled: Distilled) -> dict[str, float]:
+    """Return how near the emulator came, under names that say what was compared: an encoder has no next tokens."""
+    found = {"held_out_hidden_error": distilled.fidelity.hidden}
+    if not is_encoder(owned.full):
+        found["held_out_kl"] = distilled.fidelity.kl
+    elif owned.masks is not None:
+        found["held_out_masked_kl"] = distilled.fidelity.kl
+    return found
+
+
+def _told(
+    config: DistillConfig, owned: _Owned, package: Package | None, distilled: Distilled | None
+) -> dict[str, object]:
     """Return the figures for the person who ran the verb."""
     told: dict[str, object] = {"method": config.method, "steps": 0, "tokens": 0}
     if package is not None:
         told |= {"package": package.path.name, "package_digest": package.digest, "package_bytes": package.num_bytes}
     if distilled is not None:
         told |= distilled.outcome.figures()
-        told |= {"held_out_kl": distilled.fidelity.kl, "held_out_hidden_error": distilled.fidelity.hidden}
+        told |= _fidelity(owned, distilled)
     return told
 
 

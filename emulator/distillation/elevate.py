@@ -27,8 +27,8 @@ from offsite.modelling.head import CrossEntropy, values_at
 from offsite.modelling.split import Plan
 from offsite.training.config import LoopConfig
 from offsite.training.loop import train
+from offsite.training.precision import uses_bf16
 from offsite.training.processes import Processes
-from offsite.training.step import uses_bf16
 
 
 class Losses(NamedTuple):

@@ -11,16 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from emulator.compression.activations import Batch, real_tokens
 from emulator.compression.compress import Compressed, middle_blocks
+from emulator.distillation.kept import FOLDER, KeptStates, Row, fitting, rows_of, seen_again
 from emulator.distillation.objective import Fidelity, Pair, Weights, measure, step_loss
 from emulator.distillation.public import PublicText
+from offsite.encoders.trunk import is_encoder
 from offsite.errors import ConfigError
 from offsite.modelling.blocks import block_list
+from offsite.modelling.head import before_head
 from offsite.modelling.split import Plan
 from offsite.training.config import LoopConfig
 from offsite.training.loop import Outcome, train
+from offsite.training.precision import uses_bf16
 from offsite.training.processes import Processes, world
-from offsite.training.step import uses_bf16
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,14 @@ def distill(
     resume: bool = False,
     binding: Mapping[str, str] | None = None,
     processes: Processes | None = None,
+    cache_bytes: int = 0,
 ) -> Distilled:
     """The middle of ``compressed.model`` has learnt on public text to stand in for that of `full`.
 
     Only that middle trains, as float32 copies; ends, embeddings and head are frozen and stay the full model's own
-    storage. Of the measured weights those with the least KL on held-out text are kept. With several processes the
-    blocks of both models are sharded, and neither can be used afterwards.
+    storage. Of the measured weights those with the least KL on held-out text are kept, of an encoder whose text is not
+    masked those whose hidden states are nearest. With several processes the blocks of both models are sharded, and
+    neither can be used afterwards.
 
     Args:
         full: where the work is to be done (several processes: on the CPU); no parameter of it requires a gradient
@@ -62,6 +68,8 @@ def distill(
         work: folder for checkpoints and log; removed by the caller when no longer needed.
         resume: go on from the newest checkpoint in `work`.
         binding: what a resumed run must share with the run it goes on from, besides settings and text.
+        cache_bytes: most that what the full model gives on text may take in `work`, to be computed once, in one
+            process; see `emulator.distillation.kept`.
 
     Raises:
         ConfigError: `work` holds another run, or a run of other settings; nothing is held out.
@@ -77,15 +85,29 @@ def distill(
     pair = Pair(full, emulator, plan, compressed.kept)
     bf16 = uses_bf16(loop.precision, processes.device)
 
+    def autocast() -> torch.autocast:
+        return torch.autocast(processes.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)
+
     def fidelity() -> Fidelity:
-        with torch.autocast(processes.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False):
+        with autocast():
             return measure(pair, text.held_out, processes)
 
+    arithmetic: dict[str, str] = {}
+    if processes.size == 1:
+        with autocast():
+            row = {name: tensor[:1].to(processes.device) for name, tensor in text.train.batch(0).items()}
+            pair.share_bottom(plan, row)
+            if _keeps(pair, row, text, loop, work / FOLDER, {**(binding or {}), "bf16": str(bf16)}, cache_bytes):
+                arithmetic = {"the full model's hidden states": "bfloat16"}
     measured: list[Fidelity] = []
+
+    def loss_of(one: Fidelity) -> float:
+        """What the best weights have least of; of an encoder without masked tokens there is no KL."""
+        return one.hidden if is_encoder(full) and not text.is_masked else one.kl
 
     def evaluate() -> float:
         measured.append(fidelity())
-        return measured[-1].kl
+        return loss_of(measured[-1])
 
     outcome = train(
         pair,
@@ -98,12 +120,50 @@ def distill(
         label="distill",
         evaluate=evaluate,
         shard_blocks=[*block_list(full, plan.stack), *emulator.get_submodule(plan.stack.name).children()],
-        binding={"public text": text.digest, "objective": repr(weights), **(binding or {})},
+        binding={"public text": text.digest, "objective": repr(weights), **arithmetic, **(binding or {})},
     )
-    found = next((one for one in reversed(measured) if one.kl == outcome.best_loss), None) or fidelity()
+    found = next((one for one in reversed(measured) if loss_of(one) == outcome.best_loss), None) or fidelity()
     if processes.size == 1:
         return Distilled(outcome, found, emulator)
     return Distilled(outcome, found, _filled(shell, outcome.tensors) if shell is not None else None)
+
+
+@torch.no_grad()
+def _keeps(
+    pair: Pair,
+    row: Batch,
+    text: PublicText,
+    loop: LoopConfig,
+    folder: Path,
+    binding: Mapping[str, str],
+    limit_bytes: int,
+) -> bool:
+    """What the full model gives on text that the run comes to again is kept from now on. Returns whether any is."""
+    head = before_head(pair.full, row, real_tokens(row)) if limit_bytes else None
+    if head is None or isinstance(head, Tensor):
+        return False
+    per_epoch = text.train.num_steps_per_epoch
+    steps = range(min(loop.steps, 2 * (per_epoch + 1)))  # all of an epoch, wherever in one the run begins
+    trained = [tuple(one.input_ids) for step in steps for one in text.train.chosen(step)]
+    if loop.steps <= per_epoch or text.is_masked:
+        trained = []  # some rows of a last batch come twice: of no use; masked, none does
+    held_out = [one for batch in text.held_out for one in rows_of(batch) or ()]
+    num_passes = -(-loop.steps // loop.evaluate_every) if loop.evaluate_every else 1
+    wanted: list[Row] = []
+    for rows in (seen_again(held_out, num_passes), seen_again(trained, 1)):
+        fits = rows and fitting(
+            [*wanted, *rows],
+            num_states=len(set(pair.aligned.values())),
+            width=head.hidden.shape[-1],
+            itemsize=head.hidden.element_size(),
+            has_bottom=pair.has_bottom,
+            limit_bytes=limit_bytes,
+        )
+        wanted += rows if fits else []
+    if wanted:
+        bound = {**binding, "blocks": str(sorted(set(pair.aligned.values()))), "width": str(head.hidden.shape[-1])}
+        pair.keep(KeptStates(folder, wanted, bound), head)
+    return bool(wanted)
 
 
 @torch.no_grad()

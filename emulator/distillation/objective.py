@@ -5,7 +5,9 @@ Shapes: B = rows, T = tokens of a row, D = width of the hidden state, N = drawn 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emulator.compression.activations import Batch, hidden_after, on_device, real_tokens
-from offsite.modelling.head import Divergence, before_head, values_at
+from emulator.distillation.bottom import Bottom, shared_bottom
+from emulator.distillation.kept import Given, KeptStates
+from emulator.distillation.masked import MASKED
+from offsite.encoders.trunk import is_encoder
+from offsite.errors import RunFailed
+from offsite.modelling.head import Before, Divergence, before_head, values_at
 from offsite.modelling.split import Plan
 from offsite.training.processes import Processes
 
@@ -54,9 +61,65 @@ class Pair(nn.Module):
         super().__init__()
         self.full, self.emulator = full, emulator
         self.aligned = align(kept, plan)
-        self._full_blocks = _numbered(full, plan, self.aligned.values())
+        self._lowest = plan.num_bottom - 1  # the last block of the bottom, if there is one
+        wanted = {*self.aligned.values(), *([self._lowest] if plan.num_bottom else [])}
+        self._full_blocks = _numbered(full, plan, sorted(wanted))
         self._emulator_blocks = _numbered(emulator, plan, self.aligned)
+        self._bottom: Bottom | None = None
+        self._kept: KeptStates | None = None
+        self._head: Before | None = None
+        self._is_encoder = is_encoder(full)
         self.eval()
+
+    def share_bottom(self, plan: Plan, batch: Batch) -> bool:
+        """From now on the emulator's bottom is passed over, if it may be: the full model's states are handed in behind.
+
+        Args:
+            batch: text to try it on, on the models' device.
+
+        Returns:
+            whether they can be: see `emulator.distillation.bottom.shared_bottom`.
+        """
+        self._bottom = shared_bottom(self.full, self.emulator, plan, batch)
+        return self._bottom is not None
+
+    @property
+    def has_bottom(self) -> bool:
+        """Whether there is a bottom end at all."""
+        return self._lowest >= 0
+
+    def keep(self, kept: KeptStates, head: Before) -> None:
+        """From now on the full model runs on what is not kept alone, and its states are rounded as those that are.
+
+        Args:
+            head: what `before_head` gave of the full model, on any text.
+        """
+        self._kept, self._head = kept, head
+
+    @torch.no_grad()
+    def _given(self, batch: Batch, drawn_BT: Tensor) -> tuple[Mapping[int, Tensor], Before | Tensor]:
+        """Return the full model's states after its blocks, and what goes into its head at the drawn positions."""
+        if self._kept is None or self._head is None:
+            with hidden_after(self._full_blocks) as states:
+                return states, before_head(self.full, batch, drawn_BT)
+        given = self._kept.read(batch)
+        if given is None:
+            given = self._kept.keep(batch, self._computed(batch))
+        states = dict(given.states)
+        if given.bottom is not None:
+            states[self._lowest] = given.bottom
+        return states, replace(self._head, hidden=given.last[drawn_BT])
+
+    def _computed(self, batch: Batch) -> Given:
+        real_BT = real_tokens(batch)
+        with hidden_after(self._full_blocks) as found:
+            before = before_head(self.full, batch, real_BT)
+        if isinstance(before, Tensor):
+            raise RunFailed("the head of the full model cannot be run by itself", hint="--cache-bytes 0")
+        last_BTD = before.hidden.new_zeros(*real_BT.shape, before.hidden.shape[-1])
+        last_BTD[real_BT] = before.hidden
+        states = {number: found[number] for number in sorted(set(self.aligned.values()))}
+        return Given(states, found.get(self._lowest), last_BTD)
 
     def train(self, _mode: bool = True) -> Pair:
         """Both models stay in evaluation mode."""
@@ -70,18 +133,16 @@ class Pair(nn.Module):
         blocks. Each token is measured against its own size: over one size for the whole batch, a few tokens of
         massive activation would be all that counts. *kl*: KL(full || emulator) of the next token through the top
         end and the head, on the share `kl_share` of positions, drawn from torch's generator and scaled up to all
-        tokens; 0 leaves it out. Padding does not count in either.
+        tokens; 0 leaves it out. Padding does not count in either. Of encoders KL is of the masked tokens, all of them
+        (`emulator.distillation.masked`).
 
         Source: arXiv:2302.04870 (hidden states after the middle), with the normalisation and the depths our own.
         """
         real_BT = real_tokens(batch)
-        positions_N = draw_positions(real_BT, kl_share)
-        drawn_BT = torch.zeros_like(real_BT)
-        if kl_share > 0:
-            drawn_BT[:, positions_N] = real_BT[:, positions_N]
-        with torch.no_grad(), hidden_after(self._full_blocks) as full_states:
-            before = before_head(self.full, batch, drawn_BT)
-        with hidden_after(self._emulator_blocks) as emulator_states:
+        drawn_BT = self._drawn(batch, real_BT, kl_share)
+        full_states, before = self._given(batch, drawn_BT)
+        over = nullcontext() if self._bottom is None else self._bottom.passed_over(full_states[self._lowest])
+        with over, hidden_after(self._emulator_blocks) as emulator_states:
             kl_N = values_at(self.emulator, batch, drawn_BT, Divergence(before))
         errors = [
             relative_error(emulator_states[mine], full_states[theirs])[real_BT].sum()
@@ -89,9 +150,19 @@ class Pair(nn.Module):
         ]
         num_tokens = real_BT.sum()
         kl = torch.zeros((), device=real_BT.device)
-        if kl_share > 0:
-            kl = kl_N.sum() * (num_tokens / drawn_BT.sum())
+        if len(kl_N):
+            kl = kl_N.sum() * (num_tokens / len(kl_N))
         return Terms(torch.stack(errors).mean(), kl, num_tokens)
+
+    def _drawn(self, batch: Batch, real_BT: Tensor, kl_share: float) -> Tensor:
+        """Return where KL is taken, (B, T) bool: of an encoder at the masked tokens alone, if any are."""
+        drawn_BT = torch.zeros_like(real_BT)
+        if kl_share > 0 and self._is_encoder:
+            return batch.get(MASKED, drawn_BT)
+        if kl_share > 0:
+            positions_N = draw_positions(real_BT, kl_share)
+            drawn_BT[:, positions_N] = real_BT[:, positions_N]
+        return drawn_BT
 
 
 def align(kept: Sequence[int], plan: Plan) -> dict[int, int]:

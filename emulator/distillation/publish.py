@@ -51,6 +51,7 @@ def publish(
         UnsupportedModel: when the tokenizer has no fast form.
         RunFailed: when the disk is full.
     """
+    keep = plan.by_stack(model, compressed.kept)
     package = write_package(
         out,
         model=model,
@@ -62,9 +63,7 @@ def publish(
         licence=licence,
         terms=terms,
         dtype=dtype,
-        dtypes=None
-        if dtypes is None
-        else {name: dtypes[source_name(name, {plan.stack: compressed.kept})] for name in saved_tensors(model)},
+        dtypes=None if dtypes is None else {name: dtypes[source_name(name, keep)] for name in saved_tensors(model)},
         encoded=compressed.encoded,
         compute=compressed.compute,
     )
@@ -74,6 +73,7 @@ def publish(
         layout=package.layout,
         block_tensors=package.block_tensors(),
         num_blocks=plan.stack.num_blocks,
+        num_encoder_blocks=None if plan.encoder is None else plan.encoder.stack.num_blocks,
         kept=compressed.kept,
         channels=dict(compressed.channels),
         experts=dict(compressed.experts),
@@ -99,6 +99,7 @@ def layout_of(model: PreTrainedModel, plan: Plan, compressed: Compressed) -> Lay
         model,
         num_bottom=plan.num_bottom,
         num_top=plan.num_top,
+        encoder_ends=(0, 0) if plan.encoder is None else (plan.encoder.num_bottom, plan.encoder.num_top),
         adaptable_middle=compressed.adaptable_middle,
         middle_whole=compressed.middle_whole,
         stand_ins=any(one.encoding.kind == "low-rank" for one in compressed.encoded.values()),

@@ -38,6 +38,7 @@ from offsite.tensors import write_tensors
 from offsite.text.records import read_files, require_files
 from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
+from offsite.training.precision import settled
 from offsite.training.processes import Processes, world
 
 FIGURES_FILE = "figures.json"
@@ -64,6 +65,8 @@ def run(config: RealignConfig) -> dict[str, object]:
     refuse_existing(config.output)
     require_files(config.public)
     began, processes = time.monotonic(), replace(world(), device=choose_device(config.device))
+    works = [_work(config)] if config.resume else []
+    precision = settled(config.precision, processes.device, works=works)
     torch.manual_seed(config.seed)
     both = _opened(config)
     for model in (both.full, both.compressed.model):
@@ -80,7 +83,7 @@ def run(config: RealignConfig) -> dict[str, object]:
             steps=config.steps,
             learning_rate=config.learning_rate,
             warmup_steps=config.warmup_steps,
-            precision=config.precision,
+            precision=precision,
             seed=config.seed + both.round.manifest.round,
         ),
         weights=Weights(),
@@ -118,7 +121,9 @@ def _work(config: RealignConfig) -> Path:
 
 
 def _opened(config: RealignConfig) -> _Both:
-    package, round_ = open_package(config.package), open_round(config.round)
+    package = open_package(config.package)
+    package.require_text("realign")
+    round_ = open_round(config.round)
     record = read_owner_record(owner_record_path(config.package))
     if round_.manifest.package_digest != package.digest or record.package_digest != package.digest:
         raise WrongBinding("package, its owner's record and the round do not belong together")

@@ -23,7 +23,7 @@ class RealignConfig(OwnPackageSettings, BlockSettings, ResumableSettings, Fideli
     )
     public: TextFiles = Field(
         min_length=1,
-        description="public text: .txt, .jsonl, .json or .csv, each optionally .gz; may be repeated",
+        description="public text: .txt, .jsonl, .json, .csv or .tsv, or those as .gz, or .parquet; may be repeated",
         json_schema_extra=REPEATED,
     )
     output: Path = Field(description="folder to write: the emulator's difference", json_schema_extra=OUTPUT)

@@ -31,7 +31,7 @@ from offsite.staging import remove, staged_file
 from offsite.text.calls import decoded, encoded
 from offsite.text.prompts import prompt_ids
 from offsite.training.devices import choose_device
-from offsite.training.step import uses_bf16
+from offsite.training.precision import uses_bf16
 
 STEMS = (
     *("What is", "What are", "What causes", "How is", "How does", "How many", "Why is", "When is", "Who is"),

@@ -30,7 +30,7 @@ class MarkConfig(KeysConfig):
     verb: ClassVar[str] = "mark"
 
     package: Path = Field(description="package folder that distill wrote, without a mark", json_schema_extra=POSITIONAL)
-    recipient: Fingerprint = Field(description="fingerprint of the one client that is to get the marked package")
+    recipient: str = Field(description="the one client that is to get the marked package: its name, or its fingerprint")
     output: Path = Field(description="package folder to write", json_schema_extra=OUTPUT)
 
 

@@ -26,7 +26,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +48,7 @@ from offsite.errors import BadKey, ConfigError, RunFailed, UnsupportedModel, Unt
 from offsite.keys.files import check_folder, parse_keys, read_private, write_private
 from offsite.keys.identity import FINGERPRINT_PATTERN
 from offsite.keys.trust import TrustStore
+from offsite.mapped import let_go
 from offsite.staging import fsync, refuse_existing, staged_file, staged_folder
 from offsite.strictjson import Strict
 from offsite.tensors import read_tensors, torch_dtype, write_tensors
@@ -151,6 +152,30 @@ def nudged(weight: Tensor, where: Places, recipient: str) -> Tensor:
     return marked
 
 
+class _Nudged(Mapping[str, Tensor]):
+    """Tensors of a package that is mapped from its files, marked; each is made when it is asked for."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], marked: Collection[str], digest: str, key: MarkKey, recipient: str
+    ) -> None:
+        self._tensors, self._marked = tensors, marked
+        self._digest, self._key, self._recipient = digest, key, recipient
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        if name not in self._marked:
+            return tensor
+        found = nudged(tensor, places(self._key, self._digest, name, tensor), self._recipient)
+        let_go([tensor])
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 def carriers(package: Package) -> tuple[str, ...]:
     """Return the tensors that carry a mark: the weight matrices of the middle's blocks, sorted.
 
@@ -223,10 +248,7 @@ def _write(stage: Path, package: Package, key: MarkKey, recipient: str) -> str:
     marked = set(carriers(package))
     for shard, specs in shard_headers(package.path, package.manifest).items():
         tensors = read_tensors(package.path / shard, specs)
-        for name in sorted(marked & tensors.keys()):
-            where = places(key, package.digest, name, tensors[name])
-            tensors[name] = nudged(tensors[name], where, recipient)
-        write_tensors(stage / shard, tensors)
+        write_tensors(stage / shard, _Nudged(tensors, marked, package.digest, key, recipient), specs)
     for name in package.manifest.files:
         if not name.endswith(".safetensors"):
             shutil.copyfile(package.path / name, stage / name)
@@ -338,22 +360,22 @@ def run(config: MarkConfig) -> dict[str, object]:
     refuse_existing(config.output)
     check_folder(config.keys)
     package = open_package(config.package)
-    marked = mark(package, config.output, recipient=config.recipient, keys=config.keys)
-    say(f"mark: {config.output.name} is marked for {config.recipient}{_doubt(config)}")
+    recipient = TrustStore(config.keys).named(config.recipient, now=int(time.time()))
+    marked = mark(package, config.output, recipient=recipient, keys=config.keys)
+    say(f"mark: {config.output.name} is marked for {recipient}{_doubt(config, recipient)}")
     say(f"mark: keep {package.path.name} and {KEY_NAME} in {config.keys.name}: without both no copy can be traced")
     return {
         "package": marked.path.name,
         "package_digest": marked.digest,
         "unmarked_digest": package.digest,
-        "recipient": config.recipient,
+        "recipient": recipient,
         "tensors": len(carriers(package)),
     }
 
 
-def _doubt(config: MarkConfig) -> str:
-    """Return a note when the fingerprint is nobody's who is trusted here: a typing error would not show otherwise."""
+def _doubt(config: MarkConfig, recipient: str) -> str:
+    """Return the name of whose fingerprint it is; a note when nobody's who is trusted here: it may be mistyped."""
     try:
-        TrustStore(config.keys).require(config.recipient, now=int(time.time()))
+        return f" ({TrustStore(config.keys).require(recipient, now=int(time.time())).name})"
     except Untrusted:
         return " (whom these keys do not trust: see 'offsite trust list')"
-    return ""

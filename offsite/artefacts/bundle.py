@@ -1,9 +1,9 @@
 """The bundle: what a client sends back. Read this file to know what crosses and what is checked on arrival.
 
 A bundle is a folder of two files: ``offsite.json``, the manifest, and ``adapter.safetensors``, the adapter's tensors
-under canonical names (``top.1.mlp.up_proj.weight``, ``bottom.0.self_attn.q_proj.lora_A``). It binds the package it was
-tuned on, and in a federation the round that it answers. Beyond shapes it discloses only the figures the client named;
-by default none.
+under canonical names (``top.1.mlp.up_proj.weight``, ``bottom.0.self_attn.q_proj.lora_A``, ``head.weight``). It binds
+the package it was tuned on, in a federation the round that it answers, and the task of its job if that carries one.
+Beyond shapes, and the names of a head's labels, it discloses only the figures the client named; by default none.
 
 On arrival, in this order: manifest size, format, schema; exact set of files; sizes and digests; the package and base
 model it is bound to; the exact set of tensors that its adapter has, with shapes and dtypes; finite values.
@@ -16,15 +16,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from offsite.artefacts.manifest import FileEntry, check_files, entries, read_manifest, write_manifest
 from offsite.digests import DIGEST_PATTERN
+from offsite.encoders.trunk import MODEL_TYPES
 from offsite.errors import ConfigError, WrongBinding, WrongNames
 from offsite.staging import staged_folder
-from offsite.strictjson import Strict
+from offsite.strictjson import SHOWN, Sparse, require_seen
 from offsite.tensors import (
     Name,
     TensorSpec,
@@ -49,16 +50,57 @@ DISCLOSABLE = ("num_records", "num_tokens", "steps", "validation_loss")
 FILE_NAMES = re.compile(re.escape(TENSOR_FILE))
 
 
-class AdapterSpec(Strict):
-    """Which adapter, where it sits and how large it is."""
+MAX_LABELS = 1024
+Label = Annotated[str, Field(min_length=1, max_length=100, pattern=rf"^{SHOWN}+$"), AfterValidator(require_seen)]
+
+
+class Head(Sparse):
+    """What an adapter answers in place of a next token: one number of a text, or one of each label.
+
+    ``task`` is ``reward`` or ``classify``; an adapter without a head is one for text (``causal-lm``). ``labels`` are
+    the names of a classifier's classes, in the order of the head's rows; a reward model has none. ``hidden`` is the
+    size of the state that is read. Its tensors and the place that it reads are told in ``adapters/heads.py``.
+    ``encoder`` is the architecture of an encoder's head, whose form that decides; empty for a causal language model's.
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"encoder"})
+
+    task: Literal["reward", "classify"]
+    labels: tuple[Label, ...] = Field((), max_length=MAX_LABELS)
+    hidden: int = Field(ge=1, le=2**20)
+    encoder: str = Field("", pattern=rf"^({'|'.join(MODEL_TYPES)})?$")
+
+    @model_validator(mode="after")
+    def _names_classes(self) -> Head:
+        if self.task == "reward" and self.encoder:
+            raise ValueError("an encoder has no reward head")
+        if self.task == "reward" and self.labels:
+            raise ValueError("a reward model has no labels")
+        if self.task == "classify" and len(self.labels) < 2:
+            raise ValueError("a classifier has two labels or more")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("a label is named twice")
+        return self
+
+    @property
+    def num_labels(self) -> int:
+        """Rows of the head: one for a reward, one for each label of a classifier."""
+        return len(self.labels) or 1
+
+
+class AdapterSpec(Sparse):
+    """Which adapter, where it sits and how large it is; with a head, what it answers."""
+
+    optional: ClassVar[frozenset[str]] = frozenset({"head"})
 
     kind: str = Field("blocks", pattern=r"^[a-z][a-z0-9-]{0,31}$")
-    placement: str = Field("2+2", pattern=r"^(all|last:[1-9][0-9]{0,3}|[0-9]{1,4}\+[0-9]{1,4})$")
+    placement: str = Field("2+2", pattern=r"^(all|top|last:[1-9][0-9]{0,3}|[0-9]{1,4}\+[0-9]{1,4})$")
     targets: Literal["all-linear", "attention", "mlp"] = "all-linear"
     rank: int = Field(8, ge=1, le=4096)
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    head: Head | None = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> AdapterSpec:
@@ -70,12 +112,17 @@ class AdapterSpec(Strict):
     def counts(self) -> tuple[int, int] | None:
         """Blocks of the bottom and top end that carry the adapter, counted from the outside.
 
-        None for ``all`` and ``last:N``, which may take in blocks of the middle.
+        None for ``all`` and ``last:N``, which may take in blocks of the middle, and for ``top``, all of the top end.
         """
-        if self.placement == "all" or self.last is not None:
+        if self.placement in ("all", "top") or self.last is not None:
             return None
         bottom, top = self.placement.split("+")
         return int(bottom), int(top)
+
+    @property
+    def task(self) -> Literal["causal-lm", "reward", "classify"]:
+        """What the adapter is for."""
+        return "causal-lm" if self.head is None else self.head.task
 
     @property
     def last(self) -> int | None:
@@ -83,13 +130,16 @@ class AdapterSpec(Strict):
         return int(self.placement.removeprefix("last:")) if self.placement.startswith("last:") else None
 
 
-class BundleManifest(Strict):
-    """The content of a bundle's ``offsite.json``."""
+class BundleManifest(Sparse):
+    """The content of a bundle's ``offsite.json``. ``task_digest`` is of the task that its job carries, if it does."""
+
+    optional: ClassVar[frozenset[str]] = frozenset({"task_digest"})
 
     format: str
     package_digest: str = Field(pattern=DIGEST_PATTERN)
     base_digest: str = Field(pattern=DIGEST_PATTERN)
     round_digest: str | None = Field(None, pattern=DIGEST_PATTERN)
+    task_digest: str | None = Field(None, pattern=DIGEST_PATTERN)
     adapter: AdapterSpec
     tensors: dict[Name, TensorSpec]
     disclosed: dict[Literal["num_records", "num_tokens", "steps", "validation_loss"], float] = {}
@@ -155,6 +205,7 @@ def write_bundle(
     tensors: Mapping[str, torch.Tensor],
     expected: Mapping[str, TensorSpec],
     round_digest: str | None = None,
+    task_digest: str | None = None,
     figures: Mapping[str, float] | None = None,
     disclose: tuple[str, ...] = (),
     before: Callable[[Path, str], None] | None = None,
@@ -163,6 +214,7 @@ def write_bundle(
 
     Args:
         round_digest: of the federation's round that it answers, from whose weights the adapter was tuned.
+        task_digest: of the task that the job carries, by which its rows were read.
         before: called with the finished folder under another name, and the bundle's digest, before it stands at `out`;
             what it raises keeps the bundle from standing there.
 
@@ -179,7 +231,8 @@ def write_bundle(
     for name, value in disclosed.items():
         if not math.isfinite(value):
             raise ConfigError(f"--disclose: this run has no finite figure {name!r}")
-    cast = {name: tensor.detach().to(torch_dtype(spec.dtype)) for name, tensor in tensors.items()}
+    dtypes = {name: torch_dtype(expected[name].dtype if name in expected else spec.dtype) for name in tensors}
+    cast = {name: tensor.detach().to(dtypes[name]) for name, tensor in tensors.items()}
     check_exact("the adapter", {name: spec_of(tensor) for name, tensor in cast.items()}, expected)
     check_finite("the adapter", cast)
     with staged_folder(out) as stage:
@@ -189,6 +242,7 @@ def write_bundle(
             package_digest=package.digest,
             base_digest=package.manifest.base_digest,
             round_digest=round_digest,
+            task_digest=task_digest,
             adapter=spec,
             tensors=dict(expected),
             disclosed=disclosed,  # type: ignore[arg-type]

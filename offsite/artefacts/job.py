@@ -11,18 +11,20 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 from pydantic import Field, model_validator
 
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.layout import Text
 from offsite.digests import DIGEST_PATTERN, sha256_bytes
-from offsite.errors import ArtefactError, TooLarge, WrongNames
+from offsite.errors import ArtefactError, ConfigError, DataError, TooLarge, WrongNames
 from offsite.folders import kind_of, listed, names_in, read_plain
 from offsite.keys.identity import FINGERPRINT_PATTERN
 from offsite.staging import staged_folder
-from offsite.strictjson import Strict, parse_strict
+from offsite.strictjson import Sparse, parse_strict
+from offsite.tasks.read import read_task
+from offsite.tasks.task import Task
 
 JOB_FORMAT: Final = "offsite/job/1"
 JOB_NAME = "job.json"
@@ -30,20 +32,30 @@ JOB_LIMIT_BYTES = 256 * 2**10
 JOB_ID_PATTERN = r"^[0-9a-f]{32}$"
 MAX_ROUNDS = 10_000
 LATEST_SECOND = 2**40
+MAX_HEAD_NORM = 100.0
 
 
-class Policy(Strict):
-    """How large a module's effective update may be, as a multiple of the norm of the weight it changes."""
+class Policy(Sparse):
+    """How large a module's effective update may be, as a multiple of the norm of the weight it changes.
+
+    ``max_head_norm`` is of a head, which begins at zero and has no weight to be measured by: its Frobenius norm.
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"max_head_norm"})
 
     max_relative_frobenius: float = Field(1.0, gt=0, le=1e6)
     max_relative_spectral: float = Field(2.0, gt=0, le=1e6)
+    max_head_norm: float = Field(MAX_HEAD_NORM, gt=0, le=1e6)
 
 
-class Job(Strict):
+class Job(Sparse):
     """The content of ``job.json``. Times are seconds since 1970, UTC.
 
-    ``learning_rate`` is what the owner advises; a client may train as it likes.
+    ``learning_rate`` is what the owner advises; a client may train as it likes. ``task`` is how its rows are asked and
+    answered; a job without one is written as it was before there were tasks.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"task"})
 
     format: Literal["offsite/job/1"] = JOB_FORMAT
     job_id: str = Field(pattern=JOB_ID_PATTERN)
@@ -58,6 +70,12 @@ class Job(Strict):
     expires: int = Field(ge=0, le=LATEST_SECOND)
     policy: Policy = Policy()
     terms: Text = ""
+    task: Task | None = None
+
+    @property
+    def task_digest(self) -> str | None:
+        """The digest of the task that it carries; None without one."""
+        return None if self.task is None else self.task.digest
 
     @model_validator(mode="after")
     def _two_parties_and_some_time(self) -> Job:
@@ -114,20 +132,49 @@ def read_job(folder: Path) -> OpenedJob:
     return parse_job(read_plain(path, JOB_LIMIT_BYTES, JOB_NAME))
 
 
+def task_at(path: Path) -> Task:
+    """Return the task in a file, or in the opened job whose folder is named.
+
+    Raises:
+        ConfigError, DataError: as `offsite.tasks.read.read_task`, or when the job carries no task.
+        ArtefactError: as `read_job`.
+    """
+    if not path.is_dir():
+        return read_task(path)
+    found = read_job(path).job.task
+    if found is None:
+        raise DataError(f"job {path.name!r} carries no task", hint="name a task.yaml")
+    return found
+
+
 def _hint(folder: Path, looks: str | None) -> str:
     if looks == "a sealed job":
         return f"open it first: offsite open {shlex.quote(folder.name)} -o NEW-FOLDER"
     return "name the folder that offsite job create wrote, or that a sealed job was opened to"
 
 
+def job_bytes(job: Job) -> bytes:
+    """Return the job as its file holds it.
+
+    Raises:
+        ConfigError: when it is over what the other side reads.
+    """
+    raw = json.dumps(job.model_dump(mode="json"), sort_keys=True, indent=1, allow_nan=False).encode("ascii") + b"\n"
+    if len(raw) > JOB_LIMIT_BYTES:
+        raise ConfigError(
+            f"the job is {len(raw)} bytes, at most {JOB_LIMIT_BYTES} are read", hint="shorten --terms, or the task"
+        )
+    return raw
+
+
 def write_job(out: Path, job: Job) -> str:
     """Write the job folder `out`, whole or not at all, and return the job's digest.
 
     Raises:
-        ConfigError: when `out` exists.
+        ConfigError: when `out` exists, or the job is too large.
         RunFailed: when the disk is full.
     """
-    raw = json.dumps(job.model_dump(mode="json"), sort_keys=True, indent=1, allow_nan=False).encode("ascii") + b"\n"
+    raw = job_bytes(job)
     with staged_folder(out) as stage:
         (stage / JOB_NAME).write_bytes(raw)
     return sha256_bytes(raw)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from offsite.artefacts.encodings import EXPANSION_LIMIT, Encoding
 from offsite.artefacts.manifest import FileEntry
@@ -27,15 +27,23 @@ JSON_LIMIT_BYTES = 32 * 2**20
 MAX_BLOCKS = 4096
 
 _REFUSED_KEYS = frozenset({"auto_map", "quantization_config", "transformers_version", "name_or_path"})
-UNDECLARED: Mapping[str, type] = {
+UNDECLARED: Mapping[str, type | frozenset[str]] = {
     "_remove_final_layer_norm": bool,
     "attention_head_size": int,
+    "conv_act": frozenset({"gelu", "relu", "tanh"}),
+    "conv_groups": int,
+    "conv_kernel_size": int,
+    "decoder_start_token_id": int,
     "head_dim": int,
+    "norm_rel_ebd": frozenset({"layer_norm", "none"}),
+    "position_buckets": int,
+    "share_att_key": bool,
     "sliding_window": int,
 }
 """Settings that modelling code reads by name although its configuration class may not declare them, and their type.
 
-Each is a plain number or a yes or no; nothing that names code, a class or a file may ever stand here.
+Each is a plain number, a yes or no, or one of a few words; nothing that names code, a class or a file may ever stand
+here.
 """
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 TOKENIZER_KEYS = frozenset(
@@ -52,6 +60,19 @@ Line = Annotated[str, Field(max_length=200, pattern=rf"^{SHOWN}*$"), AfterValida
 Text = Annotated[str, Field(max_length=20_000, pattern=rf"^(?:[\t\n]|{SHOWN})*$"), AfterValidator(require_seen)]
 
 
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,127}$")]
+Blocks = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+
+
+class EncoderLayout(Strict):
+    """Where the encoder of an encoder-decoder is cut; one that is not cut has no middle."""
+
+    stack: ModuleName
+    num_bottom: Blocks
+    num_middle: Blocks
+    num_top: Blocks
+
+
 class Layout(Sparse):
     """How the package's model is laid out, in the package's own numbering.
 
@@ -60,29 +81,49 @@ class Layout(Sparse):
     can be lifted into the full model; ``middle_whole`` says that every middle block is the full model's, unshrunk.
     ``buffers`` lists the tensors of blocks that are not parameters, such as a router's correction: nothing trains them.
     ``stand_ins`` says that the middle's linears have the full model's shapes but are of lower rank: sizes that are
-    learnt on them (DoRA's magnitudes) are not the full model's.
+    learnt on them (DoRA's magnitudes) are not the full model's. ``encoder`` is there of an encoder-decoder, the rest
+    of whose stack and counts are then the decoder's; roles are numbered on from its blocks to the decoder's.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"stand_ins"})
+    optional: ClassVar[frozenset[str]] = frozenset({"stand_ins", "encoder"})
 
     model_type: str = Field(pattern=r"^[a-z0-9_-]{1,64}$")
-    stack: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,127}$")
-    num_bottom: int = Field(ge=0, le=MAX_BLOCKS)
-    num_middle: int = Field(ge=1, le=MAX_BLOCKS)
-    num_top: int = Field(ge=0, le=MAX_BLOCKS)
+    stack: ModuleName
+    num_bottom: Blocks
+    num_middle: Blocks
+    num_top: Blocks
     linears: dict[Name, tuple[int, int]]
     mlp_linears: tuple[Name, ...] = ()
     adaptable_middle: tuple[Name, ...] = ()
     middle_whole: bool = False
     buffers: tuple[Name, ...] = ()
     stand_ins: bool = False
+    encoder: EncoderLayout | None = None
+
+    @model_validator(mode="after")
+    def _has_middle(self) -> Self:
+        """Raise ValueError where no stack has a middle."""
+        if not self.num_middle and (self.encoder is None or not self.encoder.num_middle):
+            raise ValueError("no block is of the middle")
+        return self
 
     @property
     def blocks(self) -> dict[str, str]:
-        """Map ``bottom.0 ... middle.0 ... top.0 ...`` to module names of the package's model."""
-        roles = [("bottom", self.num_bottom), ("middle", self.num_middle), ("top", self.num_top)]
-        names = [f"{role}.{number}" for role, count in roles for number in range(count)]
-        return {name: f"{self.stack}.{index}" for index, name in enumerate(names)}
+        """Map ``bottom.0 ... middle.0 ... top.0 ...`` to module names of the package's model, stack by stack."""
+        return {name: module for side in self.sides for name, module in side.items()}
+
+    @property
+    def sides(self) -> tuple[dict[str, str], ...]:
+        """The same of each stack, the encoder's first; of a model with one stack, of that."""
+        stacks = (self,) if self.encoder is None else (self.encoder, self)
+        begun = {"bottom": 0, "middle": 0, "top": 0}
+        found = []
+        for one in stacks:
+            counts = {"bottom": one.num_bottom, "middle": one.num_middle, "top": one.num_top}
+            names = [f"{role}.{begun[role] + number}" for role, count in counts.items() for number in range(count)]
+            found.append({name: f"{one.stack}.{index}" for index, name in enumerate(names)})
+            begun = {role: begun[role] + count for role, count in counts.items()}
+        return tuple(found)
 
 
 def describe_layout(
@@ -90,19 +131,25 @@ def describe_layout(
     *,
     num_bottom: int,
     num_top: int,
+    encoder_ends: tuple[int, int] = (0, 0),
     adaptable_middle: tuple[str, ...] = (),
     middle_whole: bool = False,
     stand_ins: bool = False,
 ) -> Layout:
     """Return the layout of a package's model (ends and emulator in one), read off the model itself.
 
+    Args:
+        encoder_ends: blocks of the bottom and of the top end of an encoder-decoder's encoder.
+
     Raises:
-        UnsupportedModel: when the model has no single stack of blocks.
+        UnsupportedModel: when the model has no single stack of blocks, and is no encoder-decoder.
     """
-    from offsite.modelling.blocks import block_list, decoder_stack, linear_dims, linear_names
+    from offsite.modelling.blocks import block_list, linear_dims, linear_names, text_stacks
     from offsite.modelling.mlps import mlp_linears
 
-    stack = decoder_stack(model)
+    stacks = text_stacks(model)
+    stack = stacks[-1]
+    bottom, top = encoder_ends
     layout = Layout(
         model_type=model.config.model_type,
         stack=stack.name,
@@ -113,9 +160,18 @@ def describe_layout(
         adaptable_middle=adaptable_middle,
         middle_whole=middle_whole,
         stand_ins=stand_ins,
+        encoder=EncoderLayout(
+            stack=stacks[0].name,
+            num_bottom=bottom,
+            num_middle=stacks[0].num_blocks - bottom - top,
+            num_top=top,
+        )
+        if len(stacks) > 1
+        else None,
     )
     linears, feed_forward, buffers = {}, [], []
-    for canonical, block in zip(layout.blocks, block_list(model, stack), strict=True):
+    blocks = [block for one in stacks for block in block_list(model, one)]
+    for canonical, block in zip(layout.blocks, blocks, strict=True):
         feed_forward += [f"{canonical}.{name}" for name in mlp_linears(block)]
         linears.update({f"{canonical}.{name}": linear_dims(block.get_submodule(name)) for name in linear_names(block)})
         buffers += [f"{canonical}.{name}" for name, _ in block.named_buffers() if name in block.state_dict()]
@@ -222,7 +278,12 @@ def config_keys(cls: type[PreTrainedConfig]) -> set[str]:
 
 def undeclared(settings: Mapping[str, Any]) -> set[str]:
     """Return the settings of `UNDECLARED` that are stated in the one form that each has."""
-    return {key for key, kind in UNDECLARED.items() if key in settings and type(settings[key]) is kind}
+    stated = {key: settings[key] for key in UNDECLARED if key in settings}
+    return {key for key, value in stated.items() if _is_of(value, UNDECLARED[key])}
+
+
+def _is_of(value: object, kind: type | frozenset[str]) -> bool:
+    return type(value) is kind if isinstance(kind, type) else isinstance(value, str) and value in kind
 
 
 def without_code(settings: dict[str, Any]) -> dict[str, Any]:

@@ -41,11 +41,14 @@ class DialFigures(Strict):
     num_bytes: int = Field(gt=0)
 
 
-class Dialled(Strict):
+class Dialled(Sparse):
     """What a package was asked for, and what was predicted of it beside what was then measured.
 
-    ``size`` is the share of the middle that ``method`` kept; ``exploration`` is the digest of the exploration's file.
+    ``size`` is the share of the middle that ``method`` kept; ``scale`` the share of a rehearsed client's update that
+    did best plugged in; ``exploration`` is the digest of the exploration's file.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"scale"})
 
     target: str
     value: float
@@ -53,6 +56,7 @@ class Dialled(Strict):
     size: float = Field(gt=0, le=1)
     predicted: DialFigures
     measured: DialFigures
+    scale: float = Field(1.0, gt=0, le=1)
     exploration: str = Field(pattern=DIGEST_PATTERN)
 
 
@@ -64,11 +68,14 @@ class OwnerRecord(Sparse):
     that carry no adapter (``middle.3.mlp.experts`` -> ascending numbers for each expert). ``variant`` says which of
     many choices of channels this is, 0 the usual. ``encodings`` says of the package's block tensors, by canonical name,
     which are stored otherwise than as they stand, and ``figures`` what was measured while compressing. ``dial`` says
-    what the package was asked for that ``distill --target`` made. A record without any of these is written as before
-    there were such packages.
+    what the package was asked for that ``distill --target`` made. Of an encoder-decoder ``num_blocks`` are the
+    decoder's, ``num_encoder_blocks`` the encoder's, whose kept blocks come first. A record without any of these is
+    written as before there were such packages.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"experts", "variant", "encodings", "figures", "dial"})
+    optional: ClassVar[frozenset[str]] = frozenset(
+        {"experts", "variant", "encodings", "figures", "dial", "num_encoder_blocks"}
+    )
 
     format: str = OWNER_FORMAT
     package_digest: str = Field(pattern=DIGEST_PATTERN)
@@ -83,13 +90,16 @@ class OwnerRecord(Sparse):
     encodings: dict[str, Encoding] = {}
     figures: dict[str, float] = {}
     dial: Dialled | None = None
+    num_encoder_blocks: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _agree(self) -> OwnerRecord:
         if self.format != OWNER_FORMAT:
             raise ValueError(f"format is not {OWNER_FORMAT}")
         blocks = self.layout.blocks
-        if len(self.kept) != len(blocks) or not _ascending(self.kept, self.num_blocks):
+        if (self.num_encoder_blocks is None) != (self.layout.encoder is None):
+            raise ValueError("num_encoder_blocks is there of an encoder-decoder, and of nothing else")
+        if len(self.kept) != len(blocks) or not all(_ascending(kept, limit) for kept, limit in self._by_stack()):
             raise ValueError("kept does not name one block of the full model per block of the package, ascending")
         if not self.channels.keys() <= blocks.keys() or not all(map(_ascending, self.channels.values())):
             raise ValueError("channels does not list ascending numbers for blocks of the package")
@@ -101,6 +111,22 @@ class OwnerRecord(Sparse):
             raise ValueError("encodings does not name tensors of the package's blocks")
         return self
 
+    def _by_stack(self) -> list[tuple[tuple[int, ...], int]]:
+        """Return of each stack the kept blocks and how many it has in the full model, in the order of the layout."""
+        if self.num_encoder_blocks is None:
+            return [(self.kept, self.num_blocks)]
+        first = len(self.layout.sides[0])
+        return [(self.kept[:first], self.num_encoder_blocks), (self.kept[first:], self.num_blocks)]
+
+    def full_middle(self) -> list[str]:
+        """Return the module names of the full model's blocks that lie in no end."""
+        found = []
+        for side, (kept, num) in zip(self.layout.sides, self._by_stack(), strict=True):
+            ends = {number for name, number in zip(side, kept, strict=True) if not name.startswith("middle.")}
+            stack = next(iter(side.values())).rpartition(".")[0] if side else ""
+            found += [f"{stack}.{number}" for number in range(num) if number not in ends]
+        return found
+
     def num_stored(self, name: str) -> int:
         """Return how many numbers the package holds for its block tensor of that canonical name: of factors, theirs."""
         shape, encoding = self.block_tensors[name].shape, self.encodings.get(name)
@@ -110,7 +136,8 @@ class OwnerRecord(Sparse):
     def sites(self) -> dict[str, str]:
         """Map canonical blocks (``top.0``) to module names of the full model."""
         return {
-            name: f"{self.layout.stack}.{number}" for name, number in zip(self.layout.blocks, self.kept, strict=True)
+            name: f"{module.rpartition('.')[0]}.{number}"
+            for (name, module), number in zip(self.layout.blocks.items(), self.kept, strict=True)
         }
 
 

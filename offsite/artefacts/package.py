@@ -58,9 +58,11 @@ from offsite.artefacts.layout import (
 )
 from offsite.artefacts.manifest import check_files, entries, read_manifest, write_manifest
 from offsite.artefacts.trial import require_rebuildable
+from offsite.encoders.trunk import states_encoder
 from offsite.errors import BadSchema, ConfigError, UnsupportedModel, WrongNames, WrongShape
 from offsite.mapped import let_go
 from offsite.modelling.load import one_template
+from offsite.seq2seq.refusals import not_taken
 from offsite.staging import staged_folder
 from offsite.tensors import (
     MAX_TENSORS,
@@ -103,16 +105,44 @@ class Package:
         """Bytes that cross the wire: the bound files; the manifest itself is not counted."""
         return sum(entry.bytes for entry in self.manifest.files.values())
 
-    def load_model(self, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the model is an encoder, which has no next tokens to learn."""
+        return states_encoder(read_json(self.path / "config.json"))
+
+    def require_text(self, what: str) -> None:
+        """Return only if the model writes text, as `what` needs.
+
+        Raises:
+            UnsupportedModel: when it is an encoder, or an encoder-decoder, with which nothing is written yet.
+        """
+        if self.is_seq2seq:
+            raise not_taken(f"package {self.path.name!r}")
+        if self.is_encoder:
+            raise UnsupportedModel(
+                f"package {self.path.name!r} holds an encoder, which writes no text: {what} goes with models that do",
+                hint="an encoder is tuned with --objective classify, audited as a bundle, plugged in and evaluated",
+            )
+
+    @property
+    def is_seq2seq(self) -> bool:
+        """Whether the model is an encoder-decoder, which learns from prompts and answers."""
+        return self.layout.encoder is not None
+
+    def load_model(self, *, dtype: str = "float32", device: str = "cpu", seq2seq: bool = False) -> PreTrainedModel:
         """Return the ends and emulator as one model, in evaluation mode, rebuilt from declared shapes.
 
         Args:
             dtype: dtype of the floating tensors in memory, whatever the file holds.
+            seq2seq: an encoder-decoder is taken too.
 
         Raises:
+            UnsupportedModel: when it is an encoder-decoder and none is taken.
             BadSchema: when ``config.json`` holds a key or value that the architecture does not declare.
             WrongNames, WrongShape, NotFinite: when the tensors are not the declared, finite ones.
         """
+        if self.is_seq2seq and not seq2seq:
+            raise not_taken(f"package {self.path.name!r}")
         return rebuild.load_model(self.path, self.manifest, dtype, device)
 
     def empty_model(self) -> PreTrainedModel:
@@ -192,11 +222,12 @@ def _check_settings(path: Path, manifest: PackageManifest) -> None:
 def _check_layout(what: str, manifest: PackageManifest) -> None:
     """Return only if the layout's blocks and linears are those that the declared tensors make up."""
     layout = manifest.layout
-    prefix = f"{layout.stack}."
-    numbers = {name.removeprefix(prefix).split(".")[0] for name in manifest.tensors if name.startswith(prefix)}
     blocks = layout.blocks
-    if numbers != {str(number) for number in range(len(blocks))}:
-        raise BadSchema(f"{what}: the layout counts {len(blocks)} blocks, the tensors make up {len(numbers)}")
+    for side in layout.sides:
+        prefix = next(iter(side.values()), layout.stack).rpartition(".")[0] + "."
+        numbers = {name.removeprefix(prefix).split(".")[0] for name in manifest.tensors if name.startswith(prefix)}
+        if numbers != {str(number) for number in range(len(side))}:
+            raise BadSchema(f"{what}: the layout counts {len(side)} blocks, the tensors make up {len(numbers)}")
     for name, dims in layout.linears.items():
         block, inner = ".".join(name.split(".")[:2]), ".".join(name.split(".")[2:])
         weight = manifest.tensors.get(f"{blocks[block]}.{inner}.weight") if block in blocks else None

@@ -26,6 +26,7 @@ from offsite.artefacts.layout import (
 )
 from offsite.artefacts.patterns import check_patterns, patterns_of, try_patterns
 from offsite.errors import BadSchema, UnsupportedModel, WrongNames, WrongShape
+from offsite.seq2seq.models import empty_seq2seq, is_seq2seq_config, untie
 from offsite.tensors import TensorSpec, check_exact, check_finite, read_tensors, spec_of, torch_dtype
 from offsite.text.calls import quietly
 
@@ -48,7 +49,8 @@ def load_model(folder: Path, manifest: PackageManifest, dtype: str, device: str)
             or the file keeps finer.
 
     Raises:
-        BadSchema: when ``config.json`` does not describe a model of the layout's blocks, or one that is not causal.
+        BadSchema: when ``config.json`` does not describe a model of the layout's blocks, or one that is neither causal
+            nor an encoder.
         WrongNames, WrongShape, NotFinite: when the tensors are not exactly the architecture's, and finite.
     """
     from offsite.modelling.dtypes import finer
@@ -119,21 +121,22 @@ def read_declared(
 def fill(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put the tensors in place, as the same memory; their names are those of `check_tensors`, and tied ones follow."""
     model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)  # what is untied stays so
 
 
 def _require_causal(folder: Path, model: PreTrainedModel) -> None:
+    from offsite.encoders.trunk import is_encoder
     from offsite.modelling.causal import reads_ahead
 
     what = f"package {folder.name!r}"
     try:
-        is_causal = not reads_ahead(model)
+        is_ahead = reads_ahead(model)  # whatever it is, it has run then
     except _MALFORMED as error:
         raise BadSchema(f"{what} holds a model that does not run") from error
-    if not is_causal:
+    if is_ahead and not is_encoder(model):
         raise BadSchema(
             f"{what} holds a model that is not causal: next-token text cannot be learnt on it",
-            hint="ask the owner for a package of a causal language model",
+            hint="ask the owner for a package of a causal language model, or of an encoder that is known here",
         )
 
 
@@ -179,6 +182,9 @@ def empty_model(folder: Path, layout: Layout, declared: Mapping[str, TensorSpec]
         WrongShape: when the declared widths are none that the architecture can be given.
     """
     model = _built(folder, layout, len(declared))
+    if layout.encoder is not None:
+        _require_stacks(folder, model, layout.encoder.stack, layout.stack)
+        untie(model, declared)
     _narrow(model, layout, declared)
     return model
 
@@ -204,6 +210,8 @@ def _built(folder: Path, layout: Layout, num_tensors: int) -> PreTrainedModel:
     from transformers.initialization import no_init_weights
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    from offsite.encoders.trunk import empty_encoder, is_encoder_config
+
     what = f"config.json of {folder.name!r}"
     stated = read_json(folder / "config.json")
     kind = layout.model_type
@@ -216,13 +224,33 @@ def _built(folder: Path, layout: Layout, num_tensors: int) -> PreTrainedModel:
     settings = {key: value for key, value in stated.items() if key not in {"dtype", "architectures", "model_type"}}
     try:
         config = cls(**settings)
-        _require_depth(what, config, len(layout.blocks))
+        for side in layout.sides:
+            _require_depth(what, config, len(side))
+        if is_seq2seq_config(config) != (layout.encoder is not None):
+            raise BadSchema(f"{what} and the layout differ in whether there is an encoder beside the decoder")
         with no_init_weights(), _no_more_than(_ROOM * num_tensors + _ROOM_BESIDE, what):
-            model = AutoModelForCausalLM.from_config(config)
+            if is_seq2seq_config(config):
+                model = empty_seq2seq(config)
+            else:
+                model = empty_encoder(config) if is_encoder_config(config) else AutoModelForCausalLM.from_config(config)
         model.tie_weights()
     except (*_MALFORMED, StrictDataclassError) as error:
         raise BadSchema(f"{what} does not describe a working {kind}") from error
-    return model  # type: ignore[no-any-return]
+    return model
+
+
+def _require_stacks(folder: Path, model: PreTrainedModel, *stated: str) -> None:
+    """Return only if the layout's stacks are those of the architecture: no block is counted twice, or left out."""
+    from offsite.modelling.blocks import text_stacks
+
+    try:
+        found = tuple(stack.name for stack in text_stacks(model))
+    except UnsupportedModel as error:
+        raise BadSchema(
+            f"config.json of {folder.name!r} describes other stacks than an encoder's and a decoder's"
+        ) from error
+    if found != stated:
+        raise BadSchema(f"config.json of {folder.name!r} describes stacks of other names than the layout")
 
 
 def _require_depth(what: str, config: PreTrainedConfig, num_blocks: int) -> None:

@@ -4,7 +4,7 @@ A client builds the model from the settings that cross, and from those alone. Mo
 its configuration class does not declare; whoever needs one that does not cross is told so here, by the owner's own
 machine, and not by the client's.
 
-Shapes: B = 1 text, T = tokens, V = vocabulary.
+Shapes: B = 1 text, T = tokens, V = vocabulary, or an encoder's hidden size.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def _scores(model: PreTrainedModel, compute: torch.dtype | None) -> Tensor:
     import torch
 
     from offsite.blockwise import block_by_block
+    from offsite.encoders.outputs import outputs
     from offsite.modelling.context import context_of
 
     vocabulary = int(model.config.get_text_config().vocab_size)
     num_tokens = min(NUM_TOKENS, context_of(model) or NUM_TOKENS)
     ids_BT = torch.randint(vocabulary, (1, num_tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
     with torch.no_grad(), block_by_block(model, compute):
-        scores: Tensor = model(input_ids=ids_BT, use_cache=False).logits
-    return scores
+        return outputs(model, ids_BT)
 
 
 def _alike(found_BTV: Tensor, wanted_BTV: Tensor) -> bool:

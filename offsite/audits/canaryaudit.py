@@ -94,8 +94,40 @@ def score_canaries(
         )
     if not extract:
         return CanaryScores(rows, bits, None)
+    found = read_out(
+        model,
+        tokenizer,
+        canaries,
+        label=label,
+        batch_size=batch_size,
+        precision=precision,
+        num_samples=num_samples,
+        seed=seed,
+    )
+    return CanaryScores(rows, bits, found)
+
+
+def read_out(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    canaries: CanarySet,
+    *,
+    label: str,
+    batch_size: int = 32,
+    precision: Precision = "fp32",
+    num_samples: int = NUM_SAMPLES,
+    seed: int = 0,
+) -> Extracted | None:
+    """Return which secrets that were trained on the model says; None where there are none.
+
+    Raises:
+        DataError, RunFailed: as `score_canaries`.
+    """
+    planted = canaries.planted
+    if not planted:
+        return None
     with progress(len(planted) * (1 + num_samples), f"{label}: secrets asked for") as bar:
-        found = extracted(
+        return extracted(
             model,
             tokenizer,
             planted,
@@ -105,7 +137,6 @@ def score_canaries(
             precision=precision,
             progress=lambda done, _: bar.update(done),
         )
-    return CanaryScores(rows, bits, found)
 
 
 def canary_examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, canaries: CanarySet) -> list[Example]:

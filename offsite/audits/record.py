@@ -26,6 +26,8 @@ from offsite.evaluation.results import SPARE_PATTERN, WAY_PATTERN
 from offsite.folders import listed, names_in
 from offsite.staging import staged_file, staged_folder
 from offsite.strictjson import Sparse, Strict, parse_object, parse_strict
+from offsite.tasks.config import RuleName
+from offsite.tasks.task import Task
 
 AUDIT_FORMAT: Final = "offsite/audit/1"
 RUN_FORMAT: Final = "offsite/run/1"
@@ -96,8 +98,10 @@ class Claim(Strict):
     num_releases: Count
 
 
-class TextSettings(Strict):
-    """How a run's text was read and cut, as far as an audit must repeat it."""
+class TextSettings(Sparse):
+    """How a run's text was read and cut, as far as an audit must repeat it; ``task``: by which, if by one."""
+
+    optional: ClassVar[frozenset[str]] = frozenset({"task"})
 
     fields: dict[str, str] = {}
     document_field: str | None = None
@@ -108,23 +112,67 @@ class TextSettings(Strict):
     validation: float = Field(gt=0, lt=1)
     audit_share: float = Field(ge=0, lt=1)
     seed: Count
+    task: Task | None = None
+
+
+class Rewarded(Sparse):
+    """How a run was rewarded for answers of its model's own (``rloo``).
+
+    Of every prompt ``num_samples`` answers of at most ``max_new_tokens`` were sampled; ``beta`` is what a nat of
+    distance from the untuned emulator cost. ``rules`` are the kinds of rules, without what they asked for;
+    ``reward_weight`` is what a reward model's number counted, where there was one, and ``reward_digest`` that of its
+    bundle, in the client's own record alone. ``ended`` says why the run ended before its last step: its distance was
+    beyond ``kl_limit``, or its entropy below ``entropy_floor``.
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"reward_weight", "reward_digest", "ended"})
+
+    beta: float = Field(ge=0)
+    num_samples: int = Field(ge=2)
+    max_new_tokens: int = Field(ge=1)
+    temperature: float = Field(gt=0)
+    kl_limit: float = Field(gt=0)
+    entropy_floor: float = Field(ge=0)
+    rules: tuple[RuleName, ...] = ()
+    reward_weight: float | None = Field(None, gt=0)
+    reward_digest: Digest | None = None
+    ended: Literal["kl", "entropy"] | None = None
+
+    @model_validator(mode="after")
+    def _rewards(self) -> Rewarded:
+        if not self.rules and self.reward_weight is None:
+            raise ValueError("nothing is rewarded")
+        return self
 
 
 class Objective(Sparse):
     """What a run minimised, where that was not the next token's loss alone.
 
-    ``spin_beta`` is of pairs of answers; ``anchor_sha256`` is the digest of the public text on which the tuned emulator
+    A head's labels are in the adapter. The ``dpo_...`` are of preferences, ``rloo`` of rewards, ``spin_beta`` of
+    answers before the emulator's own; ``anchor_sha256`` is the digest of the public text on which the tuned emulator
     was held to the untuned one, with ``anchor_weight``; ``channel_dropout`` the chance of an MLP's channel to be left
     out of a step.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"spin_beta", "anchor_sha256", "anchor_weight", "channel_dropout"})
+    optional: ClassVar[frozenset[str]] = frozenset(
+        {"dpo_beta", "dpo_loss", "dpo_label_smoothing", "rloo"}
+        | {"spin_beta", "anchor_sha256", "anchor_weight", "channel_dropout"}
+    )
 
-    loss: Literal["next-token", "dft", "spin"]
+    loss: Literal["next-token", "dpo", "rloo", "reward", "classify", "dft", "spin"]
+    dpo_beta: float | None = Field(None, gt=0)
+    dpo_loss: Literal["sigmoid", "ipo"] | None = None
+    dpo_label_smoothing: float | None = Field(None, gt=0, lt=0.5)
+    rloo: Rewarded | None = None
     spin_beta: float | None = Field(None, gt=0)
     anchor_sha256: Digest | None = None
     anchor_weight: float | None = Field(None, gt=0)
     channel_dropout: float | None = Field(None, gt=0, lt=1)
+
+    def quoted(self) -> Objective:
+        """Return what others may read of it: no digest of a file or bundle of the client's."""
+        rloo = None if self.rloo is None else self.rloo.model_copy(update={"reward_digest": None})
+        return self.model_copy(update={"anchor_sha256": None, "rloo": rloo})
 
 
 class AnsweredRound(Strict):
@@ -311,17 +359,27 @@ class ScanFigures(Strict):
     found: dict[Key, Count]
 
 
-class BundleAudit(Strict):
+class BundleAudit(Sparse):
     """The content of ``audit.json`` of the client's audit. Scores are of the emulator, with and without the adapter.
+
+    ``objective`` is what the run minimised, without the digest of any text; None for the next token's loss. Of a run
+    that learned from preferences (``dpo``) a row is a pair of answers, and the signals loss and reference go by how far
+    the chosen one is ahead of the other (`offsite.audits.scores.score_pairs`). Of a run that learned from rewards
+    (``rloo``) the row's own answer is scored, which was never a target of the loss. Where the adapter has a head they
+    go by what that learnt of a row (`score_heads`), and ``auc_before`` by the text, of which an untrained head says
+    nothing.
 
     ``run`` is the run's record as `quoted`. Rows were chosen by ``seed``, at most ``rows_limit`` of either side.
     ``nonmembers`` says where the rows that were not trained on come from. ``auc_before`` is how well the emulator's
     loss without the adapter tells them from the others: 0.5, unless the two differ by more than what was trained on.
     """
 
+    optional: ClassVar[frozenset[str]] = frozenset({"objective"})
+
     format: Literal["offsite/audit/1"] = AUDIT_FORMAT
     kind: Literal["bundle"] = "bundle"
     run: Run
+    objective: Objective | None = None
     tokens_per_row: int = Field(ge=2)
     seed: Count | None = None
     rows_limit: int | None = Field(None, ge=1)
@@ -338,10 +396,11 @@ class PluggedAudit(Sparse):
     """The content of ``audit.json`` of the owner's audit of an adapter in the full model, by revealed canaries.
 
     ``way`` says how it was plugged in and asked (``0.5``, ``mlp=0.5,mix=0.7``), and is not there for all of the update;
-    ``spare_text`` is a digest of the public text's tokens where directions were spared.
+    ``spare_text`` is a digest of the public text's tokens where directions were spared; ``corrected`` says whether the
+    emulator's fault was taken out of the update first.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"way", "spare_text"})
+    optional: ClassVar[frozenset[str]] = frozenset({"way", "spare_text", "corrected"})
 
     format: Literal["offsite/audit/1"] = AUDIT_FORMAT
     kind: Literal["plugged-in"] = "plugged-in"
@@ -350,6 +409,7 @@ class PluggedAudit(Sparse):
     base_digest: Digest
     way: str = Field("", pattern=WAY_PATTERN)
     spare_text: str = Field("", pattern=SPARE_PATTERN)
+    corrected: bool = False
     canaries: CanaryAudit
     versions: dict[Key, Line] = {}
 

@@ -11,7 +11,7 @@ Source: min-k%, arXiv:2310.16789; min-k%++, arXiv:2404.02936; another model as a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from offsite.audits.record import SignalName
 from offsite.errors import ConfigError, DataError, RunFailed
+from offsite.evaluation.heads import label_losses, margins, scores_of
 from offsite.evaluation.measure import evaluating
 from offsite.modelling.head import scores_at
 from offsite.text.batches import IGNORED, Example, collate
@@ -55,11 +56,13 @@ class RowScores:
         min_k: mean of the lowest fifth of the log-probabilities.
         min_k_plus: the same of log-probabilities less their mean over the vocabulary, over their deviation.
         num_tokens: tokens that these are taken over.
+
+    ``min_k`` and ``min_k_plus`` are None of an encoder, which gives tokens no probability.
     """
 
     loss: Floats = field(repr=False)
-    min_k: Floats = field(repr=False)
-    min_k_plus: Floats = field(repr=False)
+    min_k: Floats | None = field(repr=False)
+    min_k_plus: Floats | None = field(repr=False)
     num_tokens: NDArray[np.int64] = field(repr=False)
 
 
@@ -101,6 +104,77 @@ def score_rows(
     return RowScores(loss, min_k, min_k_plus, num_tokens)
 
 
+def score_pairs(
+    model: PreTrainedModel,
+    pairs: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_id: int,
+    limit_tokens: int,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    progress: Callable[[int, int], None] | None = None,
+) -> RowScores:
+    """Return the statistics of pairs of answers, each over the first `limit_tokens` tokens of either that count.
+
+    ``loss`` is by how much the rejected answer is more probable than the chosen one, in nats: what a loss of pairs
+    falls with. Less the same before tuning it is the implicit reward, with its sign turned. ``min_k``, ``min_k_plus``
+    and ``num_tokens`` are of the chosen answer.
+
+    Raises:
+        DataError, ConfigError, RunFailed: as `score_rows`; DataError too when a row is no pair.
+    """
+    if not all(len(pair.sides) == 2 for pair in pairs):
+        raise DataError("a row to score is not a pair of answers")
+    chosen = score_rows(
+        model, pairs, batch_size=batch_size, pad_id=pad_id, limit_tokens=limit_tokens, precision=precision
+    )
+    rejected = token_scores(
+        model,
+        [pair.sides[1] for pair in pairs],
+        batch_size=batch_size,
+        pad_id=pad_id,
+        limit_tokens=limit_tokens,
+        precision=precision,
+    )
+    loss = chosen.loss * chosen.num_tokens
+    for done, (row, scored) in enumerate(rejected, 1):
+        loss[row] += scored.log_probs.sum()
+        if progress is not None and (done % batch_size == 0 or done == len(pairs)):
+            progress(done, len(pairs))
+    return replace(chosen, loss=loss)
+
+
+def score_heads(
+    model: PreTrainedModel,
+    texts: RowScores | None,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_id: int,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> RowScores:
+    """Return the statistics of rows whose ``loss`` is what the model's head learnt of them; the others are of the text.
+
+    Of a classifier's row that is the cross-entropy of its label given the text, in nats; of a pair, by how much the
+    rejected answer is rewarded above the chosen one. Whole rows are read, of any length.
+
+    Args:
+        model: with a head.
+        texts: of the same rows (`score_rows`, `score_pairs`); None of an encoder.
+
+    Raises:
+        RunFailed: when a score is not finite.
+    """
+    rows = [side for example in examples for side in example.sides]
+    scores_NL = scores_of(model, rows, batch_size=batch_size, pad_id=pad_id, precision=precision)
+    targets = [example.target for example in examples if example.target is not None]
+    found = label_losses(scores_NL, targets) if targets else [-margin for margin in margins(scores_NL)]
+    loss = np.array(found, dtype=np.float64)
+    if texts is None:
+        return RowScores(loss, None, None, np.array([len(one.input_ids) for one in examples], dtype=np.int64))
+    return replace(texts, loss=loss)
+
+
 def token_scores(
     model: PreTrainedModel,
     examples: Sequence[Example],
@@ -122,7 +196,7 @@ def token_scores(
     for number, example in enumerate(examples, 1):
         if not example.num_loss_tokens:
             raise DataError(f"row {number} of {len(examples)} has no token that counts")
-    cut = [_beginning(example, limit_tokens) for example in examples]
+    cut = [beginning_of(example, limit_tokens) for example in examples]
     order = sorted(range(len(cut)), key=lambda row: len(cut[row].input_ids), reverse=True)  # least padding
     place = next(model.parameters()).device
     for start in range(0, len(order), batch_size):
@@ -146,21 +220,19 @@ def signals(tuned: RowScores, untuned: RowScores) -> dict[SignalName, Floats]:
         raise ConfigError(
             f"scores of {tuned.loss.size} rows after tuning and of {untuned.loss.size} before it, of other lengths"
         )
-    return {
-        "loss": -tuned.loss,
-        "reference": untuned.loss - tuned.loss,
-        "min-k": tuned.min_k,
-        "min-k++": tuned.min_k_plus,
-    }
+    found: dict[SignalName, Floats] = {"loss": -tuned.loss, "reference": untuned.loss - tuned.loss}
+    if tuned.min_k is not None and tuned.min_k_plus is not None:
+        found |= {"min-k": tuned.min_k, "min-k++": tuned.min_k_plus}
+    return found
 
 
-def _beginning(example: Example, limit_tokens: int) -> Example:
+def beginning_of(example: Example, limit_tokens: int) -> Example:
     """Return the row up to the last of its first `limit_tokens` tokens that count."""
     seen = 0
     for place, label in enumerate(example.labels):
         seen += place > 0 and label != IGNORED
         if seen == limit_tokens:
-            return Example(example.input_ids[: place + 1], example.labels[: place + 1])
+            return Example(example.input_ids[: place + 1], example.labels[: place + 1], source=example.source)
     return example
 
 

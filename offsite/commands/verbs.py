@@ -40,6 +40,11 @@ VERBS: dict[str, Verb] = {
         "offsite.modelling.fetch:run",
         TRY,
     ),
+    "init": Verb(
+        "begin a project here, with keys of its own",
+        "offsite.keys.config:InitConfig",
+        "offsite.keys.start:run",
+    ),
     "keygen": Verb(
         "make this party's keys and its public card",
         "offsite.keys.config:KeygenConfig",
@@ -79,6 +84,16 @@ VERBS: dict[str, Verb] = {
         "address a sealed folder to this party's newer keys",
         "offsite.sealed.config:RewrapConfig",
         "offsite.exchange.verbs:rewrap_run",
+    ),
+    "task check": Verb(
+        "check a task file, and show what a model reads of it",
+        "offsite.tasks.config:TaskCheckConfig",
+        "offsite.baselines.check:run",
+    ),
+    "task baseline": Verb(
+        "what models make of a task untuned, asked in several ways",
+        "offsite.baselines.config:BaselineConfig",
+        "offsite.baselines.verb:run",
     ),
     "report run": Verb(
         "a page from what evaluate wrote",
@@ -176,8 +191,8 @@ VERBS: dict[str, Verb] = {
     ),
     "export": Verb(
         "write an adapter as another server loads it",
-        "server.plugging.exportconfig:ExportConfig",
-        "server.plugging.export:run",
+        "server.export.config:ExportConfig",
+        "server.export.export:run",
         OWNER,
     ),
     "evaluate": Verb(
@@ -311,7 +326,7 @@ HEAVY = frozenset(
             "export",
             "evaluate",
         ),
-        *("audit plugged-in", "serve", "realign", "canaries", "tune", "audit bundle"),
+        *("task baseline", "audit plugged-in", "serve", "realign", "canaries", "tune", "audit bundle"),
         *("exchange certificate", "exchange serve"),
         *("federate simulate", "federate serve", "federate join", "federate node"),
     )
@@ -327,6 +342,7 @@ GROUPS: dict[str, str] = {
     "log": "the registry's log",
     "registry": "what arrived: list, show, accept, refuse",
     "report": "a page, or a signed privacy report and its check",
+    "task": "a task in one file: check it, measure models on it",
     "tenant": "who may ask the server: add, list, revoke",
     "trust": "whom to trust, by pinned cards: add, list, revoke",
 }

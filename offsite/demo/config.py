@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from offsite.config import OUTPUT, PRIVACY, USUAL
 from offsite.training.config import SeedSettings
@@ -26,6 +26,17 @@ class DemoConfig(SeedSettings):
         description="tune with differential privacy at this epsilon, audit it, and sign a privacy report",
         json_schema_extra=PRIVACY,
     )
+    task: Path | None = Field(
+        None,
+        description="play a task: folder of task.yaml, rows.jsonl.gz and heldout.jsonl.gz, as in examples/tasks",
+        json_schema_extra=USUAL,
+    )
     model: str = Field(
         "smollm2-135m", description="model to play with: a fetched name, a folder, or a hub id", json_schema_extra=USUAL
     )
+
+    @model_validator(mode="after")
+    def _one_play(self) -> Self:
+        if self.task is not None and self.dp is not None:
+            raise ValueError("--task: is played without differential privacy; leave --dp out")
+        return self

@@ -10,24 +10,22 @@ could do if it were given the data; it is made here only to compare.
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from offsite.console import say, table
 from offsite.demo.config import DemoConfig
+from offsite.demo.described import play_task
 from offsite.demo.handover import introduce, receive, send, set_terms, take_in
 from offsite.demo.private import ADAPTER, Privacy, audit, conclude, plant, tune_words
 from offsite.demo.private import FULL as PRIVATE_FULL
 from offsite.demo.private import SHORT as PRIVATE_SHORT
-from offsite.digests import sha256_bytes, sha256_file
-from offsite.errors import ConfigError, RunFailed
-from offsite.evaluation.results import RESULTS_NAME, ROWS, Results, read_results
-from offsite.modelling.fetch import fetched_folder, known
+from offsite.demo.scene import AT_REGISTRY, Scene, give, set_scene
+from offsite.errors import RunFailed
+from offsite.evaluation.results import ROWS, Results
 from offsite.stages import Stage, play
-from offsite.text.records import BUNDLED, bundled, read_records
+from offsite.text.records import bundled, read_records
 
 FULL = {
     "distill": ["--steps", "40", "--evaluation-tokens", "4096", "--calibration-tokens", "8192"],
@@ -49,10 +47,12 @@ def run(config: DemoConfig) -> dict[str, object]:
     """Play both parties and return the table's figures.
 
     Raises:
-        ConfigError: when the output folder holds other things than an earlier demo's.
+        ConfigError: when the output folder holds what no demo made, or the task's folder lacks a file.
         ArtefactError: when what crossed is not what its manifest says.
         RunFailed: when a verb fails, or plugging in did not better the zero-shot model on held-out text.
     """
+    if config.task is not None:
+        return play_task(config)
     began = time.monotonic()
     scene = _scene(config)
     say("BOTH   make keys, and pin the other's card by the fingerprint they were told")
@@ -88,50 +88,23 @@ def run(config: DemoConfig) -> dict[str, object]:
     return _conclude(results, scene.report, began, shown)
 
 
-@dataclass(frozen=True)
-class _Scene:
-    """Who plays where, with which model and text: names as the verbs take them, digests of what they stand for."""
-
-    owner: Path
-    client: Path
-    notes: Path
-    report: Path
-    model: str
-    model_digest: str
-    text: dict[str, str]
-    steps: dict[str, list[str]]
-    seed: list[str]
-
-
-def _scene(config: DemoConfig) -> _Scene:
+def _scene(config: DemoConfig) -> Scene:
     """Return the scene with each party's text in its folder and the model on this machine."""
-    owner, client, notes = _folders(config.output)
-    _give(bundled("public"), owner / "public.jsonl.gz")
-    _give(bundled("heldout"), owner / "heldout.jsonl.gz")
-    _give(bundled("private"), client / "private.jsonl.gz")
-    _give(bundled("private"), owner / "only-for-the-reference.jsonl.gz")
-    model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
-    if model in known():
-        play([Stage("fetch", owner, ["fetch", model])], notes)
-    return _Scene(
-        owner=owner,
-        client=client,
-        notes=notes,
-        report=config.output / "report.html",
-        model=model,
-        model_digest=_identity(model),
-        text={name: sha256_file(bundled(name)) for name in BUNDLED},
-        steps=SHORT if config.short else FULL,
-        seed=["--seed", str(config.seed)],
-    )
+    given = {
+        "public": (bundled("public"), {"owner": ("public.jsonl.gz",)}),
+        "heldout": (bundled("heldout"), {"owner": ("heldout.jsonl.gz",)}),
+        "private": (
+            bundled("private"),
+            {"owner": ("only-for-the-reference.jsonl.gz",), "client": ("private.jsonl.gz",)},
+        ),
+    }
+    return set_scene(config, given, SHORT if config.short else FULL)
 
 
-def _make(scene: _Scene) -> tuple[Stage, Stage]:
+def _make(scene: Scene) -> tuple[Stage, Stage]:
     """Return the finished stages that made the package and the reference."""
     owner, model = scene.owner, scene.model
-    words = ["distill", model, "--method", "keep-all", "--steps", "0", "-o", "keep-all"]
-    kept = Stage("keep-all", owner, words, owner / "keep-all", {"model": scene.model_digest})
-    play([kept], scene.notes)
+    kept = scene.whole()
     words = ["distill", model, "--public", "public.jsonl.gz", "--width", "0.33", "--learning-rate", "3e-4"]
     words += ["--warmup-steps", "5", "--licence", "Apache-2.0", "-o", "package", *scene.steps["distill"], *scene.seed]
     inputs = {"model": scene.model_digest, "public": scene.text["public"]}
@@ -144,7 +117,7 @@ def _make(scene: _Scene) -> tuple[Stage, Stage]:
     return made, compared
 
 
-def _tune(scene: _Scene, package_digest: str, job_id: str, settings: list[str], canaries: str) -> Stage:
+def _tune(scene: Scene, package_digest: str, job_id: str, settings: list[str], canaries: str) -> Stage:
     """Return the finished stage that made the bundle."""
     words = ["tune", "package", "--job", "job", "--data", "private.jsonl.gz", "-o", "bundle"]
     inputs = {"package": package_digest, "job": job_id, "private": scene.text["private"]}
@@ -155,17 +128,15 @@ def _tune(scene: _Scene, package_digest: str, job_id: str, settings: list[str], 
     return tuned
 
 
-def _measure(scene: _Scene, runs: dict[str, Stage], arrived: dict[str, Any]) -> Results:
+def _measure(scene: Scene, runs: dict[str, Stage], arrived: dict[str, Any]) -> Results:
     """Return what plugging in was worth; the report stands."""
     owner, package = scene.owner, runs["distill"].outcome
-    words = ["plug-in", scene.model, arrived["id"], "--registry", "registry", "--keys", "keys", "-o", "adapted"]
-    inputs = {"model": scene.model_digest, "package": package["package_digest"], "bundle": arrived["id"]}
-    play([Stage("plug-in", owner, words, owner / "adapted", inputs)], scene.notes)
+    inputs = scene.plug_in(package["package_digest"], arrived["id"])
     for name, stage in runs.items():
         (owner / f"{name}.outcome.json").write_text(json.dumps(stage.outcome), encoding="utf-8")
-    _give(scene.client / "bundle.log.jsonl", owner / "tune.log.jsonl")
+    give(scene.client / "bundle.log.jsonl", owner / "tune.log.jsonl")
     words = ["evaluate", scene.model, "--package", "package", "--data", "heldout.jsonl.gz"]
-    words += ["--bundle", f"bundle={arrived['id']}", "--registry", "registry", "--keys", "keys"]
+    words += ["--bundle", f"bundle={arrived['id']}", *AT_REGISTRY]
     words += ["--reference", "lora_full=lora-full", "--reference-package", "keep-all", "--precision", "bf16"]
     words += ["--log", "distill=package.log.jsonl", "--log", "tune=tune.log.jsonl", "--prompt", _question()]
     words += [word for name in runs for word in ("--outcome", f"{name}={name}.outcome.json")]
@@ -174,45 +145,10 @@ def _measure(scene: _Scene, runs: dict[str, Stage], arrived: dict[str, Any]) -> 
     inputs = {**inputs, "reference": reference, "heldout": scene.text["heldout"]}
     measured = Stage("evaluate", owner, words, owner / "evaluation", inputs)
     play([measured], scene.notes)
-    inputs = {"results": sha256_file(owner / "evaluation" / RESULTS_NAME)}
-    words = ["report", "run", "evaluation", "-o", str(scene.report.resolve())]
-    play([Stage("report", owner, words, scene.report, inputs)], scene.notes)
-    results = read_results(owner / "evaluation")
+    results = scene.reported()
     if measured.reused:  # otherwise evaluate has shown the table itself
         _show(results)
     return results
-
-
-def _folders(output: Path) -> tuple[Path, Path, Path]:
-    """Return the owner's folder, the client's and the one for notes; all stand.
-
-    Raises:
-        ConfigError: when `output` holds what no demo has made, for steps that are run again replace what they left.
-    """
-    owner, client, notes = output / "owner", output / "client", output / "stages"
-    if (output.exists() and not output.is_dir()) or (not notes.is_dir() and output.is_dir() and any(output.iterdir())):
-        raise ConfigError(
-            f"output {output.name!r} exists and is not an earlier demo's folder", hint="choose another name with -o"
-        )
-    try:
-        for folder in (notes, owner, client):
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot make folder {output.name!r}: {(error.strerror or 'i/o error').lower()}") from None
-    return owner, client, notes
-
-
-def _identity(model: str) -> str:
-    """Return a digest of the model's files; of its name alone when it is not on this machine."""
-    folder = Path(model) if Path(model).is_dir() else fetched_folder(model) if model in known() else None
-    if folder is None:
-        return model
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return sha256_bytes("\n".join(f"{path.name} {sha256_file(path)}" for path in files).encode())
-
-
-def _give(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
 
 
 def _question() -> str:

@@ -1,3 +1,14 @@
-"""Measuring a model: perplexity, multiple-choice tasks, sampled answers, the folder of results, and rehearsals."""
+"""Measuring a model: perplexity, preferences, tasks, sampled answers, the folder of results, and rehearsals."""
 
-__all__ = ["config", "figures", "measure", "rehearsal", "results", "sampling", "tasks"]
+__all__ = [
+    "config",
+    "embeddings",
+    "figures",
+    "heads",
+    "measure",
+    "preferences",
+    "rehearsal",
+    "results",
+    "sampling",
+    "tasks",
+]

@@ -30,12 +30,15 @@ WAY_PATTERN = rf"^(([a-z]{{3,9}}=)?{_NUMBER}(,[a-z]{{3,9}}={_NUMBER}){{0,6}})?$"
 SPARE_PATTERN = r"^(sha256:[0-9a-f]{64})?$"
 """Form of the digest of public text whose directions were spared; empty for none."""
 
-RowName = Literal["zero_shot", "emulator_zero_shot", "emulator_tuned", "plugged_in", "ceiling", "lora_full", "full"]
+RowName = Literal[
+    "zero_shot", "emulator_zero_shot", "emulator_tuned", "plugged_in", "offset", "ceiling", "lora_full", "full"
+]
 ROWS: dict[RowName, str] = {
     "zero_shot": "the full model as it was",
     "emulator_zero_shot": "the package as it was sent",
     "emulator_tuned": "what the client can run: package and adapter",
     "plugged_in": "what the owner ends up with: full model and adapter",
+    "offset": "the full model's scores, moved by what the adapter does to the emulator's",
     "ceiling": "the same adapter tuned on the true middle",
     "lora_full": "LoRA on the full model",
     "full": "every block of the full model tuned",
@@ -43,7 +46,21 @@ ROWS: dict[RowName, str] = {
 """Every row that can be measured, in the order of tables, and what it is."""
 
 ALWAYS: tuple[RowName, ...] = ("zero_shot", "emulator_zero_shot", "emulator_tuned", "plugged_in")
-"""The rows that every evaluation has; the others are references."""
+"""The rows that every evaluation has; the others are references, and the offset where it was asked for."""
+
+PREFERENCES = "preferences"
+"""The task that pairs of answers are: ``accuracy`` is the share of pairs whose chosen answer is the more probable one,
+``reward_accuracy`` that of pairs whose chosen answer has gained on the other since the model was as it
+was. A tie counts half, so the second is 0.5 of a model as it was."""
+
+REWARDS, CLASSES = "reward", "classify"
+"""The tasks of adapters with a head. Of rewards ``accuracy`` is the share of pairs whose chosen answer is rewarded the
+more; of classes that of rows whose label has the highest score, with ``macro_f1``, the mean of the labels' F1. A tie is
+shared: a model whose head was never trained, all zero, is right by chance, 1/2 of pairs and 1/k of k labels."""
+
+RULES = "rules"
+"""The task of prompts whose greedy answers are held to rules: ``reward`` is the mean of what the rules that an answer
+meets are worth together; each rule's own name has the share of answers that meet it."""
 
 LogRecord = dict[str, float | None]
 
@@ -57,7 +74,7 @@ class Summary(Strict):
 
 
 class Row(Strict):
-    """What one model scored: perplexity, and per task its metrics by name."""
+    """What one model scored: perplexity, of an encoder that of the label, and per task its metrics by name."""
 
     perplexity: Summary
     tasks: dict[str, dict[str, Summary]] = {}
@@ -132,12 +149,14 @@ class Results(Sparse):
     (``server/plugging/ways.py``), and ``spare_text`` a digest of the public text's tokens where directions were spared;
     ``corrected`` says whether the emulator's fault was taken out of the updates first.
 
+    ``beta`` is there with the row ``offset``: how much of the difference of the emulator's scores was added.
+
     ``metrics`` are those of perplexity, ``task_metrics`` those of each task's metrics; ``tasks`` holds the number of
     rows scored. ``references`` maps reference rows to digests of their bundles, ``runs`` names to the figures that
     ``distill`` and ``tune`` printed. ``config`` and ``command`` hold file names, never paths.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"way", "spare_text", "corrected"})
+    optional: ClassVar[frozenset[str]] = frozenset({"way", "spare_text", "corrected", "beta"})
 
     format: Literal["offsite/results/1"] = "offsite/results/1"
     model: str
@@ -148,6 +167,7 @@ class Results(Sparse):
     way: str = Field("", pattern=WAY_PATTERN)
     spare_text: str = Field("", pattern=SPARE_PATTERN)
     corrected: bool = False
+    beta: float | None = Field(None, gt=0, allow_inf_nan=False)
     data: Data
     rows: dict[RowName, Row]
     metrics: dict[str, Summary | None]
@@ -170,6 +190,11 @@ class Results(Sparse):
         missing = [row for row in ALWAYS if row not in self.rows]
         if missing:
             raise ValueError(f"row {missing[0]} is missing")
+        if ("offset" in self.rows) != (self.beta is not None):
+            raise ValueError("a row of an offset and its beta go together")
+        head = self.adapter.head
+        if head is not None and "accuracy" not in self.task_metrics.get(head.task, {}):
+            raise ValueError(f"the adapter is for {head.task}, whose accuracy is missing")
         tasks = {(task, metric) for task, row in self.rows["zero_shot"].tasks.items() for metric in row}
         for row in self.rows.values():
             if {(task, metric) for task, found in row.tasks.items() for metric in found} != tasks:

@@ -35,11 +35,13 @@ def continuations(
     without: Sequence[int] = (),
     precision: Precision = "fp32",
     progress: Callable[[int, int], None] | None = None,
+    end: int | None = None,
+    cached: bool | None = None,
 ) -> list[list[int]]:
     """Return the `num_tokens` tokens that follow each prompt, in the prompts' order.
 
-    An end-of-sequence token ends nothing: every answer has the same length. The model is neither moved nor changed; a
-    cache of its that goes wrong is not used.
+    Without `end` an end-of-sequence token ends nothing: every answer has the same length. The model is neither moved
+    nor changed; a cache of its that goes wrong is not used.
 
     Args:
         temperature: 0 takes the likeliest token every time; otherwise what logits are divided by.
@@ -48,6 +50,8 @@ def continuations(
         seed: of the draws; the same prompts and batches then give the same answers on one device.
         without: tokens that are never chosen.
         progress: called after each batch with prompts done and prompts in all.
+        end: token that ends an answer, and is its last.
+        cached: whether the model's cache is used, where the caller has tried it (`cache_is_right`); tried by default.
 
     Raises:
         ConfigError: when a number is out of range, or a prompt is empty.
@@ -61,12 +65,14 @@ def continuations(
     generator = torch.Generator(device=place).manual_seed(seed)
     found: list[list[int]] = [[] for _ in prompts]
     done = 0
-    with evaluating(model):
-        cached = num_tokens > 1 and bool(prompts) and cache_is_right(model, batch_size=batch_size)
+    if cached is None:
+        with evaluating(model):
+            cached = num_tokens > 1 and bool(prompts) and cache_is_right(model, batch_size=batch_size)
     for rows in _alike(prompts, batch_size):
         prompts_BT = torch.tensor([list(prompts[row]) for row in rows], device=place)
         with torch.no_grad(), evaluating(model), torch.autocast(place.type, torch.bfloat16, precision == "bf16"):
             steps, chosen = Steps(model, prompts_BT, cached=cached), list[Tensor]()
+            ended_B = torch.zeros(len(rows), dtype=torch.bool, device=place)
             for _ in range(num_tokens):
                 logits_BV = steps.logits()
                 if bool(logits_BV.isnan().any()):
@@ -74,8 +80,11 @@ def continuations(
                 logits_BV[:, list(without)] = -torch.inf
                 chosen.append(_choose(logits_BV, temperature, top_k, top_p, generator))
                 steps.add(chosen[-1])
+                ended_B |= chosen[-1] == (-1 if end is None else end)
+                if bool(ended_B.all()):
+                    break
         for row, ids in zip(rows, torch.stack(chosen, 1).tolist(), strict=True):
-            found[row] = ids
+            found[row] = ids[: ids.index(end) + 1] if end in ids else ids
         done += len(rows)
         if progress is not None:
             progress(done, len(prompts))

@@ -20,7 +20,7 @@ from offsite.errors import ConfigError, DataError, RunFailed
 from offsite.modelling.context import context_of
 from offsite.text.calls import quietly
 from offsite.text.prompts import for_prompts
-from offsite.text.records import Row, checked_string, read_rows
+from offsite.text.rows import Row, checked_string, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

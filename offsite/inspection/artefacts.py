@@ -10,12 +10,14 @@ from offsite.artefacts.bundle import Bundle
 from offsite.artefacts.encodings import Encoding
 from offsite.artefacts.inspect import inspect_artefact, tensors_of
 from offsite.artefacts.job import JOB_LIMIT_BYTES, parse_job, read_job
+from offsite.artefacts.layout import EncoderLayout, Layout
 from offsite.artefacts.owner import read_owner_record
 from offsite.artefacts.package import Package
 from offsite.artefacts.round import Round
 from offsite.console import say
 from offsite.inspection.thing import Thing, read_plain
 from offsite.inspection.words import adapter_words, ends, fact, facts, quoted, rows, shown, when
+from offsite.tasks.task import told as told_task
 from offsite.tensors import TensorSpec
 
 _FILES_AGREE = "every file agrees with the manifest"
@@ -53,8 +55,7 @@ def _package(thing: Thing, package: Package) -> dict[str, object]:
             "format": manifest.format,
             "digest": package.digest,
             "base model": manifest.base_digest,
-            "architecture": f"{layout.model_type}: {layout.num_bottom} bottom + {layout.num_middle} middle"
-            f" + {layout.num_top} top",
+            "architecture": f"{layout.model_type}: {_blocks(layout)}",
             "middle": f"{manifest.method.name}{f' ({settings})' if settings else ''}",
             "stored otherwise": _encodings(package),
             "adapters": f"on the ends {in_middle}",
@@ -73,6 +74,17 @@ def _package(thing: Thing, package: Package) -> dict[str, object]:
     rows("parameters", ["part", "number"], [*counted, ["embeddings, norms, head", f"{total - sum(parts.values()):,}"]])
     told = {"kind": "package", "parameters": total, "middle_parameters": parts.get("middle", 0)}
     return {**told, "encoded_tensors": len(manifest.encodings)} if manifest.encodings else told
+
+
+def _blocks(layout: Layout) -> str:
+    """Return how many blocks of each role there are, of an encoder-decoder in either stack."""
+    stacks: dict[str, Layout | EncoderLayout] = {"": layout}
+    if layout.encoder is not None:
+        stacks = {"encoder ": layout.encoder, "decoder ": layout}
+    words = [
+        f"{stack}{one.num_bottom} bottom + {one.num_middle} middle + {one.num_top} top" for stack, one in stacks.items()
+    ]
+    return ", ".join(words)
 
 
 def _encodings(package: Package) -> str | None:
@@ -99,6 +111,7 @@ def _bundle(thing: Thing, bundle: Bundle) -> dict[str, object]:
             "package": manifest.package_digest,
             "base model": manifest.base_digest,
             "round": manifest.round_digest,
+            "task": manifest.task_digest,
             "adapter": adapter_words(manifest.adapter, has_rank="lora_A" in " ".join(manifest.tensors)),
             "disclosed": disclosed or "nothing beyond shapes",
         }
@@ -154,11 +167,17 @@ def show_job(thing: Thing) -> dict[str, object]:
             "rounds": job.rounds,
             "rate": advised,
             "cap": f"a module's update at most {job.policy.max_relative_frobenius:g} times the weight's Frobenius norm "
-            f"and {job.policy.max_relative_spectral:g} times its largest singular value",
+            f"and {job.policy.max_relative_spectral:g} times its largest singular value"
+            + (f"; the head's Frobenius norm at most {job.policy.max_head_norm:g}" if job.adapter.head else ""),
             "package": job.package_digest,
             "base model": job.base_digest,
         }
     )
+    if job.task is not None:
+        facts({name: shown(value) for name, value in told_task(job.task)})
+        quoted("the task in words", job.task.description)
+        for number, prompt in enumerate(job.task.prompts, 1):
+            quoted(f"prompt {number}", prompt)
     if job.terms:
         quoted("terms", job.terms)
     else:

@@ -52,6 +52,7 @@ def _bundle_audit(audit: BundleAudit) -> dict[str, object]:
             "package": run.package_digest,
             "job": run.job_id,
             "run": f"{adapter_words(run.adapter)}, {run.steps:,} steps{_averaged(run)}",
+            **({} if audit.objective is None else {"objective": audit.objective.loss}),
             "privacy": _claim(run.claim),
             "not trained": audit.nonmembers,
             "came back": _verbatim(audit.verbatim),
@@ -68,7 +69,7 @@ def _bundle_audit(audit: BundleAudit) -> dict[str, object]:
 
 def _plugged_audit(audit: PluggedAudit) -> dict[str, object]:
     facts({"bundle": audit.bundle_digest, "package": audit.package_digest, "base model": audit.base_digest})
-    facts({"plugged in": audit.way or None})
+    facts({"plugged in": audit.way or None, "corrected": "yes" if audit.corrected else None})
     _canaries(audit.canaries)
     found = gates(plugged_gates(audit, None))
     return {"bundle_digest": audit.bundle_digest, "package_digest": audit.package_digest, "gates": found}
@@ -268,6 +269,7 @@ def show_run(thing: Thing) -> dict[str, object]:
             "adapter": adapter_words(run.adapter),
             "trained": f"{run.steps:,} steps of {run.batch_size} on {records}, at rate {run.learning_rate:g}"
             f"{_averaged(run)}",
+            **({} if run.objective is None else {"objective": run.objective.loss}),
             "text": run.data_sha256,
             "canaries": f"{run.num_canaries:,} rows, committed to as {run.canaries}" if run.canaries else "none",
             "sealed off": "yes" if run.sealed_off else "no",

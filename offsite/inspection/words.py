@@ -72,7 +72,17 @@ def adapter_words(spec: AdapterSpec, *, has_rank: bool | None = None) -> str:
     """
     ranked = spec.kind not in _WITHOUT_RANK if has_rank is None else has_rank
     rank = f", rank {spec.rank} on {spec.targets}" if ranked else ""
-    return f"{spec.kind} on {spec.placement}{rank}, {spec.dtype}"
+    return f"{spec.kind} on {spec.placement}{rank}, {spec.dtype}{head_words(spec)}"
+
+
+def head_words(spec: AdapterSpec) -> str:
+    """Return the head of an adapter in a few words, behind a comma; nothing where it has none."""
+    if spec.head is None:
+        return ""
+    if not spec.head.labels:
+        return f", a reward head on {spec.head.hidden}"
+    few = ", ".join(shown(label) for label in spec.head.labels[:5]) + (", ..." if spec.head.num_labels > 5 else "")
+    return f", a head for {spec.head.num_labels} labels ({few}) on {spec.head.hidden}"
 
 
 def gates(found: Sequence[Gate]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from offsite.config import KEYS, OUTPUT, POSITIONAL, USUAL, VerbConfig
+from offsite.config import FROM_PROJECT, KEYS, OUTPUT, POSITIONAL, USUAL, VerbConfig, project_folders
 
 DEFAULT_KEYS = Path("~/.offsite/keys")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$"
@@ -25,7 +25,10 @@ class KeysConfig(VerbConfig):
     """Base of verbs that use this party's keys folder."""
 
     keys: Path = Field(
-        DEFAULT_KEYS, description="this party's keys folder", json_schema_extra=KEYS, validate_default=True
+        DEFAULT_KEYS,
+        description="this party's keys folder; else offsite.toml's",
+        json_schema_extra=KEYS | FROM_PROJECT,
+        validate_default=True,
     )
 
     @field_validator("keys", mode="before")
@@ -39,7 +42,7 @@ class KeysConfig(VerbConfig):
         Args:
             opens: whether that command signs or decrypts.
         """
-        usual = self.keys == DEFAULT_KEYS.expanduser()
+        usual = self.keys in (DEFAULT_KEYS.expanduser(), project_folders().get("keys"))
         return [] if usual else ["--keys", str(self.keys)]
 
 
@@ -63,14 +66,9 @@ class IdentityConfig(PassphraseConfig, KeysConfig):
         return super().key_words() + ([] if file is None else ["--passphrase-file", str(file)])
 
 
-class KeygenConfig(PassphraseConfig):
-    """Settings of ``offsite keygen -o KEYS``."""
+class NewKeysConfig(PassphraseConfig):
+    """Base of verbs that make keys."""
 
-    verb: ClassVar[str] = "keygen"
-
-    output: Path = Field(
-        DEFAULT_KEYS, description="keys folder to write", json_schema_extra=USUAL | OUTPUT, validate_default=True
-    )
     name: str = Field(
         "unnamed",
         pattern=NAME_PATTERN,
@@ -81,10 +79,30 @@ class KeygenConfig(PassphraseConfig):
         365, ge=1, le=3650, description="days until others stop trusting these keys", json_schema_extra=USUAL
     )
 
+
+class KeygenConfig(NewKeysConfig):
+    """Settings of ``offsite keygen -o KEYS``."""
+
+    verb: ClassVar[str] = "keygen"
+
+    output: Path = Field(
+        DEFAULT_KEYS, description="keys folder to write", json_schema_extra=USUAL | OUTPUT, validate_default=True
+    )
+
     @field_validator("output", mode="before")
     @classmethod
     def _home(cls, path: object, info: ValidationInfo) -> object:
         return home_expanded(path, info)
+
+
+class InitConfig(NewKeysConfig):
+    """Settings of ``offsite init``."""
+
+    verb: ClassVar[str] = "init"
+
+    folder: Path = Field(
+        Path(), description="folder of the project, here by default", json_schema_extra=USUAL | POSITIONAL
+    )
 
 
 class TrustAddConfig(KeysConfig):
@@ -111,4 +129,4 @@ class TrustRevokeConfig(KeysConfig):
 
     verb: ClassVar[str] = "trust revoke"
 
-    fingerprint: str = Field(description="fingerprint as shown by trust list", json_schema_extra=POSITIONAL)
+    fingerprint: str = Field(description="fingerprint or name, as trust list shows them", json_schema_extra=POSITIONAL)

@@ -25,6 +25,7 @@ from offsite.console import say
 from offsite.errors import ArtefactError, BadKey, ConfigError, Replayed, Untrusted
 from offsite.keys.files import check_folder, parse_keys, read_limited, read_private, write_private
 from offsite.keys.identity import CARD_LIMIT_BYTES, FINGERPRINT_PATTERN, PublicKeys, read_card
+from offsite.problems import meant
 from offsite.staging import staged_file
 from offsite.strictjson import Strict
 
@@ -37,6 +38,7 @@ TRUST_LIMIT_BYTES = 32 * 2**20
 MAX_SKEW_SECONDS = 300
 """How far the clocks of two parties may differ."""
 
+_FEWEST_CHARACTERS = 8  # of a fingerprint, with its hyphen: 35 bits
 _MEND = "put a copy of it back, or delete it and add each party again"
 _COMPARE = "compare it with the one the other party tells you over another channel, then give it with --fingerprint"
 
@@ -158,6 +160,32 @@ class TrustStore:
             raise Untrusted(f"the key {fingerprint} is {state}", hint="offsite trust list")
         return peer.keys
 
+    def named(self, word: str, *, now: int) -> str:
+        """Return the fingerprint of the party that a person means.
+
+        It is given whole, by its first eight characters or more, or by the name on the card, in any case of letters. A
+        whole one is taken as it is, pinned or not.
+
+        Args:
+            now: Unix seconds.
+
+        Raises:
+            Untrusted: when nobody who is trusted at that moment is called so, or several are.
+        """
+        wanted = _normal(word)
+        if re.fullmatch(FINGERPRINT_PATTERN, wanted):  # before any name: a name may look like somebody's fingerprint
+            return wanted
+        trusted = [peer.keys for peer in self.peers() if peer.state(now=now) == "trusted"]
+        found = [keys for keys in trusted if _is_called(keys, wanted)]
+        if not found:
+            nearest = meant(word, (keys.name for keys in trusted))
+            raise Untrusted(f"nobody called {word[:64]!r} is trusted here{nearest}", hint="offsite trust list")
+        if len(found) > 1:
+            raise Untrusted(
+                f"{len(found)} trusted parties are called {word[:64]!r}", hint="give the fingerprint instead"
+            )
+        return found[0].fingerprint
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """No other process changes the store meanwhile."""
@@ -192,6 +220,23 @@ def add(config: TrustAddConfig) -> dict[str, object]:
     return {"expires": keys.expires, "fingerprint": keys.fingerprint, "name": keys.name, "state": "trusted"}
 
 
+def _is_called(keys: PublicKeys, wanted: str) -> bool:
+    """Tell whether a word may mean that party: its name, or how its fingerprint begins. Both count, neither hides."""
+    begins = len(wanted) >= _FEWEST_CHARACTERS and keys.fingerprint.startswith(wanted)
+    return begins or keys.name.casefold() == wanted.casefold()
+
+
+def _any_called(store: TrustStore, word: str) -> str:
+    """Return the fingerprint that is meant, of a party in whatever state; what is typed where none is called so."""
+    wanted = _normal(word)
+    if re.fullmatch(FINGERPRINT_PATTERN, wanted):
+        return wanted
+    found = [peer.keys.fingerprint for peer in store.peers() if _is_called(peer.keys, wanted)]
+    if len(found) > 1:
+        raise Untrusted(f"{len(found)} parties are called {word[:64]!r}", hint="give the fingerprint instead")
+    return found[0] if found else wanted
+
+
 def show(config: TrustListConfig) -> dict[str, object]:
     """Carry out ``offsite trust list``."""
     now = int(time.time())
@@ -215,7 +260,8 @@ def show(config: TrustListConfig) -> dict[str, object]:
 
 def revoke(config: TrustRevokeConfig) -> dict[str, object]:
     """Carry out ``offsite trust revoke``."""
-    peer = TrustStore(config.keys).revoke(config.fingerprint)
+    store = TrustStore(config.keys)
+    peer = store.revoke(_any_called(store, config.fingerprint))
     say(f"revoked: {peer.keys.name} {peer.keys.fingerprint}")
     return {"fingerprint": peer.keys.fingerprint, "name": peer.keys.name, "revoked": peer.revoked, "state": "revoked"}
 

@@ -14,6 +14,7 @@ __all__ = [
     "fetch",
     "head",
     "load",
+    "locate",
     "mlps",
     "precision",
     "split",

@@ -20,7 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from offsite.encoders.trunk import is_encoder
 from offsite.errors import ConfigError, UnsupportedModel
+from offsite.seq2seq.models import is_seq2seq
 
 # Configuration fields that may hold the number of blocks, the likeliest first; a stack whose name says encoder or
 # decoder is looked up in that side's own fields before.
@@ -36,6 +38,8 @@ INDEX_LISTS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_in
 PREFIX_COUNTS = (
     "first_k_dense_replace", "first_k_dense", "max_window_layers", "num_dense_layers", "moe_layer_start_index"
 )  # fmt: skip
+# Fields of an architecture by which something runs behind the first block alone, outside of it.
+AFTER_FIRST = {"deberta-v2": "conv_kernel_size"}
 # Rules "every k-th block is different" and the field that, where a model has it, says the same block by block.
 PERIODS = {
     "decoder_sparse_step": "mlp_only_layers",
@@ -109,6 +113,38 @@ def decoder_stack(model: PreTrainedModel) -> Stack:
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise UnsupportedModel(f"{kind} is no causal language model: it has no head that generates text")
     return stacks[0]
+
+
+def text_stack(model: PreTrainedModel) -> Stack:
+    """Return the one stack of a model that packages are made of: a causal language model, or an encoder's trunk.
+
+    Raises:
+        UnsupportedModel: as `decoder_stack`; or an encoder with no stack or several.
+    """
+    if not is_encoder(model):
+        return decoder_stack(model)
+    stacks = find_stacks(model)
+    if len(stacks) > 1:
+        raise UnsupportedModel(f"{type(model).__name__} has several block stacks; expected an encoder with one")
+    return stacks[0]
+
+
+def text_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
+    """Return the stacks that a package of the model cuts: the one, or an encoder-decoder's two, the encoder's first.
+
+    Raises:
+        UnsupportedModel: as `text_stack`; or an encoder-decoder without just the two.
+    """
+    if not is_seq2seq(model):
+        return (text_stack(model),)
+    stacks = find_stacks(model)
+    sides = [[side for side in ("encoder", "decoder") if side in stack.name.split(".")] for stack in stacks]
+    if sides != [["encoder"], ["decoder"]]:
+        names = ", ".join(stack.name for stack in stacks)
+        raise UnsupportedModel(
+            f"{type(model).__name__} has block stacks {names}; expected an encoder's and a decoder's"
+        )
+    return stacks
 
 
 def depths_of(config: PreTrainedConfig) -> set[int]:

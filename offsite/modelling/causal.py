@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offsite.blockwise import block_by_block
+from offsite.encoders.outputs import outputs
+from offsite.encoders.trunk import MODEL_TYPES, is_encoder
 from offsite.errors import UnsupportedModel
 from offsite.modelling.context import context_of
+from offsite.seq2seq.models import is_seq2seq
 
 NUM_TOKENS = 8
 
 
 def refuse_uncausal(model: PreTrainedModel, compute: torch.dtype | None = None) -> None:
-    """Return only if another last token leaves the scores of earlier positions alone.
+    """Return only if another last token leaves the scores of earlier positions alone; an encoder need but run.
 
     Args:
         compute: dtype in which that is tried, one block at a time; None for that of the model.
@@ -35,12 +38,12 @@ def refuse_uncausal(model: PreTrainedModel, compute: torch.dtype | None = None) 
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
         raise UnsupportedModel(f"{type(model).__name__} does not run on a short text: {reason}") from error
-    if is_ahead:
+    if is_ahead and not is_encoder(model):
         raise UnsupportedModel(
             f"{type(model).__name__} is not causal: what it says of a token depends on the tokens behind it, so that "
             "next-token text cannot be learnt on it",
-            hint="an encoder that was made for it becomes a decoder by is_decoder=true in its config.json; others "
-            "need an objective of their own",
+            hint="an encoder that was made for it becomes a decoder by is_decoder=true in its config.json; as encoders "
+            f"{', '.join(MODEL_TYPES)} are taken",
         )
 
 
@@ -75,9 +78,8 @@ def _two_texts(model: PreTrainedModel) -> Tensor:
 
 
 def _scores(model: Any, ids_BT: Tensor) -> Tensor:
-    """Return the scores (B, T - 1, V) of all positions but the last."""
-    scores: Tensor = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False).logits[:, :-1]
-    return scores
+    """Return the scores (B, T - 1, V) of all positions but the last; an encoder's hidden states."""
+    return outputs(model, ids_BT, torch.ones_like(ids_BT))[:, :-1]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -92,7 +94,8 @@ def _has_gradient(model: PreTrainedModel, ids_BT: Tensor) -> bool:
         seen.append(output.detach().requires_grad_())
         return seen[-1]
 
-    handle = model.get_input_embeddings().register_forward_hook(watch)  # type: ignore[union-attr]
+    part: Any = model.get_decoder() if is_seq2seq(model) else model
+    handle = part.get_input_embeddings().register_forward_hook(watch)
     try:
         with torch.enable_grad():
             scores_BTV = _scores(model, ids_BT).float()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from offsite.config import MACHINE, POSITIONAL, VerbConfig
 
 _MODEL = "full model: a folder, a hub id, or a fetched name"
+
+
+Stacks = Literal["both", "encoder", "decoder"]
+"""Which of an encoder-decoder's stacks are cut."""
 
 
 class ModelWord(VerbConfig):

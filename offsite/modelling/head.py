@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from offsite.errors import UnsupportedModel
+from offsite.seq2seq.inputs import inputs_of
+
 _ELEMENTS_AT_ONCE = 1 << 23
 """Scores that are held at once, about; their gradient takes as much again."""
 
@@ -109,7 +112,8 @@ def values_at(model: nn.Module, batch: Mapping[str, Tensor], chosen_BT: Tensor, 
     """Return `measure` at the chosen positions in row order: (N,) float32 (float64 of a float64 model), differentiable.
 
     Args:
-        batch: ``input_ids`` and, unless all is text, ``attention_mask``, each (B, T) int64, on the model's device.
+        batch: ``input_ids`` and, unless all is text, ``attention_mask``, each (B, T) int64, on the model's device; of
+            an encoder-decoder what its encoder reads as well (`offsite.seq2seq.inputs`).
         chosen_BT: bool.
     """
     found = before_head(model, batch, chosen_BT)
@@ -157,8 +161,10 @@ def before_head(model: nn.Module, batch: Mapping[str, Tensor], chosen_BT: Tensor
         hidden states and what makes scores of them, or scores (N, V), both with their graph.
     """
     lm = causal_lm(model)
+    if "before_head" in vars(lm):  # several passes whose scores are put together know it themselves
+        return lm.before_head(batch, chosen_BT)  # type: ignore[no-any-return]
     head, trunks = lm.get_output_embeddings(), _trunks(lm)
-    given = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
+    given = {**inputs_of(batch), "use_cache": False}
     if not trunks or not isinstance(head, nn.Module) or _is_sharded(lm) or "forward" in vars(lm):
         return _all_at_once(model, head, given, chosen_BT)
     seen = _Seen(chosen_BT)
@@ -176,6 +182,28 @@ def before_head(model: nn.Module, batch: Mapping[str, Tensor], chosen_BT: Tensor
     inside = {id(parameter) for parameter in trunk.parameters()} - {id(own) for own in head.parameters()}
     learns = any(one.requires_grad for one in lm.parameters() if id(one) not in inside)
     return Before(hidden_ND, replay, scores.shape[-1], learns)
+
+
+def states_at(model: nn.Module, batch: Mapping[str, Tensor], chosen_BT: Tensor) -> Tensor:
+    """Run the model and return what its blocks, and the norm behind them, have at the chosen positions, (N, D).
+
+    A model without a head over a vocabulary is run up to there alone; any other scores one position besides.
+
+    Args:
+        batch, chosen_BT: as `values_at` takes them.
+
+    Raises:
+        UnsupportedModel: when the model does not hand on one state for each position.
+    """
+    lm = causal_lm(model)
+    head, trunk = lm.get_output_embeddings(), lm.base_model
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
+    seen = _Seen(chosen_BT)
+    with seen.watching(head, _trunks(lm)):
+        (trunk if head is None else model)(**given)
+    if seen.hidden_ND is None:
+        raise UnsupportedModel(f"{type(lm).__name__} does not hand on one state for each token")
+    return seen.hidden_ND
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -201,9 +229,9 @@ class _Seen:
         self._depth = self._num_outputs = 0
 
     @contextmanager
-    def watching(self, head: nn.Module, trunks: Sequence[nn.Module] = ()) -> Iterator[None]:
+    def watching(self, head: nn.Module | None, trunks: Sequence[nn.Module] = ()) -> Iterator[None]:
         """While inside, the head is handed one chosen position, or all of them."""
-        handles = [head.register_forward_pre_hook(self._narrow)]
+        handles = [] if head is None else [head.register_forward_pre_hook(self._narrow)]
         for trunk in trunks:
             handles.append(trunk.register_forward_pre_hook(self._enter))
             handles.append(trunk.register_forward_hook(self._leave))
@@ -250,7 +278,8 @@ class _Replay:
         self._trunk.forward = lambda *_, **__: output
         try:
             ids_1n = torch.zeros(hidden_1nD.shape[:2], dtype=torch.long, device=hidden_nD.device)
-            scores: Tensor = self._lm(input_ids=ids_1n, use_cache=False).logits[0]
+            # not [0]: its backward pass fills a tensor of this size with zeros and copies into it
+            scores: Tensor = self._lm(input_ids=ids_1n, use_cache=False).logits.squeeze(0)
         finally:
             del self._trunk.forward
             if own is not None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from offsite.console import say
+from offsite.encoders.trunk import belongs_to_head, states_encoder, trunk_class, without_pooler
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.modelling.checkpoint import (
     folder_of,
+    read_object,
     refuse_adapted,
     refuse_unusable,
     require_shards,
@@ -16,6 +18,8 @@ from offsite.modelling.checkpoint import (
     split_unexpected,
 )
 from offsite.modelling.locate import HINT, Place, locate, quiet_libraries, shown
+from offsite.seq2seq.models import seq2seq_class, states_seq2seq
+from offsite.seq2seq.refusals import not_taken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,12 +28,24 @@ if TYPE_CHECKING:
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError)
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    with_head: bool = False,
+    encoders: bool = False,
+    seq2seq: bool = False,
+) -> PreTrainedModel:
     """Return the causal language model called `name`, in evaluation mode; weights are mapped shard by shard.
 
     Args:
         name: a name `offsite fetch` knows, a folder with a transformers checkpoint, or a hub id.
         dtype: ``auto`` keeps the checkpoint's; otherwise a torch dtype's name.
+        with_head: it is a sequence classifier, a checkpoint that ``offsite plug-in --merge`` wrote.
+        encoders: an encoder is taken too, as its trunk (`offsite.encoders.trunk`): without a pooler and whatever
+            head the checkpoint has.
+        seq2seq: an encoder-decoder is taken too (`offsite.seq2seq.models`).
 
     Raises:
         ConfigError: when nothing is found under that name, or weights are missing, unreadable or without a place.
@@ -38,15 +54,27 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> PreTra
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     place = locate(name)
     refuse_unusable(place)
+    stated = _stated(place)
+    is_trunk = states_encoder(stated) and not with_head
+    if is_trunk and not encoders:
+        raise _no_encoder(name)
+    is_pair = states_seq2seq(stated) and not with_head
+    if is_pair and not seq2seq:
+        raise not_taken(f"model {shown(name)}")
     require_shards(place)
     try:
         with quiet_libraries():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            auto: Any = AutoModelForSequenceClassification if with_head else AutoModelForCausalLM
+            auto = trunk_class(CONFIG_MAPPING[stated["model_type"]]) if is_trunk else auto
+            auto = seq2seq_class(CONFIG_MAPPING[stated["model_type"]]) if is_pair else auto
+            loaded: Any = auto.from_pretrained(
                 place.source,
+                **(without_pooler(auto) if is_trunk else {}),
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -72,8 +100,78 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> PreTra
         ) from None
     model, found = loaded
     refuse_adapted(model, name)
-    _require_same_names(name, found["missing_keys"], found["unexpected_keys"], place)
+    heads = {key for key in found["unexpected_keys"] if is_trunk and belongs_to_head(key, model)}
+    if heads:
+        say(
+            f"encoder {shown(name)}: {len(heads)} tensor(s) of a pooler or a head, such as {min(heads)!r}, are left out"
+        )
+    _require_same_names(name, found["missing_keys"], found["unexpected_keys"] - heads, place)
     return model.eval().to(device)  # type: ignore[no-any-return]
+
+
+def load_masked_head(name: str) -> PreTrainedModel | None:
+    """Return the encoder called `name` with the masked-token head of its checkpoint; None where that lacks any of it.
+
+    It is a second copy, in evaluation mode, in the checkpoint's dtype, of what `load_model` has loaded before.
+    """
+    from transformers import AutoModelForMaskedLM
+
+    place = locate(name)
+    with quiet_libraries():
+        model, found = AutoModelForMaskedLM.from_pretrained(
+            place.source,
+            dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            local_files_only=place.is_cached,
+        )
+    return None if found["missing_keys"] else model.eval()
+
+
+def require_weights(name: str) -> None:
+    """Return only if the files of the model called `name` are all there and can be used; no tensor is read.
+
+    Raises:
+        ConfigError, UnsupportedModel: as `load_model`, before any work was done.
+    """
+    place = locate(name)
+    refuse_unusable(place)
+    require_shards(place)
+
+
+def is_encoder_name(name: str) -> bool:
+    """Say whether the model called `name` is an encoder, by its ``config.json`` alone.
+
+    Raises:
+        ConfigError, UnsupportedModel: as `load_model`, before any weight is read.
+    """
+    place = locate(name)
+    refuse_unusable(place)
+    return states_encoder(_stated(place))
+
+
+def is_seq2seq_name(name: str) -> bool:
+    """Say whether the model called `name` is an encoder-decoder, by its ``config.json`` alone.
+
+    Raises:
+        ConfigError, UnsupportedModel: as `load_model`, before any weight is read.
+    """
+    place = locate(name)
+    refuse_unusable(place)
+    return states_seq2seq(_stated(place))
+
+
+def refuse_encoder(name: str) -> None:
+    """Return only if the model called `name` is no encoder, and no encoder-decoder.
+
+    Raises:
+        UnsupportedModel: saying what can be done with one. ConfigError: as `load_model`.
+    """
+    if is_encoder_name(name):
+        raise _no_encoder(name)
+    if is_seq2seq_name(name):
+        raise not_taken(f"model {shown(name)}")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -112,6 +210,19 @@ def one_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if isinstance(found, dict):
         found = found.get("default")
     return found if isinstance(found, str) else None
+
+
+def _stated(place: Place) -> dict[str, Any]:
+    folder = folder_of(place)
+    return {} if folder is None else read_object(folder / "config.json", f"config.json of model {shown(place.source)}")
+
+
+def _no_encoder(name: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"model {shown(name)} is an encoder: it writes no text, and next-token text cannot be learnt on it",
+        hint="encoders go through distill, tune --objective classify, plug-in, evaluate and serve; a checkpoint "
+        "that was trained as a decoder says is_decoder=true in its config.json",
+    )
 
 
 def _require_same_names(name: str, missing: set[str], unexpected: set[str], place: Place) -> None:

@@ -34,7 +34,9 @@ MLP_NAMES: tuple[tuple[tuple[str, ...], str, bool], ...] = (
     (("wi",), "wo", False),  # t5
     (("w1", "w3"), "w2", False),  # lfm2
     (("input_linear",), "output_linear", True),  # the shared MLP of granitemoe
-    (("intermediate.dense",), "output.dense", False),  # bert
+    (("intermediate.dense",), "output.dense", False),  # bert, roberta, deberta
+    (("lin1",), "lin2", False),  # distilbert
+    (("Wi",), "Wo", True),  # modernbert
 )
 # The tensors of experts that are one module: the input's name, and whether it holds gate and up. Biases are called
 # the same with "_bias".

@@ -9,26 +9,50 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from offsite.encoders.outputs import outputs
 from offsite.errors import ConfigError, UnsupportedModel
-from offsite.modelling.blocks import Stack, block_list, decoder_stack, find_stacks, hidden_of, refuse_uncuttable
+from offsite.modelling.blocks import Stack, block_list, find_stacks, hidden_of, refuse_uncuttable, text_stacks
+from offsite.modelling.config import Stacks
 from offsite.modelling.context import context_of
 from offsite.modelling.depth import build_empty, refuse_depth_rules, source_name
+from offsite.seq2seq.models import is_seq2seq
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a stack is cut: how many blocks are the bottom end and the top end; the middle lies between."""
+    """Where a stack is cut: how many blocks are the bottom end and the top end; the middle lies between.
+
+    Of an encoder-decoder it is the decoder's, and ``encoder`` the other one's. A stack that is not cut has no middle.
+    """
 
     stack: Stack
     num_bottom: int
     num_top: int
+    encoder: Plan | None = None
+
+    @property
+    def sides(self) -> tuple[Plan, ...]:
+        """The plan of each stack, the encoder's first; of a model with one stack, that."""
+        return (self,) if self.encoder is None else (self.encoder, replace(self, encoder=None))
+
+    def by_stack(self, model: PreTrainedModel, kept: Sequence[int]) -> dict[Stack, tuple[int, ...]]:
+        """Return of each stack the numbers of its kept blocks, which `kept` has one stack after the other.
+
+        Args:
+            model: with the kept blocks alone.
+        """
+        left, found = list(kept), {}
+        for side in self.sides:
+            num = len(list(model.get_submodule(side.stack.name).children()))
+            found[side.stack], left = tuple(left[:num]), left[num:]
+        return found
 
     @property
     def num_middle(self) -> int:
@@ -60,21 +84,34 @@ class Parts:
     top: tuple[nn.Module, ...]
 
 
-def make_plan(model: PreTrainedModel, *, num_bottom: int = 2, num_top: int = 2) -> Plan:
-    """Return a plan for a causal language model that is known to survive cutting.
+def make_plan(model: PreTrainedModel, *, num_bottom: int = 2, num_top: int = 2, stacks: Stacks = "both") -> Plan:
+    """Return a plan for a causal language model, an encoder or an encoder-decoder, that is known to survive cutting.
 
     Args:
         model: the full model; not modified.
         num_bottom: blocks of the bottom end, 0 or more.
         num_top: blocks of the top end, 1 or more.
+        stacks: of an encoder-decoder, those that are cut, with ends of so many blocks each.
 
     Raises:
         ConfigError: a count is out of range or no middle is left.
         UnsupportedModel: not one block stack with a text head, or a rule ties blocks to their depth.
     """
-    stack = decoder_stack(model)
     if num_bottom < 0 or num_top < 1:
         raise ConfigError(f"found ends of {num_bottom}+{num_top} blocks; expected at least 0+1")
+    sides = text_stacks(model)
+    if len(sides) == 1:
+        return _cut_plan(model, sides[0], num_bottom, num_top)
+    encoder, decoder = (
+        _cut_plan(model, stack, num_bottom, num_top)
+        if stacks in ("both", name)
+        else Plan(stack, min(num_bottom, stack.num_blocks), max(0, stack.num_blocks - num_bottom))
+        for name, stack in zip(("encoder", "decoder"), sides, strict=True)
+    )
+    return replace(decoder, encoder=encoder)
+
+
+def _cut_plan(model: PreTrainedModel, stack: Stack, num_bottom: int, num_top: int) -> Plan:
     if num_bottom + num_top >= stack.num_blocks:
         raise ConfigError(
             f"ends of {num_bottom}+{num_top} blocks leave no middle in {stack.name} of {stack.num_blocks} blocks",
@@ -158,7 +195,8 @@ def largest_deviation(
     The whole-model oracle for a cut: 0 up to rounding when ``extract`` was right, run on the weights at hand.
 
     Returns:
-        The largest absolute difference of the logits over their largest absolute value.
+        The largest absolute difference of the logits, or an encoder's last hidden states, over their largest absolute
+        value.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -171,11 +209,11 @@ def largest_deviation(
         if number not in numbers
     ]
     try:
-        wanted = model(input_ids=ids_BT, use_cache=False).logits.float()
+        wanted = outputs(model, ids_BT).float()
     finally:
         for handle in handles:
             handle.remove()
-    found = small(input_ids=ids_BT, use_cache=False).logits.float()
+    found = outputs(small, ids_BT).float()
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
@@ -198,18 +236,25 @@ def _assign_saved(model: PreTrainedModel, small: PreTrainedModel, keep: Mapping[
     """Put the full model's parameters and persistent buffers in place, as the same memory."""
     source = model.state_dict()
     small.load_state_dict({name: source[source_name(name, keep)] for name in small.state_dict()}, assign=True)
-    _tie(small)
+    _tie(model, small, keep)
 
 
-def _tie(small: PreTrainedModel) -> None:
-    """Make one parameter of those that are the same memory, and check that the configuration ties no others."""
+def _tie(model: PreTrainedModel, small: PreTrainedModel, keep: Mapping[Stack, Sequence[int]]) -> None:
+    """Make one parameter of those that are the same memory, and check that the configuration ties no others.
+
+    What T5's class ties, but transformers found apart in the checkpoint (v1.1's head), is apart in `small`, too.
+    """
     first: dict[tuple[int, torch.Size], nn.Parameter] = {}
     for name, parameter in list(small.named_parameters(remove_duplicate=False)):
         shared = first.setdefault((parameter.data_ptr(), parameter.shape), parameter)
         place, _, key = name.rpartition(".")
         setattr(small.get_submodule(place), key, shared)
     parameters = dict(small.named_parameters(remove_duplicate=False))
-    for target, origin in getattr(small, "all_tied_weights_keys", {}).items():
+    tied: dict[str, str] = getattr(small, "all_tied_weights_keys", {})
+    for target, origin in list(tied.items()):
+        if is_seq2seq(model) and source_name(target, keep) not in getattr(model, "all_tied_weights_keys", {}):
+            del tied[target]
+            continue
         if parameters.get(target) is not parameters.get(origin):
             raise UnsupportedModel(f"{target} is tied to {origin} by the configuration but not in the model")
 

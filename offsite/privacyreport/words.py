@@ -113,10 +113,9 @@ def non_claims(
         found.append(
             "In the full model only canaries were tried: its owner does not have the rows that were trained on."
         )
-        if plugged.way:
-            found.append(
-                f"In the full model the adapter was plugged in as {plugged.way}; otherwise it may reveal more."
-            )
+        if plugged.way or plugged.corrected:
+            how = f"{plugged.way or 'it is'}{', corrected' if plugged.corrected else ''}"
+            found.append(f"In the full model the adapter was plugged in as {how}; otherwise it may reveal more.")
     if any(canaries is not None for canaries in _canaries(bundle, plugged)):
         found += [
             "Canaries stand for canaries: rows made up for the purpose. Rows of the data may stand out more, or less.",
@@ -148,10 +147,43 @@ def _of_the_data(bundle: BundleAudit) -> list[str]:
     )
     return [
         private,
+        *_of_the_objective(bundle),
         *([] if answered is None else [_of_a_round(answered)]),
         "Figures of the bundle are of the emulator, with and without the adapter. The full model with the same adapter "
         "may reveal more, or less.",
         "The scan finds what it looks for in the bundle's bytes, and what is encoded otherwise it does not.",
+    ]
+
+
+_OF_PAIRS = (
+    "Rewards were of a reward model, which was tuned on preferences before. What the adapter may have taken over from "
+    "those was not tried."
+)
+
+
+def _of_the_objective(bundle: BundleAudit) -> list[str]:
+    """Return what the rows of a run are that did not learn the next token of a text."""
+    head = bundle.run.adapter.head
+    if head is not None:
+        row = "a text and its label" if head.labels else "a pair of answers"
+        goes_by = "the label given the text" if head.labels else "how far the chosen answer is rewarded above the other"
+        return [
+            f"The run trained a head ({head.task}): a row is {row}, and the attacks loss and reference go by "
+            f"{goes_by}. The head begins at zero, so the two say the same."
+        ]
+    loss = None if bundle.objective is None else bundle.objective.loss
+    if loss == "rloo":
+        rewarded = None if bundle.objective is None else bundle.objective.rloo
+        return [
+            "The run learned from rewards of sampled answers (rloo): attacks score a row's own answer after its "
+            "prompt. No loss was of that answer; rules may have looked at it. Whether prompts were seen was not tried.",
+            *([_OF_PAIRS] if rewarded is not None and rewarded.reward_weight is not None else []),
+        ]
+    if loss != "dpo":
+        return []
+    return [
+        "The run learned from preferences (dpo): a row is a pair of answers, and the attacks loss and reference go by "
+        "how far the chosen answer is ahead of the rejected one. Whether one of the two alone was seen was not tried."
     ]
 
 

@@ -106,6 +106,7 @@ def facts(results: Results) -> list[Fact]:
         Fact("package", digests=(results.package.digest,)),
         *(Fact(f"bundle {name}", digests=(crossing.digest,)) for name, crossing in results.bundles.items()),
         *(Fact(f"reference {NAMES[name]}", digests=digests) for name, digests in _named(results.references)),
+        *([] if results.beta is None else [Fact("offset", f"with beta {number(results.beta)}")]),
         Fact("device", results.device),
         Fact("versions", ", ".join(f"{name} {version}" for name, version in results.versions.items())),
         Fact("took", f"{results.seconds:,.0f} s"),

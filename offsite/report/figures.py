@@ -15,6 +15,7 @@ CSS: dict[RowName, str] = {
     "emulator_zero_shot": "client",
     "emulator_tuned": "client",
     "plugged_in": "owner",
+    "offset": "owner",
     "ceiling": "reference",
     "lora_full": "reference",
     "full": "reference",
@@ -24,6 +25,7 @@ NAMES: dict[RowName, str] = {
     "emulator_zero_shot": "emulator zero-shot",
     "emulator_tuned": "emulator-tuned",
     "plugged_in": "plugged in",
+    "offset": "offset",
     "ceiling": "ceiling",
     "lora_full": "full-model LoRA",
     "full": "fully tuned",
@@ -46,6 +48,14 @@ METRICS = {
     "capability": "ln(emulator zero-shot / zero-shot), in nats per token: how far the package as sent falls behind the "
     "full model on this text. 0 would be no distance at all.",
 }
+
+
+OF_OFFSET = {
+    f"offset_{name}": f"The same of the row offset, not of plugging in: see {name}."
+    for name in METRICS
+    if name.startswith("recovery")
+}
+"""What results have with the row ``offset`` alone."""
 
 
 LATER = frozenset(f"recovery_nats_vs_{reference}" for reference in ("lora", "ceiling", "full")) | {
@@ -142,12 +152,17 @@ class Runs:
 
 def comes_to(results: Results) -> list[Metric]:
     """Return recoveries, gap and what is withheld, each with its definition."""
-    return [Metric(name, METRICS[name], results.metrics.get(name)) for name in _told(results)]
+    found = [Metric(name, METRICS[name], results.metrics.get(name)) for name in _told(results)]
+    if "offset" in results.rows:
+        found += [Metric(name, what, results.metrics.get(name)) for name, what in OF_OFFSET.items()]
+    return found
 
 
 def in_tasks(results: Results) -> InTasks:
     """Return the same in the tasks' metrics; no line where no task was scored."""
     names = tuple(name for name in METRICS if name not in LATER and name != "capability")
+    if "offset" in results.rows:
+        names += tuple(name for name in OF_OFFSET if name.removeprefix("offset_") not in LATER)
     lines = tuple(
         (f"{task} {metric}", tuple(figures.get(name) for name in names))
         for task, metrics in results.task_metrics.items()

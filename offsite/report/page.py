@@ -7,10 +7,11 @@ could not be found out. ``templates/run/page.html.jinja`` lays it out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from offsite import __version__
 from offsite.console import say
-from offsite.evaluation.results import LogRecord, Results, Summary, read_logs, read_results
+from offsite.evaluation.results import LogRecord, Results, RowName, Summary, read_logs, read_results
 from offsite.report.config import ReportConfig
 from offsite.report.engine import render
 from offsite.report.facts import Crossed, facts, limits, one_flag_a_line
@@ -45,6 +46,7 @@ def page(results: Results, logs: Mapping[str, Sequence[LogRecord]]) -> str:
         "facts": facts(results),
         "head": _head(results),
         "in_tasks": in_tasks(results),
+        "judged": _judged(results),
         "limits": limits(results),
         "measured": Measured.of(results),
         "num_seeds": len(results.bundles),
@@ -55,32 +57,56 @@ def page(results: Results, logs: Mapping[str, Sequence[LogRecord]]) -> str:
     return render("run/page.html.jinja", values)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What the page leads with, of every row: perplexity, or the accuracy of a head, which was tuned for that."""
+
+    name: str
+    better: str
+    rows: Mapping[RowName, Summary]
+
+
+def _judged(results: Results) -> Judged:
+    head = results.adapter.head
+    if head is None:
+        return Judged("perplexity", "lower", {name: row.perplexity for name, row in results.rows.items()})
+    return Judged("accuracy", "higher", {name: row.tasks[head.task]["accuracy"] for name, row in results.rows.items()})
+
+
 def _head(results: Results) -> list[tuple[str, str]]:
     """The figures of the tiles, and what each is."""
-    before, after = (results.rows[name].perplexity.mean for name in ("zero_shot", "plugged_in"))
+    judged, head = _judged(results), results.adapter.head
+    before, after = (judged.rows[name].mean for name in ("zero_shot", "plugged_in"))
     returned = sum(bundle.num_bytes for bundle in results.bundles.values()) / len(results.bundles)
-    return [
-        (f"{number(before)} \N{RIGHTWARDS ARROW} {number(after)}", "perplexity of the full model, before and after"),
-        _worth(results),
-        (_times(results.metrics.get("gap")), "the client's copy over the owner's model, in perplexity"),
-        *_withheld(results),
-        (size(returned), f"came back, for {size(results.package.num_bytes)} that went out"),
-    ]
+    shown = f"{number(before)} \N{RIGHTWARDS ARROW} {number(after)}"
+    found = [(shown, f"{judged.name} of the full model, before and after")]
+    if head is None:
+        found += _worth(results.metrics) or [_given_away(results)]
+        found += [(_times(results.metrics.get("gap")), "the client's copy over the owner's model, in perplexity")]
+        found += _withheld(results)
+    else:
+        found += _worth(results.task_metrics[head.task]["accuracy"])
+        found += [(number(judged.rows["emulator_tuned"].mean), "accuracy of the client's copy, tuned")]
+    return [*found, (size(returned), f"came back, for {size(results.package.num_bytes)} that went out")]
 
 
-def _worth(results: Results) -> tuple[str, str]:
-    """The recovery against the first reference that was run, or the capability given away, which always is."""
+def _given_away(results: Results) -> tuple[str, str]:
+    figure = results.metrics.get("capability")
+    return (number(figure.mean) if figure else NONE), "nats per token from the full model to the emulator as sent"
+
+
+def _worth(metrics: Mapping[str, Summary | None]) -> list[tuple[str, str]]:
+    """The recovery against the first reference that was run, if one was."""
     against = {
         "lora": "LoRA on the full model",
         "ceiling": "the same adapter on the true middle",
         "full": "full tuning",
     }
     for name, reference in against.items():
-        figure = results.metrics.get(f"recovery_vs_{name}")
+        figure = metrics.get(f"recovery_vs_{name}")
         if figure is not None:
-            return number(figure.mean), f"of the gain of {reference}"
-    figure = results.metrics.get("capability")
-    return (number(figure.mean) if figure else NONE), "nats per token from the full model to the emulator as sent"
+            return [(number(figure.mean), f"of the gain of {reference}")]
+    return []
 
 
 def _withheld(results: Results) -> list[tuple[str, str]]:

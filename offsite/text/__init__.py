@@ -1,3 +1,3 @@
 """Text in, tensors out: rows of files to records, records to token ids, token ids to batches."""
 
-__all__ = ["batches", "calls", "config", "fold", "prompts", "records"]
+__all__ = ["answers", "batches", "calls", "config", "fold", "prompts", "records", "rows"]

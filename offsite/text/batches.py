@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, groupby, islice
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby, islice, takewhile
 from typing import Literal
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from offsite.errors import ConfigError, DataError
-from offsite.text.calls import TookTooLong, enough_seconds, quietly
-from offsite.text.chat import Spans, rendered_chat
-from offsite.text.records import Record
+from offsite.seq2seq.inputs import SOURCE
+from offsite.text.calls import TookTooLong, encoded, enough_seconds, quietly
+from offsite.text.chat import ASSISTANT, Spans, answers_only, asked_chat, rendered_chat, written_chat
+from offsite.text.prompts import prompt_ids
+from offsite.text.records import Record, answer_of
 
 IGNORED = -100
 _ROWS_AT_ONCE = 512
@@ -29,11 +31,30 @@ Encoding = tuple[list[int], list[tuple[int, int]]]  # token ids, and the charact
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids and, position by position, labels (-100 where the loss does not count)."""
+    """Token ids and, position by position, labels (-100 where the loss does not count).
+
+    A pair of answers is the chosen row, with the other one in ``rejected``. A question is the row with its right
+    answer, where it has one: ``prompt`` is what is to be continued, ``answer`` that answer's text, ``question`` the
+    record. A classifier's row has its label's place among the labels in ``target``. ``closing`` are the special tokens
+    behind its text, as an encoder's separator: a cut takes the text's end and leaves them. Of a row for an
+    encoder-decoder, ids and labels are the decoder's; ``source`` is what its encoder reads (`offsite.text.answers`).
+    """
 
     input_ids: list[int] = field(repr=False)
     labels: list[int] = field(repr=False)
     document: str = field(default="", repr=False)
+    rejected: Example | None = field(default=None, repr=False)
+    prompt: tuple[int, ...] = field(default=(), repr=False)
+    answer: str | None = field(default=None, repr=False)
+    question: Record | None = field(default=None, repr=False)
+    target: int | None = field(default=None, repr=False)
+    closing: int = 0
+    source: tuple[int, ...] = field(default=(), repr=False)
+
+    @property
+    def sides(self) -> tuple[Example, ...]:
+        """Both rows of a pair, the chosen one first; of anything else the row itself."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
     @property
     def num_loss_tokens(self) -> int:
@@ -59,6 +80,7 @@ def encode(
     context: int,
     on_long: Literal["truncate", "error"] = "truncate",
     whole_text: bool = False,
+    ended: bool = True,
 ) -> Encoded:
     """Every record as one example that ends with the end-of-sequence token.
 
@@ -66,24 +88,30 @@ def encode(
     the assistant's turns of a chat, which the tokenizer's own template renders. Prompt and completion
     are tokenised as one text and told apart by character offsets: tokenised alone, a completion would
     get the word-start mark that SentencePiece puts before every text. A token that straddles the
-    border counts.
+    border counts. Of a pair both rows are made so, and their tokens are counted together.
 
     Args:
         context: longest example in tokens. A longer record is cut at its end and counted; when nothing
-            that counts is left of it, it is dropped and counted as that too.
+            that counts is left of it, it is dropped and counted as that too. Of a pair either row is cut;
+            it is dropped when nothing that counts is left of one of them, or nothing that tells them apart.
         on_long: "error" refuses a longer record instead.
         whole_text: leave running text whole whatever its length, for `pack` to cut into blocks.
+        ended: without, a row ends as the tokenizer ends a text by itself: what a head reads (``adapters/heads.py``).
+            Special tokens that close it stay where it is cut, as with the tokenizer's own truncation.
 
     Raises:
         DataError: a record is too long under "error"; nothing is left; the chat template is missing,
             refuses a conversation, or renders earlier turns differently once later ones follow.
-        ConfigError: the tokenizer has no end-of-sequence token or no character offsets.
+        ConfigError: the tokenizer has no end-of-sequence token or no character offsets, or its special tokens take
+            the whole context.
     """
     _check_tokenizer(tokenizer, context)
+    if not ended and context <= (added := tokenizer.num_special_tokens_to_add()):
+        raise ConfigError(f"a context of {context} tokens has no room for text: the tokenizer adds {added} to each")
     examples: list[Example] = []
     num_truncated = num_dropped = 0
-    for record, example in _tokenised(records, tokenizer):
-        num_tokens = len(example.input_ids)
+    for record, example in _paired(records, tokenizer, ended=ended):
+        num_tokens = max(len(side.input_ids) for side in example.sides)
         if num_tokens > context and not (whole_text and _is_running_text(record)):
             if on_long == "error":
                 raise DataError(
@@ -91,8 +119,8 @@ def encode(
                     hint="--on-long truncate cuts such rows and counts them",
                 )
             num_truncated += 1
-            example = Example(example.input_ids[:context], example.labels[:context], example.document)
-        if example.num_loss_tokens:
+            example = cut(example, context)
+        if _counts(example):
             examples.append(example)
         else:
             num_dropped += 1
@@ -101,9 +129,96 @@ def encode(
             f"nothing to learn from: none of {len(records)} rows has a token that counts within {context} tokens",
             hint="raise the context, or shorten the prompts",
         )
-    num_tokens = sum(len(example.input_ids) for example in examples)
-    num_loss_tokens = sum(example.num_loss_tokens for example in examples)
+    sides = [side for example in examples for side in example.sides]
+    num_tokens = sum(len(side.input_ids) for side in sides)
+    num_loss_tokens = sum(side.num_loss_tokens for side in sides)
     return Encoded(examples, num_truncated, num_dropped, num_tokens, num_loss_tokens)
+
+
+def encode_questions(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int,
+    num_new: int,
+    on_long: Literal["truncate", "error"] = "truncate",
+) -> Encoded:
+    """Every question as one example: its prompt, tokenised as what is to be continued, and the row with its answer.
+
+    A row without an answer is its prompt, of which nothing counts. A prompt is never cut: one that leaves no room for
+    so many new tokens is dropped and counted. A longer answer of the row's own is cut at its end.
+
+    Args:
+        context: most tokens of a prompt and what follows it.
+        num_new: most tokens that are to follow a prompt.
+        on_long: "error" refuses a longer prompt instead.
+
+    Raises:
+        DataError: a prompt is too long under "error", or no prompt is left; as `encode` of templates.
+        ConfigError: there is no room for a prompt; as `encode` of tokenizers.
+    """
+    _check_tokenizer(tokenizer, context)
+    if num_new >= context:
+        raise ConfigError(f"{num_new} new tokens leave no room for a prompt in a context of {context}")
+    answered = _tokenised((one for one in records if answer_of(one) is not None), tokenizer, ended=True)
+    examples: list[Example] = []
+    num_truncated = num_dropped = 0
+    for record in records:
+        prompt, answer = _prompt_of(record, tokenizer), answer_of(record)
+        example = Example(prompt, [IGNORED] * len(prompt), record.document) if answer is None else next(answered)[1]
+        if len(prompt) + num_new > context:
+            if on_long == "error":
+                raise DataError(
+                    f"{record.place or f'row {record.row}'}: a prompt of {len(prompt)} tokens leaves no room for "
+                    f"{num_new} more in a context of {context}",
+                    hint="--on-long truncate leaves such rows out and counts them",
+                )
+            num_dropped += 1
+            continue
+        num_truncated += len(example.input_ids) > context
+        examples.append(replace(cut(example, context), prompt=tuple(prompt), answer=answer, question=record))
+    if not examples:
+        raise DataError(
+            f"none of {len(records)} prompts leaves room for {num_new} tokens in a context of {context}",
+            hint="raise the context, or shorten the prompts",
+        )
+    num_tokens = sum(len(example.input_ids) for example in examples)
+    return Encoded(examples, num_truncated, num_dropped, num_tokens, sum(one.num_loss_tokens for one in examples))
+
+
+def _prompt_of(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return a question's prompt as tokens, closed by nothing."""
+    if not record.messages:
+        return prompt_ids(tokenizer, record.segments[0][0])
+    text = asked_chat(record, tokenizer)
+    return encoded(tokenizer, text, what="a prompt", add_special_tokens=False)  # the template writes its own
+
+
+def answered_ids(record: Record, answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return a question with this answer in place of its own, as the tokens that a head reads of such a row.
+
+    They are those of `encode` without an end: of the whole text, or of what the chat template writes of it all.
+
+    Args:
+        record: a prompt, with or without an answer: segments of which the first is the prompt, or messages.
+
+    Raises:
+        DataError: when the tokenizer or the chat template fails on it, or there is none.
+    """
+    if not record.messages:
+        return encoded(tokenizer, record.segments[0][0] + answer, what="an answer")
+    said = (*record.messages[: record.num_given], (ASSISTANT, answer))
+    text = written_chat(replace(record, messages=said), tokenizer)
+    return encoded(tokenizer, text, what="an answer", add_special_tokens=False)
+
+
+def cut(example: Example, num_tokens: int) -> Example:
+    """Return the example, and the other row of a pair, up to its first so many tokens; those that close it stay."""
+    rejected = None if example.rejected is None else cut(example.rejected, num_tokens)
+    length = len(example.input_ids)
+    end, closed = min(num_tokens, length) - example.closing, length - example.closing
+    ids, labels = (part[:end] + part[closed:] for part in (example.input_ids, example.labels))
+    return replace(example, input_ids=ids, labels=labels, rejected=rejected)
 
 
 def pack(examples: Sequence[Example], *, block_tokens: int) -> list[Example]:
@@ -123,7 +238,10 @@ def pack(examples: Sequence[Example], *, block_tokens: int) -> list[Example]:
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """One batch, padded on the right: input_ids, labels and attention_mask, each (B, T) int64."""
+    """One batch, padded on the right: input_ids, labels and attention_mask, each (B, T) int64.
+
+    Of an encoder-decoder's rows also source_ids and source_mask, (B, S) int64 each.
+    """
     num_tokens = max(len(example.input_ids) for example in examples)
     input_ids_BT = torch.full((len(examples), num_tokens), pad_id)
     labels_BT = torch.full((len(examples), num_tokens), IGNORED)
@@ -133,7 +251,11 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
         input_ids_BT[row, :length] = torch.tensor(example.input_ids)
         labels_BT[row, :length] = torch.tensor(example.labels)
         mask_BT[row, :length] = 1
-    return {"input_ids": input_ids_BT, "labels": labels_BT, "attention_mask": mask_BT}
+    found = {"input_ids": input_ids_BT, "labels": labels_BT, "attention_mask": mask_BT}
+    if examples[0].source:
+        sources = collate([Example(list(one.source), list(one.source)) for one in examples], pad_id)
+        found |= dict(zip(SOURCE, (sources["input_ids"], sources["attention_mask"]), strict=True))
+    return found
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -182,7 +304,8 @@ class Batches:
 
     def num_tokens(self, step: int) -> int:
         """Tokens of the batch of `step`, padding apart."""
-        return sum(len(example.input_ids) for example in self.chosen(step))
+        sides = [side for example in self.chosen(step) for side in example.sides]
+        return sum(len(side.input_ids) + len(side.source) for side in sides)
 
     def chosen(self, step: int) -> list[Example]:
         """The examples of `step`, counted from 0."""
@@ -213,16 +336,39 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, context: int) -> None:
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
+    """Return the token that a row ends with; encoders such as BERT end it with their separator."""
+    found = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if found is None:
         raise ConfigError("the tokenizer has no end-of-sequence token", hint="set eos_token in its configuration")
-    return int(tokenizer.eos_token_id)
+    return int(found)
 
 
 def _is_running_text(record: Record) -> bool:
     return not record.messages and all(counts for _, counts in record.segments)
 
 
-def _tokenised(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Record, Example]]:
+def _counts(example: Example) -> bool:
+    """Tell whether anything can be learnt from the example."""
+    first, *others = example.sides
+    if first.target is not None:
+        return bool(first.input_ids)
+    return all(side.num_loss_tokens and side.input_ids != first.input_ids for side in others) and (
+        first.num_loss_tokens > 0
+    )
+
+
+def _paired(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, ended: bool
+) -> Iterator[tuple[Record, Example]]:
+    """Yield every record as an example, a pair as one."""
+    others = _tokenised((one.rejected for one in records if one.rejected is not None), tokenizer, ended=ended)
+    for record, example in _tokenised(records, tokenizer, ended=ended):
+        yield record, example if record.rejected is None else replace(example, rejected=next(others)[1])
+
+
+def _tokenised(
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, *, ended: bool
+) -> Iterator[tuple[Record, Example]]:
     eos = _eos(tokenizer)
     shared: dict[int, int] = {}  # one object per id: a long text then costs 8 bytes a token, not 36
     for is_chat, group in groupby(records, key=lambda record: bool(record.messages)):
@@ -231,9 +377,13 @@ def _tokenised(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) ->
             encodings = _encodings(rows, [text for text, _ in rendered], tokenizer, is_chat=is_chat)
             for record, (text, spans), (ids, offsets) in zip(rows, rendered, encodings, strict=True):
                 labels = _labels(ids, [end for _, end in offsets], spans, len(text))
-                _end(ids, labels, eos, closed=is_chat, counts=any(end == len(text) for _, end in spans))
+                if ended:
+                    _end(ids, labels, eos, closed=is_chat, counts=any(end == len(text) for _, end in spans))
                 labels = [shared.setdefault(label, label) for label in labels]
-                yield record, Example([shared.setdefault(i, i) for i in ids], labels, record.document)
+                known = None if record.label is None else record.label.number
+                ids = [shared.setdefault(i, i) for i in ids]
+                closing = 0 if ended else _num_closing(offsets)
+                yield record, Example(ids, labels, record.document, target=known, closing=closing)
 
 
 def _rendered(rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, is_chat: bool) -> list[tuple[str, Spans]]:
@@ -244,7 +394,8 @@ def _rendered(rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, is_
 
     def render() -> list[tuple[str, Spans]]:
         for record in rows:
-            done.append(rendered_chat(record, tokenizer))
+            text, spans = rendered_chat(record, tokenizer)
+            done.append((text, answers_only(record, spans)))
         return done
 
     limit = enough_seconds(sum(len(content) for record in rows for _, content in record.messages))
@@ -317,6 +468,11 @@ def _end(ids: list[int], labels: list[int], eos: int, *, closed: bool, counts: b
     labels.append(eos if counts else IGNORED)
 
 
+def _num_closing(offsets: Sequence[tuple[int, int]]) -> int:
+    """Return how many tokens at the end stand for no character: what the tokenizer closes a text with."""
+    return sum(1 for _ in takewhile(lambda place: place[1] == 0, reversed(offsets)))
+
+
 def _running(record: Record) -> tuple[str, Spans]:
     text, spans = "", []
     for segment, counts in record.segments:
@@ -331,8 +487,11 @@ __all__ = [
     "Batches",
     "Encoded",
     "Example",
+    "answered_ids",
     "collate",
+    "cut",
     "encode",
+    "encode_questions",
     "pack",
     "pad_id",
 ]

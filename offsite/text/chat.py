@@ -53,12 +53,53 @@ def rendered_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[s
         DataError: when there is no template, it refuses or fails, or a turn's text cannot be found in what it writes;
             with file and row, and nothing of what they hold.
     """
+    _require_template(record, tokenizer)
+    return _Conversation(record, tokenizer).found()
+
+
+def asked_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the messages that a question gives as the template writes them when it asks for an answer.
+
+    Raises:
+        DataError: as `rendered_chat`.
+    """
+    _require_template(record, tokenizer)
+    return _Conversation(record, tokenizer).asked()
+
+
+def written_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the whole conversation as the template writes it, whether or not its turns can be told apart.
+
+    Raises:
+        DataError: as `rendered_chat`, but for turns.
+    """
+    _require_template(record, tokenizer)
+    return _Conversation(record, tokenizer).whole()
+
+
+def answers_only(record: Record, spans: Spans) -> Spans:
+    """Return the spans behind the messages that were given: those of the answers that a pair compares.
+
+    Raises:
+        DataError: when the assistant's turns do not have a span each, so that nobody can tell which is whose.
+    """
+    given = sum(role == ASSISTANT for role, _ in record.messages[: record.num_given])
+    if not given:
+        return spans
+    if len(spans) != sum(role == ASSISTANT for role, _ in record.messages):
+        raise DataError(
+            f"{record.place}: the chat template marks not one stretch for each of the assistant's turns",
+            hint="give rows of prompt, chosen and rejected as text",
+        )
+    return spans[given:]
+
+
+def _require_template(record: Record, tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise DataError(
             f"{record.place}: holds messages, but the model's tokenizer has no chat template",
             hint="give rows of prompt and completion",
         )
-    return _Conversation(record, tokenizer).found()
 
 
 class _Conversation:
@@ -76,6 +117,12 @@ class _Conversation:
             if message["role"] == ASSISTANT:
                 spans.append(self._span(number, whole, places.get(number), spans[-1][1] if spans else 0))
         return whole, tuple(spans)
+
+    def whole(self) -> str:
+        return self._written(self._messages)
+
+    def asked(self) -> str:
+        return self._written(self._messages[: self._record.num_given], ask=True)
 
     def _span(self, number: int, whole: str, place: _Place | None, least: int) -> tuple[int, int]:
         """Return where turn `number` stands in the whole, not before `least`."""

@@ -31,12 +31,17 @@ class BlockSettings(VerbConfig):
     )
 
 
-class TextSettings(BlockSettings):
-    """Base of verbs that read a file of text."""
+class ColumnSettings(VerbConfig):
+    """Base of verbs that read rows with named columns."""
 
     fields: dict[str, str] = Field(
         {}, description="columns under other names, as prompt=question,completion=answer", json_schema_extra=DATA
     )
+
+
+class TextSettings(ColumnSettings, BlockSettings):
+    """Base of verbs that read a file of text."""
+
     document_field: str | None = Field(
         None, description="column that tells documents apart; each row is one by default", json_schema_extra=DATA
     )

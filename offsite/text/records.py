@@ -1,67 +1,78 @@
 """Text files as records: what each row holds, where it stands, and which document it belongs to.
 
-A row has one of three shapes: ``text``; ``prompt`` and ``completion``; or ``messages``. Errors name the
-file and the row and say what was expected. They never repeat what a row holds, and for that reason no
-column names either: a table without a header has its first row for column names.
+A row has one of three shapes: ``text``; ``prompt`` and ``completion``; or ``messages``. Who learns from
+preferences reads a fourth instead: ``chosen`` and ``rejected``, with or without ``prompt``; who learns to
+classify a fifth: ``text`` and ``label``, one of given names. Who learns from rewards reads prompts, with or
+without an answer (`offsite.text.questions`). Errors name the file and the row and say what was expected. They
+never repeat what a row holds, and for that reason no column names either: a table without a header has its
+first row for column names.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import importlib.resources
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from offsite.errors import ConfigError, DataError
+from offsite.text.dialects import told_in_shapes
 from offsite.text.files import lines
+from offsite.text.preferences import PAIR, PAIR_FIELDS, Answers, answers_in
+from offsite.text.questions import ANSWER_FIELD, QUESTIONS, question_in
+from offsite.text.rows import NAME_COLUMNS, Messages, Row, checked_string, file_kind, messages_in, read_rows
 
-KINDS = (".txt", ".jsonl", ".json", ".csv")
 SHAPES: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "prompt/completion": ("prompt", "completion"),
     "messages": ("messages",),
 }
+CLASSIFIED = "text/label"
+CLASSIFIED_FIELDS = ("text", "label")
 DOCUMENT = "document"
-_NAME_COLUMNS = "name the columns to read, as in fields.text=COLUMN"
 Purpose = Literal["split", "audit", "rehearsal", "dial"]
 BUNDLED = ("heldout", "private", "public")
 
 
+class Label(NamedTuple):
+    """A row's label: its place among the names that were given, and its name."""
+
+    number: int
+    name: str
+
+
 @dataclass(frozen=True)
 class Record:
-    """One row: either `segments` of running text, each with whether it counts in the loss, or `messages`."""
+    """One row: either `segments` of running text, each with whether it counts in the loss, or `messages`.
+
+    A row of preferences is that of the chosen answer, and has in `rejected` the same beginning with the other one. Of
+    their messages the first `num_given` are that beginning, and nothing of them counts. So are a question's, which may
+    have nothing behind them.
+    """
 
     segments: tuple[tuple[str, bool], ...] = field(repr=False)
     document: str = field(repr=False)
     row: int
-    messages: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # (role, content)
+    messages: Messages = field(default=(), repr=False)
     place: str = ""  # "notes.jsonl: line 7", for errors
+    rejected: Record | None = field(default=None, repr=False)
+    num_given: int = 0
+    label: Label | None = field(default=None, repr=False)
 
     @property
     def whole_text(self) -> str:
-        """All of its text as one: a prompt and its completion, or every message."""
-        return " ".join([text for text, _ in self.segments] + [content for _, content in self.messages])
+        """All of its text as one: a prompt and its completion, every message, both answers of a pair."""
+        own = [text for text, _ in self.segments] + [content for _, content in self.messages]
+        return " ".join(own if self.rejected is None else [*own, self.rejected.whole_text])
 
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table as it stands in the file."""
-
-    values: Mapping[str, Any] = field(repr=False)
-    number: int
-    place: str
-
-    def error(self, problem: str, *, hint: str | None = None) -> DataError:
-        """The error to raise about this row."""
-        return DataError(f"{self.place}: {problem}", hint=hint)
-
-    def string(self, name: str, *, empty: bool = False) -> str:
-        """The text in field `name`; DataError when it is missing, not text, or (unless `empty`) blank."""
-        return checked_string(self.values.get(name), f"field '{name}'", self, empty=empty)
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What two rows that say the same have in common."""
+        own = (self.segments, self.messages, *(() if self.label is None else (self.label.name,)))
+        return own if self.rejected is None else (*own, self.rejected.content)
 
 
 def read_records(
@@ -71,8 +82,13 @@ def read_records(
     document_field: str | None = None,
     separator: str | None = None,
     document_label: str = "",
+    pairs: bool | None = False,
+    questions: bool = False,
+    labels: Sequence[str] = (),
 ) -> list[Record]:
-    """Every row of a ``.txt``, ``.jsonl``, ``.json`` or ``.csv`` file, each optionally ``.gz``.
+    """Every row of a ``.txt``, ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` (each maybe ``.gz``) or ``.parquet`` file.
+
+    Rows of other tools' shapes are read as `offsite.text.dialects` says, unless `fields` names columns.
 
     Args:
         fields: where the columns have other names, ``{"text": "body"}``; also settles the shape when a
@@ -81,6 +97,11 @@ def read_records(
             ``document`` if the file has one; otherwise every row is a document of its own.
         separator: for ``.txt``, what stands between documents; without it, blank lines.
         document_label: put before the names of documents that have one in the file.
+        pairs: whether rows are to be preferences, which are refused otherwise; None takes what is there. Those with one
+            beginning are one document: its answers are compared with one another.
+        questions: rows are to be prompts with or without an answer; those with one prompt are one document.
+        labels: names of a classifier's labels; rows are then a text and one of them, and nothing else. Those of one
+            text are one document.
 
     Raises:
         DataError: the file is missing, empty, of an unknown kind, not Unicode text, or a row has the wrong form.
@@ -88,15 +109,26 @@ def read_records(
     """
     path = Path(path)
     kind = file_kind(path)
-    wanted = _shape_of_fields(fields or {})
+    shapes = {CLASSIFIED: CLASSIFIED_FIELDS} if labels else QUESTIONS if questions else _shapes(pairs)
+    wanted = _shape_of_fields(fields or {}, shapes, pairs, questions)
     if kind == ".txt":
+        if labels:
+            raise DataError(f"{path.name}: plain text, expected rows of a text and its label", hint=_LABELLED)
+        if pairs:
+            raise DataError(f"{path.name}: plain text, expected pairs of a chosen and a rejected answer", hint=_PAIRED)
+        if questions:
+            raise DataError(f"{path.name}: plain text, expected rows with a prompt", hint=_ASKED)
         if fields or document_field:
             raise ConfigError(f"{path.name}: plain text has no fields to name")
         records = [_text_record(path, number, text) for number, text in _pieces(path, separator)]
     else:
         if separator is not None:
             raise ConfigError(f"{path.name}: a separator applies to .txt files only")
-        records = list(_table_records(read_rows(path), fields or {}, wanted, document_field, document_label))
+        numbers = {name: number for number, name in enumerate(labels)}
+        rows = _table_records(
+            read_rows(path), fields or {}, shapes, wanted, document_field, document_label, questions, numbers
+        )
+        records = list(rows)
     if not records:
         raise DataError(f"{path.name}: empty, expected at least one row", hint="is it the right file?")
     return records
@@ -109,6 +141,9 @@ def read_files(
     document_field: str | None = None,
     separator: str | None = None,
     share_documents: bool = False,
+    pairs: bool | None = False,
+    questions: bool = False,
+    labels: Sequence[str] = (),
 ) -> list[Record]:
     """Every row of several files in their order, each file read as `read_records` does.
 
@@ -117,26 +152,32 @@ def read_files(
 
     Args:
         share_documents: documents of one name are the same in every file: where they stand for users.
+        pairs: as of `read_records`; under None the files hold preferences, all of them, or none does.
+        questions: as of `read_records`.
+        labels: as of `read_records`.
 
     Raises:
         DataError, ConfigError: as `read_records` and `require_files`.
     """
     require_files(paths)
+    how: dict[str, Any] = {"fields": fields, "document_field": document_field, "separator": separator}
+    how |= {"pairs": pairs, "questions": questions, "labels": labels}
     if len(paths) == 1:
-        (path,) = paths
-        return read_records(path, fields=fields, document_field=document_field, separator=separator)
+        return read_records(paths[0], **how)
     names = [path.name for path in paths]
     found: list[Record] = []
     for number, path in enumerate(paths, 1):
         folder = f"{path.absolute().parent.name}/" if names.count(path.name) > 1 else ""
         label = "" if share_documents else f"{number}/"
         try:
-            records = read_records(
-                path, fields=fields, document_field=document_field, separator=separator, document_label=label
-            )
+            records = read_records(path, document_label=label, **how)
         except DataError as error:
             raise DataError(f"{folder}{error}", hint=error.hint) from None
-        found += [replace(record, place=folder + record.place) for record in records] if folder else records
+        found += [_moved(record, folder) for record in records] if folder else records
+        if found[0].rejected is None and records[0].rejected is not None:
+            raise DataError(f"{folder}{records[0].place}: holds preferences where earlier files hold none", hint=_APART)
+        if found[0].rejected is not None and records[0].rejected is None:
+            raise DataError(f"{folder}{records[0].place}: holds no preferences where earlier files do", hint=_APART)
     return found
 
 
@@ -187,6 +228,13 @@ def split_by_document(
     return train, [record for record in records if record.document in held]
 
 
+def answer_of(record: Record) -> str | None:
+    """Return the right answer of a row that was read as a question; None where it has none."""
+    if record.messages:
+        return record.messages[-1][1] if len(record.messages) > record.num_given else None
+    return record.segments[1][0] if len(record.segments) > 1 else None
+
+
 def write_records(path: Path, records: Sequence[Record]) -> None:
     """Write the rows as ``.jsonl`` under the names that `read_records` knows by itself; it reads them as they are.
 
@@ -202,9 +250,9 @@ def write_by_shape(folder: Path, name: str, records: Sequence[Record]) -> list[s
 
     Read together by `read_files` they are the same rows: a document keeps its name within a file.
     """
-    shapes: dict[tuple[bool, int], list[Record]] = {}
+    shapes: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        shapes.setdefault((bool(record.messages), len(record.segments)), []).append(record)
+        shapes.setdefault(tuple(_values(record)), []).append(record)
     names = [f"{name}{number}.jsonl" if number > 1 else f"{name}.jsonl" for number in range(1, len(shapes) + 1)]
     for file, rows in zip(names, shapes.values(), strict=True):
         write_records(folder / file, rows)
@@ -218,59 +266,34 @@ def bundled(name: str) -> Path:
     return Path(str(importlib.resources.files("offsite").joinpath("data", f"{name}.jsonl.gz")))
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a ``.jsonl``, ``.json`` or ``.csv`` file, each optionally ``.gz``, unexamined.
-
-    A ``.jsonl`` row is numbered by its line; ``.json`` and ``.csv`` rows count from 1, the header of a
-    ``.csv`` apart.
-
-    Raises:
-        DataError: the file or a row cannot be read.
-    """
-    path = Path(path)
-    match file_kind(path):
-        case ".jsonl":
-            return _jsonl_rows(path)
-        case ".json":
-            return _json_rows(path)
-        case ".csv":
-            return _csv_rows(path)
-        case kind:
-            raise DataError(f"{path.name}: {kind} has no fields", hint="give a .jsonl, .json or .csv file")
-
-
-def file_kind(path: Path) -> str:
-    """The ending that says how to read `path`, without ``.gz``; DataError for an unknown one."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    if not suffixes or suffixes[-1] not in KINDS:
-        raise DataError(
-            f"{path.name}: unknown kind of file", hint=f"expected {', '.join(KINDS)}, each optionally followed by .gz"
-        )
-    return suffixes[-1]
-
-
-def checked_string(value: Any, what: str, row: Row, *, empty: bool = False) -> str:
-    """`value`, known to be text that a tokenizer can take; DataError naming `what` and the row otherwise."""
-    if value is None:
-        raise row.error(f"{what} is missing", hint=_NAME_COLUMNS)
-    if not isinstance(value, str):
-        raise row.error(f"{what} is {_json_type(value)}, expected text")
-    if not empty and not value.strip():
-        raise row.error(f"{what} is empty", hint="remove the row or fill it in")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can write half of a surrogate pair; no tokenizer can read one
-        raise row.error(f"{what} holds half of a surrogate pair, which is not Unicode text") from None
-    return value
-
-
 def _values(record: Record) -> dict[str, Any]:
+    """Return what the row is written as, by the names of fields."""
+    other = record.rejected
     if record.messages:
-        return {"messages": [{"role": role, "content": content} for role, content in record.messages]}
+        if other is None:
+            return {"messages": _objects(record.messages)}
+        return {"chosen": _objects(record.messages), "rejected": _objects(other.messages)}
     texts = [text for text, _ in record.segments]
-    return {"text": texts[0]} if len(texts) == 1 else dict(zip(SHAPES["prompt/completion"], texts, strict=True))
+    if record.label is not None:
+        return {"text": texts[0], "label": record.label.name}
+    if other is None:
+        if len(texts) == 1:
+            return {"text" if record.segments[0][1] else "prompt": texts[0]}
+        return dict(zip(SHAPES["prompt/completion"], texts, strict=True))
+    others = [text for text, _ in other.segments]
+    if len(texts) == len(others) == 2:
+        return {"prompt": texts[0], "chosen": texts[1], "rejected": others[1]}
+    return {"chosen": "".join(texts), "rejected": "".join(others)}
+
+
+def _objects(messages: Messages) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in messages]
+
+
+def _moved(record: Record, folder: str) -> Record:
+    """Return the row with the folder's name before its place."""
+    other = None if record.rejected is None else _moved(record.rejected, folder)
+    return replace(record, place=folder + record.place, rejected=other)
 
 
 def _draw(document: str, seed: int, purpose: str) -> float:
@@ -279,122 +302,137 @@ def _draw(document: str, seed: int, purpose: str) -> float:
     return int.from_bytes(digest, "big") / 2**48
 
 
-def _json_type(value: Any) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
-    return names.get(type(value), "null")
-
-
-# --- lines to rows
-
-
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    for number, line in lines(path):
-        if line.strip():
-            place = f"{path.name}: line {number}"
-            yield _object_row(_parsed(line, place), number, place)
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    whole = "".join(line for _, line in lines(path))
-    values = _parsed(whole, path.name) if whole.strip() else []
-    if not isinstance(values, list):
-        raise DataError(
-            f"{path.name}: holds {_json_type(values)}, expected a list of rows",
-            hint="name the file .jsonl if it has one object per line",
-        )
-    for number, value in enumerate(values, 1):
-        yield _object_row(value, number, f"{path.name}: row {number}")
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.reader((line for _, line in lines(path)), strict=True)
-    try:
-        header = next(reader, [])
-        if len(set(header)) != len(header):
-            raise DataError(f"{path.name}: two columns have the same name")
-        for number, cells in enumerate(filter(None, reader), 1):
-            place = f"{path.name}: row {number}"
-            if len(cells) != len(header):
-                raise DataError(f"{place}: {len(cells)} columns, the header has {len(header)}")
-            yield Row(dict(zip(header, cells, strict=True)), number, place)
-    except csv.Error:
-        raise DataError(
-            f"{path.name}: line {reader.line_num}: not valid CSV",
-            hint="check the quotes; fields over 131072 characters belong in .jsonl",
-        ) from None
-
-
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        position = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
-        raise DataError(
-            f"{place}: not valid JSON at {position}", hint=".jsonl has an object per line, .json one list"
-        ) from None
-    except (ValueError, RecursionError):  # a number of thousands of digits; nesting of thousands of levels
-        raise DataError(f"{place}: JSON beyond what can be read") from None
-
-
-def _object_row(value: Any, number: int, place: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: holds {_json_type(value)}, expected an object with fields")
-    return Row(value, number, place)
-
-
 # --- rows to records
 
 
-def _shape_of_fields(fields: Mapping[str, str]) -> str | None:
-    known = [name for names in SHAPES.values() for name in names]
+_PAIRED = "give rows of 'prompt', 'chosen' and 'rejected', or of whole dialogues 'chosen' and 'rejected'"
+_ASKED = "give rows of 'prompt', with or without 'completion', or of 'messages'"
+_LABELLED = "give rows of 'text' and 'label', in any kind of file but .txt"
+_APART = "give text and preferences to different runs"
+
+
+def _shapes(pairs: bool | None) -> dict[str, tuple[str, ...]]:
+    """Return the shapes that a row may have, each with the fields that it must have."""
+    if pairs is None:
+        return {**SHAPES, PAIR: PAIR_FIELDS}
+    return {PAIR: PAIR_FIELDS} if pairs else SHAPES
+
+
+_BESIDE = {PAIR: ["prompt"], "prompt": [ANSWER_FIELD]}
+"""What rows of a shape may hold beside what they must."""
+
+
+def _shape_of_fields(
+    fields: Mapping[str, str], allowed: Mapping[str, Sequence[str]], pairs: bool | None, questions: bool
+) -> str | None:
+    names = {shape: [*own, *_BESIDE.get(shape, [])] for shape, own in allowed.items()}
+    known = list(dict.fromkeys(name for own in names.values() for name in own))
     unknown = sorted(set(fields) - set(known))
     if unknown:
-        raise ConfigError(f"unknown field name(s) {', '.join(unknown)}, expected some of: {', '.join(known)}")
-    shapes = [shape for shape, names in SHAPES.items() if set(names) & set(fields)]
-    if len(shapes) > 1:
-        raise ConfigError(f"fields of {' and '.join(shapes)} named together, expected those of one")
-    return shapes[0] if shapes else None
+        of_pairs = pairs is False and not questions and set(unknown) <= set(PAIR_FIELDS)
+        raise ConfigError(
+            f"unknown field name(s) {', '.join(unknown)}, expected some of: {', '.join(known)}",
+            hint="--objective dpo reads pairs of answers" if of_pairs else None,
+        )
+    shapes = [shape for shape, own in names.items() if set(fields) <= set(own)]
+    if not shapes:
+        shown = [shape for shape, own in names.items() if set(own) & set(fields)]
+        raise ConfigError(f"fields of {' and '.join(shown)} named together, expected those of one")
+    return shapes[0] if len(shapes) == 1 and fields else None
 
 
 def _table_records(
-    rows: Iterator[Row], fields: Mapping[str, str], wanted: str | None, document_field: str | None, label: str
+    rows: Iterator[Row],
+    fields: Mapping[str, str],
+    shapes: Mapping[str, Sequence[str]],
+    wanted: str | None,
+    document_field: str | None,
+    label: str,
+    questions: bool,
+    numbers: Mapping[str, int],
 ) -> Iterator[Record]:
-    columns = {name: fields.get(name, name) for names in SHAPES.values() for name in names}
+    names = [name for own in (*SHAPES.values(), PAIR_FIELDS, CLASSIFIED_FIELDS) for name in own]
+    columns = {name: fields.get(name, name) for name in names}
     shape: str | None = wanted
     first = ""
-    for row in rows:
-        found = _shape_of(row, columns)
+    for row in rows if fields else map(told_in_shapes, rows):
+        found = _shape_of(row, columns, shapes)
         if shape is None:
-            shape = _only_shape(row, found)
+            shape = _only_shape(row, found, shapes, columns, questions)
         elif wanted is None and found and shape not in found:
             raise row.error(f"holds {found[0]} where {first} holds {shape}, expected one shape in a file")
         if not first:
             first = row.place.rpartition(": ")[2]
             if document_field is None and DOCUMENT in row.values and DOCUMENT not in fields.values():
                 document_field = DOCUMENT
-        yield _table_record(row, shape, columns, document_field, label)
+        if questions:
+            yield _question(row, shape, columns, document_field, label)
+            continue
+        found_row = _table_record(row, shape, columns, document_field, label, needs_prompt="prompt" in fields)
+        yield replace(found_row, label=_label(row, columns["label"], numbers)) if numbers else found_row
 
 
-def _shape_of(row: Row, columns: Mapping[str, str]) -> list[str]:
-    return [shape for shape, names in SHAPES.items() if all(columns[name] in row.values for name in names)]
+def _label(row: Row, column: str, numbers: Mapping[str, int]) -> Label:
+    """Return the row's label, which may be written as a whole number where that is a name."""
+    value = row.values.get(column)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    name = checked_string(value, f"field '{column}'", row)
+    if name not in numbers:
+        raise row.error(
+            f"its label is none of the {len(numbers)} given", hint="--labels, or the job, names all of them"
+        )
+    return Label(numbers[name], name)
 
 
-def _only_shape(row: Row, found: Sequence[str]) -> str:
+def _shape_of(row: Row, columns: Mapping[str, str], shapes: Mapping[str, Sequence[str]]) -> list[str]:
+    return [shape for shape, names in shapes.items() if all(columns[name] in row.values for name in names)]
+
+
+def _only_shape(
+    row: Row, found: Sequence[str], allowed: Mapping[str, Sequence[str]], columns: Mapping[str, str], questions: bool
+) -> str:
+    if not found and CLASSIFIED in allowed:
+        raise row.error("a text or its label is missing", hint=f"{_LABELLED}, or {NAME_COLUMNS}")
+    if not found and not questions:
+        others = _shape_of(row, columns, {**SHAPES, PAIR: PAIR_FIELDS})
+        if PAIR in others:
+            raise row.error(
+                "holds pairs of a chosen and a rejected answer, expected text",
+                hint="offsite tune --objective dpo learns from such rows",
+            )
+        if others:
+            raise row.error(
+                f"holds {others[0]}, expected a chosen and a rejected answer",
+                hint=f"offsite tune --objective next-token learns from such rows; else {_PAIRED}",
+            )
     if not found:
-        shapes = "; or ".join(" and ".join(f"'{name}'" for name in names) for names in SHAPES.values())
-        raise row.error(f"a field is missing, expected {shapes}", hint=_NAME_COLUMNS)
+        shapes = "; or ".join(" and ".join(f"'{name}'" for name in names) for names in allowed.values())
+        raise row.error(f"a field is missing, expected {shapes}", hint=NAME_COLUMNS)
     if len(found) > 1:
-        raise row.error(f"has the fields of {' and '.join(found)}, expected those of one", hint=_NAME_COLUMNS)
+        raise row.error(f"has the fields of {' and '.join(found)}, expected those of one", hint=_name_one(found))
     return found[0]
 
 
-def _table_record(row: Row, shape: str, columns: Mapping[str, str], document_field: str | None, label: str) -> Record:
+def _name_one(shapes: Sequence[str]) -> str:
+    return NAME_COLUMNS + (", or fields.chosen=chosen" if PAIR in shapes else "")
+
+
+def _table_record(
+    row: Row, shape: str, columns: Mapping[str, str], document_field: str | None, label: str, *, needs_prompt: bool
+) -> Record:
     segments: tuple[tuple[str, bool], ...] = ()
-    messages: tuple[tuple[str, str], ...] = ()
-    if shape == "text":
+    messages: Messages = ()
+    if shape == PAIR:
+        answers = answers_in(row, columns, needs_prompt=needs_prompt)
+        named = "" if document_field is None else label + _document(row, document_field)
+        return _pair(row, answers, named or _digest(answers.beginning))
+    if shape in ("text", CLASSIFIED):
         segments = ((row.string(columns["text"]), True),)
     elif shape == "messages":
-        messages = _messages(row, columns["messages"])
+        messages = messages_in(row, columns["messages"])
+        if not any(role == "assistant" for role, _ in messages):
+            raise row.error("no message of role assistant, so nothing to learn", hint="give an answer per row")
     else:
         prompt = row.string(columns["prompt"], empty=True)
         segments = ((prompt, False), (row.string(columns["completion"]), True))
@@ -402,19 +440,20 @@ def _table_record(row: Row, shape: str, columns: Mapping[str, str], document_fie
     return Record(segments, document, row.number, messages, row.place)
 
 
-def _messages(row: Row, column: str) -> tuple[tuple[str, str], ...]:
-    values = row.values.get(column)
-    if not isinstance(values, list) or not values:
-        raise row.error(f"field '{column}' is not a list of messages, expected objects with role and content")
-    messages = []
-    for number, value in enumerate(values, 1):
-        if not isinstance(value, dict) or set(value) != {"role", "content"}:
-            raise row.error(f"message {number} does not have exactly the fields role and content")
-        role = checked_string(value["role"], f"role of message {number}", row)
-        messages.append((role, checked_string(value["content"], f"content of message {number}", row)))
-    if not any(role == "assistant" for role, _ in messages):
-        raise row.error("no message of role assistant, so nothing to learn", hint="give an answer per row")
-    return tuple(messages)
+def _question(row: Row, shape: str, columns: Mapping[str, str], document_field: str | None, label: str) -> Record:
+    """Return a prompt, with its answer where the row has one."""
+    found = question_in(row, columns, shape)
+    document = _digest(found.prompt) if document_field is None else label + _document(row, document_field)
+    return Record(found.segments, document, row.number, found.messages, row.place, num_given=found.num_given)
+
+
+def _pair(row: Row, answers: Answers, document: str) -> Record:
+    """Return the chosen row, with the other one in it."""
+    chosen, rejected = (
+        Record(segments, document, row.number, messages, row.place, num_given=answers.num_given)
+        for segments, messages in (answers.chosen, answers.rejected)
+    )
+    return replace(chosen, rejected=rejected)
 
 
 def _document(row: Row, name: str) -> str:
@@ -424,7 +463,7 @@ def _document(row: Row, name: str) -> str:
     return checked_string(value, f"field '{name}'", row)
 
 
-def _digest(parts: Sequence[tuple[str, object]]) -> str:
+def _digest(parts: Sequence[object]) -> str:
     """A document name for a row that has none: of its content, so that equal rows stay together."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -83,6 +83,17 @@ class CheckpointSettings(ResumableSettings):
     )
 
 
+class CacheSettings(VerbConfig):
+    """Base of verbs that keep what a frozen part of a model computes."""
+
+    cache_bytes: int = Field(
+        8 << 30,
+        ge=0,
+        description="most that hidden states of frozen blocks may take in OUTPUT.work, to be computed once; 0: never",
+        json_schema_extra=MACHINE,
+    )
+
+
 class LoopSettings(CheckpointSettings):
     """Base of verbs that are one run of the training loop."""
 

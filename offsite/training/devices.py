@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -32,3 +34,24 @@ def choose_device(name: str = "auto") -> torch.device:
             raise ConfigError(f"--device {name}: launched processes compute on {chosen.type}", hint="use --device auto")
         return chosen
     return torch.device(name)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return how much memory is free there, in bytes: a GPU's own, else what the system or its control group leaves.
+
+    None where the system does not say.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, free again
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    found = []
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    group = Path("/sys/fs/cgroup")  # a container's limit
+    with suppress(OSError, ValueError, KeyError):
+        limit, used = ((group / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        told = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        cached = int(told["active_file"]) + int(told["inactive_file"])  # the kernel gives it up when it is asked to
+        found.append(max(0, int(limit) - int(used) + cached))  # no number, "max", is no limit
+    return min(found, default=None)

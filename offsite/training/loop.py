@@ -34,6 +34,17 @@ _Record = dict[str, int | float | None]
 MakeStepper = Callable[[nn.Module, Mapping[str, nn.Parameter], StepLoss, LoopConfig, Processes], Stepper]
 
 
+class EndOfRun(Exception):
+    """Raised where batches are made or weights evaluated: the run is to end here, with the best weights so far.
+
+    Nothing of it is kept on disk: a run that is resumed comes to the same end.
+    """
+
+    def __init__(self, kind: str, reason: str, *, hint: str) -> None:
+        super().__init__(reason)
+        self.kind, self.hint = kind, hint
+
+
 class Batches(Protocol):
     """What the loop reads: a pure function of the step, so that resuming needs no state of the reader."""
 
@@ -57,6 +68,8 @@ class Outcome:
         best_step: step of the lowest evaluation; the last step when nothing was evaluated.
         best_loss: that evaluation; none when nothing was evaluated.
         evaluations: (step, loss) of every evaluation.
+        before_loss: the evaluation before the first step.
+        ended: the kind of `EndOfRun` that ended the run before its last step; none when nothing did.
         tensors: the trained tensors by name, whole, float32. In one process they are the parameters,
             detached, not copied; of several, the main one has them on the CPU and the others none.
     """
@@ -73,10 +86,12 @@ class Outcome:
     evaluations: list[tuple[int, float]]
     tensors: dict[str, Tensor] = field(repr=False)
     before_loss: float | None = None
+    ended: str | None = None
 
     def figures(self) -> dict[str, object]:
-        """Return everything but the tensors, as JSON takes it."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "tensors"}
+        """Return everything but the tensors, as JSON takes it; how it ended only of a run that ended early."""
+        left_out = {"tensors"} | ({"ended"} if self.ended is None else set())
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in left_out}
 
 
 def train(
@@ -95,6 +110,7 @@ def train(
     shard_blocks: Sequence[nn.Module] = (),
     binding: Mapping[str, str] | None = None,
     make_stepper: MakeStepper = Stepper,
+    figures: Callable[[], Mapping[str, float]] | None = None,
 ) -> Outcome:
     """`trainable` holds the trained weights: the best evaluated ones, or the last.
 
@@ -119,12 +135,14 @@ def train(
         shard_blocks: the modules that `shard` gathers one at a time.
         binding: what else a resumed run must share, such as the digests of model and data.
         make_stepper: makes what takes the steps; the client's private tuning has its own.
+        figures: returns what else is told of a step, right after it, in the log and the progress line.
 
     Raises:
         ConfigError: when `work` holds an unfinished run and `resume` is false, or a run of other
             settings; when `trainable` is not as above; when the device lacks the precision.
-        DataError: when a batch has fewer rows than parts, or nothing counts in any step.
-        RunFailed: when a loss or gradient is not finite, the disk is full, or a checkpoint is damaged.
+        DataError: when a batch has fewer rows than parts, or nothing counts in any step. RunFailed: when a loss or
+            gradient is not finite, the disk is full, or a checkpoint is damaged; when the run is to end before any
+            weights were evaluated.
         KeyboardInterrupt: after Ctrl-C, at the end of the step, when its checkpoint is written.
     """
     processes = world()
@@ -142,11 +160,29 @@ def train(
     run = _Run(
         model, held, batches, stepper, config, work, evaluate, evaluate_before, keep_best, processes, state, label
     )
+    run.figures = figures
     with torch.random.fork_rng(devices=[stepper.device] if stepper.device.type == "cuda" else []):
         if resume:
             run.resume()
         run.go()
     return run.outcome()
+
+
+def require_resumable(work: Path, config: LoopConfig, binding: Mapping[str, str]) -> None:
+    """Return only if the newest checkpoint in `work`, where there is one, was made with these settings.
+
+    Whoever writes into `work` before `train` asks this first. Settings that the caller comes to know later are not
+    compared; `train` compares all.
+
+    Raises:
+        ConfigError: naming every setting that differs.
+        RunFailed: when the checkpoint is damaged.
+    """
+    folder = checkpoints.newest_checkpoint(work)
+    if folder is not None:
+        expected = {**config.binding(), **binding}
+        found = checkpoints.read_state(folder).settings
+        _require_settings(folder.name, {name: found.get(name) for name in expected}, expected)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -178,6 +214,8 @@ class _Run:
     processes: Processes
     state: State
     label: str
+    figures: Callable[[], Mapping[str, float]] | None = None
+    ended: EndOfRun | None = None
 
     def resume(self) -> None:
         """Weights, optimizer, best weights, log and state are those of the newest checkpoint, if there is one."""
@@ -200,16 +238,23 @@ class _Run:
     def go(self) -> None:
         """The last step is done and has its checkpoint."""
         if self.evaluate is not None and self.evaluate_before and self.state.step == 0:
-            self.state.before_loss = self._measured(self.evaluate)
+            try:
+                self.state.before_loss = self._measured(self.evaluate)
+            except EndOfRun as end:
+                self._end(end)
         began, earlier = time.monotonic(), self.state.seconds
         with self._journal() as log, self._progress() as bar, stop_on_interrupt() as stop:
-            while self.state.step < self.config.steps:
-                record = self._advance()
+            while self.state.step < self.config.steps and self.ended is None:
+                try:
+                    record = self._advance()
+                except EndOfRun as end:
+                    self._end(end)
+                    break
                 self.state.seconds = earlier + time.monotonic() - began
                 if log is not None:
                     log.write({**record, "seconds": round(self.state.seconds, 3)})
                 stopping = self.processes.largest(float(stop.requested)) > 0
-                if stopping or self._is_due(self.config.checkpoint_every):
+                if stopping or (self._is_due(self.config.checkpoint_every) and self.ended is None):
                     if log is not None:
                         log.sync()
                     self._checkpoint()
@@ -241,6 +286,7 @@ class _Run:
             evaluations=list(state.evaluations),
             tensors=gather(self.trainable, self.processes),
             before_loss=state.before_loss,
+            ended=None if self.ended is None else self.ended.kind,
         )
 
     def _advance(self) -> _Record:
@@ -255,9 +301,22 @@ class _Run:
             state.final_loss = done.loss
         record: _Record = {"step": state.step, "loss": done.loss, "rate": done.rate, "tokens": state.tokens}
         record["gradient_norm"] = done.gradient_norm
+        record |= {} if self.figures is None else self.figures()
         if self.evaluate is not None and self._is_due(self.config.evaluate_every):
-            record["evaluation_loss"] = self._evaluated(self.evaluate)
+            try:
+                record["evaluation_loss"] = self._evaluated(self.evaluate)
+            except EndOfRun as end:
+                self._end(end)
         return record
+
+    def _end(self, end: EndOfRun) -> None:
+        """The run ends here, with the best weights so far. Raises RunFailed when none were evaluated."""
+        step, best = self.state.step, self.state.best
+        if not self._has_best() or best is None:
+            raise RunFailed(f"{end} at step {step}, before any weights were validated", hint=end.hint) from None
+        self.ended = end
+        say(f"{self.label}: ended after step {step}: {end}; the weights of step {best[0]} are kept")
+        say(f"  {end.hint}")
 
     def _is_due(self, every: int) -> bool:
         step = self.state.step
@@ -325,6 +384,7 @@ class _Run:
     def _show(self, bar: Progress | None, record: _Record) -> None:
         if bar is not None:
             figures = {"loss": record["loss"], "evaluated": record.get("evaluation_loss")}
+            figures |= {} if self.figures is None else {name: record[name] for name in self.figures()}
             shown = {name: value for name, value in figures.items() if value is not None}
             bar.update(self.state.step, **shown, **{"tokens/s": self._tokens_per_second()})
 
@@ -389,4 +449,7 @@ def _require_settings(where: str, found: Mapping[str, object], expected: Mapping
     names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if names:
         changed = ", ".join(f"{name} {found.get(name)!r} (now {expected.get(name)!r})" for name in names)
-        raise ConfigError(f"{where} was made with {changed}", hint="resume with the settings it was begun with")
+        hint = "resume with the settings it was begun with"
+        if any("hidden" in name for name in names):
+            hint += "; whether hidden states are kept is up to --cache-bytes, 0 keeps none"
+        raise ConfigError(f"{where} was made with {changed}", hint=hint)

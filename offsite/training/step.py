@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offsite.errors import ConfigError, DataError, RunFailed
+from offsite.errors import DataError, RunFailed
 from offsite.training.config import LoopConfig
+from offsite.training.precision import uses_bf16
 from offsite.training.processes import Processes
 
 Batch = Mapping[str, Tensor]
@@ -151,25 +152,6 @@ def rate(config: LoopConfig, number: int) -> float:
     return config.learning_rate * (1 - fallen * (1 - config.min_rate_share))
 
 
-def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Return whether to compute in bfloat16: as asked, or under "auto" where the device is faster for it.
-
-    Among CPUs those are the ones with AMX. AVX-512 alone has instructions for bfloat16 too, but its matrix products ran
-    at half the speed of float32 where they were measured (1024 x 576 x 1536, one core: 82 against 143 GFLOP/s).
-
-    Raises:
-        ConfigError: when bf16 is asked of a GPU without it.
-    """
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
-        if precision == "bf16" and not able:
-            raise ConfigError("this GPU has no bf16", hint="use precision fp32 or auto")
-    else:
-        found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        able = bool(found.get("amx_bf16", False))
-    return precision == "bf16" or (precision == "auto" and able)
-
-
 def _adamw(tensors: Iterable[nn.Parameter], config: LoopConfig, device: torch.device) -> torch.optim.AdamW:
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []  # norms and biases are not decayed
@@ -195,7 +177,8 @@ def require_finite(what: str, value: float, number: int) -> None:
 
 
 def _num_tokens(batch: Batch) -> int:
-    """Return the tokens of a batch that are not padding; its rows when it holds no tokens."""
-    if "attention_mask" in batch:
-        return int(batch["attention_mask"].sum())
+    """Return the tokens of a batch that are not padding, of all rows of a pair; its rows when it holds no tokens."""
+    masks = [tensor for name, tensor in batch.items() if name.endswith("attention_mask")]
+    if masks:
+        return sum(int(mask.sum()) for mask in masks)
     return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from offsite.artefacts.owner import OwnerRecord
+from offsite.artefacts.package import Package
 from offsite.audits.canaries import CanarySet, Commitment, open_reveal, read_commitment
 from offsite.audits.canaryaudit import CanaryScores, audit_canaries, score_canaries
 from offsite.audits.gates import Gate, plugged_gates
@@ -29,10 +30,10 @@ from offsite.training.devices import choose_device
 from server.evaluation.auditconfig import AuditPluggedConfig
 from server.evaluation.summary import versions
 from server.plugging.fit import fit, plugged
-from server.plugging.plug import accepted, record_of
-from server.plugging.shares import require_way, taken
+from server.plugging.plug import accepted, emulator_of, record_of
+from server.plugging.shares import as_rehearsed, require_way, taken
 from server.plugging.sparing import public_text
-from server.plugging.ways import Way
+from server.plugging.ways import Way, told
 from server.registry.intake import read_registered
 from server.registry.registry import Registry
 from server.registry.verify import Verified
@@ -57,20 +58,24 @@ def run(config: AuditPluggedConfig) -> dict[str, object]:
     commitment = read_commitment(config.commitment)
     with Registry.open(config.registry, config.keys) as registry:
         entry = accepted(registry, config.id)
+        config = config.model_copy(update={"id": entry.id})
         record = record_of(registry, entry, config.package)
         require_committed(commitment, package_digest=record.package_digest, job_id=entry.job_id)
         verified = read_registered(registry, entry, record)
+        config = as_rehearsed(config, verified.spec, record)
         require_way(verified.spec, config.way)
+        emulator = emulator_of(config.package, registry, verified, record) if config.correct else None
         public = _public(config)
         _warn(registry, config, public[1])
     canaries = open_reveal(config.reveal, commitment)
-    untuned, tuned = _scores(config, canaries, verified, record, public[0])
+    untuned, tuned = _scores(config, canaries, verified, record, public[0], emulator)
     audit = PluggedAudit(
         bundle_digest=verified.bundle_digest,
         package_digest=record.package_digest,
         base_digest=record.base_digest,
         way="" if config.way.is_plain else str(config.way),
         spare_text=public[1],
+        corrected=config.correct,
         canaries=audit_canaries(canaries, commitment.digest, tuned=tuned, untuned=untuned, delta=config.delta),
         versions=versions(),
     )
@@ -110,7 +115,7 @@ def _warn(registry: Registry, config: AuditPluggedConfig, spare_text: str) -> No
     served, written = registry.ways(config.id, "served"), registry.ways(config.id, "plugged-in")
     known, way = (served, config.way) if served else (written, config.way.written)
     if known and (str(way), spare_text) not in known:
-        others = "; ".join(sorted({Way.parse(word).told for word, _ in known}))
+        others = "; ".join(sorted({told(word) for word, _ in known}))
         verb = "served" if served else "plugged in"
         text = ", of other public text" if (str(way)) in dict(known) else ""
         say(f"warning: {verb} was {others}{text}; this measures {config.way.told}")
@@ -122,11 +127,13 @@ def _scores(
     verified: Verified,
     record: OwnerRecord,
     public: Sequence[Example],
+    emulator: Package | None,
 ) -> tuple[CanaryScores, CanaryScores]:
     """Return what the full model says of the canaries, and what it says with the adapter plugged in."""
     tokenizer = load_tokenizer(config.model)
     model: PreTrainedModel = load_model(config.model)
-    adapter = taken(model, fit(model, verified, record, base_digest=model_digest(model)), config.way, public)
+    fitted = fit(model, verified, record, base_digest=model_digest(model), emulator=emulator)
+    adapter = taken(model, fitted, config.way, public)
     cast_model(model, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     model.to(choose_device(config.device))  # type: ignore[arg-type]
     untuned = score_canaries(
@@ -149,8 +156,8 @@ def _scores(
 def _show(audit: PluggedAudit, gates: tuple[Gate, ...]) -> None:
     """Attacks and gates are on stderr."""
     found = audit.canaries
-    if audit.way:
-        say(f"plugged in: {Way.parse(audit.way).told}")
+    if audit.way or audit.corrected:
+        say(f"plugged in: {Way.parse(audit.way or '1').told}{', corrected' if audit.corrected else ''}")
     lines = [
         [one.signal, f"{one.auc.value:.3f}", f"{one.auc.low:.3f}-{one.auc.high:.3f}", f"{one.balanced_accuracy:.3f}"]
         for one in found.membership
@@ -171,6 +178,7 @@ def _flat(audit: PluggedAudit, gates: tuple[Gate, ...]) -> dict[str, object]:
     return {
         "bundle_digest": audit.bundle_digest,
         "way": audit.way or "1",
+        "corrected": audit.corrected,
         "num_canaries": found.num,
         "num_included": found.num_included,
         "auc": {one.signal: one.auc.value for one in found.membership},

@@ -10,10 +10,10 @@ from pydantic import Field
 from offsite.config import MACHINE, MEASURING, OUTPUT, PRIVACY
 from offsite.evaluation.config import ExactSettings
 from offsite.training.config import SeedSettings
-from server.plugging.config import AcceptedConfig, MeasuredWaySettings
+from server.plugging.config import AcceptedConfig, CorrectSettings, MeasuredWaySettings
 
 
-class AuditPluggedConfig(AcceptedConfig, MeasuredWaySettings, ExactSettings, SeedSettings):
+class AuditPluggedConfig(AcceptedConfig, MeasuredWaySettings, CorrectSettings, ExactSettings, SeedSettings):
     """Settings of ``offsite audit plugged-in MODEL ID --registry DIR --commitment DIR --reveal DIR -o AUDIT``."""
 
     verb: ClassVar[str] = "audit plugged-in"

@@ -99,6 +99,24 @@ def find_record(bundle: Bundle) -> OwnerRecord:
     return find_owner_record(bundle.manifest.package_digest, None, [folder, Path.cwd(), folder.parent])
 
 
+def with_whole_ids(config: EvaluateConfig) -> EvaluateConfig:
+    """Return the settings with registered bundles by their whole ids, as results name them: the latest will be another.
+
+    Raises:
+        ConfigError: when a word names none, or several.
+    """
+    named = named_paths(config.bundle)
+    if config.registry is None or not any(registered_id(path) for _, path in named):
+        return config
+    found = []
+    with Registry.open(config.registry, config.keys) as registry:
+        for label, path in named:
+            word = registered_id(path)
+            place = str(path) if word is None else registry.named(word).id
+            found.append(place if label == path.name else f"{label}={place}")
+    return config.model_copy(update={"bundle": tuple(found)})
+
+
 def _candidate(config: EvaluateConfig, path: Path, record: OwnerRecord) -> Candidate:
     bundle_id = registered_id(path)
     if bundle_id is None or config.registry is None:
@@ -138,6 +156,8 @@ def _require_reference(row: str, bundle: Bundle, reference: OwnerRecord, record:
             f"{what} was tuned on a package that does not keep all of the model",
             hint="tune references on a package of: offsite distill MODEL --method keep-all --steps 0",
         )
+    if bundle.manifest.adapter.head != first.manifest.adapter.head:
+        raise ConfigError(f"{what} is for another task than the bundles, or for other labels")
     wanted, fits = _FITS[row]
     if not fits(bundle, first):
         found = bundle.manifest.adapter

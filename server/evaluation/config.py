@@ -9,13 +9,14 @@ from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from offsite.config import MACHINE, MEASURING, OUTPUT, REPEATED, USUAL
+from offsite.config import FROM_PROJECT, MACHINE, MEASURING, OUTPUT, PLUGGING, REPEATED, USUAL
 from offsite.evaluation.config import ExactSettings, HeldoutSettings
 from offsite.keys.config import KeysConfig
 from offsite.modelling.config import ModelWord
+from offsite.tasks.config import RuleSettings
 from offsite.text.config import TextFiles
-from server.plugging.config import CorrectSettings, MeasuredWaySettings
-from server.registry.config import ID_PATTERN
+from server.plugging.config import BetaSettings, CorrectSettings, MeasuredWaySettings
+from server.registry.config import WORD_PATTERN
 
 REFERENCE_NAMES = ("ceiling", "lora_full", "full")
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,63})=(.+)")
@@ -33,10 +34,12 @@ def named_paths(words: Sequence[str]) -> list[tuple[str, Path]]:
 
 def registered_id(path: Path) -> str | None:
     """Return the id of a registered bundle that stands in a path's place; None for the path of a folder."""
-    return str(path) if re.fullmatch(ID_PATTERN, str(path)) and not path.exists() else None
+    return str(path) if re.fullmatch(WORD_PATTERN, str(path)) and not path.exists() else None
 
 
-class EvaluateConfig(ModelWord, KeysConfig, HeldoutSettings, ExactSettings, MeasuredWaySettings, CorrectSettings):
+class EvaluateConfig(
+    ModelWord, KeysConfig, HeldoutSettings, ExactSettings, MeasuredWaySettings, CorrectSettings, BetaSettings
+):
     """Settings of ``offsite evaluate MODEL --package PACKAGE --bundle BUNDLE --data HELDOUT -o FOLDER``.
 
     A client's bundle is named by its id in the registry, once it is accepted. A bundle folder is taken without
@@ -54,7 +57,9 @@ class EvaluateConfig(ModelWord, KeysConfig, HeldoutSettings, ExactSettings, Meas
         json_schema_extra=REPEATED,
     )
     registry: Path | None = Field(
-        None, description="registry folder, for bundles named by their ids", json_schema_extra=USUAL
+        None,
+        description="registry folder, for bundles named by their ids; else offsite.toml's",
+        json_schema_extra=USUAL | FROM_PROJECT,
     )
     reference: tuple[str, ...] = Field(
         (),
@@ -68,10 +73,33 @@ class EvaluateConfig(ModelWord, KeysConfig, HeldoutSettings, ExactSettings, Meas
         json_schema_extra=MEASURING | REPEATED,
     )
 
+    offset: bool = Field(
+        False,
+        description="one more row: the full model's scores, moved by what the adapter does to the emulator's, as serve "
+        "--offset answers; holds both models",
+        json_schema_extra=PLUGGING,
+    )
+
     data: TextFiles = Field(
         min_length=1,
-        description="held-out text: .txt, .jsonl, .json or .csv, each optionally .gz; may be repeated",
+        description="held-out text: .txt, .jsonl, .json, .csv or .tsv, or those as .gz, or .parquet; may be repeated",
         json_schema_extra=REPEATED,
+    )
+    task_file: Path | None = Field(
+        None,
+        description="task.yaml, or a job that carries one: --data are rows of it, measured by its measure, too",
+        json_schema_extra=USUAL,
+    )
+    baselines: Path | None = Field(
+        None,
+        description="what task baseline wrote of the same task and data, to be shown beside",
+        json_schema_extra=MEASURING,
+    )
+    rules: RuleSettings | None = Field(
+        None,
+        description="what greedy answers to the prompts of --data are measured by, as in tune --objective rloo: "
+        "exact=1,max_words=20; of the first --task-limit rows",
+        json_schema_extra=MEASURING,
     )
     prompt: tuple[str, ...] = Field(
         (),
@@ -79,7 +107,7 @@ class EvaluateConfig(ModelWord, KeysConfig, HeldoutSettings, ExactSettings, Meas
         json_schema_extra=MEASURING | REPEATED,
     )
     answer_tokens: int = Field(
-        48, ge=1, description="tokens of an answer to a prompt, at most", json_schema_extra=MEASURING
+        48, ge=1, description="tokens of an answer (--prompt, --rules), at most", json_schema_extra=MEASURING
     )
 
     log: tuple[str, ...] = Field(
@@ -108,6 +136,13 @@ class EvaluateConfig(ModelWord, KeysConfig, HeldoutSettings, ExactSettings, Meas
             if name not in REFERENCE_NAMES:
                 shown = f"{name}={path.name}" if name != path.name else name
                 problems.append(f"--reference: found {shown!r}, expected NAME=BUNDLE, {' or '.join(REFERENCE_NAMES)}")
+        if self.baselines is not None and self.task_file is None:
+            problems.append("--baselines: they are of a task; give --task-file, too")
+        if self.task_file is not None and self.separator is not None:
+            problems.append("--separator: rows of a task have fields, plain text has none")
+        if self.rules is not None and self.task_file is not None:
+            problems.append("--rules: rows of --task-file are held to the task's form")
+        problems += [] if self.rules is None else self.rules.problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -7,20 +7,27 @@ were tuned, by the owner, on packages that keep every block. The figures are def
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from adapters.heads import require_no_head
+from offsite.artefacts.bundle import Head
 from offsite.console import progress, say
 from offsite.digests import joined_digest, model_digest, sha256_file
+from offsite.encoders.trunk import is_encoder
 from offsite.errors import ConfigError
+from offsite.evaluation.heads import SCORE, head_figures, label_losses, scores_of
 from offsite.evaluation.measure import perplexity
+from offsite.evaluation.preferences import log_probabilities, preferred
 from offsite.evaluation.results import (
     LOGS_NAME,
+    PREFERENCES,
     ROWS,
     Answer,
     Data,
@@ -38,18 +45,24 @@ from offsite.evaluation.tasks import multiple_choice_task, run_tasks
 from offsite.modelling.context import require_context
 from offsite.modelling.dtypes import cast_model
 from offsite.modelling.load import load_model, load_tokenizer
+from offsite.seq2seq.models import start_token
+from offsite.seq2seq.refusals import refuse_settings
 from offsite.staging import refuse_existing, staged_folder
+from offsite.text.answers import encode_answers
 from offsite.text.batches import Encoded, Example, encode, pack, pad_id
 from offsite.text.calls import decoded
 from offsite.text.prompts import prompt_ids
 from offsite.text.records import Record, read_files, require_files
 from offsite.training.devices import choose_device
-from server.evaluation.candidates import Candidate, Candidates, open_candidates
+from server.evaluation.byrules import ByRules, by_rules
+from server.evaluation.bytask import ByTask, by_task
+from server.evaluation.candidates import Candidate, Candidates, open_candidates, with_whole_ids
 from server.evaluation.config import EvaluateConfig, named_paths
 from server.evaluation.metrics import compare, compare_nats, summarise
 from server.evaluation.summary import crossings, flat, parameters, read_outcomes, reproduce, show, versions
-from server.plugging.fit import Fitted, fit, plugged, require_base, require_correctable
-from server.plugging.shares import require_way, taken
+from server.plugging.fit import fit, plugged, require_base, require_correctable
+from server.plugging.offset import Offset, offset_by, on_emulator, require_same_tokens
+from server.plugging.shares import as_rehearsed, require_way, taken
 from server.plugging.sparing import public_text
 from server.plugging.ways import Way
 
@@ -60,12 +73,17 @@ ONCE = "once"
 """Stands in place of a seed where there is none."""
 
 Score = dict[str, float]
-"""What one model scored: ``perplexity``, and ``TASK/METRIC`` for every task."""
+"""What one model scored: ``perplexity``, and ``TASK/METRIC`` for every task, preferences among them."""
 
 
 @dataclass(frozen=True)
 class Ruler:
-    """How every model is measured: the same examples, tasks and arithmetic for all."""
+    """How every model is measured: the same examples, tasks and arithmetic for all.
+
+    Examples that are pairs of answers are a task too; perplexity is that of the chosen ones. ``start`` has of each pair
+    by how much the model as it was prefers the chosen answer, in nats. Of adapters with a head the task is that head's;
+    a model without one has one of zeros.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     examples: Sequence[Example] = field(repr=False)
@@ -73,6 +91,10 @@ class Ruler:
     task_limit: int = 0
     batch_size: int = 8
     bf16: bool = False
+    start: Sequence[float] = ()
+    by_task: ByTask | None = None
+    head: Head | None = None
+    by_rules: ByRules | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,7 +102,12 @@ class Ruler:
         return torch.bfloat16 if self.bf16 else torch.float32
 
     def score(self, model: PreTrainedModel, label: str) -> Score:
-        """Return the model's perplexity and its task metrics; `label` is shown meanwhile."""
+        """Return the model's perplexity and its task metrics; `label` is shown meanwhile.
+
+        Perplexity is of the next token, or of an encoder, which has none, of the label: exp of its mean loss in nats.
+        """
+        if is_encoder(model):
+            return self._answers(model, label)
         with progress(len(self.examples), label) as bar:
             found = perplexity(
                 model,
@@ -96,7 +123,59 @@ class Ruler:
             limit = self.task_limit or None
             by_task = run_tasks(model, self.tokenizer, tasks, batch_size=self.batch_size, limit=limit)
             scores.update({f"{task}/{name}": value for task, row in by_task.items() for name, value in row.items()})
-        return scores
+        for by in (self.by_task, self.by_rules):
+            if by is not None:
+                scores |= by.score(model, self.tokenizer, label, batch_size=self.batch_size, bf16=self.bf16)
+        return scores | self._preferences(model, label) | self._answers(model, label)
+
+    def started(self, model: PreTrainedModel, label: str) -> Ruler:
+        """Return the ruler by which what is rewarded is what changes from this model as it is."""
+        is_of_pairs = self.examples[0].rejected is not None and self.head is None
+        return replace(self, start=self._margins(model, label)) if is_of_pairs else self
+
+    def _answers(self, model: PreTrainedModel, label: str) -> Score:
+        """Return how right the head is; one that was never trained is right by chance."""
+        if self.head is None:
+            return {}
+        rows = [side for example in self.examples for side in example.sides]
+        scores_NL = torch.zeros(len(rows), self.head.num_labels, dtype=torch.float64)
+        if hasattr(model, SCORE):
+            with progress(len(rows), f"{label}: {self.head.task}") as bar:
+                scores_NL = scores_of(
+                    model,
+                    rows,
+                    batch_size=self.batch_size,
+                    pad_id=pad_id(self.tokenizer),
+                    precision="bf16" if self.bf16 else "fp32",
+                    progress=lambda done, _: bar.update(done),
+                )
+        targets = [one.target for one in self.examples if one.target is not None]
+        found = {f"{self.head.task}/{name}": value for name, value in head_figures(scores_NL, targets).items()}
+        if is_encoder(model):
+            found["perplexity"] = math.exp(math.fsum(label_losses(scores_NL, targets)) / len(targets))
+        return found
+
+    def _preferences(self, model: PreTrainedModel, label: str) -> Score:
+        if not self.start:
+            return {}
+        margins = self._margins(model, label)
+        gains = [margin - before for margin, before in zip(margins, self.start, strict=True)]
+        found = {"num_rows": float(len(margins)), "accuracy": preferred(margins), "reward_accuracy": preferred(gains)}
+        return {f"{PREFERENCES}/{name}": value for name, value in found.items()}
+
+    def _margins(self, model: PreTrainedModel, label: str) -> list[float]:
+        """Return of each pair by how much the model prefers the chosen answer, in nats, summed over its tokens."""
+        rows = [side for pair in self.examples for side in pair.sides]
+        with progress(len(rows), f"{label}: answers") as bar:
+            logs = log_probabilities(
+                model,
+                rows,
+                batch_size=self.batch_size,
+                pad_id=pad_id(self.tokenizer),
+                precision="bf16" if self.bf16 else "fp32",
+                progress=lambda done, _: bar.update(done),
+            )
+        return [chosen - rejected for chosen, rejected in zip(logs[::2], logs[1::2], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -122,23 +201,67 @@ def run(config: EvaluateConfig) -> dict[str, object]:
     require_files(config.data)
     require_files(config.spare)
     _require_files(config)
+    config = with_whole_ids(config)
     candidates = open_candidates(config)
+    first = next(iter(candidates.bundles.values()))
+    config = as_rehearsed(config, first.verified.spec, first.record)
     for candidate in candidates.bundles.values():
         require_way(candidate.verified.spec, config.way)
         if config.correct:
             require_correctable(candidate.verified.spec, candidates.package)
+    if candidates.package.is_seq2seq:
+        _require_answers_alone(config)
+    if config.offset:
+        require_no_head(first.verified.spec, "--offset")
+        require_same_tokens(config.model, candidates.package)
+        say(f"offset: two more passes beside the full model's, the emulator in memory with it; beta {config.beta:g}")
     bundles = {seed: candidate.bundle for seed, candidate in candidates.bundles.items()}
     runs = read_outcomes(named_paths(config.outcome))
-    records = read_files(
-        config.data, fields=config.fields, document_field=config.document_field, separator=config.separator
+    head = first.verified.spec.head
+    if head is not None and head.encoder and (config.task or config.prompt):
+        raise ConfigError(
+            "--task and --prompt: an encoder writes no text and ranks none",
+            hint="measure it on rows of a text and a label",
+        )
+    if head is not None and config.way.mix != 1:
+        raise ConfigError(f"--mix: it is of a next token's probabilities, these bundles are for {head.task}")
+    if head is not None and config.task_file is not None:
+        raise ConfigError(
+            f"--task-file: its rows are prompts and answers, these bundles are for {head.task}",
+            hint="leave --task-file out: rows of a text and a label, or pairs, are measured by themselves",
+        )
+    measured_by = by_task(config)
+    records = (
+        measured_by.records
+        if measured_by is not None
+        else read_files(
+            config.data,
+            fields=config.fields,
+            document_field=config.document_field,
+            separator=config.separator,
+            pairs=None if head is None else head.task == "reward",
+            labels=() if head is None else head.labels,
+        )
     )
+    _require_apart(config, records, head)
     tokenizer = load_tokenizer(config.model)
-    encoded, examples = held_out(records, tokenizer, config)
+    start = start_token(candidates.package.empty_model().config) if candidates.package.is_seq2seq else None
+    encoded, examples = held_out(records, tokenizer, config, head, start)
     public, spare_text = (
         public_text(config.spare, tokenizer, limit_tokens=config.spare_tokens) if config.spare else ([], "")
     )
     bf16 = config.precision == "bf16"
-    ruler = Ruler(tokenizer, examples, config.task, config.task_limit, config.batch_size, bf16)
+    ruler = Ruler(
+        tokenizer,
+        examples,
+        config.task,
+        config.task_limit,
+        config.batch_size,
+        bf16,
+        by_task=measured_by,
+        head=head,
+        by_rules=by_rules(config, tokenizer, head),
+    )
     device = choose_device(config.device)
     found = measure(config, candidates, ruler, device, public)
     rows, tasks = to_rows(found.scores)
@@ -153,6 +276,7 @@ def run(config: EvaluateConfig) -> dict[str, object]:
         way=config.way.word,
         spare_text=spare_text,
         corrected=config.correct,
+        beta=config.beta if config.offset else None,
         data=data_of(config.data, records, encoded, examples),
         rows=rows,
         metrics=perplexity_metrics(rows),
@@ -178,8 +302,11 @@ def run(config: EvaluateConfig) -> dict[str, object]:
         for name, path in named_paths(config.log):
             (stage / LOGS_NAME / f"{name}.jsonl").write_bytes(path.read_bytes())
     show(results)
+    if measured_by is not None:
+        measured_by.show(results)
     say(f"a page of it: offsite report run {config.output.name} -o report.html")
-    return {"results": config.output.name, **flat(results)}
+    told = {} if measured_by is None else measured_by.told(results)
+    return {"results": config.output.name, **flat(results), **told}
 
 
 def measure(
@@ -189,7 +316,7 @@ def measure(
     device: torch.device,
     public: Sequence[Example] = (),
 ) -> Measured:
-    """Return every row's scores, one model in memory at a time.
+    """Return every row's scores, one model in memory at a time but for the offset, which takes both.
 
     Args:
         public: text whose directions are spared, where the settings' way does that.
@@ -198,30 +325,48 @@ def measure(
         WrongBinding: when the full model is not the one the package was made of.
         RunFailed: when a model's output is not finite.
     """
-    model = load_model(config.model)
+    model = load_model(config.model, encoders=ruler.head is not None, seq2seq=candidates.package.is_seq2seq)
     digest = model_digest(model)
     require_base(model, digest, candidates.record.base_digest, f"package {candidates.package.path.name!r}")
     counts = parameters(model, candidates.record, candidates.package, next(iter(candidates.bundles.values())).bundle)
     cast_model(model, ruler.dtype)
     model.to(device)  # type: ignore[arg-type]
     scores, answers = measure_full(model, candidates, ruler, digest, config, public)
-    del model
-    emulator = candidates.package.load_model(dtype=str(ruler.dtype).removeprefix("torch."), device=str(device))
+    dtype = str(ruler.dtype).removeprefix("torch.")
+    if config.offset:
+        emulator = candidates.package.load_model(dtype=dtype, device=str(device))
+        scores |= measure_offset(model, emulator, candidates, ruler, config.beta)
+        del model
+    else:
+        del model
+        emulator = candidates.package.load_model(dtype=dtype, device=str(device), seq2seq=True)
     return Measured(digest, counts, scores | measure_emulator(emulator, candidates, ruler), answers)
 
 
 def held_out(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvaluateConfig,
+    head: Head | None = None,
+    start: int | None = None,
 ) -> tuple[Encoded, list[Example]]:
-    """Return the text as it is measured: blocks filled across rows or one row each, up to the limit of tokens."""
-    encoded = encode(records, tokenizer, context=config.block_tokens, whole_text=config.pack)
-    examples = pack(encoded.examples, block_tokens=config.block_tokens) if config.pack else list(encoded.examples)
+    """Return the text as it is measured: blocks filled across rows or one row each, up to the limit of tokens.
+
+    Args:
+        start: token that an encoder-decoder's answers begin behind; None for any other model.
+    """
+    packed = config.pack and records[0].rejected is None and head is None and start is None
+    if start is not None:
+        encoded = encode_answers(records, tokenizer, start=start, context=config.block_tokens)
+    else:
+        encoded = encode(records, tokenizer, context=config.block_tokens, whole_text=packed, ended=head is None)
+    examples = pack(encoded.examples, block_tokens=config.block_tokens) if packed else list(encoded.examples)
     if not config.limit_tokens:
         return encoded, examples
     kept: list[Example] = []
     num_tokens = 0
     for example in examples:
-        num_tokens += len(example.input_ids)
+        num_tokens += sum(len(side.input_ids) + len(side.source) for side in example.sides)
         if kept and num_tokens > config.limit_tokens:
             break
         kept.append(example)
@@ -237,6 +382,7 @@ def measure_full(
     public: Sequence[Example] = (),
 ) -> tuple[dict[RowName, dict[str, Score]], tuple[Answer, ...]]:
     """Return the scores of every row that is the full model, by row and seed, and the answers before and after."""
+    ruler = ruler.started(model, "zero-shot")
     scores: dict[RowName, dict[str, Score]] = {"zero_shot": {ONCE: ruler.score(model, "zero-shot")}}
     before = [continuation(model, ruler.tokenizer, prompt, config.answer_tokens) for prompt in config.prompt]
     after: list[str] = []
@@ -257,17 +403,30 @@ def measure_full(
     return scores, tuple(Answer(prompt=prompt, before=one, after=two) for prompt, one, two in triples)
 
 
+def measure_offset(
+    model: PreTrainedModel, emulator: PreTrainedModel, candidates: Candidates, ruler: Ruler, beta: float
+) -> dict[RowName, dict[str, Score]]:
+    """Return the scores of the full model moved by what each bundle's adapter does to the emulator."""
+    ruler = ruler.started(model, "zero-shot")
+    found: dict[str, Score] = {}
+    for seed, candidate in candidates.bundles.items():
+        offset = Offset(emulator, on_emulator(candidates.package, candidate.verified), beta)
+        with offset_by(model, offset) as moved:
+            found[seed] = ruler.score(moved, f"offset, {seed}")
+    return {"offset": found}
+
+
 def measure_emulator(
     emulator: PreTrainedModel, candidates: Candidates, ruler: Ruler
 ) -> dict[RowName, dict[str, Score]]:
     """Return the scores of the package's model as sent and with each bundle's adapter on it."""
+    ruler = ruler.started(emulator, "emulator zero-shot")
     scores: dict[RowName, dict[str, Score]] = {
         "emulator_zero_shot": {ONCE: ruler.score(emulator, "emulator zero-shot")}
     }
     scores["emulator_tuned"] = {}
     for seed, candidate in candidates.bundles.items():
-        adapter = Fitted(candidate.verified.spec, candidate.verified.tensors, candidates.package.layout.blocks)
-        with plugged(emulator, adapter) as tuned:
+        with plugged(emulator, on_emulator(candidates.package, candidate.verified)) as tuned:
             scores["emulator_tuned"][seed] = ruler.score(tuned, f"emulator tuned, {seed}")
     return scores
 
@@ -322,6 +481,41 @@ def describe(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
+def _require_answers_alone(config: EvaluateConfig) -> None:
+    """Return only if an encoder-decoder is to be measured by the perplexity of answers, and by nothing else.
+
+    Raises:
+        ConfigError: naming the settings.
+    """
+    asked = {
+        "--task": bool(config.task),
+        "--task-file": config.task_file is not None,
+        "--prompt": bool(config.prompt),
+        "--offset": config.offset,
+        "--mix": config.way.mix != 1,
+        "--spare": bool(config.spare),
+        "--pack": config.pack and "pack" in config.model_fields_set,
+    }
+    hint = "measure it on rows of a prompt and an answer"
+    refuse_settings(f"package {config.package.name!r}", asked, hint)
+
+
+def _require_apart(config: EvaluateConfig, records: Sequence[Record], head: Head | None) -> None:
+    """Return only if pairs of answers, or rows for a head, are not asked to be what they are not.
+
+    Raises:
+        ConfigError: when they are to be packed, or a task has their name.
+    """
+    if records[0].rejected is None and head is None:
+        return
+    name = PREFERENCES if head is None else head.task
+    if config.pack and "pack" in config.model_fields_set:
+        what = "pairs of answers" if records[0].rejected is not None else "labelled rows"
+        raise ConfigError(f"--pack: --data holds {what}, each in a row of its own")
+    if any(path.stem == name for path in config.task):
+        raise ConfigError(f"--task: {name!r} is what --data is measured as", hint="give the file another name")
+
+
 def _require_files(config: EvaluateConfig) -> None:
     for _, path in named_paths(config.log):
         read_log(path)
@@ -345,6 +539,6 @@ def data_of(paths: Sequence[Path], records: Sequence[Record], encoded: Encoded, 
         files=tuple(DataFile(name=path.name, sha256=digest) for path, digest in several),
         num_records=len(records),
         num_examples=len(examples),
-        num_tokens=sum(example.num_loss_tokens for example in examples),
+        num_tokens=sum(side.num_loss_tokens for example in examples for side in example.sides),
         num_truncated=encoded.num_truncated,
     )

@@ -7,6 +7,7 @@ A *figure* is linear perplexity (not its logarithm) or accuracy; the definitions
   true middle, and the fully tuned model. 1 is as good as the reference, 0 is no gain, below 0 is harm.
 - ``recovery_nats_vs_lora`` and so on, of perplexities alone: the same share of their logarithms, which does not flatter
   where zero-shot is far off.
+- ``offset_recovery_vs_lora`` and so on, where the row ``offset`` was measured: the same of that row.
 - ``gap``: emulator-tuned over plugged in. Above 1 in perplexity, the client's own copy is worse than what the owner
   ends up with.
 - ``withheld_after_tuning``: ln(emulator-tuned / full zero-shot), by the real client: what its own copy lacks of the
@@ -20,7 +21,7 @@ The formulas are those of `offsite.evaluation.figures`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from offsite.evaluation.figures import gap, recovery, recovery_nats, withheld
 from offsite.evaluation.results import Summary
@@ -30,6 +31,10 @@ REFERENCES = {"recovery_vs_lora": "lora_full", "recovery_vs_ceiling": "ceiling",
 
 IN_NATS = {f"recovery_nats_{name.removeprefix('recovery_')}": row for name, row in REFERENCES.items()}
 """The same of recoveries in nats."""
+
+
+OFFSET = "offset_"
+"""How the recoveries of the row ``offset`` begin, where it was measured; otherwise they are those of plugging in."""
 
 
 def summarise(values: Mapping[str, float]) -> Summary:
@@ -50,18 +55,14 @@ def compare(rows: Mapping[str, Summary]) -> dict[str, Summary | None]:
     """Return the recoveries and the gap of one figure, seed by seed, with mean and deviation.
 
     Args:
-        rows: `zero_shot`, `emulator_tuned`, `plugged_in` and whichever of `lora_full`, `ceiling`, `full` were run;
-            seeds are matched by name, and a reference counts by its mean.
+        rows: `zero_shot`, `emulator_tuned`, `plugged_in` and whichever of `offset`, `lora_full`, `ceiling`, `full` were
+            run; seeds are matched by name, and a reference counts by its mean.
 
     Returns:
         None for a recovery whose reference was not run, and where a seed's figure is not defined.
     """
     plugged_in, tuned = rows["plugged_in"].values, rows["emulator_tuned"].values
-    zero_shot = rows["zero_shot"].mean
-    found: dict[str, Summary | None] = {}
-    for name, row in REFERENCES.items():
-        reference = rows[row].mean if row in rows else None
-        found[name] = _defined({seed: recovery(value, zero_shot, reference) for seed, value in plugged_in.items()})
+    found = _recoveries(rows, REFERENCES, recovery)
     found["gap"] = _defined({seed: gap(tuned[seed], value) for seed, value in plugged_in.items()})
     return found
 
@@ -76,13 +77,25 @@ def compare_nats(rows: Mapping[str, Summary]) -> dict[str, Summary | None]:
         None for a recovery whose reference was not run. ``capability`` is ``withheld_zero_shot``.
     """
     zero_shot = rows["zero_shot"].mean
-    found: dict[str, Summary | None] = {}
-    for name, row in IN_NATS.items():
-        reference = rows[row].mean if row in rows else None
-        values = {seed: recovery_nats(value, zero_shot, reference) for seed, value in rows["plugged_in"].values.items()}
-        found[name] = _defined(values)
+    found = _recoveries(rows, IN_NATS, recovery_nats)
     found["withheld_after_tuning"] = summarise(_withheld(rows["emulator_tuned"], zero_shot))
     found["withheld_zero_shot"] = found["capability"] = summarise(_withheld(rows["emulator_zero_shot"], zero_shot))
+    return found
+
+
+def _recoveries(
+    rows: Mapping[str, Summary],
+    references: Mapping[str, str],
+    function: Callable[[float, float, float | None], float | None],
+) -> dict[str, Summary | None]:
+    """Return what plugging in recovers of each reference's gain, and what the offset does where it was measured."""
+    zero_shot = rows["zero_shot"].mean
+    found: dict[str, Summary | None] = {}
+    for prefix, measured in (("", "plugged_in"), (OFFSET, "offset")):
+        for name, row in references.items() if measured in rows else ():
+            reference = rows[row].mean if row in rows else None
+            values = {seed: function(value, zero_shot, reference) for seed, value in rows[measured].values.items()}
+            found[prefix + name] = _defined(values)
     return found
 
 

@@ -36,6 +36,7 @@ from offsite.stages import Stage, play
 from offsite.staging import refuse_existing, remove, staged_file
 from offsite.text.records import Record, read_files, require_files, split_by_document, write_by_shape
 from offsite.training.devices import choose_device
+from offsite.training.precision import PRECISION_NOTE, settled
 from server.evaluation.candidates import Candidates, open_candidates
 from server.evaluation.config import EvaluateConfig
 from server.evaluation.evaluate import ONCE, Ruler, data_of, held_out, measure_emulator
@@ -65,6 +66,7 @@ def run(config: RehearseConfig) -> dict[str, object]:
     require_files(config.heldout)
     require_files(config.spare)
     package = open_package(config.package)
+    package.require_text("rehearse")
     record = read_owner_record(owner_record_path(config.package))
     if record.package_digest != package.digest:
         raise BadSchema(f"the owner's record beside {config.package.name!r} is of another package")
@@ -83,6 +85,9 @@ def run(config: RehearseConfig) -> dict[str, object]:
     require_base(model, digest, record.base_digest, f"package {config.package.name!r}")
     del model  # while clients are played, theirs is the memory
     names = _write_known(work, known)
+    device = choose_device(config.device)
+    arithmetic = settled(config.precision, device, note=work / STAGES / PRECISION_NOTE)  # one for all that is compared
+    config = config.model_copy(update={"precision": arithmetic})
     bundles = _tuned(config, config.package, package.digest, work, names)
     kept = _reference_package(config, record, work)
     compared = {} if kept is None else _compared(config, kept, work, names)

@@ -32,7 +32,7 @@ class RehearseConfig(ModelWord, TuningSettings, SpareSettings):
     package: Path = Field(description="package folder that a client would tune on")
     data: TextFiles = Field(
         min_length=1,
-        description="text like the clients', that you may tune on: .txt, .jsonl, .json, .csv, or .gz; may be repeated",
+        description="text like the clients', that you may tune on: a file as tune reads; may be repeated",
         json_schema_extra=REPEATED,
     )
     heldout: TextFiles = Field(

@@ -20,7 +20,9 @@ from offsite.artefacts.package import Package
 from offsite.config import VerbConfig, flag_name, is_positional
 from offsite.console import say, table
 from offsite.errors import ConfigError, DataError
-from offsite.evaluation.results import ROWS, Crossing, Parameters, Results, Summary
+from offsite.evaluation.preferences import wilson
+from offsite.evaluation.results import CLASSES, PREFERENCES, REWARDS, ROWS, Crossing, Parameters, Results, Summary
+from offsite.tasks.config import RuleSettings
 from offsite.tensors import TensorSpec
 from server.evaluation.config import named_paths
 from server.plugging.ways import Way
@@ -70,9 +72,7 @@ def crossings(package: Package, bundles: Mapping[str, Bundle]) -> Crossings:
 
 def parameters(model: nn.Module, record: OwnerRecord, package: Package, bundle: Bundle) -> Parameters:
     """Return how large the full model, its middle, the emulator and the adapter are."""
-    layout = record.layout
-    ends = {*record.kept[: layout.num_bottom], *record.kept[len(record.kept) - layout.num_top :]}
-    middle = [model.get_submodule(f"{layout.stack}.{n}") for n in range(record.num_blocks) if n not in ends]
+    middle = [model.get_submodule(name) for name in record.full_middle()]
     emulator = [name for name in package.block_tensors() if name.startswith("middle.")]
     return Parameters(
         full=sum(parameter.numel() for parameter in model.parameters()),
@@ -116,8 +116,8 @@ def reproduce(config: VerbConfig) -> tuple[dict[str, Any], str]:
             continue  # read for the registry's sake alone
         shown = _shown(name, value)
         settings[name] = shown
-        if value == field.default:
-            continue
+        if value == field.default and not (name == "scale" and name in config.model_fields_set):
+            continue  # a share that is given counts, the package may have one of its own
         if is_positional(field):
             words.append(shown)
         elif isinstance(value, bool):
@@ -148,12 +148,57 @@ def show(results: Results) -> None:
     part = "" if results.scale == 1 else f", {results.scale:g} of its update plugged in"
     part = f", plugged in: {way.told}" if way.word else part
     part += ", corrected" if results.corrected else ""
+    part += f"; offset with beta {results.beta:g}" if results.beta is not None else ""
     table(f"{results.data.name}, {size}; {results.adapter.kind} {results.adapter.placement}{part}", columns, lines)
     for name, figure in results.metrics.items():
         if figure is not None and name != "capability":  # withheld zero-shot under its first name
             say(f"  {name.replace('_', ' ')}: {spread(figure, digits=3)}")
+    for line in _of_preferences(results):
+        say(f"  {line}")
     adapter_bytes = flat(results)["adapter_bytes"]
     say(f"  sent {results.package.num_bytes / 1e6:,.1f} MB, returned {adapter_bytes / 1e6:,.2f} MB")
+
+
+def _of_preferences(results: Results) -> list[str]:
+    """Return what is said of pairs, or of a head, beside the table: how sure the shares are, and what was recovered."""
+    task = _own_task(results)
+    if task is None:
+        return []
+    num, accuracy = results.tasks[task], results.rows["plugged_in"].tasks[task]["accuracy"].mean
+    low, high = wilson(accuracy, num)
+    what = "is right about" if task == CLASSES else "prefers the chosen answer in"
+    noun = "rows" if task == CLASSES else "pairs"
+    found = [f"{num} {noun}: plugged in {what} {accuracy:.1%} ({low:.1%} to {high:.1%}, 95%)"]
+    for metric, figures in results.task_metrics[task].items():
+        found += [
+            f"{metric.replace('_', ' ')}, {name.replace('_', ' ')}: {spread(figure, digits=3)}"
+            for name, figure in figures.items()
+            if figure is not None and name != "gap"
+        ]
+    return found
+
+
+def _own_task(results: Results) -> str | None:
+    """Return the task that ``--data`` is measured as, beside perplexity; None of text."""
+    return next((task for task in (PREFERENCES, REWARDS, CLASSES) if task in results.tasks), None)
+
+
+def _flat_preferences(results: Results) -> dict[str, Any]:
+    """Return the shares of pairs or rows by row, with their 95 % intervals, and the recoveries; nothing of text."""
+    task = _own_task(results)
+    if task is None:
+        return {}
+    num = results.tasks[task]
+    rows: dict[str, Any] = {}
+    for row, found in results.rows.items():
+        shares = {name: figure.mean for name, figure in found.tasks[task].items()}
+        sure = {f"{name}_interval": list(wilson(share, num)) for name, share in shares.items() if name != "macro_f1"}
+        rows[row] = shares | sure
+    recovered = {
+        metric: {name: figure.mean if figure else None for name, figure in figures.items() if name != "gap"}
+        for metric, figures in results.task_metrics[task].items()
+    }
+    return {task: {"num_rows" if task == CLASSES else "num_pairs": num, "rows": rows, "recovered": recovered}}
 
 
 def spread(figure: Summary, *, digits: int = 4) -> str:
@@ -177,6 +222,7 @@ def flat(results: Results) -> dict[str, Any]:
         "adapter_bytes": round(math.fsum(bundle.num_bytes for bundle in bundles) / len(bundles)),
         "emulator_share": results.parameters.emulator / results.parameters.middle,
         "seconds": results.seconds,
+        **_flat_preferences(results),
     }
 
 
@@ -210,6 +256,8 @@ def _shown(name: str, value: Any) -> Any:
         return [f"{label}={path.name}" for label, path in named_paths(value)]
     if isinstance(value, Path):
         return value.name
+    if isinstance(value, RuleSettings):
+        return value.word
     if name in {"data", "heldout", "spare"} and len(value) == 1:
         return value[0].name
     if isinstance(value, tuple):

@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from adapters.heads import only_head, without_head
 from offsite.artefacts.bundle import TENSOR_FILE, AdapterSpec
 from offsite.artefacts.manifest import FileEntry, check_files, entries, read_manifest, write_manifest
 from offsite.digests import DIGEST_PATTERN, model_digest
+from offsite.encoders.classifier import classifier_name, trunk_prefix
 from offsite.errors import BadDigest, BadSchema, ConfigError, WrongNames
+from offsite.evaluation.heads import SCORE
 from offsite.evaluation.results import SPARE_PATTERN, WAY_PATTERN
 from offsite.modelling.dtypes import cast_model, finer, stored_in
 from offsite.modelling.load import load_model, load_tokenizer
@@ -50,6 +53,7 @@ _FILES = {
     "own": re.compile(rf"adapter\.safetensors|{_BESIDE}", re.ASCII),
     "merged": re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors|{_BESIDE}", re.ASCII),
 }
+_IN_PEFT = "base_model.model."
 _PEFT_PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
@@ -121,15 +125,25 @@ def open_adapted(path: Path) -> AdaptedManifest:
 
 
 def load_adapted(
-    path: Path, base: str | None = None, *, dtype: str = "auto", device: str = "cpu", mix: float = 1.0
+    path: Path,
+    base: str | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    mix: float = 1.0,
+    seq2seq: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the adapted model in evaluation mode, and its tokenizer, once every check has passed.
+
+    One with a head carries it as `offsite.evaluation.heads` reads it; merged it is one of transformers' classes for
+    sequence classification.
 
     Args:
         path: a folder that ``offsite plug-in`` wrote, in any of its forms.
         base: the full model; default: what `server.plugging.fullmodel.found` finds. Not used by a merged folder.
         dtype: of the parameters but those that the model keeps finer; ``auto`` keeps the full model's.
         mix: share of the adapted model's probabilities in (0, 1]; the rest are the full model's, in a second pass.
+        seq2seq: an encoder-decoder is taken too.
 
     Raises:
         ConfigError: when the full model is not found, or a merged folder is to be mixed, which holds none.
@@ -145,7 +159,9 @@ def load_adapted(
         source = str(path)
     else:
         source = base or found_model(path, base=manifest.base, kind=manifest.base_kind, digest=manifest.base_digest)
-    model = load_model(source)
+    is_classifier = manifest.form == "merged" and manifest.adapter.head is not None
+    has_head = manifest.adapter.head is not None
+    model = load_model(source, with_head=is_classifier, encoders=has_head, seq2seq=seq2seq and not has_head)
     stay = {} if dtype == "auto" else finer(model, stored_in(model), torch_dtype(dtype))
     found = model_digest(model)
     if manifest.form == "merged":
@@ -215,23 +231,38 @@ def tensor_file(form: Form) -> str:
     return PEFT_TENSOR_FILE if form == "peft" else TENSOR_FILE
 
 
-def stored_names(form: Form, sites: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+def stored_names(form: Form, sites: Mapping[str, str], names: Iterable[str], encoder: str = "") -> dict[str, str]:
     """Map canonical tensor names to those in the folder's tensor file.
+
+    Args:
+        encoder: architecture of the encoder that the adapter's head is of. Its PEFT folder is of a sequence classifier,
+            inside of which the encoder lies.
 
     Raises:
         BadSchema: when a name lies in no site or has no PEFT form, or two names meet.
     """
     found = {}
     for name in names:
+        if only_head({name: None}):
+            own = name.removeprefix("head.")
+            inside = classifier_name(encoder, own) if encoder else f"{SCORE}.{own}"
+            found[name] = f"{_IN_PEFT}{inside}" if form == "peft" else f"{SCORE}.{own}"
+            continue
         path, part = full_name(name, sites), name.rpartition(".")[2]
         if form == "peft":
             if part not in _PEFT_PARTS:
                 raise BadSchema(f"tensor {name!r} has no form in a PEFT folder")
-            path = f"base_model.model.{path.removesuffix(part)}{_PEFT_PARTS[part]}"
+            inside = f"{trunk_prefix(encoder)}." if encoder else ""
+            path = f"{_IN_PEFT}{inside}{path.removesuffix(part)}{_PEFT_PARTS[part]}"
         found[name] = path
     if len(set(found.values())) != len(found):
         raise BadSchema("two tensors of the adapter have one place in the full model")
     return found
+
+
+def encoder_in(spec: AdapterSpec) -> str:
+    """Return the architecture of the encoder that an adapter's head is of; nothing of any other adapter."""
+    return "" if spec.head is None else spec.head.encoder
 
 
 def read_stored(path: Path, manifest: AdaptedManifest) -> Fitted:
@@ -240,7 +271,8 @@ def read_stored(path: Path, manifest: AdaptedManifest) -> Fitted:
     Raises:
         ArtefactError: with the subclass of the check on tensors that failed.
     """
-    names = stored_names(manifest.form, manifest.sites, manifest.tensors)
+    names = stored_names(manifest.form, manifest.sites, manifest.tensors, encoder_in(manifest.adapter))
     expected = {names[name]: spec for name, spec in manifest.tensors.items()}
     stored = read_tensors(path / tensor_file(manifest.form), expected)
-    return Fitted(manifest.adapter, {name: stored[file] for name, file in names.items()}, manifest.sites)
+    tensors = {name: stored[file] for name, file in names.items()}
+    return Fitted(manifest.adapter, without_head(tensors), manifest.sites, only_head(tensors))

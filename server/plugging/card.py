@@ -11,7 +11,7 @@ from typing import Literal
 
 import yaml
 
-from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec, Head
 from offsite.errors import ConfigError
 from offsite.evaluation.results import Results
 from server.plugging.fullmodel import FullModel
@@ -39,6 +39,7 @@ class Card:
         effect: how far the adapter moves the base model's logits, as a share of their root mean square.
         deviation: of the logits of what was read back, likewise.
         results: of an evaluation of this adapter.
+        is_seq2seq: the base model is an encoder-decoder.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Card:
     effect: float | None = None
     deviation: float | None = None
     results: Results | None = None
+    is_seq2seq: bool = False
 
     def text(self) -> str:
         """Return the card as Markdown with its YAML header."""
@@ -67,7 +69,8 @@ class Card:
         if self.base.is_hub_id:
             found["base_model"] = self.base.name
         found["library_name"] = "peft" if self.form == "peft" else "transformers"
-        found["pipeline_tag"] = "text-generation"
+        writes = "text2text-generation" if self.is_seq2seq else "text-generation"
+        found["pipeline_tag"] = writes if self.adapter.head is None else "text-classification"
         return {**found, "tags": ["offsite-tuning", self.adapter.kind]}
 
     def _told(self) -> str:
@@ -85,6 +88,8 @@ class Card:
             ("adapter", f"{kind}; {where}; {adapter.targets}"),
             ("licence", self.licence or "none stated"),
         ]
+        if self.adapter.head is not None:
+            rows.append(("head", _head(self.adapter.head)))
         if self.way.word:
             rows.append(("plugged in", self.way.told))
         elif self.way.scale != 1:
@@ -111,18 +116,30 @@ class Card:
     def _use(self) -> str:
         base, name = self.base.name, self.name
         if self.form == "own":
+            if self.is_seq2seq:
+                return "## Use\n\nPlugged in with `--merge` it is a checkpoint that transformers opens by itself."
             return f"## Use\n\n    offsite serve {name} --base {base}"
-        lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        head = self.adapter.head
+        writes = "AutoModelForSeq2SeqLM" if self.is_seq2seq else "AutoModelForCausalLM"
+        make = writes if head is None else "AutoModelForSequenceClassification"
+        with_labels = "" if head is None else f", num_labels={head.num_labels}, pad_token_id=tokenizer.pad_token_id"
+        lines = [
+            f"from transformers import {make}, AutoTokenizer",
+            "",
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        ]
         if self.form == "peft":
-            lines = ["from peft import PeftModel", *lines, f'base = AutoModelForCausalLM.from_pretrained("{base}")']
+            lines = ["from peft import PeftModel", *lines, f'base = {make}.from_pretrained("{base}"{with_labels})']
             lines.append(f'model = PeftModel.from_pretrained(base, "{name}")')
         else:
-            lines.append(f'model = AutoModelForCausalLM.from_pretrained("{name}")')
-        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{name}")')
+            lines.append(f'model = {make}.from_pretrained("{name}")')
         code = "\n".join(lines)
+        if head is not None:
+            return f"## Use\n\n```python\n{code}\n```\n\n```sh\noffsite serve {name}\n```"
         served = f"vllm serve {base} --enable-lora --lora-modules {name}={name}" if self.form == "peft" else ""
         served = "" if self.adapter.kind == "dora" else served
         served = f"vllm serve {name}" if self.form == "merged" else served
+        served = "" if self.is_seq2seq else served
         return f"## Use\n\n```python\n{code}\n```" + (f"\n\n```sh\n{served}\n```" if served else "")
 
 
@@ -155,6 +172,13 @@ def require_results(
     if results.corrected != corrected:
         raise ConfigError("--results: they are of an update that was corrected where this is not, or the reverse")
     return results
+
+
+def _head(head: Head) -> str:
+    """Return what a head answers, in words."""
+    if not head.labels:
+        return "a reward, one number of a text"
+    return f"labels, in this order: {', '.join(head.labels)}"
 
 
 def _markdown(head: list[str], rows: list[tuple[str, str]]) -> str:

@@ -91,6 +91,16 @@ class WaySettings(ScaleSettings, SpareSettings):
         return replace(super().way, spare=self.spare_half if self.spare else None)
 
 
+class BaseSettings(VerbConfig):
+    """Base of verbs that take an adapted folder, whose full model may lie elsewhere than it says."""
+
+    base: str | None = Field(
+        None,
+        description="full model, when the adapted folder holds only an adapter and names another one",
+        json_schema_extra=USUAL,
+    )
+
+
 class MixSettings(VerbConfig):
     """Base of verbs that ask a model with an adapter on it."""
 
@@ -101,6 +111,24 @@ class MixSettings(VerbConfig):
         description="share of the plugged-in model's probabilities; the rest is the full model's, by a second pass",
         json_schema_extra=PLUGGING,
     )
+
+
+class BetaSettings(VerbConfig):
+    """Base of verbs that move the full model's scores by an adapter that stays on the emulator (`offset`)."""
+
+    beta: float = Field(
+        0.5,
+        gt=0,
+        le=4,
+        description="with --offset: how much of what the adapter does to the emulator's scores is added",
+        json_schema_extra=PLUGGING,
+    )
+
+    @model_validator(mode="after")
+    def _beta(self) -> Self:
+        if not getattr(self, "offset", None) and "beta" in self.model_fields_set:
+            raise ValueError("--beta goes with --offset")
+        return self
 
 
 class CorrectSettings(VerbConfig):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from adapters.heads import detach_head, only_head, without_head
 from adapters.kinds import Attached, attach
 from adapters.lift import lift
 from adapters.lowrank import quiet_peft
@@ -24,6 +25,7 @@ from offsite.artefacts.owner import OwnerRecord
 from offsite.artefacts.package import Package
 from offsite.digests import model_digest
 from offsite.errors import BadSchema, ConfigError, WrongBinding, WrongNames, WrongShape
+from offsite.mapped import let_go
 from offsite.modelling.blocks import is_conv1d, linear_dims
 from offsite.tensors import spec_of
 from server.plugging.mixing import Replaced, mixed, stay_mixed
@@ -47,11 +49,14 @@ class Fitted:
     Attributes:
         tensors: by canonical name (``top.0.mlp.up_proj.lora_A``), on the CPU, in the bundle's dtype, or as `scaled`.
         sites: canonical block -> module name of the full model, for the blocks that carry the adapter.
+        head: tensors by canonical name, float32, of an adapter with one. It is no update, so it stays whole whatever is
+            done to the tensors of blocks.
     """
 
     spec: AdapterSpec
     tensors: Mapping[str, Tensor] = field(repr=False)
     sites: Mapping[str, str]
+    head: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def fit(
@@ -80,10 +85,11 @@ def fit(
     if verified.package_digest != record.package_digest:
         raise WrongBinding(f"{verified.what} and the owner's record belong to different packages")
     require_base(model, base_digest or model_digest(model), record.base_digest, verified.what)
-    blocks = dict.fromkeys(_block(name) for name in verified.tensors)
+    tensors = without_head(verified.tensors)
+    blocks = dict.fromkeys(_block(name) for name in tensors)
     sites = {block: record.sites[block] for block in blocks}
     dims = {name: _dims(model, f"{sites[_block(name)]}.{_inner(name)}") for name in _linears(record, sites)}
-    fitted = Fitted(verified.spec, lift(verified.tensors, record.channels, dims), sites)
+    fitted = Fitted(verified.spec, lift(tensors, record.channels, dims), sites, only_head(verified.tensors))
     if emulator is not None:
         fitted = replace(fitted, tensors=corrected_against(emulator, model, fitted))
     return fitted if scale == 1 else scaled(model, fitted, scale)
@@ -177,13 +183,17 @@ def corrected_against(emulator: Package, model: nn.Module, adapter: Fitted) -> d
         name = f"{emulator.layout.blocks[_block(module)]}.{_inner(module)}.weight"
         if name in emulator.manifest.encodings:  # any other is the full model's own
             stored[module] = name
-    decoded = emulator.load_tensors(stored.values())
-    full, theirs = {}, {}
-    for module, name in stored.items():
+    found, scale = dict(adapter.tensors), scale_of(adapter.spec)
+    for module, name in stored.items():  # one at a time: what is decoded is as large as the full model's
         linear = model.get_submodule(full_name(module, adapter.sites))
-        pair = (linear.get_parameter("weight").detach().cpu(), decoded[name])
-        full[module], theirs[module] = (one.T if is_conv1d(linear) else one for one in pair)
-    return corrected(adapter.tensors, full, theirs, scale=scale_of(adapter.spec))
+        weight = linear.get_parameter("weight").detach()
+        full, theirs = (
+            one.T if is_conv1d(linear) else one for one in (weight.cpu(), emulator.load_tensors([name])[name])
+        )
+        factors = {part: one for part, one in adapter.tensors.items() if part.rpartition(".")[0] == module}
+        found |= corrected(factors, {module: full}, {module: theirs}, scale=scale)
+        let_go([weight])
+    return found
 
 
 def require_correctable(spec: AdapterSpec, emulator: Package) -> None:
@@ -232,7 +242,8 @@ def require_base(model: nn.Module, found: str, expected: str, what: str) -> None
 def plug(model: PreTrainedModel, adapter: Fitted) -> Attached:
     """Put the adapter on the full model, in place and in evaluation mode; the model keeps its dtypes.
 
-    Tensors that the adapter replaces get storage of their own, so that nothing that shares theirs changes.
+    Tensors that the adapter replaces get storage of their own, so that nothing that shares theirs changes. A head is
+    put beside the model's own over the vocabulary.
 
     Raises:
         WrongNames, WrongShape, UnsupportedModel: when exactly these tensors do not fit the model.
@@ -244,11 +255,13 @@ def plug(model: PreTrainedModel, adapter: Fitted) -> Attached:
     replaced = [parameter for parameter in attached.trainable.values() if id(parameter) in before]
     for parameter in replaced:
         parameter.data = parameter.data.clone()
-    attached.load(adapter.tensors)
+    attached.load({**adapter.tensors, **adapter.head})
     for parameter in replaced:
         parameter.data = parameter.data.to(before[id(parameter)])
     attached.model.requires_grad_(False)
     attached.model.eval()
+    if adapter.spec.kind == "dora":  # its start was computed from the weights
+        let_go(model.parameters())
     return attached
 
 
@@ -260,18 +273,21 @@ def plugged(model: PreTrainedModel, adapter: Fitted, *, mix: float = 1.0) -> Ite
         mix: share of its probabilities in (0, 1], the rest being the model's own (``server/plugging/mixing.py``).
 
     Raises:
+        ConfigError: when an adapter with a head is to be mixed.
         WrongNames, WrongShape, UnsupportedModel: as `plug`.
     """
+    _require_unmixed(adapter, mix)
     before = [(parameter, parameter.data) for parameter in model.parameters()]
     attached = plug(model, adapter)
     try:
         if mix == 1:
             yield plain_model(attached)
         else:
-            with mixed(plain_model(attached), _replaced(before), mix) as both:
+            with mixed(plain_model(attached), replaced_of(before), mix) as both:
                 yield both
     finally:
         unplug(attached)
+        detach_head(model)
         for parameter, data in before:
             parameter.data = data
 
@@ -280,16 +296,23 @@ def plug_mixed(model: PreTrainedModel, adapter: Fitted, mix: float) -> PreTraine
     """Put the adapter on the model for good, and return the model as a mixture of itself with and without it.
 
     Raises:
-        ConfigError: when `mix` is not in (0, 1).
+        ConfigError: when `mix` is not in (0, 1), or the adapter has a head.
         WrongNames, WrongShape, UnsupportedModel: as `plug`.
     """
+    _require_unmixed(adapter, mix)
     before = [(parameter, parameter.data) for parameter in model.parameters()]
     found = plain_model(plug(model, adapter))
-    stay_mixed(found, _replaced(before), mix)
+    stay_mixed(found, replaced_of(before), mix)
     return found
 
 
-def _replaced(before: Sequence[tuple[nn.Parameter, Tensor]]) -> Replaced:
+def _require_unmixed(adapter: Fitted, mix: float) -> None:
+    if mix != 1 and adapter.spec.head is not None:
+        raise ConfigError(f"--mix: it is of a next token's probabilities, this adapter is for {adapter.spec.task}")
+
+
+def replaced_of(before: Sequence[tuple[nn.Parameter, Tensor]]) -> Replaced:
+    """Return those parameters, with the data that they had before, whose data are others now."""
     return [(parameter, data) for parameter, data in before if parameter.data_ptr() != data.data_ptr()]
 
 

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.lowrank import quiet_peft
 from adapters.targets import peft_targets
-from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec, Head
+from offsite.encoders.classifier import head_modules, trunk_prefix
+from offsite.evaluation.heads import SCORE
 from offsite.modelling.blocks import is_conv1d
+from offsite.seq2seq.models import is_seq2seq
 from offsite.tensors import write_tensors
-from server.plugging.adapted import PEFT_CONFIG_FILE, PEFT_TENSOR_FILE, stored_names
+from server.plugging.adapted import PEFT_CONFIG_FILE, PEFT_TENSOR_FILE, encoder_in, stored_names
 from server.plugging.fit import Fitted, module_names
 
 if TYPE_CHECKING:
@@ -23,15 +26,20 @@ if TYPE_CHECKING:
 
 
 def write_peft_folder(folder: Path, model: PreTrainedModel, adapter: Fitted, *, base: str) -> None:
-    """Write configuration and tensors into `folder`.
+    """Write configuration and tensors into `folder`; a head is a module that peft saves with the adapter.
 
     Args:
-        model: the full model without the adapter, to choose targets that reach exactly the adapted modules.
+        model: the full model without the adapter, to choose targets that reach exactly the adapted modules; of an
+            encoder, its sequence classifier.
         base: what the full model is called, for tools that look for it by that.
     """
-    names = stored_names("peft", adapter.sites, adapter.tensors)
-    write_tensors(folder / PEFT_TENSOR_FILE, {names[name]: tensor for name, tensor in adapter.tensors.items()})
-    config = peft_config(model, adapter.spec, module_names(adapter.tensors, adapter.sites), base)
+    tensors = {**adapter.tensors, **adapter.head}
+    encoder = encoder_in(adapter.spec)
+    names = stored_names("peft", adapter.sites, tensors, encoder)
+    write_tensors(folder / PEFT_TENSOR_FILE, {names[name]: tensor for name, tensor in tensors.items()})
+    inside = f"{trunk_prefix(encoder)}." if encoder else ""
+    modules = [f"{inside}{path}" for path in module_names(adapter.tensors, adapter.sites)]
+    config = peft_config(model, adapter.spec, modules, base)
     text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False)
     (folder / PEFT_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -46,7 +54,8 @@ def peft_config(model: PreTrainedModel, spec: AdapterSpec, modules: list[str], b
     by_weight = "target_parameters" in targets  # where peft knows no dropout, and it says nothing of an adapter in use
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": _task_type(model, spec),
+        **({} if spec.head is None else {"modules_to_save": _saved_whole(spec.head)}),
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": spec.rank,
@@ -58,6 +67,18 @@ def peft_config(model: PreTrainedModel, spec: AdapterSpec, modules: list[str], b
         "bias": "none",
         **targets,
     }
+
+
+def _task_type(model: PreTrainedModel, spec: AdapterSpec) -> str:
+    """Return what peft calls models of that kind."""
+    if spec.head is not None:
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if is_seq2seq(model) else "CAUSAL_LM"
+
+
+def _saved_whole(head: Head) -> list[str]:
+    """Return the last names of the modules that peft keeps with the adapter and does not adapt."""
+    return head_modules(head.encoder) if head.encoder else [SCORE]
 
 
 def open_with_peft(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -5,21 +5,27 @@ What is plugged in is named by its id in the registry, and no other way: it was 
 model's checkpoint is never touched. What is written is opened again the way its users open it, and its logits on a
 fixed batch are compared with the plugged-in model's before it is published; then the registry is told. A crash in
 between is made good by the same command.
+
+The full model stays mapped from its files all the while, also when it is merged (``server/plugging/merging.py``):
+memory holds a block of it at a time, its embeddings and head, and the adapter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from adapters.heads import as_classifier, detach_head, put_head
 from adapters.kinds import Attached
 from adapters.targets import PEFT_KINDS
 from offsite.artefacts.bundle import TENSOR_FILE
 from offsite.artefacts.layout import PackageManifest
-from offsite.artefacts.manifest import read_manifest
+from offsite.artefacts.manifest import MANIFEST_NAME, read_manifest
 from offsite.artefacts.owner import OwnerRecord, owner_record_path, read_owner_record
 from offsite.artefacts.package import PACKAGE_FORMAT, Package, open_package
 from offsite.console import say
@@ -27,19 +33,21 @@ from offsite.digests import model_digest
 from offsite.errors import ArtefactError, ConfigError, PolicyError, RunFailed, WrongBinding
 from offsite.evaluation.results import read_results
 from offsite.faults import reach
-from offsite.modelling.load import load_model, load_tokenizer
+from offsite.modelling.load import load_model, load_tokenizer, require_weights
+from offsite.seq2seq.refusals import refuse_settings
 from offsite.staging import leftovers, refuse_existing, remove, staged_folder
 from offsite.tensors import read_tensors, spec_of, write_tensors
-from offsite.text.batches import Example
+from offsite.text.batches import Example, pad_id
 from offsite.text.records import require_files
-from server.plugging.adapted import AdaptedManifest, finish_folder, open_adapted, stored_names
+from server.plugging.adapted import AdaptedManifest, encoder_in, finish_folder, open_adapted, stored_names
 from server.plugging.card import Card, Form, require_results
 from server.plugging.config import PlugConfig
 from server.plugging.fit import Fitted, fit, plain_model, plug, require_correctable, unplug
 from server.plugging.fullmodel import FullModel, called, remember
+from server.plugging.merging import merge, write_checkpoint
 from server.plugging.peftfolder import open_with_peft, write_peft_folder
-from server.plugging.probe import READ_BACK_TOLERANCE, TOLERANCES, deviation, probe_logits
-from server.plugging.shares import require_way, taken
+from server.plugging.probe import READ_BACK_TOLERANCE, TOLERANCES, deviation, probe_heads, probe_logits
+from server.plugging.shares import as_rehearsed, require_way, taken
 from server.plugging.sparing import public_text
 from server.plugging.ways import Way
 from server.registry.intake import asked_round, read_registered
@@ -48,9 +56,12 @@ from server.registry.rows import Entry, refusal
 from server.registry.verify import Verified
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["merge", "run"]
+
+_MERGED = ".merged"
+"""Folder of merged weights inside the one that is written, until the checkpoint stands."""
 
 
 def run(config: PlugConfig) -> dict[str, object]:
@@ -64,6 +75,8 @@ def run(config: PlugConfig) -> dict[str, object]:
     """
     with Registry.open(config.registry, config.keys) as registry, registry.one_plug_in():
         entry = accepted(registry, config.id)
+        config = config.model_copy(update={"id": entry.id})
+        config = _with_share(config, registry, entry)
         public = _public(config)
         if entry.state == "accepted" and is_of(
             config.output, entry, config.way, public, merged=config.merge, corrected=config.correct
@@ -74,10 +87,12 @@ def run(config: PlugConfig) -> dict[str, object]:
             _tell(registry, entry, manifest)
             return _result(config, manifest, None, None)
         refuse_existing(config.output)
+        require_weights(config.model)
         record = record_of(registry, entry, config.package)
         verified = read_registered(registry, entry, record)
         require_way(verified.spec, config.way)
-        emulator = _emulator(config, registry, verified, record)
+        refuse_for_two_stacks(record, config)
+        emulator = emulator_of(config.package, registry, verified, record) if config.correct else None
         collect_partial(config.output)
         licence = licence_of(config.package or registry.package_path(record.package_digest), record)
         card = _card(config, verified, record, licence, public)
@@ -90,19 +105,54 @@ def run(config: PlugConfig) -> dict[str, object]:
         shown += f", {manifest.plugged.told}"
     if manifest.corrected:
         shown += ", corrected"
+    if manifest.adapter.head is not None and manifest.scale != 1:
+        shown += ", its head whole"
     say(f"{config.output.name}: {_SHOWN[manifest.form]}, {shown}")
     return _result(config, manifest, effect, error)
 
 
-def accepted(registry: Registry, bundle_id: str) -> Entry:
+def refuse_for_two_stacks(record: OwnerRecord, config: PlugConfig) -> None:
+    """Return only if an encoder-decoder's adapter is asked to be plugged in as a share of it, and no other way.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if record.layout.encoder is not None:
+        hint = "plug it in as it is, or as a share of it (--scale)"
+        refuse_settings("the base model", {"--spare": bool(config.spare)}, hint)
+
+
+def _with_share(config: PlugConfig, registry: Registry, entry: Entry) -> PlugConfig:
+    """Return the settings with the share that was rehearsed, where none is given.
+
+    Where the package's record is gone and the folder stands already, it is the folder's: a crash came in between.
+
+    Raises:
+        ConfigError, ArtefactError, WrongBinding: as `record_of`.
+    """
+    if "scale" in config.model_fields_set:
+        return config
+    try:
+        record = record_of(registry, entry, config.package)
+    except (ConfigError, ArtefactError):
+        if not (config.output / MANIFEST_NAME).is_file():
+            raise
+        return config.model_copy(update={"scale": open_adapted(config.output).plugged.scale})
+    return as_rehearsed(config, registry.job(entry.job_id).adapter, record)
+
+
+def accepted(registry: Registry, word: str) -> Entry:
     """Return the bundle of that id, which the owner has accepted, and which stands on the package's own weights.
+
+    Args:
+        word: the id, or what else `Registry.named` takes.
 
     Raises:
         ConfigError: when there is none, or it answers a federation's later round.
         PolicyError: when it was not accepted yet.
         ArtefactError: with its class, when it was refused.
     """
-    entry = registry.entry(bundle_id)
+    entry = registry.named(word)
     if entry.state == "refused":
         raise refusal(entry.reason or "", f"bundle {entry.id} was refused: {entry.message}")
     if entry.state in ("received", "verified"):
@@ -137,22 +187,30 @@ def record_of(registry: Registry, entry: Entry, package: Path | None) -> OwnerRe
     return record
 
 
-def _emulator(config: PlugConfig, registry: Registry, verified: Verified, record: OwnerRecord) -> Package | None:
-    """Return the package that the adapter is corrected by; None where it is not to be.
+def emulator_of(package: Path | None, registry: Registry, verified: Verified, record: OwnerRecord) -> Package:
+    """Return the package that the adapter is corrected by: the named one, or the job's.
 
     Raises:
-        ConfigError: when it cannot be.
+        ConfigError: when an adapter of that kind, on that package, cannot be corrected.
         ArtefactError, WrongBinding: when the package is not sound, or another.
     """
-    if not config.correct:
-        return None
+    found = package_of(package, registry, record)
+    require_correctable(verified.spec, found)
+    return found
+
+
+def package_of(package: Path | None, registry: Registry, record: OwnerRecord) -> Package:
+    """Return the package that the owner's record is of: the named one, or the job's.
+
+    Raises:
+        ArtefactError, WrongBinding: when the package is not sound, or another.
+    """
     known = registry.known_files()
-    package = open_package(config.package or registry.package_path(record.package_digest), known)
+    found = open_package(package or registry.package_path(record.package_digest), known)
     known.save()
-    if package.digest != record.package_digest:
-        raise WrongBinding(f"package {package.path.name!r} is not the one that the owner's record is of")
-    require_correctable(verified.spec, package)
-    return package
+    if found.digest != record.package_digest:
+        raise WrongBinding(f"package {found.path.name!r} is not the one that the owner's record is of")
+    return found
 
 
 def is_of(
@@ -213,9 +271,11 @@ def _card(config: PlugConfig, verified: Verified, record: OwnerRecord, licence: 
         way=config.way,
         corrected=config.correct,
         results=results,
+        is_seq2seq=record.layout.encoder is not None,
     )
 
 
+Probe = Callable[["PreTrainedModel", str], Tensor]
 Public = tuple[list[Example], str]
 """Public text in blocks, and the digest of its tokens."""
 
@@ -254,23 +314,31 @@ def _plug_in(
     emulator: Package | None,
 ) -> tuple[AdaptedManifest, float, float]:
     """Write the adapted folder, and return its manifest, the adapter's effect and the error of what was read back."""
-    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    has_head = verified.spec.head is not None
+    model = load_model(config.model, encoders=has_head, seq2seq=not has_head)
+    tokenizer = load_tokenizer(config.model)
+    if verified.spec.head is not None and tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # the folder says before which token a text is read
     fitted = fit(model, verified, record, emulator=emulator)
     adapter = taken(model, fitted, config.way, public[0] if public is not None else ())
-    before = probe_logits(model, "the full model")
+    probe, what = probe_for(adapter), f"the model with {verified.what} plugged in"
+    with only_head(model, adapter):
+        before = probe(model, "the full model")
     attached = plug(model, adapter)
-    expected = probe_logits(plain_model(attached), f"the model with {verified.what} plugged in")
+    expected = probe(plain_model(attached), what)
     effect = deviation(expected, before)
     merged_digest: str | None = None
     with staged_folder(config.output) as stage:
         if card.form == "merged":
-            merged = merge(attached)
+            (stage / _MERGED).mkdir()
+            merged = as_opened(merge(attached, stage / _MERGED), adapter, tokenizer)
             del model, attached
-            error = _require_close(probe_logits(merged, "the merged model"), expected, merged, effect)
-            merged_digest = _write_merged(stage, merged)
+            error = _require_close(probe(merged, "the merged model"), expected, merged, effect)
+            merged_digest = _write_merged(stage, merged, probe, with_head=has_head)
             del merged
+            remove(stage / _MERGED)
         else:
-            error = _write_adapter(stage, card.form, attached, adapter, card.base.name, expected)
+            error = _write_adapter(stage, card.form, attached, adapter, card.base.name, expected, tokenizer)
         manifest = finish_folder(
             stage,
             tokenizer,
@@ -281,27 +349,13 @@ def _plug_in(
             intake=entry.id,
             spare_text=_digest(public),
             sites=adapter.sites,
-            tensors={name: spec_of(tensor) for name, tensor in adapter.tensors.items()},
+            tensors={name: spec_of(tensor) for name, tensor in _all(adapter).items()},
         )
         reach("plug-written")
     return manifest, effect, error
 
 
 _SHOWN: dict[Form, str] = {"peft": "a PEFT folder", "own": "the changed tensors", "merged": "a merged checkpoint"}
-
-
-def merge(attached: Attached) -> PreTrainedModel:
-    """Return the full model with the adapter merged into its own weights, in their dtype; `attached` is used up.
-
-    Raises:
-        RunFailed: when a merged weight is not finite.
-    """
-    if not hasattr(attached.model, "merge_and_unload"):
-        return plain_model(attached)
-    try:
-        return attached.model.merge_and_unload(safe_merge=True)  # type: ignore[no-any-return,operator]
-    except ValueError as error:
-        raise RunFailed("a merged weight is not finite in the model's dtype", hint="plug in without --merge") from error
 
 
 def _require_close(found: Tensor, expected: Tensor, merged: PreTrainedModel, effect: float) -> float:
@@ -323,24 +377,32 @@ def _require_close(found: Tensor, expected: Tensor, merged: PreTrainedModel, eff
     return error
 
 
-def _write_merged(stage: Path, merged: PreTrainedModel) -> str:
+def _write_merged(stage: Path, merged: PreTrainedModel, probe: Probe, *, with_head: bool) -> str:
     """Write the checkpoint, and return the model's digest, once they were read back as they were.
 
     Raises:
         RunFailed: when the checkpoint read back is another.
     """
-    merged.save_pretrained(stage)
-    digest, expected = model_digest(merged), probe_logits(merged)
-    read_back = load_model(str(stage))
+    write_checkpoint(merged, stage)
+    digest, expected = model_digest(merged), probe(merged, "the merged model")
+    read_back = load_model(str(stage), with_head=with_head, seq2seq=not with_head)
     if model_digest(read_back) != digest:
         raise RunFailed("the merged checkpoint reads back as other tensors than were written")
-    error = deviation(probe_logits(read_back), expected)  # the configuration counts too
+    error = deviation(probe(read_back, "what was read back"), expected)  # the configuration counts too
     if error > READ_BACK_TOLERANCE:
         raise RunFailed(f"the merged checkpoint reads back with logits that differ by {error:.2g}")
     return digest
 
 
-def _write_adapter(stage: Path, form: Form, attached: Attached, adapter: Fitted, base: str, expected: Tensor) -> float:
+def _write_adapter(
+    stage: Path,
+    form: Form,
+    attached: Attached,
+    adapter: Fitted,
+    base: str,
+    expected: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+) -> float:
     """Write the adapter alone and return the deviation of its logits when it is opened again.
 
     Raises:
@@ -348,16 +410,47 @@ def _write_adapter(stage: Path, form: Form, attached: Attached, adapter: Fitted,
     """
     model = plain_model(attached)
     if form == "own":
-        names = stored_names(form, adapter.sites, adapter.tensors)
-        write_tensors(stage / TENSOR_FILE, {names[name]: tensor for name, tensor in adapter.tensors.items()})
-        read_tensors(stage / TENSOR_FILE, {names[name]: spec_of(tensor) for name, tensor in adapter.tensors.items()})
+        tensors = _all(adapter)
+        names = stored_names(form, adapter.sites, tensors, encoder_in(adapter.spec))
+        write_tensors(stage / TENSOR_FILE, {names[name]: tensor for name, tensor in tensors.items()})
+        read_tensors(stage / TENSOR_FILE, {names[name]: spec_of(tensor) for name, tensor in tensors.items()})
         return 0.0
     unplug(attached)
-    write_peft_folder(stage, model, adapter, base=base)
-    error = deviation(probe_logits(open_with_peft(model, stage), "the model opened by peft"), expected)
+    detach_head(model)
+    bare = as_opened(model, adapter, tokenizer)
+    write_peft_folder(stage, bare if encoder_in(adapter.spec) else model, adapter, base=base)
+    opened = open_with_peft(bare, stage)
+    error = deviation(probe_for(adapter)(opened, "the model opened by peft"), expected)
     if error > READ_BACK_TOLERANCE:
         raise RunFailed(f"peft opens the adapter with logits that differ by {error:.2g}", hint="plug in with --merge")
     return error
+
+
+def _all(adapter: Fitted) -> dict[str, Tensor]:
+    """Return the adapter's tensors, its head among them."""
+    return {**adapter.tensors, **adapter.head}
+
+
+def as_opened(model: PreTrainedModel, adapter: Fitted, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Return the model as others open it: where the adapter has a head, with that in place of the vocabulary's."""
+    head = adapter.spec.head
+    return model if head is None else as_classifier(model, head, pad_id=pad_id(tokenizer))
+
+
+def probe_for(adapter: Fitted) -> Probe:
+    """Return what tells two forms of a model with this adapter apart: scores of its head, or of the vocabulary."""
+    return probe_heads if adapter.head else probe_logits
+
+
+@contextmanager
+def only_head(model: PreTrainedModel, adapter: Fitted) -> Iterator[None]:
+    """Inside, the model carries the adapter's head, if it has one, and nothing else of it."""
+    if adapter.spec.head is not None:
+        put_head(model, adapter.spec.head, adapter.head)
+    try:
+        yield
+    finally:
+        detach_head(model)
 
 
 def _result(

@@ -1,7 +1,8 @@
 """A fixed batch of tokens to compare what two forms of one model compute, before either is trusted.
 
 The arithmetic is float32 whatever the weights' dtype: in bfloat16 the noise of the activations (3% of the logits of a
-model of 30 blocks) hides both a small adapter and a wrong merge.
+model of 30 blocks) hides both a small adapter and a wrong merge. Of a model that is mapped from its files, memory holds
+one block at a time.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from offsite.blockwise import block_by_block
+from offsite.encoders.outputs import outputs
+from offsite.encoders.trunk import is_encoder_config
 from offsite.errors import NotFinite
+from offsite.evaluation.heads import SCORE, head_scores
 from offsite.modelling.context import context_of
-from offsite.modelling.precision import in_float32
+from offsite.modelling.head import states_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,16 +42,45 @@ def probe_logits(model: PreTrainedModel, what: str = "the model") -> Tensor:
     Raises:
         NotFinite: when a logit is NaN or infinite.
     """
+    ids_BT = _ids(model)
+    with block_by_block(model, torch.float32):
+        logits_BTV = outputs(model, ids_BT).float().cpu()
+    if not bool(torch.isfinite(logits_BTV).all()):
+        raise NotFinite(f"the output of {what} holds NaN or infinity")
+    return logits_BTV - logits_BTV.mean(-1, keepdim=True)
+
+
+@torch.no_grad()
+def probe_heads(model: PreTrainedModel, what: str = "the model") -> Tensor:
+    """Return the scores of a model with a head on the fixed batch, (rows * tokens, labels) float32 on the CPU.
+
+    Every position is scored, of an encoder every row, in the model's own dtype of the head's weights.
+
+    Raises:
+        NotFinite: when a score is NaN or infinite.
+    """
+    ids_BT = _ids(model)
+    with block_by_block(model, torch.float32):
+        if is_encoder_config(model.config):  # which reads a row as a whole
+            batch = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+            return _finite(head_scores(model, batch, pad_id=-1).cpu(), what)
+        states_ND = states_at(model, {"input_ids": ids_BT}, torch.ones_like(ids_BT, dtype=torch.bool))
+        scores_NL: Tensor = model.get_submodule(SCORE)(states_ND).float().cpu()
+    return _finite(scores_NL, what)
+
+
+def _finite(scores_NL: Tensor, what: str) -> Tensor:
+    if not bool(torch.isfinite(scores_NL).all()):
+        raise NotFinite(f"the output of {what} holds NaN or infinity")
+    return scores_NL
+
+
+def _ids(model: PreTrainedModel) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.config.get_text_config().vocab_size)
     num_tokens = min(NUM_TOKENS, context_of(model) or NUM_TOKENS)
     ids_BT = torch.randint(vocabulary, (NUM_ROWS, num_tokens), generator=generator)
-    device = next(model.parameters()).device
-    with in_float32(model):
-        logits_BTV: Tensor = model(input_ids=ids_BT.to(device), use_cache=False).logits.float().cpu()
-    if not bool(torch.isfinite(logits_BTV).all()):
-        raise NotFinite(f"the output of {what} holds NaN or infinity")
-    return logits_BTV - logits_BTV.mean(-1, keepdim=True)
+    return ids_BT.to(next(model.parameters()).device)
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:

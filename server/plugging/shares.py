@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,37 @@ from torch import Tensor, nn
 from adapters.updates import Update, combined
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.layout import Layout
+from offsite.artefacts.owner import OwnerRecord
+from offsite.console import say
 from offsite.errors import ConfigError
 from offsite.modelling.mlps import find_mlps
 from offsite.text.batches import Example
+from server.plugging.config import ScaleSettings
 from server.plugging.fit import Fitted, full_name, require_scalable, scaled
 from server.plugging.sparing import require_sparable, spare_adapters
 from server.plugging.ways import KINDS, Way
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Scaled = TypeVar("Scaled", bound=ScaleSettings)
+
+
+def rehearsed_share(spec: AdapterSpec, record: OwnerRecord) -> float:
+    """Return the share that did best when a client was rehearsed on that package as it was made; 1 where none was.
+
+    Of DoRA, which is plugged in whole or not, 1.
+    """
+    return 1.0 if record.dial is None or spec.kind == "dora" else record.dial.scale
+
+
+def as_rehearsed(config: Scaled, spec: AdapterSpec, record: OwnerRecord) -> Scaled:
+    """Return the settings with the share that was rehearsed, which is said; those that name a share as they are."""
+    share = rehearsed_share(spec, record)
+    if "scale" in config.model_fields_set or share == 1:
+        return config
+    say(f"{share:g} of the update, as was rehearsed when the package was made; --scale takes another share")
+    return config.model_copy(update={"scale": share})
 
 
 def require_way(spec: AdapterSpec, way: Way) -> None:

@@ -32,13 +32,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from offsite.blockwise import block_by_block
 from offsite.console import progress
 from offsite.digests import sha256_bytes
 from offsite.errors import ConfigError, DataError, RunFailed
 from offsite.evaluation.measure import evaluating
 from offsite.modelling.blocks import is_conv1d, is_linear, linear_dims
 from offsite.modelling.context import context_of
-from offsite.modelling.precision import in_float32
 from offsite.text.batches import Example, encode, pack
 from offsite.text.records import read_files
 from server.plugging.fit import Fitted, full_name
@@ -189,7 +189,7 @@ def second_moments(
     rows = _pieces(examples, context_of(model))
     paths = list(dict.fromkeys(modules))
     sizes = {path: linear_dims(model.get_submodule(path))[0] for path in paths}
-    with evaluating(model), in_float32(model):
+    with evaluating(model), block_by_block(model, torch.float32):
         groups = _sharing(model, paths, rows[0])
         for some in _parts(groups, sizes, limit_bytes):
             leaders = [group[0] for group in some]

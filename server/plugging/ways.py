@@ -163,6 +163,21 @@ class Way:
         return self.scale * math.prod(share for part, share in self.by_module if part in meant_by)
 
 
+OFFSET = "offset="
+"""How the word begins under which a bundle is known that is served from its emulator, and not plugged in at all."""
+
+
+def told(word: str) -> str:
+    """Return how people read the word under which a bundle was plugged in or served.
+
+    Raises:
+        ConfigError: when it is none.
+    """
+    if word.startswith(OFFSET):
+        return f"an offset of {_number(word.removeprefix(OFFSET)):g}, from the emulator"
+    return Way.parse(word).told
+
+
 def ways(
     *,
     shares: Sequence[str] = ("1", "0.75", "0.5"),

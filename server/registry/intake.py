@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from adapters.heads import head_norm
 from adapters.norms import UpdateNorms, adapted_names, base_tensors
 from adapters.rounds import grown
 from offsite.artefacts.bundle import TENSOR_FILE, BundleManifest, open_bundle
@@ -244,7 +245,7 @@ def _examine(
         digest,
         bundle_digest=verified.bundle_digest,
         tensors_sha256=tensors_sha256,
-        figures=_figures(verified.norms),
+        figures=_figures(verified.norms) | head_norm(verified.tensors),
         now=now,
     )
     return _fresh(registry, digest)

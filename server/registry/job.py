@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 
-from offsite.artefacts.job import Job, Policy, write_job
+from adapters.settings import head_of
+from offsite.artefacts.job import Job, Policy, job_bytes, write_job
 from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.artefacts.package import open_package
 from offsite.console import say, say_next
@@ -13,7 +14,9 @@ from offsite.errors import BadSchema, ConfigError
 from offsite.keys.files import check_folder, read_limited
 from offsite.keys.identity import CARD_LIMIT_BYTES, CARD_NAME, read_card
 from offsite.keys.trust import TrustStore
+from offsite.seq2seq.refusals import refuse_settings
 from offsite.staging import refuse_existing
+from offsite.tasks.read import read_task
 from server.registry.config import JobCreateConfig
 from server.registry.registry import Registry
 
@@ -31,16 +34,32 @@ def run(config: JobCreateConfig) -> dict[str, object]:
     now = int(time.time())
     check_folder(config.keys)
     owner = read_card(read_limited(config.keys / CARD_NAME, CARD_LIMIT_BYTES, what="card"))
-    client = TrustStore(config.keys).require(config.client.strip().lower(), now=now)
+    trust = TrustStore(config.keys)
+    client = trust.require(trust.named(config.client, now=now), now=now)
     if client.fingerprint == owner.fingerprint:
         raise ConfigError("--client is this party's own fingerprint", hint="give the one of a card pinned by trust add")
     package = open_package(config.package)
     record = read_owner_record(owner_record_path(config.package))
     if record.package_digest != package.digest:
         raise BadSchema(f"the owner's record beside {config.package.name!r} is of another package")
+    task = None if config.task is None else read_task(config.task)
     spec = config.spec()
+    from adapters.heads import encoder_of, read_size
     from adapters.targets import require_carried
 
+    if package.is_encoder and config.head != "classify":
+        what = "text" if config.head == "none" else config.head
+        raise ConfigError(
+            f"package {config.package.name!r} holds an encoder: no adapter for {what} goes on it",
+            hint="make the job with --head classify --labels A,B",
+        )
+    if package.is_seq2seq:
+        hint = "make the job for an adapter for text, without --head"
+        refuse_settings(f"package {config.package.name!r}", {f"--head {config.head}": config.head != "none"}, hint)
+    if config.head != "none":
+        model = package.empty_model()
+        head = head_of(config.head, config.labels, read_size(model), encoder_of(model))
+        spec = spec.model_copy(update={"head": head})
     num_tensors = require_carried(package, spec)
     job = Job(
         job_id=secrets.token_hex(16),
@@ -54,13 +73,19 @@ def run(config: JobCreateConfig) -> dict[str, object]:
         created=now,
         expires=now + config.days * 86400,
         policy=Policy(
-            max_relative_frobenius=config.max_relative_frobenius, max_relative_spectral=config.max_relative_spectral
+            max_relative_frobenius=config.max_relative_frobenius,
+            max_relative_spectral=config.max_relative_spectral,
+            max_head_norm=config.max_head_norm,
         ),
         terms=config.terms,
+        task=task,
     )
+    job_bytes(job)  # nothing is registered that cannot be read
     with Registry.open(config.registry, config.keys, create=True) as registry:
         registry.add_job(job, package=config.package, client_name=client.name, now=now)
     digest = write_job(config.output, job)
+    if task is not None:
+        say(f"task {task.name!r} crosses in the job, with {len(task.samples)} samples and {len(task.tests)} tests")
     say(f"{config.output.name}: {num_tensors} tensors of {spec.kind}, {config.rounds} round(s), for {client.name}")
     keys = config.key_words()
     say_next("offsite", "seal", config.output, *keys, "-o", f"{config.output}.sealed")
@@ -76,5 +101,6 @@ def run(config: JobCreateConfig) -> dict[str, object]:
         "base_digest": job.base_digest,
         "adapter": spec.model_dump(mode="json"),
         "rounds": job.rounds,
+        **({} if task is None else {"task": task.name, "task_digest": task.digest}),
         "expires": job.expires,
     }

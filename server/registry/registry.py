@@ -32,7 +32,7 @@ from offsite.keys.files import check_folder
 from offsite.staging import leftovers, remove, staged_file
 from offsite.state.chain import Head
 from offsite.state.store import Store, Transaction
-from server.registry.config import ID_PATTERN
+from server.registry.config import ID_PATTERN, WORD_PATTERN
 from server.registry.history import STANDING, agree, told_states
 from server.registry.rows import (
     MIGRATIONS,
@@ -227,11 +227,31 @@ class Registry:
             ConfigError: when the id has another form or is not known.
         """
         if not re.fullmatch(ID_PATTERN, bundle_id):
-            raise ConfigError(f"{bundle_id[:40]!r} is no id of a bundle: 16 hex digits", hint="offsite registry list")
+            raise ConfigError(
+                f"{bundle_id[:40]!r} is no id of a bundle: 16 hex digits",
+                hint="four first digits do, or latest: offsite registry list",
+            )
         rows = self._store.rows("SELECT * FROM bundles WHERE id = ?", (bundle_id,))
         if not rows:
             raise ConfigError(f"no bundle {bundle_id} in registry {self.folder.name!r}", hint="offsite registry list")
         return entry_of(rows[0])
+
+    def named(self, word: str) -> Entry:
+        """Return the row of the bundle that a person means: by its id, by four or more first digits, or ``latest``.
+
+        Raises:
+            ConfigError: when there is none, or several begin so.
+        """
+        if re.fullmatch(ID_PATTERN, word) or not re.fullmatch(WORD_PATTERN, word):
+            return self.entry(word)
+        rows = self.entries()
+        found = rows[-1:] if word == "latest" else [entry for entry in rows if entry.id.startswith(word)]
+        if not found:
+            what = "is empty" if word == "latest" else f"holds no bundle whose id begins with {word}"
+            raise ConfigError(f"registry {self.folder.name!r} {what}", hint="offsite registry list")
+        if len(found) > 1:
+            raise ConfigError(f"{len(found)} bundles have ids that begin with {word}", hint="give more of its digits")
+        return found[0]
 
     def entries(self) -> list[Entry]:
         """Return the rows of all bundles, oldest first."""

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict
 
 from offsite.console import say, say_next, table, utc
+from offsite.errors import ConfigError
 from server.registry.config import (
     LogVerifyConfig,
     RegistryAcceptConfig,
@@ -38,7 +39,7 @@ def list_run(config: RegistryListConfig) -> dict[str, object]:
 def show_run(config: RegistryShowConfig) -> dict[str, object]:
     """Carry out ``offsite registry show``."""
     with _opened(config) as registry:
-        entry = registry.entry(config.id)
+        entry = registry.named(config.id)
         job = registry.job(entry.job_id)
     shown = {**_shown(entry), "adapter": job.adapter.model_dump(mode="json"), "package_digest": job.package_digest}
     for name, value in shown.items():
@@ -46,10 +47,18 @@ def show_run(config: RegistryShowConfig) -> dict[str, object]:
     return shown
 
 
+def _decided(registry: Registry, word: str) -> Entry:
+    """Return the bundle that is decided on; of several that wait another may be the latest by now."""
+    waiting = [entry.id for entry in registry.entries() if entry.state == "verified"]
+    if word == "latest" and len(waiting) > 1:
+        raise ConfigError(f"{len(waiting)} bundles wait: {', '.join(waiting)}", hint="name the one that is meant")
+    return registry.named(word)
+
+
 def accept_run(config: RegistryAcceptConfig) -> dict[str, object]:
     """Carry out ``offsite registry accept``."""
     with _opened(config) as registry:
-        entry = registry.advance(config.id, "accepted")
+        entry = registry.advance(_decided(registry, config.id).id, "accepted")
     say(f"{entry.id} is {entry.state}")
     plug_in = ["offsite", "plug-in", "MODEL", entry.id, "--registry", config.registry]
     say_next(*plug_in, *config.key_words(), "-o", f"adapted-{entry.id}")
@@ -59,7 +68,7 @@ def accept_run(config: RegistryAcceptConfig) -> dict[str, object]:
 def refuse_run(config: RegistryRefuseConfig) -> dict[str, object]:
     """Carry out ``offsite registry refuse``."""
     with _opened(config) as registry:
-        entry = registry.refuse(config.id)
+        entry = registry.refuse(_decided(registry, config.id).id)
     say(f"{entry.id} is refused and its files are gone; round {entry.round} of its job is free")
     return _shown(entry)
 

@@ -10,7 +10,7 @@ In this order:
 3. of the decrypted manifest: package, base model and adapter are the job's, and the *exact set of tensor names* with
    *shapes and dtypes* is that adapter's (`expected_tensors`);
 4. of the tensors: names, shapes and dtypes again as they are in memory, *finite* values, and the *norms* of the
-   effective update against the job's caps (`verify_adapter`).
+   effective update, and of a head, against the job's caps (`verify_adapter`).
 
 `Verified` stands for all of it. ``server/plugging/fit.py`` takes nothing else.
 """
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from adapters.heads import check_head
 from adapters.kinds import declared
 from adapters.norms import UpdateNorms, check_norms, update_norms
 from offsite.artefacts.bundle import TENSOR_FILE, AdapterSpec, BundleManifest
@@ -134,7 +135,8 @@ def expected_tensors(
 
     Raises:
         WrongBinding: when it was tuned on another package than the record's or the job's, or for another base model,
-            or from other weights than the round's, or holds another adapter than the job asks for.
+            or from other weights than the round's, or by another task than the job's, or holds another adapter than
+            the job asks for.
         BadSchema: when its adapter is none that the package can carry.
         WrongNames, WrongShape: when it declares other tensors than that adapter's.
     """
@@ -148,6 +150,9 @@ def expected_tensors(
     if manifest.round_digest != round_digest:
         found, wanted = (f"round {one[:19]}" if one else "no round" for one in (manifest.round_digest, round_digest))
         raise WrongBinding(f"{what} answers {found}, it was asked for {wanted}")
+    if job is not None and manifest.task_digest != job.task_digest:
+        found, wanted = (f"task {one[:19]}" if one else "no task" for one in (manifest.task_digest, job.task_digest))
+        raise WrongBinding(f"{what} was tuned by {found}, its job carries {wanted}")
     if job is not None and manifest.adapter != job.adapter:
         changed = [key for key, value in manifest.adapter if value != getattr(job.adapter, key)]
         raise WrongBinding(f"{what} holds another adapter than its job asks for: {', '.join(changed)} differ")
@@ -184,10 +189,11 @@ def verify_adapter(
     Raises:
         WrongBinding, BadSchema, WrongNames, WrongShape: as `expected_tensors`.
         NotFinite: when a value, or the update made of them, is not finite.
-        NormTooLarge: when a module's effective update is over the job's caps.
+        NormTooLarge: when a module's effective update, or a head, is over the job's caps.
     """
     expected = expected_tensors(what, manifest, record, job, round_digest)
     _check_tensors(what, tensors, expected)
+    check_head(tensors, max_head_norm=job.policy.max_head_norm)
     norms = update_norms(manifest.adapter, tensors, base)
     check_norms(
         norms,

@@ -1,7 +1,8 @@
 """The OpenAI interface over one engine: routes, bearer keys, streams, and errors in OpenAI's shape.
 
-GET /v1/models, POST /v1/completions, POST /v1/chat/completions, each with the server's key or a tenant's; GET /metrics
-with the server's; GET /health without. Keys, prompts and answers are never logged.
+GET /v1/models, POST /v1/completions, POST /v1/chat/completions, GET /v1/tasks, POST /v1/tasks/NAME, each with the
+server's key or a tenant's; GET /metrics with the server's; GET /health without. Keys, prompts and answers are never
+logged.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import hmac
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -20,13 +22,16 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from offsite.errors import OffsiteError
+from offsite.tasks.task import Task
+from server.batching.generate import Piece
 from server.plugging.fit import Fitted
+from server.plugging.offset import Offset
 from server.serving.catalogue import Bundles, Catalogue, Served
 from server.serving.engine import ClientGone, Engine
-from server.serving.generate import Piece
 from server.serving.jobs import Job
 from server.serving.metrics import CONTENT_TYPE, Metrics
-from server.serving.protocol import ApiError, ChatAsk, CompletionAsk, Reply, parse, sse
+from server.serving.protocol import ApiError, ChatAsk, CompletionAsk, Reply, TaskAsk, Usage, parse, sse
+from server.serving.tasks import NUM_TRIES, Question, ServedTasks
 from server.tenants.store import Tenant, Tenants, seconds_of_today, today
 
 if TYPE_CHECKING:
@@ -84,23 +89,27 @@ class App:
         key: the server's own, which opens everything; None leaves all open.
         tenants: whose keys open the models that they may ask for.
         limit_bytes: largest request body.
+        tasks: answered at their own addresses.
     """
 
     def __init__(
-        self, engine: Engine, catalogue: Catalogue, *, key: str | None, tenants: Tenants | None, limit_bytes: int
+        self,
+        engine: Engine,
+        catalogue: Catalogue,
+        *,
+        key: str | None,
+        tenants: Tenants | None,
+        limit_bytes: int,
+        tasks: ServedTasks,
     ) -> None:
         self._engine, self._catalogue, self._key, self._tenants = engine, catalogue, key, tenants
+        self._tasks = tasks
         self._limit_bytes, self._metrics = limit_bytes, Metrics()
         self._under_way, self._promised = Counter[str](), Counter[str]()  # requests and tokens, by tenant
 
     def add_routes(self, app: FastAPI) -> None:
         """The routes and the error replies are part of `app`."""
-        router = APIRouter(prefix="/v1", dependencies=[Depends(self.authorise)])
-        router.add_api_route("/models", self.models, methods=["GET"])
-        router.add_api_route("/models/{model_id:path}", self.model, methods=["GET"])
-        router.add_api_route("/completions", self.completions, methods=["POST"], response_model=None)
-        router.add_api_route("/chat/completions", self.chat, methods=["POST"], response_model=None)
-        app.include_router(router)
+        app.include_router(self.routes())
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/metrics", self.metrics, methods=["GET"], response_model=None)
         app.add_exception_handler(ApiError, self.refuse)
@@ -109,6 +118,17 @@ class App:
         app.add_exception_handler(ClientGone, self.give_up)
         app.add_exception_handler(ClientDisconnect, self.give_up)
         app.add_exception_handler(Exception, self.refuse)
+
+    def routes(self) -> APIRouter:
+        """Return the addresses that answer under /v1."""
+        router = APIRouter(prefix="/v1", dependencies=[Depends(self.authorise)])
+        router.add_api_route("/models", self.models, methods=["GET"])
+        router.add_api_route("/models/{model_id:path}", self.model, methods=["GET"])
+        router.add_api_route("/completions", self.completions, methods=["POST"], response_model=None)
+        router.add_api_route("/chat/completions", self.chat, methods=["POST"], response_model=None)
+        router.add_api_route("/tasks", self.tasks, methods=["GET"])
+        router.add_api_route("/tasks/{name}", self.task, methods=["POST"], response_model=None)
+        return router
 
     async def authorise(self, request: Request) -> None:
         """Return when the request bears the server's key or a tenant's, who is then known.
@@ -169,6 +189,25 @@ class App:
         self._engine.counts.num_chat_completions += 1
         return await self._answer(request, ask)
 
+    async def tasks(self) -> dict[str, Any]:
+        """List the tasks that are served."""
+        return {"object": "list", "data": self._tasks.cards()}
+
+    async def task(self, request: Request, name: str) -> Response:
+        """Answer an input of a task in its form; what was written twice without it is told as an error."""
+        given = parse(await self._body(request), TaskAsk)
+        question = self._tasks.question(name, given)
+        served = await self._find(request, given.model or await self._only(request))
+        spent = Counter[str]()
+        for number in range(NUM_TRIES):
+            text, usage = await self._written(request, question, served, number)
+            spent.update(usage.body)
+            answer = question.checked(text)
+            if answer is not None:
+                stated = {"object": "task.answer", "task": name, "model": served.name, "answer": answer}
+                return JSONResponse({**stated, "num_tries": number + 1, "usage": dict(spent)})
+        raise question.malformed()
+
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Turn an error into an OpenAI-shaped reply."""
         self._engine.counts.num_refused += 1
@@ -200,6 +239,29 @@ class App:
                             answers[index].append(piece)
                             meter.count()
         return JSONResponse(reply.whole(answers, job.usage(meter.num_tokens)))
+
+    async def _written(self, request: Request, question: Question, served: Served, number: int) -> tuple[str, Usage]:
+        """Return what the model wrote to a task's input at that try, as far as it counts."""
+        tenant: Tenant | None = request.state.tenant
+        ask, text = question.ask(served.name, number), ""
+        held_to = partial(self._tasks.grammar, question)
+        with self._at_once(tenant):
+            async with self._engine.admitted(ask, served.adapter, _whose(tenant, served), held_to) as job:
+                with self._metered(tenant, served, job) as meter:
+                    async with aclosing(self._engine.answer(job, request.is_disconnected)) as pieces:
+                        async for _, piece in pieces:
+                            text += piece.text
+                            meter.count()
+                            if question.is_whole(text):
+                                break
+        return text, job.usage(meter.num_tokens)
+
+    async def _only(self, request: Request) -> str:
+        """Return the name of the one model that may be asked for."""
+        known = [name for name in await self._catalogue.names() if _may(request, name)]
+        if len(known) == 1:
+            return known[0]
+        raise ApiError(400, "model: is missing; GET /v1/models lists what is served", param="model")
 
     async def _events(
         self, request: Request, ask: CompletionAsk | ChatAsk, served: Served, reply: Reply
@@ -339,6 +401,9 @@ def build_app(
     adapters: Mapping[str, Fitted] | None = None,
     bundles: Bundles | None = None,
     tenants: Tenants | None = None,
+    offset: Offset | None = None,
+    stands: Callable[[], bool] | None = None,
+    tasks: Sequence[Task] = (),
 ) -> FastAPI:
     """Return the application that serves `model`; its engine is ``app.state.engine``.
 
@@ -357,8 +422,12 @@ def build_app(
         adapters: more names, each the model with that adapter; it must carry none then.
         bundles: of a registry, served beside them as they come and go.
         tenants: whose keys are taken beside `key`.
+        offset: an emulator and its adapter that move the model's scores in every answer.
+        stands: tells, whenever somebody asks, whether the model may still be served; None, and it always may.
+        tasks: answered at ``/v1/tasks/NAME``.
 
     Raises:
+        ConfigError: when the emulator is of another architecture, or scores other tokens.
         WrongNames, WrongShape: when an adapter does not fit the model.
     """
     engine = Engine(
@@ -370,12 +439,14 @@ def build_app(
         limit_rows=limit_rows,
         limit_cache_bytes=limit_cache_bytes,
         prefill_tokens=prefill_tokens,
+        offset=offset,
     )
     fixed = {model_id: Served(model_id)}
     for name, adapter in (adapters or {}).items():
         fixed[name] = Served(name, engine.rows.put_on(adapter))
     app = FastAPI(title="offsite", openapi_url=None, docs_url=None, redoc_url=None)
     app.state.engine = engine
-    catalogue = Catalogue(engine, fixed, bundles)
-    App(engine, catalogue, key=key, tenants=tenants, limit_bytes=limit_bytes).add_routes(app)
+    catalogue = Catalogue(engine, fixed, bundles, stands)
+    served = ServedTasks(tasks)
+    App(engine, catalogue, key=key, tenants=tenants, limit_bytes=limit_bytes, tasks=served).add_routes(app)
     return app

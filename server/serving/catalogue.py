@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offsite.artefacts.owner import OwnerRecord, owner_record_path, read_owner_record
 from offsite.console import say
 from offsite.errors import ConfigError, OffsiteError
+from server.batching.rows import RowAdapter
 from server.plugging.fit import Fitted, fit
 from server.plugging.plug import accepted, record_of
-from server.plugging.shares import taken
+from server.plugging.shares import rehearsed_share, taken
 from server.plugging.ways import Way
 from server.registry.intake import read_registered
 from server.registry.registry import Registry
 from server.registry.rows import Entry
 from server.serving.engine import Engine
-from server.serving.rows import RowAdapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,10 +53,18 @@ class Bundles:
         registry: open, and open for as long as this is used.
         model: the full model without an adapter; not changed.
         base_digest: ``offsite.digests.model_digest(model)``.
+        packages: where packages are now that are not where they were when their jobs were made.
+
+    Raises:
+        ArtefactError: when a package that is named has no owner's record beside it.
     """
 
-    def __init__(self, registry: Registry, model: PreTrainedModel, base_digest: str) -> None:
+    def __init__(
+        self, registry: Registry, model: PreTrainedModel, base_digest: str, packages: Sequence[Path] = ()
+    ) -> None:
         self._registry, self._model, self._base_digest = registry, model, base_digest
+        self._shares: dict[str, float] = {}  # of bundles that were never plugged in
+        self._packages = {read_owner_record(owner_record_path(one)).package_digest: one for one in packages}
 
     def standing(self) -> dict[str, Entry]:
         """Return the bundles that are to be served, by id, oldest first; none of any other model's."""
@@ -84,19 +94,32 @@ class Bundles:
         return found
 
     def way(self, bundle_id: str) -> Way:
-        """Return the way in which the bundle was plugged in last; all of it where it never was."""
+        """Return the way in which the bundle was plugged in last; where it never was, as `plug-in` would by itself.
+
+        Raises:
+            ConfigError, ArtefactError: when it never was, and the package's owner's record is gone.
+        """
         known = self._registry.ways(bundle_id, "plugged-in")
-        return Way.parse(known[-1][0]) if known else Way()
+        if known:
+            return Way.parse(known[-1][0])
+        if bundle_id not in self._shares:
+            entry = self._registry.entry(bundle_id)
+            self._shares[bundle_id] = rehearsed_share(self._registry.job(entry.job_id).adapter, self._record(entry))
+        return Way(self._shares[bundle_id])
+
+    def _record(self, entry: Entry) -> OwnerRecord:
+        moved = self._packages.get(self._registry.job(entry.job_id).package_digest)
+        return record_of(self._registry, entry, moved)
 
     def read(self, bundle_id: str) -> tuple[Fitted, Way]:
-        """Return the bundle's adapter, plugged in the way the owner last did, whole where it never did, and that way.
+        """Return the bundle's adapter, plugged in by `way`, and that way.
 
         Raises:
             ConfigError: when it answers a federation's later round, or directions are spared, which needs text.
             ArtefactError: when its files are not those that were verified, or it was refused meanwhile.
         """
         entry = accepted(self._registry, bundle_id)
-        record = record_of(self._registry, entry, None)
+        record = self._record(entry)
         way = self.way(bundle_id)
         if way.spare is not None:
             raise ConfigError(
@@ -118,10 +141,17 @@ class Catalogue:
         engine: on whose model the adapters are.
         fixed: what is served for as long as the server runs.
         bundles: of a registry, which come and go.
+        stands: tells whether what is fixed may still be served; None, and it always may.
     """
 
-    def __init__(self, engine: Engine, fixed: Mapping[str, Served], bundles: Bundles | None = None) -> None:
-        self._engine, self._fixed, self._bundles = engine, dict(fixed), bundles
+    def __init__(
+        self,
+        engine: Engine,
+        fixed: Mapping[str, Served],
+        bundles: Bundles | None = None,
+        stands: Callable[[], bool] | None = None,
+    ) -> None:
+        self._engine, self._fixed, self._bundles, self._stands = engine, dict(fixed), bundles, stands
         self._by_id: dict[str, Served] = {}
         self._refused: dict[str, tuple[float, str]] = {}
         self._ways: dict[str, Way] = {}
@@ -134,6 +164,8 @@ class Catalogue:
         Raises:
             OffsiteError: when the registry cannot be read.
         """
+        if self._stands is not None and not await asyncio.to_thread(self._stands):
+            return {}
         if self._bundles is not None:
             async with self._lock:
                 if time.monotonic() - self._looked >= _LOOK_SECONDS:

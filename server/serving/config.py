@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from offsite.config import KEYS, LIMITS, NETWORK, POSITIONAL, REPEATED, USUAL
+from offsite.config import KEYS, LIMITS, NETWORK, PLUGGING, POSITIONAL, REPEATED, USUAL
 from offsite.keys.config import KeysConfig
 from offsite.training.config import DeviceSettings
 from server.http.config import ListenSettings
-from server.plugging.config import MixSettings
+from server.plugging.config import BaseSettings, BetaSettings, MixSettings
+from server.registry.config import ID_PATTERN
 
 
-class ServeConfig(KeysConfig, DeviceSettings, ListenSettings, MixSettings):
+class ServeConfig(KeysConfig, DeviceSettings, ListenSettings, BaseSettings, MixSettings, BetaSettings):
     """Settings of ``offsite serve ADAPTED`` and ``offsite serve MODEL --adapter NAME=FOLDER``.
 
     The key is never a setting: it would show in the process list.
@@ -23,7 +25,7 @@ class ServeConfig(KeysConfig, DeviceSettings, ListenSettings, MixSettings):
     verb: ClassVar[str] = "serve"
 
     adapted: Path = Field(
-        description="folder that plug-in wrote; or a full model, with --adapter or --registry",
+        description="folder that plug-in wrote; a full model, with --adapter, --registry or --offset; or an encoder",
         json_schema_extra=POSITIONAL,
     )
     adapter: dict[str, Path] = Field(
@@ -32,16 +34,28 @@ class ServeConfig(KeysConfig, DeviceSettings, ListenSettings, MixSettings):
         "repeated",
         json_schema_extra=USUAL | REPEATED,
     )
-    base: str | None = Field(
-        None,
-        description="full model, when ADAPTED holds only an adapter and names another one",
-        json_schema_extra=USUAL,
-    )
     registry: Path | None = Field(
         None,
         description="with a full model: registry whose accepted bundles are served, under their clients' names; "
         "otherwise one that is told that the bundle is served",
         json_schema_extra=USUAL,
+    )
+    package: tuple[Path, ...] = Field(
+        (),
+        description="with a full model and --registry: a package that is no longer where it was when its job was made; "
+        "may be repeated",
+        json_schema_extra=USUAL | REPEATED,
+    )
+    offset: str | None = Field(
+        None,
+        description="PACKAGE,ID: for an adapter that cannot be plugged in; with a full model and --registry. Its "
+        "scores are moved by what the accepted bundle ID does to the emulator in PACKAGE",
+        json_schema_extra=PLUGGING,
+    )
+    task: tuple[Path, ...] = Field(
+        (),
+        description="task.yaml, or an opened job that carries a task, answered at /v1/tasks/NAME; may be repeated",
+        json_schema_extra=USUAL | REPEATED,
     )
     tenants: Path | None = Field(
         None,
@@ -95,3 +109,27 @@ class ServeConfig(KeysConfig, DeviceSettings, ListenSettings, MixSettings):
     limit_bytes: int = Field(
         1_048_576, ge=1, description="largest request body, in bytes; then 413", json_schema_extra=LIMITS
     )
+
+    @property
+    def offset_parts(self) -> tuple[Path, str] | None:
+        """The package and the bundle's id of an offset; None without one."""
+        if self.offset is None:
+            return None
+        package, _, bundle_id = self.offset.rpartition(",")
+        return Path(package), bundle_id
+
+    @model_validator(mode="after")
+    def _offset(self) -> Self:
+        if self.offset is None:
+            return self
+        problems = []
+        package, _, bundle_id = self.offset.rpartition(",")
+        if not package or not re.fullmatch(ID_PATTERN, bundle_id):
+            problems.append("--offset: expected PACKAGE,ID, the id being that of an accepted bundle in the registry")
+        if self.registry is None:
+            problems.append("--offset needs --registry, which knows the bundle")
+        others = {"--adapter": self.adapter, "--package": self.package, "--base": self.base, "--mix": self.mix != 1}
+        problems += [f"{flag} does not go with --offset, which serves one name" for flag, one in others.items() if one]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

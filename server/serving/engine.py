@@ -2,7 +2,7 @@
 
 The event loop stays free: everything that touches the model or the tokenizer runs in one worker thread,
 a token at a time, so that between two tokens a client that left, or a server that stops, is noticed. A model whose
-rows cannot be computed together (`server.serving.batches`) answers one request at a time.
+rows cannot be computed together (`server.batching.batches`) answers one request at a time.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import anyio.to_thread
 
 from offsite.console import say
 from offsite.modelling.steps import cache_is_right
-from server.serving.batch import Batch, Row, Told
-from server.serving.batches import cost_of
-from server.serving.cache import padded
-from server.serving.generate import Answer, Piece, generate
+from server.batching.batch import Batch, Row, Told
+from server.batching.batches import beside, cost_of
+from server.batching.cache import padded
+from server.batching.generate import Answer, Piece, generate
+from server.batching.rows import RowAdapter, Rows
+from server.plugging.offset import Offset, require_alike, stay_offset
+from server.serving.grammar import Grammar, Grammars
 from server.serving.jobs import Job, Jobs
 from server.serving.protocol import ApiError, ChatAsk, CompletionAsk
-from server.serving.rows import RowAdapter, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,6 +71,11 @@ class Engine:
         limit_cache_bytes: keys and values of all answers under way; 0 for 2 GiB, or for one answer of the whole context
             needs where that is more.
         prefill_tokens: of prompts in one forward pass.
+        offset: what moves the scores of every answer; the model must carry no adapter then.
+
+    Raises:
+        ConfigError: when the emulator is of another architecture, or scores other tokens.
+        WrongNames, WrongShape, UnsupportedModel: when the adapter does not fit the emulator.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class Engine:
         limit_rows: int = 16,
         limit_cache_bytes: int = 0,
         prefill_tokens: int = 128,
+        offset: Offset | None = None,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._jobs = Jobs(model, tokenizer, context=context, limit_tokens=limit_tokens)
@@ -97,18 +105,30 @@ class Engine:
         self.counts = Counts()
         plain: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.rows = Rows(plain)
-        self.batch = self._batch_of(plain, limit_rows, prefill_tokens) if limit_rows > 1 else None
+        if offset is not None:
+            require_alike(plain, offset.emulator)
+        self.batch = self._batch_of(plain, offset, limit_rows, prefill_tokens) if limit_rows > 1 else None
+        if offset is not None and self.batch is None:
+            stay_offset(plain, offset)
+            self._cached = self._cached and cache_is_right(plain)
         self._limit_rows = limit_rows if self.batch is not None else 1
         self._steps: asyncio.Task[None] | None = None
 
-    def _batch_of(self, model: PreTrainedModel, limit_rows: int, prefill_tokens: int) -> Batch | None:
+    def _batch_of(
+        self, model: PreTrainedModel, offset: Offset | None, limit_rows: int, prefill_tokens: int
+    ) -> Batch | None:
         if not self._cached:  # that was said
             return None
         cost = cost_of(model)
-        if isinstance(cost, str):
-            say(f"answers are written one at a time: {cost}")
+        emulator = beside(offset) if offset is not None and not isinstance(cost, str) else None
+        for reason in (cost, emulator):
+            if isinstance(reason, str):
+                say(f"answers are written one at a time: {reason}")
+        if isinstance(cost, str) or isinstance(emulator, str):
             return None
         num_layers, self._bytes_per_token = cost
+        if emulator is not None:  # two rows of its cache for each answer
+            self._bytes_per_token += 2 * emulator.bytes_per_token
         if not self._limit_cache_bytes:
             self._limit_cache_bytes = max(2**31, padded(self._jobs.context) * self._bytes_per_token)
         return Batch(
@@ -119,6 +139,7 @@ class Engine:
             limit_rows=limit_rows,
             limit_bytes=self._limit_cache_bytes,
             prefill_tokens=prefill_tokens,
+            beside=emulator,
         )
 
     def stop(self) -> None:
@@ -127,13 +148,18 @@ class Engine:
 
     @asynccontextmanager
     async def admitted(
-        self, ask: CompletionAsk | ChatAsk, adapter: RowAdapter | None = None, tenant: str = ""
+        self,
+        ask: CompletionAsk | ChatAsk,
+        adapter: RowAdapter | None = None,
+        tenant: str = "",
+        held_to: Callable[[Grammars], Grammar | None] | None = None,
     ) -> AsyncIterator[Job]:
         """Hold a place in the queue for `ask`, its prompts turned into tokens.
 
         Args:
             adapter: what `rows` put on the model, for this request; None for the model alone.
             tenant: whose request it is: tenants are answered in turn.
+            held_to: makes what the answers are held to, where the request itself does not say; in a thread of its own.
 
         Raises:
             ApiError: 429 when the queue is full; 404 when the adapter was taken off meanwhile; 400 when a prompt does
@@ -144,6 +170,7 @@ class Engine:
                 await self.in_thread(self._take_off_unused)
             schema = ask.schema_asked if isinstance(ask, ChatAsk) else None
             grammar = None if schema is None else await asyncio.to_thread(self._jobs.grammars.of, schema)
+            grammar = grammar if held_to is None else await asyncio.to_thread(held_to, self._jobs.grammars)
             job = replace(await self.in_thread(lambda: self._jobs.of(ask, adapter, tenant)), grammar=grammar)
             if adapter is not None and not adapter.is_on:  # it was taken off before it was in use here
                 raise ApiError(404, "this model is served no longer", code="model_not_found")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,6 +91,24 @@ class Grammars:
         if matcher.is_error():
             reason = matcher.get_error().splitlines()[0][:160]
             raise ApiError(400, f"{_PARAMETER}: the schema cannot be followed: {reason}", param=_PARAMETER)
+        return Grammar(matcher)
+
+    def of_texts(self, texts: Sequence[str]) -> Grammar:
+        """Return the grammar of answers that are one of the texts, word for word; call it from a thread of its own.
+
+        Raises:
+            ApiError: 400; they are too many or too long, or as `of`.
+        """
+        grammar = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+        if len(grammar) > LIMIT_BYTES:
+            raise ApiError(400, f"the answers to choose from are over {LIMIT_BYTES} bytes", param="vars")
+        try:
+            from llguidance import LLMatcher
+        except ImportError:
+            raise _unsupported("this server was installed without the extra 'structured'") from None
+        matcher = LLMatcher(self._vocabulary(), LLMatcher.grammar_from_lark(grammar), log_level=0)
+        if matcher.is_error():
+            raise ApiError(400, "the answers to choose from cannot be followed", param="vars")
         return Grammar(matcher)
 
     def _vocabulary(self) -> Any:

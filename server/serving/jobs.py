@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from offsite.errors import DataError
 from offsite.text.calls import quietly
 from offsite.text.prompts import prompt_ids
-from server.serving.generate import context_length, embedding_table, end_of_turn_tokens, end_tokens
+from server.batching.generate import context_length, embedding_table, end_of_turn_tokens, end_tokens
+from server.batching.rows import RowAdapter
+from server.batching.sampling import Settings
 from server.serving.grammar import Grammar, Grammars
 from server.serving.protocol import LIMIT_PROMPTS, ApiError, ChatAsk, CompletionAsk, Message, Prompt, Usage
-from server.serving.rows import RowAdapter
-from server.serving.sampling import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

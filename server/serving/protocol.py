@@ -26,8 +26,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, from_json
 
-from server.serving.generate import Piece
-from server.serving.sampling import Likely
+from server.batching.generate import Piece
+from server.batching.sampling import Likely
 
 Prompt = str | tuple[int, ...]
 
@@ -85,7 +85,7 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.headers = status, dict(headers or {})
+        self.status, self.code, self.headers = status, code, dict(headers or {})
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -162,16 +162,9 @@ class CompletionAsk(Ask):
     def _prompt(cls, value: object) -> tuple[Prompt, ...]:
         if value is None:
             return ("",)
-        many: list[Any] = value if isinstance(value, list) and value and not _is_int(value[0]) else [value]
-        prompts = tuple(tuple(one) if isinstance(one, list) else one for one in many)
+        prompts = _prompts(value)
         if not 1 <= len(prompts) <= LIMIT_PROMPTS:
             raise PydanticCustomError("prompt", f"holds {len(prompts)} prompts, at most {LIMIT_PROMPTS} are answered")
-        if not all(
-            isinstance(one, str) or (isinstance(one, tuple) and one and all(map(_is_int, one))) for one in prompts
-        ):
-            raise PydanticCustomError(
-                "prompt", "must be a string, a list of strings, token ids, or a list of token ids"
-            )
         return prompts
 
     @property
@@ -267,7 +260,80 @@ class ChatAsk(Ask):
         return self.max_completion_tokens or self.max_tokens
 
 
-AnyAsk = TypeVar("AnyAsk", CompletionAsk, ChatAsk)
+class TaskAsk(_Wire):
+    """Body of ``POST /v1/tasks/NAME``: the input's fields, and the model, where several are served."""
+
+    model: str | None = None
+    vars: dict[str, str | list[str]]
+
+
+class ClassifyAsk(_Wire):
+    """Body of ``POST /v1/classify``."""
+
+    model: str
+    input: tuple[str, ...]
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _input(cls, value: object) -> tuple[str, ...]:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(one, str) and one.strip() for one in texts):
+            raise PydanticCustomError("input", "must be a text or a list of texts, none of them empty")
+        if not 1 <= len(texts) <= LIMIT_PROMPTS:
+            raise PydanticCustomError("input", f"holds {len(texts)} texts, 1 to {LIMIT_PROMPTS} are read")
+        return tuple(texts)
+
+
+class EmbeddingAsk(_Wire):
+    """Body of ``POST /v1/embeddings``."""
+
+    model: str
+    input: tuple[Prompt, ...]
+    encoding_format: Literal["float", "base64"] | None = None
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _input(cls, value: object) -> tuple[Prompt, ...]:
+        found = () if value == [] else _prompts(value)
+        if not 1 <= len(found) <= LIMIT_PROMPTS:
+            raise PydanticCustomError("input", f"holds {len(found)} texts, 1 to {LIMIT_PROMPTS} are read")
+        if any(isinstance(one, str) and not one.strip() for one in found):
+            raise PydanticCustomError("input", "holds an empty text")
+        return found
+
+
+class RerankAsk(_Wire):
+    """Body of ``POST /v1/rerank``: documents to be ordered by how much each is rewarded behind the query."""
+
+    model: str
+    query: str | tuple[Message, ...]
+    documents: tuple[str, ...]
+    top_n: int | None = Field(None, ge=1)
+    return_documents: bool | None = False
+
+    @field_validator("query", mode="before")
+    @classmethod
+    def _query(cls, value: object) -> object:
+        if isinstance(value, list) and value:
+            return tuple(value)
+        if not isinstance(value, str) or not value.strip():
+            raise PydanticCustomError("query", "must be a text or a list of messages, and not empty")
+        return value
+
+    @field_validator("documents", mode="before")
+    @classmethod
+    def _documents(cls, value: object) -> tuple[str, ...]:
+        if not isinstance(value, list):
+            raise PydanticCustomError("documents", "must be a list of texts")
+        texts = [one["text"] if isinstance(one, dict) and set(one) == {"text"} else one for one in value]
+        if not all(isinstance(one, str) and one.strip() for one in texts):
+            raise PydanticCustomError("documents", "must be texts, or objects with a text alone, none of them empty")
+        if not 1 <= len(texts) <= LIMIT_PROMPTS:
+            raise PydanticCustomError("documents", f"holds {len(texts)} texts, 1 to {LIMIT_PROMPTS} are read")
+        return tuple(texts)
+
+
+AnyAsk = TypeVar("AnyAsk", bound=_Wire)
 
 
 def parse(body: bytes, cls: type[AnyAsk]) -> AnyAsk:
@@ -305,6 +371,15 @@ def _refusal(error: ValidationError) -> ApiError:
 def _changes_nothing(name: str, value: object) -> bool:
     neutral = _NEUTRAL.get(name, ())
     return value is None or name in _LABELS or any(type(value) is type(one) and value == one for one in neutral)
+
+
+def _prompts(value: object) -> tuple[Prompt, ...]:
+    """Return texts and lists of token ids, of which one may stand alone; how many there may be is the caller's."""
+    many: list[Any] = value if isinstance(value, list) and value and not _is_int(value[0]) else [value]
+    found = tuple(tuple(one) if isinstance(one, list) else one for one in many)
+    if not all(isinstance(one, str) or (isinstance(one, tuple) and one and all(map(_is_int, one))) for one in found):
+        raise PydanticCustomError("prompt", "must be a string, a list of strings, token ids, or a list of token ids")
+    return found
 
 
 def _is_bias(pair: tuple[object, object]) -> bool:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -16,15 +17,23 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
+from offsite.artefacts.bundle import Head
+from offsite.artefacts.job import task_at
 from offsite.console import say
 from offsite.digests import model_digest
 from offsite.errors import ConfigError
+from offsite.modelling.context import context_of
+from offsite.modelling.load import is_encoder_name
+from offsite.tasks.task import Task
 from server.http.serve import is_loopback, listen, signals_end, url_of
 from server.plugging.adapted import open_adapted, read_adapter
 from server.plugging.fit import Fitted
+from server.plugging.offset import Offset, load_offset, open_offset
+from server.plugging.ways import OFFSET
 from server.registry.registry import Registry
 from server.serving.app import build_app
-from server.serving.catalogue import Bundles
+from server.serving.catalogue import STANDING, Bundles
+from server.serving.classify import build_head_app
 from server.serving.config import ServeConfig
 from server.serving.engine import Engine
 from server.tenants.store import Tenants
@@ -94,7 +103,7 @@ def load_served(config: ServeConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
     """
     device = _device(config.device)
     name = config.model_id or config.adapted.resolve().name
-    if is_trunk(config):
+    if is_trunk(config) or config.offset is not None or is_plain_encoder(config):
         from offsite.modelling.load import load_model, load_tokenizer
 
         if config.mix != 1:
@@ -102,7 +111,7 @@ def load_served(config: ServeConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
         if name in config.adapter:
             raise ConfigError(f"--adapter {name}: the model itself has that name", hint="give it another: --model-id")
         source = str(config.adapted)
-        model, tokenizer = load_model(source), load_tokenizer(source)
+        model, tokenizer = load_model(source, encoders=is_plain_encoder(config)), load_tokenizer(source)
         model.requires_grad_(False)
     else:
         from server.plugging.adapted import load_adapted
@@ -117,7 +126,7 @@ def is_trunk(config: ServeConfig) -> bool:
     """Tell whether a full model is served, with adapters on it, and not one adapted folder.
 
     Raises:
-        ConfigError: when adapters are named for a folder that holds one already.
+        ConfigError: when adapters are named for a folder that holds one already, or packages for no registry.
     """
     is_adapted = (config.adapted / "offsite.json").is_file()
     if is_adapted and config.adapter:
@@ -125,7 +134,40 @@ def is_trunk(config: ServeConfig) -> bool:
             f"{config.adapted.name!r} is an adapted folder: --adapter goes with the full model",
             hint=f"offsite serve MODEL --adapter {config.adapted.name}={config.adapted}",
         )
-    return bool(config.adapter) or (config.registry is not None and not is_adapted)
+    if is_adapted and config.offset is not None:
+        raise ConfigError(
+            f"{config.adapted.name!r} is an adapted folder: --offset goes with the full model",
+            hint="an adapter that could be plugged in needs no offset",
+        )
+    if config.offset is not None:
+        return False
+    trunk = bool(config.adapter) or (config.registry is not None and not is_adapted)
+    if config.package and (not trunk or config.registry is None):
+        raise ConfigError("--package goes with a full model and --registry", hint="leave it out")
+    return trunk
+
+
+def is_plain_encoder(config: ServeConfig) -> bool:
+    """Tell whether the checkpoint of an encoder is served by itself, for its embeddings.
+
+    Raises:
+        ConfigError: when tasks are to be answered, too.
+    """
+    folder = config.adapted
+    alone = not config.adapter and config.registry is None and config.offset is None
+    if not alone or (folder / "offsite.json").is_file() or not (folder / "config.json").is_file():
+        return False
+    if found := is_encoder_name(str(folder)):
+        _refuse_tasks(config, "an encoder")
+    return found
+
+
+def _refuse_tasks(config: ServeConfig, what: str) -> None:
+    if config.task:
+        raise ConfigError(
+            f"--task: {config.adapted.name!r} is {what} and writes no text",
+            hint="leave --task out; POST /v1/embeddings or /v1/classify answers",
+        )
 
 
 def _device(name: str) -> str:
@@ -145,39 +187,63 @@ def serve(config: ServeConfig) -> dict[str, object]:
     """Serve until Ctrl-C or SIGTERM, then return what was done.
 
     Raises:
-        ConfigError: the host or the key is unusable.
+        ConfigError, DataError: the host, the key or a task is unusable; told before anything is loaded.
         RunFailed: the port cannot be had.
         ArtefactError: `adapted` was rejected.
         PolicyError: the registry that was named does not know it as plugged in.
     """
     began = time.monotonic()
     key, is_fresh = read_key(config.key_file)
+    tasks = tasks_of(config.task)
     with ExitStack() as stack:
         tenants = stack.enter_context(Tenants.open(config.tenants)) if config.tenants is not None else None
         sock = stack.enter_context(listen(config.host, config.port))
         registry = None
         trunk = is_trunk(config)
-        if trunk and config.registry is not None:
+        beside = config.offset_parts
+        if (trunk or beside is not None) and config.registry is not None:
             registry = stack.enter_context(Registry.open(config.registry, config.keys))
+        checked = open_offset(str(config.adapted), *beside, registry) if beside and registry is not None else None
+        embeds = is_plain_encoder(config)
+        head = None if trunk or beside is not None or embeds else _head_of(config)
         model, tokenizer, model_id = load_served(config)
+        offset = load_offset(*checked, model, config.beta) if checked is not None else None
         adapters, bundles = _on_trunk(config, model, registry) if trunk else ({}, None)
-        app = build_app(
-            model,
-            tokenizer,
-            model_id=model_id,
-            key=key,
-            context=config.context,
-            limit_tokens=config.limit_tokens,
-            limit_waiting=config.limit_waiting,
-            limit_bytes=config.limit_bytes,
-            limit_rows=config.limit_rows,
-            limit_cache_bytes=config.limit_cache_bytes,
-            prefill_tokens=config.prefill_tokens,
-            adapters=adapters,
-            bundles=bundles,
-            tenants=tenants,
-        )
-        if not trunk and config.registry is not None:
+        if head is not None or embeds:
+            app = build_head_app(
+                model,
+                tokenizer,
+                head,
+                model_id=model_id,
+                key=key,
+                context=config.context,
+                limit_waiting=config.limit_waiting,
+                limit_bytes=config.limit_bytes,
+                tenants=tenants,
+            )
+        else:
+            app = build_app(
+                model,
+                tokenizer,
+                model_id=model_id,
+                key=key,
+                context=config.context if offset is None else _context(config.context, model, offset),
+                limit_tokens=config.limit_tokens,
+                limit_waiting=config.limit_waiting,
+                limit_bytes=config.limit_bytes,
+                limit_rows=config.limit_rows,
+                limit_cache_bytes=config.limit_cache_bytes,
+                prefill_tokens=config.prefill_tokens,
+                adapters=adapters,
+                bundles=bundles,
+                tenants=tenants,
+                offset=offset,
+                stands=None if beside is None or registry is None else partial(_stands, registry, beside[1]),
+                tasks=tasks,
+            )
+        if beside is not None and registry is not None:
+            registry.note_way(beside[1], "served", f"{OFFSET}{config.beta!r}")
+        elif not trunk and config.registry is not None:
             mark_served(config.adapted, config.registry, config.keys, mix=config.mix)
         sock.listen()  # from here connections wait in the kernel's queue
         url = url_of(sock)
@@ -193,13 +259,57 @@ def serve(config: ServeConfig) -> dict[str, object]:
 run = serve  # the name that every verb's module gives its function
 
 
+def tasks_of(paths: Sequence[Path]) -> list[Task]:
+    """Return the tasks that are served.
+
+    Raises:
+        ConfigError, DataError: when one is not as needed, or two have one name.
+    """
+    tasks = [task_at(path) for path in paths]
+    names = [task.name for task in tasks]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"--task: two tasks are called {twice!r}, each is served under its own name")
+    return tasks
+
+
+def _head_of(config: ServeConfig) -> Head | None:
+    """Return the head of the adapted folder; None of one that writes text.
+
+    Raises:
+        ConfigError: when it has one, and tasks are to be answered in text.
+        ArtefactError: when it is no adapted folder.
+    """
+    head = open_adapted(config.adapted).adapter.head
+    if head is not None:
+        _refuse_tasks(config, f"for {head.task}")
+    return head
+
+
 def _on_trunk(
     config: ServeConfig, model: PreTrainedModel, registry: Registry | None
 ) -> tuple[dict[str, Fitted], Bundles | None]:
     """Return the adapters that were named, by name, and the registry's bundles, all for the full model."""
     base_digest = model_digest(model)
     adapters = {name: read_adapter(folder, model, base_digest) for name, folder in config.adapter.items()}
-    return adapters, Bundles(registry, model, base_digest) if registry is not None else None
+    return adapters, Bundles(registry, model, base_digest, config.package) if registry is not None else None
+
+
+def _stands(registry: Registry, bundle_id: str) -> bool:
+    return registry.entry(bundle_id).state in STANDING
+
+
+def _context(asked: int, model: PreTrainedModel, offset: Offset) -> int:
+    """Return how many tokens prompt and answer may have together, 0 for what the full model was made for.
+
+    Raises:
+        ConfigError: when more are asked for than the emulator can read.
+    """
+    full, most = context_of(model), context_of(offset.emulator)
+    if most is None:
+        return asked
+    if asked > most:
+        raise ConfigError(f"--context {asked}: the emulator reads at most {most} tokens")
+    return asked or (most if full is None or most < full else 0)
 
 
 def mark_served(adapted: Path, registry: Path, keys: Path, *, mix: float = 1.0) -> None:
@@ -222,7 +332,14 @@ def _announce(config: ServeConfig, url: str, names: Sequence[str], fresh_key: st
     if not is_loopback(config.host):
         say(f"warning: {config.host} can be reached from other machines, without encryption; put TLS in front")
     say(f"serving {', '.join(map(repr, names))} at {url}/v1; Ctrl-C ends it")
+    for path in config.task:
+        say(f"task {path.name!r} is answered below {url}/v1/tasks, which lists them")
     if config.mix != 1:
         say(f"{config.mix:g} of the probabilities are the adapter's; every token takes two passes")
+    if config.offset is not None:
+        say(
+            f"the scores are moved by {config.beta:g} of what the client's adapter does to the emulator, which serves "
+            "it: two more forward passes for every token; a fallback for what cannot be plugged in, not the default"
+        )
     if fresh_key is not None:
         say(f"key (shown once): {fresh_key}")

@@ -42,6 +42,7 @@ def test_all_blocks_where_the_middle_can_be_lifted(narrow_package, dropped_packa
 @pytest.mark.parametrize(
     ("placement", "expected"),
     [
+        ("top", ("top.0", "top.1")),
         ("last:1", ("top.1",)),
         ("last:2", ("top.0", "top.1")),
         ("last:4", ("middle.2", "middle.3", "top.0", "top.1")),

@@ -49,6 +49,18 @@ def answers_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    """Prompts, each with an answer that is chosen and one of another length that is rejected."""
+    path = tmp_path / "preferences.jsonl"
+    rows = [
+        {"prompt": f"ward {number}?", "chosen": f" {text.split(': ')[1]}", "rejected": f" nothing {number % 4}"}
+        for number, text in enumerate(_notes())
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
 def settings(tmp_path: Path, notes_file: Path) -> Callable[..., TuneConfig]:
     """Make settings of the verb: six small steps on the CPU in float32; keywords change them."""
 

@@ -13,10 +13,12 @@ import socket
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forked import offsite_script
 from transformers import LlamaConfig, LlamaForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "two-companies"
@@ -49,11 +51,17 @@ def small(tmp_path: Path, letters_tokenizer) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Path]:
+    with offsite_script() as folder:
+        yield folder
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("way", ["by-hand", "over-http"])
-def test_two_companies(way: str, small: dict[str, str], tmp_path: Path) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def test_two_companies(way: str, small: dict[str, str], scripts: Path, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(scripts), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **small}
     done = subprocess.run(
         ["bash", str(EXAMPLES / f"{way}.sh")],

@@ -1,10 +1,10 @@
 """The three people's walk-throughs, run as they stand.
 
-The ``sh`` blocks of ``docs/owner.md``, ``docs/client.md`` and ``docs/auditor.md`` are run in order by bash, with the
-console script on the path, the owner's (and the auditor's) in one folder and the client's in another. Between them
-this test carries the two cards, reads each party's fingerprint to the other, carries ``job.sealed`` and
-``package.sealed`` one way and ``bundle.sealed`` and ``privacy.sealed`` the other, and nothing else. `SHORTER` lists
-every textual substitution that is made.
+The ``sh`` blocks of ``docs/owner.md``, ``docs/client.md`` and ``docs/auditor.md`` are run in order by bash, with an
+``offsite`` on the path whose processes find torch loaded, the owner's (and the auditor's) in one folder and the
+client's in another. Between them this test carries the two cards, reads each party's fingerprint to the other, carries
+``job.sealed`` and ``package.sealed`` one way and ``bundle.sealed`` and ``privacy.sealed`` the other, and nothing else.
+`SHORTER` lists every textual substitution that is made.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked import offsite_script
 
 from offsite import cli
 from offsite.config import flag_name
@@ -43,9 +45,9 @@ def fenced(text: str, language: str) -> list[str]:
     return [found.group(1) for found in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)]
 
 
-def run_blocks(text: str, folder: Path, port: int, **told: str) -> str:
+def run_blocks(text: str, folder: Path, port: int, scripts: Path, **told: str) -> str:
     """Run the text's ``sh`` blocks in `folder` and return what they printed; the first that fails fails the test."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([str(scripts), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     env |= {"OFFSITE_PASSPHRASE": f"of the {folder.name}", **told}
     printed = []
@@ -90,9 +92,15 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Path]:
+    with offsite_script() as folder:
+        yield folder
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_three_walkthroughs(tmp_path: Path) -> None:
+def test_the_three_walkthroughs(tmp_path: Path, scripts: Path) -> None:
     owner, client = tmp_path / "owner", tmp_path / "client"
     owner.mkdir()
     client.mkdir()
@@ -101,17 +109,17 @@ def test_the_three_walkthroughs(tmp_path: Path) -> None:
     for_client = (DOCS / "client.md").read_text()
     keys, work = for_client.split(CARDS)
 
-    run_blocks(first, owner, free_port())
-    run_blocks(keys, client, free_port())
+    run_blocks(first, owner, free_port(), scripts)
+    run_blocks(keys, client, free_port(), scripts)
     assert (owner / "unmarked.owner.json").is_file()
     shutil.copy(owner / "keys" / "card.json", client / "owner.card.json")
     shutil.copy(client / "keys" / "card.json", owner / "client.card.json")
     told = {name.upper(): fingerprint(folder) for name, folder in (("owner", owner), ("client", client))}
-    run_blocks(before, owner, free_port(), **told)
+    run_blocks(before, owner, free_port(), scripts, **told)
     for name in ("job.sealed", "package.sealed"):
         shutil.copytree(owner / name, client / name)
 
-    run_blocks(work, client, free_port(), **told)
+    run_blocks(work, client, free_port(), scripts, **told)
     script = fenced(for_client, "python")[0]
     for long, short in SHORTER.items():
         script = script.replace(long, short)
@@ -126,11 +134,11 @@ def test_the_three_walkthroughs(tmp_path: Path) -> None:
     for name in ("bundle.sealed", "privacy.sealed"):
         shutil.copytree(client / name, owner / name)
 
-    printed = run_blocks(after, owner, free_port(), **told)
+    printed = run_blocks(after, owner, free_port(), scripts, **told)
     assert '"object":"text_completion"' in printed.replace(" ", "")
     assert "adapter_model.safetensors" not in [path.name for path in (owner / "adapted").iterdir()]  # whole blocks
     assert "<html" in (owner / "report.html").read_text()
-    printed = run_blocks((DOCS / "auditor.md").read_text(), owner, free_port(), **told)
+    printed = run_blocks((DOCS / "auditor.md").read_text(), owner, free_port(), scripts, **told)
     assert "the bundle was made for this package" in printed
     assert "the same figures again" in printed
     assert "NOT DIFFERENTIALLY PRIVATE" in printed

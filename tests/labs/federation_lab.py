@@ -77,7 +77,8 @@ class Processes:
         for process in self.running.values():
             if process.poll() is None:
                 process.kill()
-            process.communicate()
+            if process.stdout is None or not process.stdout.closed:  # not killed by the test itself
+                process.communicate()
 
     def left(self) -> list[int]:
         """Return the processes that these started, and whose those started, that still run: detached ones too."""

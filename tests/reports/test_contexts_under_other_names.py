@@ -18,8 +18,8 @@ from offsite.evaluation.measure import perplexity
 from offsite.modelling.context import CONTEXT_KEYS, context_of
 from offsite.text.batches import Example
 from offsite.text.records import Record
+from server.batching.generate import context_length
 from server.plugging.probe import probe_logits
-from server.serving.generate import context_length
 
 MODELS = {
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 6, "expansion_ratio": 2, "max_seq_len": 16}, 16),

@@ -1,4 +1,4 @@
-"""Encoders with a language-modelling head, such as RoBERTa, that say they can generate.
+"""Encoders with a language-modelling head, such as ELECTRA, that say they can generate.
 
 People tuned them on next-token text and wondered at losses near zero: every position sees the token that it is asked
 for. The same classes are sound decoders once their configuration says so.
@@ -72,11 +72,12 @@ def test_rounding_alone_is_no_reading_ahead(full_llama, monkeypatch):
 
 
 def test_distill_refuses_and_leaves_nothing(tmp_path, letters_tokenizer, capsys):
-    checkpoint = save(tmp_path / "roberta", random_model("roberta"), letters_tokenizer)
+    checkpoint = save(tmp_path / "electra", random_model("electra"), letters_tokenizer)
     assert distill(checkpoint, tmp_path / "package") == 2
     told = capsys.readouterr().err
-    assert "RobertaForCausalLM is not causal" in told
+    assert "ElectraForCausalLM is not causal" in told
     assert "is_decoder=true" in told
+    assert "as encoders bert, roberta, " in told
     assert not (tmp_path / "package").exists()
     decoder = save(tmp_path / "decoder", random_model("roberta", is_decoder=True), letters_tokenizer)
     assert distill(decoder, tmp_path / "package") == 0
@@ -84,7 +85,7 @@ def test_distill_refuses_and_leaves_nothing(tmp_path, letters_tokenizer, capsys)
 
 def test_a_client_does_not_open_one_either(tmp_path, make_package):
     """An owner's offsite may be older, or not offsite: what arrives is tried as well."""
-    encoder = random_model("roberta")
+    encoder = random_model("electra")
     package = make_package(tmp_path / "package", model=encoder, kept=tuple(range(6)))
     with pytest.raises(BadSchema, match="holds a model that is not causal"):
         package.load_model()

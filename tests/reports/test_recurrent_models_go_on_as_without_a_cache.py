@@ -15,9 +15,9 @@ from recurrent import SHAPES, tiny, uncached
 from offsite.evaluation.sampling import continuations
 from offsite.modelling import steps
 from offsite.modelling.steps import cache_is_right
+from server.batching.generate import next_tokens
+from server.batching.sampling import Settings
 from server.serving.engine import Engine
-from server.serving.generate import next_tokens
-from server.serving.sampling import Settings
 
 PROMPT = [5, 17, 40, 9, 33, 8, 100, 42]
 GREEDY = Settings(12, temperature=0)

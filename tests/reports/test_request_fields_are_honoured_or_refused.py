@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from server.batching.generate import next_tokens
+from server.batching.sampling import Sampler, Settings
 from server.serving.app import build_app
-from server.serving.generate import next_tokens
-from server.serving.sampling import Sampler, Settings
 from server.serving.serve import Process, listen
 
 PROMPT = [5, 9, 9, 30]

@@ -20,8 +20,8 @@ from offsite.artefacts.package import open_package
 from offsite.evaluation.measure import perplexity
 from offsite.text.batches import encode, pad_id
 from offsite.text.records import Record
-from server.serving.generate import generate
-from server.serving.sampling import Settings
+from server.batching.generate import generate
+from server.batching.sampling import Settings
 
 GAP = range(60, 110)
 NUM_ROWS = 320  # of the embedding: more than the highest id

@@ -28,7 +28,7 @@ TUNE = "tune package --data private.jsonl -o out"
     [
         ("--dp 8", "--dp: expected NAME=VALUE,... of epsilon, noise_multiplier, delta ..., found '8'; "
                    "did you mean --dp epsilon=8?"),
-        ("--placement two", "--placement two: expected BOTTOM+TOP, as 2+2 or 0+2, last:N, or all"),
+        ("--placement two", "--placement two: expected BOTTOM+TOP, as 2+2 or 0+2, top, last:N, or all"),
         ("--lr 1e-3", "no such option '--lr'; did you mean '--learning-rate'?"),
         ("--learning-rat 1e-3", "no such option '--learning-rat'; did you mean '--learning-rate'?"),
         ("--epoch 1", "no such option '--epoch'; did you mean '--epochs'?"),

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import client.audit.audit as module
 from adapters.kinds import declared
 from client.audit.config import AuditBundleConfig
 from client.privacy.config import DPSettings
@@ -304,3 +305,56 @@ def test_the_settings_are_the_flags():
     assert {"tokens_per_row", "rows", "secrets_samples", "nonmembers", "canaries"} <= set(
         AuditBundleConfig.model_fields
     )
+
+
+def test_states_kept_below_the_adapter_change_nothing_but_a_rounding(tuned, tmp_path, capsys, monkeypatch):
+    """The oracle is the audit that computes everything; the blocks below run once for both models, not twice."""
+    flags = {"data": tuned.data, "output": tmp_path / "top", "adapter": "lora", "placement": "0+1", "pack": False}
+    common = {"package": tuned.package.path, "block_tokens": 32, "precision": "fp32", "device": "cpu"}
+    changes = {"steps": 12, "learning_rate": 0.02, "audit_share": 0.3, "canaries": tmp_path / "canaries"}
+    shutil.copytree(tuned.folder / "canaries", tmp_path / "canaries")
+    for path in (tmp_path / "canaries").glob("used*"):
+        path.unlink()
+    tune_run(TuneConfig(**flags, **common, **changes))
+    scratch, num_rows = [], {}
+    plain = module.score_rows
+
+    def watched(model, examples, **given):
+        scratch.extend(tmp_path.glob(".audit-*.partial/hidden/*"))
+        return plain(model, examples, **given)
+
+    monkeypatch.setattr(module, "score_rows", watched)
+    audits = {}
+    for limit in (0, 1 << 30):
+        out = tmp_path / f"audit-{limit}"
+        given = {"data": (tuned.data,), "canaries": tmp_path / "canaries", "tokens_per_row": 48, "rows": 60}
+        calls = num_rows.setdefault(limit, [])
+
+        def counted(*args, calls=calls, **kwargs):
+            attached = attach_to_package(*args, **kwargs)
+            attached.blocks[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+            return attached
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "attach_to_package", counted)
+            module.run(
+                AuditBundleConfig(
+                    package=tuned.package.path, bundle=tmp_path / "top", output=out, cache_bytes=limit,
+                    secrets_samples=1, device="cpu", **given,
+                )
+            )  # fmt: skip
+        audits[limit] = read_audit(out)[0]
+        assert bool(scratch) == (limit > 0)
+        assert not list(tmp_path.glob(".audit-*")), "what is as private as the data is gone"
+    computed, kept = audits.values()
+    for one, other in zip(computed.membership, kept.membership, strict=True):
+        assert other.auc.value == pytest.approx(one.auc.value, abs=0.02), one.signal
+        assert other.num_members == one.num_members
+    for one, other in zip(computed.canaries.membership, kept.canaries.membership, strict=True):
+        assert other.auc.value == pytest.approx(one.auc.value, abs=0.05), one.signal
+    assert kept.verbatim == computed.verbatim, "text is written by the model as it is"
+    assert kept.canaries.exposure.num_extracted_greedy == computed.canaries.exposure.num_extracted_greedy
+    assert {**vars(kept), "membership": (), "canaries": None, "auc_before": None} == {
+        **vars(computed), "membership": (), "canaries": None, "auc_before": None
+    }  # fmt: skip
+    assert len(num_rows[1 << 30]) < len(num_rows[0])

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import client.objectives.pairs as module
-from client.objectives.pairs import PairBatches, make_pairs, spin_loss
+from client.objectives.pairs import make_pairs
+from client.objectives.preferences import PairBatches, Rule, pair_loss
 from client.tuning.data import prepare
 from offsite.errors import BadSchema, DataError
 from offsite.text.records import read_records
@@ -48,17 +49,17 @@ def test_a_pair_is_the_clients_answer_and_the_emulators_to_one_prompt(drawing, t
     assert len(pairs) == 12
     model = dropped_package.load_model().eval()
     for key, pair in pairs.items():
-        assert (pair.own.input_ids, pair.own.labels) == (examples[key].input_ids, examples[key].labels)
-        prompt = pair.own.labels.count(-100)
-        assert pair.drawn.input_ids[:prompt] == pair.own.input_ids[:prompt]
-        assert pair.drawn.labels == [-100] * prompt + pair.drawn.input_ids[prompt:]
-        answer = pair.drawn.input_ids[prompt:]
-        assert 1 <= len(answer) <= min(2 * (len(pair.own.labels) - prompt), 64 - prompt)
+        assert (pair.chosen.input_ids, pair.chosen.labels) == (examples[key].input_ids, examples[key].labels)
+        prompt = pair.chosen.labels.count(-100)
+        assert pair.rejected.input_ids[:prompt] == pair.chosen.input_ids[:prompt]
+        assert pair.rejected.labels == [-100] * prompt + pair.rejected.input_ids[prompt:]
+        answer = pair.rejected.input_ids[prompt:]
+        assert 1 <= len(answer) <= min(2 * (len(pair.chosen.labels) - prompt), 64 - prompt)
         assert EOS not in answer[:-1]
         with torch.no_grad():
-            expected = log_probability(model, pair.own) - log_probability(model, pair.drawn)
+            expected = log_probability(model, pair.chosen) - log_probability(model, pair.rejected)
         assert pair.reference == pytest.approx(float(expected), abs=1e-3)
-    assert len({tuple(pair.drawn.input_ids) for pair in pairs.values()}) == 12
+    assert len({tuple(pair.rejected.input_ids) for pair in pairs.values()}) == 12
 
 
 def test_in_a_chat_the_last_turn_is_the_answer(letters_tokenizer, tmp_path):
@@ -80,12 +81,12 @@ def test_the_loss_and_its_gradient_by_hand(drawing, text, dropped_package):
     batch = PairBatches(text, pairs).batch(1)
     chosen = [pairs[id(example)] for example in text.batches.chosen(1)]
     model = dropped_package.load_model().eval()
-    start, count = spin_loss(model, batch, beta=0.3)
+    start, count = pair_loss(model, batch, rule=Rule(0.3))
     assert (float(start.detach() / count), int(count)) == (pytest.approx(math.log(2), abs=1e-3), 4)
 
     tensors = list(model.parameters())
     found = torch.autograd.grad(start, tensors)
-    margin = sum(log_probability(model, pair.own) - log_probability(model, pair.drawn) for pair in chosen)
+    margin = sum(log_probability(model, pair.chosen) - log_probability(model, pair.rejected) for pair in chosen)
     for one, gradient in zip(found, torch.autograd.grad(-0.5 * 0.3 * margin, tensors), strict=True):
         torch.testing.assert_close(one, gradient.float(), rtol=2e-2, atol=2e-4)
 
@@ -95,9 +96,9 @@ def test_the_loss_and_its_gradient_by_hand(drawing, text, dropped_package):
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
         expected = 0.0
         for pair in chosen:
-            gain = float(log_probability(model, pair.own) - log_probability(model, pair.drawn)) - pair.reference
+            gain = float(log_probability(model, pair.chosen) - log_probability(model, pair.rejected)) - pair.reference
             expected -= math.log(1 / (1 + math.exp(-0.3 * gain)))
-        assert float(spin_loss(model, batch, beta=0.3)[0]) == pytest.approx(expected, rel=1e-3)
+        assert float(pair_loss(model, batch, rule=Rule(0.3))[0]) == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_was_drawn_is_kept_and_taken_by_the_same_run_only(drawing, tmp_path, monkeypatch):
@@ -108,11 +109,11 @@ def test_what_was_drawn_is_kept_and_taken_by_the_same_run_only(drawing, tmp_path
         patched.setattr(module, "continuations", None)
         again = drawing()
     assert again == first
-    assert {key: pair.drawn.input_ids for key, pair in again.items()} == {
-        key: pair.drawn.input_ids for key, pair in first.items()
+    assert {key: pair.rejected.input_ids for key, pair in again.items()} == {
+        key: pair.rejected.input_ids for key, pair in first.items()
     }
-    assert {key: pair.drawn.input_ids for key, pair in drawing(seed=2).items()} != {
-        key: pair.drawn.input_ids for key, pair in first.items()
+    assert {key: pair.rejected.input_ids for key, pair in drawing(seed=2).items()} != {
+        key: pair.rejected.input_ids for key, pair in first.items()
     }
     drawing(binding={"data": "y"})
     assert len(list((tmp_path / "work").iterdir())) == 3
@@ -137,8 +138,8 @@ def test_a_run_that_was_stopped_draws_only_what_is_missing(drawing, tmp_path, mo
     monkeypatch.setattr(module, "continuations", counting)
     again = drawing()
     assert len(drawn) == 5
-    assert {key: pair.drawn.input_ids for key, pair in again.items()} == {
-        key: pair.drawn.input_ids for key, pair in whole.items()
+    assert {key: pair.rejected.input_ids for key, pair in again.items()} == {
+        key: pair.rejected.input_ids for key, pair in whole.items()
     }
 
 

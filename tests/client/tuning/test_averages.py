@@ -183,7 +183,8 @@ def test_progress_says_which_run_and_losses_stand_side_by_side(settings, dropped
 def test_a_mean_that_is_worse_than_the_best_run_is_written_and_said(
     settings, dropped_package, tmp_path, monkeypatch, capsys, mean, is_warned
 ):
-    monkeypatch.setattr("client.tuning.several._loss_of", lambda *_: mean if math.isfinite(mean) else None)
+    found = mean if math.isfinite(mean) else None
+    monkeypatch.setattr("client.tuning.several._measured", lambda *_: (found, {}))
     told = run(settings(dropped_package.path, **LORA, runs=2))
     assert told["best_loss"] == (mean if math.isfinite(mean) else None)
     assert open_bundle(tmp_path / "bundle").digest == told["bundle_digest"]

@@ -41,6 +41,9 @@ def test_only_package_data_and_output_must_be_given():
 def test_each_kind_has_a_rate_of_its_own_and_takes_another(kind):
     assert made(adapter=kind).rate() == LEARNING_RATES[kind]
     assert made(adapter=kind, learning_rate="0.25").rate() == 0.25
+    sampled = made(adapter=kind, objective="rloo", rules={"exact": 1.0})
+    assert sampled.rate() == pytest.approx(LEARNING_RATES[kind] / 20)
+    assert sampled.advised(Job(**JOB, learning_rate=0.004)) is sampled
     assert made(adapter=kind).spec().kind == kind
 
 

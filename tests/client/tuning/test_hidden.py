@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import client.tuning.tune as module
+from adapters.held import hold_frozen
 from adapters.kinds import attach, declared
 from client.objectives.tokens import next_token_loss
 from client.tuning.hidden import FOLDER, kept_states, lowest_trained
@@ -17,6 +18,7 @@ from client.tuning.verb import run
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.errors import ConfigError, RunFailed
 from offsite.text.batches import Example, collate
+from offsite.training import precision
 from offsite.training.checkpoints import read_state
 
 ROWS = [Example(row, row) for row in ([5, 6, 7, 8, 9], [9, 8, 7], [5, 5, 6, 9, 4, 3, 8], [7, 7])]
@@ -127,7 +129,7 @@ def test_what_does_not_fit_is_computed_and_said(attached, tmp_path, capsys) -> N
         assert torch.equal(loss_and_gradients(attached)[0], plain)
     told = capsys.readouterr().err
     assert told == (
-        "hidden states below the adapter are computed at every step: "
+        "hidden states below the adapter are computed every time: "
         f"they would take {limit + 1:,} bytes, --cache-bytes allows {limit:,}\n"
     )
     assert not (tmp_path / FOLDER).exists()
@@ -145,10 +147,8 @@ def test_states_that_chance_has_a_part_in_are_not_kept(attached, tmp_path, capsy
     assert [each.training for each in attached.model.modules()] == modes
 
 
-def test_a_run_that_stopped_goes_on_with_what_is_kept(settings, dropped_package, tmp_path, monkeypatch) -> None:
-    unbroken = run(settings(dropped_package.path, output=tmp_path / "unbroken", **TOP))
-    config = settings(dropped_package.path, **TOP)
-    work = work_folder(config.output)
+def broken_off(config, monkeypatch) -> None:
+    """The run has stopped at its fifth step, with a checkpoint of the fourth."""
     with monkeypatch.context() as patched:
         calls = iter(range(1, 100))
 
@@ -159,6 +159,13 @@ def test_a_run_that_stopped_goes_on_with_what_is_kept(settings, dropped_package,
         patched.setattr(module, "next_token_loss", failing)
         with pytest.raises(RunFailed, match="loss is nan at step 5"):
             run(config)
+
+
+def test_a_run_that_stopped_goes_on_with_what_is_kept(settings, dropped_package, tmp_path, monkeypatch) -> None:
+    unbroken = run(settings(dropped_package.path, output=tmp_path / "unbroken", **TOP))
+    config = settings(dropped_package.path, **TOP)
+    work = work_folder(config.output)
+    broken_off(config, monkeypatch)
     kept = {path.name: path.stat().st_ino for path in (work / FOLDER).iterdir()}
     assert kept
     assert read_state(work / "checkpoint-4").settings["hidden_states"].startswith("bfloat16 before block")
@@ -185,3 +192,50 @@ def test_a_run_ends_close_to_one_that_computes_everything(settings, dropped_pack
     assert kept["bundle_digest"] != computed["bundle_digest"]
     assert kept["best_loss"] == pytest.approx(computed["best_loss"], rel=5e-3)
     assert kept["before_loss"] == pytest.approx(computed["before_loss"], rel=5e-3)
+
+
+def test_resuming_with_other_data_is_refused_before_anything_is_written(
+    settings, dropped_package, tmp_path, monkeypatch
+) -> None:
+    config = settings(dropped_package.path, **TOP)
+    work = work_folder(config.output)
+    broken_off(config, monkeypatch)
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*")}
+    other = tmp_path / f"other{config.data[0].suffix}"
+    other.write_text(config.data[0].read_text(encoding="utf-8").replace("case", "cases"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="data"):
+        run(config.model_copy(update={"resume": True, "data": (other,)}))
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*")} == before
+
+
+def test_in_bfloat16_frozen_weights_are_held_and_a_resumed_run_keeps_its_arithmetic(
+    settings, dropped_package, tmp_path, monkeypatch, capsys
+) -> None:
+    held = []
+
+    def answer(is_fast):
+        monkeypatch.setattr(precision, "_measured", lambda: 5.0 if is_fast else 0.5)
+
+    def counting(attached):
+        held.append(hold_frozen(attached))
+        return held[-1]
+
+    monkeypatch.setattr(module, "hold_frozen", counting)
+    answer(True)
+    wanted = {**TOP, "precision": "auto"}
+    unbroken = run(settings(dropped_package.path, output=tmp_path / "unbroken", **wanted))
+    assert held[0] > 0
+    config = settings(dropped_package.path, **wanted)
+    broken_off(config, monkeypatch)
+    assert read_state(work_folder(config.output) / "checkpoint-4").settings["precision"] == "bf16"
+    answer(False)
+    capsys.readouterr()
+    told = run(config.model_copy(update={"resume": True}))
+    assert "arithmetic: bf16; as before" in capsys.readouterr().err
+    assert told["bundle_digest"] == unbroken["bundle_digest"]
+    monkeypatch.setattr(module, "hold_frozen", lambda _: 0)
+    cast = run(settings(dropped_package.path, output=tmp_path / "cast", **{**TOP, "precision": "bf16"}))
+    assert cast["bundle_digest"] == unbroken["bundle_digest"], "bit for bit what autocast makes of float32 weights"
+    assert cast["evaluations"] == unbroken["evaluations"]
+    plain = run(settings(dropped_package.path, output=tmp_path / "plain", **wanted))
+    assert plain["bundle_digest"] != unbroken["bundle_digest"]

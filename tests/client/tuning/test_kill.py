@@ -132,7 +132,7 @@ def without_seconds(told):
 
 
 def test_ctrl_c_stops_runs_side_by_side_each_with_its_checkpoint(dropped_package, notes_file, tmp_path):
-    given = [*SEVERAL, "--steps", "2000", "--checkpoint-every", "1000", "--parallel", "2"]
+    given = [*SEVERAL, "--steps", "100000", "--checkpoint-every", "50000", "--parallel", "2"]  # neither ends before
     given = [word for number, word in enumerate(given) if number not in (4, 5, 8, 9)]
     command = [*OFFSITE, *words(dropped_package, notes_file, tmp_path / "bundle", *given)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)

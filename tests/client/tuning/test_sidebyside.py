@@ -22,9 +22,10 @@ how = json.loads(asked["settings"])[str(asked["run"])]
 folder = os.environ["STAND_IN"]
 def stopped(*_):
     open(f"{folder}/stopped{asked['run']}", "w").close()
-    sys.exit(130)
+    os._exit(130)  # an exception would be lost where the signal comes while a file is closed
 signal.signal(signal.SIGINT, stopped)
-open(f"{folder}/begun{asked['run']}", "w").write(json.dumps(asked))
+with open(f"{folder}/begun{asked['run']}.new", "w") as file: file.write(json.dumps(asked))
+os.rename(file.name, f"{folder}/begun{asked['run']}")
 if how == "stay":
     while True: time.sleep(0.01)
 if how == "killed": os.kill(os.getpid(), signal.SIGKILL)
@@ -118,6 +119,17 @@ def test_a_run_whose_starter_is_gone_goes_too():
     process.stdin.close()
     assert process.wait(30) == 130
     process.stdout.close()
+
+
+def test_ctrl_c_ends_a_run_also_while_an_object_is_finalised():
+    script = (
+        "import os, signal, sys, client.tuning.onerun as one\n"
+        "class Held:\n    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
+        "one._trained = lambda asked: [Held(), asked][1]\n"
+        "sys.exit(one.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], input=b"0\n", capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, b"")
 
 
 def test_fewer_go_at_once_where_cores_or_memory_say_so(monkeypatch, capsys):

@@ -230,6 +230,7 @@ def test_activation_checkpointing_and_parts_change_nothing(settings, dropped_pac
     assert parts["best_loss"] == pytest.approx(plain["best_loss"], rel=1e-4)
 
 
+@pytest.mark.proves("rows", "text; prompts with answers", "next-token")
 def test_packing_or_not_both_learn(settings, dropped_package, answers_file, tmp_path):
     def told(name, pack):
         return run(settings(dropped_package.path, data=answers_file, output=tmp_path / name, pack=pack, block_tokens=64,
@@ -505,6 +506,17 @@ def test_steps_warmup_and_validations_follow_from_each_other(settings, letters_t
     found = loop_settings(config, text)
     assert (found.steps, found.warmup_steps, found.evaluate_every) == expected
     assert found.learning_rate == config.rate()
+
+
+def test_validations_take_no_longer_than_training_but_for_three(settings, letters_tokenizer, tmp_path):
+    """Of a text of which half is held out a short run would spend its time on validations."""
+    config = settings(tmp_path, steps=40, batch_size=1)
+    text = prepare(read_records(config.data[0]), letters_tokenizer, block_tokens=32, batch_size=1, validation=0.5)
+    held = sum(len(example.input_ids) for example in text.validation)
+    assert 10 * held > 3 * 40 * 32
+    expected = max(3, 3 * 40 * text.batches.num_tokens(0) // held)
+    assert loop_settings(config, text).evaluate_every == -(-40 // expected) > 4
+    assert loop_settings(config.model_copy(update={"evaluate_every": 4}), text).evaluate_every == 4
 
 
 # The command line

@@ -41,7 +41,7 @@ def attacker(speaker, tokenizer, pack_speaker, public_speech, heldout_speech, tm
             rates=rates or {"lora": (1e-2,), "all": (3e-3,)},
             step_tokens=STEP,
             work=tmp_path / work,
-            **changes,
+            **{"precision": "fp32", **changes},
         )
         losses = Losses(ruler.loss(speaker, "full"), ruler.loss(package.load_model(), "emulator"))
         return Attacker(package, Knowledge(6), text, setting, ruler, losses)

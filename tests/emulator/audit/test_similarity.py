@@ -7,6 +7,8 @@ from emulator.audit.similarity import block_ckas, block_cosines, is_near, simila
 from emulator.marking.mark import mark
 from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.artefacts.package import open_package
+from offsite.blockwise import block_by_block
+from offsite.modelling.load import load_model
 from offsite.text.batches import collate, encode
 from offsite.text.records import read_records
 
@@ -33,6 +35,21 @@ def test_a_package_that_keeps_all_is_the_model_verbatim(speaker, pack_speaker, b
     for one in found.blocks:
         assert one.cosine == pytest.approx(1, abs=1e-5)
         assert one.cka == pytest.approx(1, abs=1e-5)
+
+
+def test_a_model_that_is_mapped_from_shards_is_read_block_by_block_to_the_same_figures(
+    speaker, speaker_folder, pack_speaker, batches, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("offsite.mapped.LEAST_BYTES", 4096)
+    package = pack_speaker("width", width=0.5, dtype="bfloat16")
+    load_model(str(speaker_folder)).to(torch.bfloat16).save_pretrained(tmp_path / "half", max_shard_size="100KB")
+    assert len(list((tmp_path / "half").glob("*.safetensors"))) > 1
+    whole, mapped = (load_model(str(tmp_path / "half")) for _ in range(2))
+    expected = compare(whole.float(), package, batches, torch.bfloat16)
+    with block_by_block(mapped, torch.float32):
+        assert compare(mapped, package, batches, torch.bfloat16) == expected
+    assert mapped.dtype == torch.bfloat16
+    assert 0 < expected.num_verbatim < expected.num_verbatim_by_row
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -96,7 +96,7 @@ def test_a_target_is_made_and_what_was_predicted_stands_beside_what_was_measured
     assert read_exploration(tmp_path / "package.explore.json").made.package_digest == told["package_digest"]
     assert "dial" not in (tmp_path / "package").name
     err = capsys.readouterr().err
-    assert "plug in what comes back with --scale 0.5" in err
+    assert "plug-in takes 0.5 of what comes back" in err
     assert "Asked for: recovery at least 0.7." in err
 
 

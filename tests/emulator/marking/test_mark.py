@@ -433,7 +433,7 @@ def test_a_suspect_of_another_architecture_cannot_be_compared(verb, tiny, tmp_pa
 
 REFUSALS = {
     f"mark nowhere --recipient {ALICE} --keys keys -o out": (3, "no package folder named 'nowhere'"),
-    "mark package --recipient someone --keys keys -o out": (2, "--recipient: expected a fingerprint as"),
+    "mark package --recipient someone --keys keys -o out": (3, "nobody called 'someone' is trusted here"),
     "mark package --keys keys -o out": (2, "--recipient is missing"),
     f"mark package --recipient {ALICE} --keys keys -o package": (2, "output 'package' already exists"),
     f"mark package --recipient {ALICE} --keys keys -o taken": (2, "output 'taken.owner.json' already exists"),

@@ -458,7 +458,7 @@ def test_declared_tensors_of_the_blocks_under_canonical_names(narrow_package):
 def test_ends_may_be_empty(tmp_path, make_package):
     package = make_package(tmp_path / "package", ends=(0, 1))
     assert next(iter(package.layout.blocks)) == "middle.0"
-    with pytest.raises(ValueError, match="greater than or equal to 1"):
+    with pytest.raises(ValueError, match="no block is of the middle"):
         Layout(model_type="llama", stack="model.layers", num_bottom=1, num_middle=0, num_top=1, linears={})
     with pytest.raises(ValueError, match="pattern"):
         Method(name="Drop!")

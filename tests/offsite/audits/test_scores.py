@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from offsite.audits.scores import RowScores, score_rows, signals
+from offsite.audits.scores import RowScores, score_pairs, score_rows, signals
 from offsite.errors import ConfigError, DataError, RunFailed
 from offsite.text.batches import IGNORED, Example
 
@@ -118,3 +119,26 @@ def test_what_cannot_be_scored_is_refused(full_llama, rows, tiny_model):
     broken.model.norm.weight.data[0] = math.nan
     with pytest.raises(RunFailed, match="not finite"):
         score_rows(broken, [Example([4, 5], [4, 5])], batch_size=1, pad_id=0, limit_tokens=4)
+
+
+def test_pairs_are_scored_by_how_far_the_chosen_answer_is_ahead(full_llama):
+    """The oracle: log-probabilities of both answers, a row at a time; ahead by more after tuning is the reward."""
+    generator = torch.Generator().manual_seed(3)
+
+    def row(num, given):
+        ids = torch.randint(3, 250, (num,), generator=generator).tolist()
+        return Example(ids, [-100] * given + ids[given:])
+
+    pairs = [replace(row(9, 3), rejected=row(6, 3)), replace(row(5, 2), rejected=row(12, 2))]
+    found = score_pairs(full_llama, pairs, batch_size=2, pad_id=0, limit_tokens=5)
+    for number, pair in enumerate(pairs):
+        sums = []
+        for side in pair.sides:
+            with torch.no_grad():
+                logs = full_llama(input_ids=torch.tensor([side.input_ids])).logits[0].double().log_softmax(-1)
+            places = [place for place, label in enumerate(side.labels) if label != -100][:5]
+            sums.append(sum(float(logs[place - 1, side.labels[place]]) for place in places))
+        assert found.loss[number] == pytest.approx(sums[1] - sums[0], abs=1e-3)
+    assert found.num_tokens.tolist() == [5, 3]
+    with pytest.raises(DataError, match="is not a pair"):
+        score_pairs(full_llama, [pairs[0], row(5, 2)], batch_size=2, pad_id=0, limit_tokens=5)

@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from offsite import cli
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.config import build
-from offsite.demo import handover
+from offsite.demo import described, handover
 from offsite.demo import play as module
+from offsite.demo import scene as at
 from offsite.demo.config import DemoConfig
 from offsite.demo.play import KEYS, run
 from offsite.digests import sha256_bytes
@@ -47,7 +46,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 def test_folders_of_both_parties(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty", "new"):
-        folders = module._folders(tmp_path / name)
+        folders = at.folders_of(tmp_path / name)
         assert [folder.name for folder in folders] == ["owner", "client", "stages"]
         assert all(folder.is_dir() for folder in folders)
 
@@ -56,13 +55,13 @@ def test_a_models_identity_follows_its_files(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    first = module._identity(str(folder))
-    assert module._identity(str(folder)) == first
+    first = at.identity(str(folder))
+    assert at.identity(str(folder)) == first
     (folder / "model.safetensors").write_bytes(b"weights")
-    second = module._identity(str(folder))
+    second = at.identity(str(folder))
     (folder / "model.safetensors").write_bytes(b"Weights")
-    assert len({first, second, module._identity(str(folder))}) == 3
-    assert module._identity("some/hub-id") == "some/hub-id"
+    assert len({first, second, at.identity(str(folder))}) == 3
+    assert at.identity("some/hub-id") == "some/hub-id"
 
 
 def test_the_question_is_of_the_held_out_text():
@@ -94,7 +93,8 @@ def noted(monkeypatch, tmp_path, dropped_package):
             monkeypatch.setitem(cli.VERBS, name, cli.Verb("", verb.settings, "noted_verb:note"))
             assert cli.run(list(stage.words)) == 0, stage.words
             monkeypatch.setitem(cli.VERBS, name, verb)
-            seen[stage.name] = (stage, NOTED.pop())
+            noted_by = NOTED.pop()
+            seen[stage.name] = (stage, noted_by)
             stage.outcome = dict(figures)
             if stage.name in {"distill", "keep-all"}:
                 shutil.copytree(dropped_package.path, stage.leaves)
@@ -104,12 +104,16 @@ def noted(monkeypatch, tmp_path, dropped_package):
             if stage.words[0] in {"keygen", "seal", "open"}:
                 stage.leaves.mkdir()
                 (stage.leaves / "card.json").write_text("{}")
+            if stage.name == "baseline":
+                stage.leaves.write_text('{"measure": "accuracy"}')
             if stage.name == "evaluate":
                 stage.leaves.mkdir()
-                write_results(stage.leaves, made_results())
+                write_results(stage.leaves, made_results(measured=noted_by.task_file is not None))
 
     monkeypatch.setattr(module, "play", play)
     monkeypatch.setattr(handover, "play", play)
+    monkeypatch.setattr(described, "play", play)
+    monkeypatch.setattr(at, "play", play)
     monkeypatch.setitem(sys.modules, "noted_verb", sys.modules[__name__])
     return seen
 
@@ -122,9 +126,11 @@ def note(config):
     return {}
 
 
-def made_results(plugged_in=8.0):
+def made_results(plugged_in=8.0, *, measured=False):
     def row(value):
-        return Row(perplexity=Summary(mean=value, values={"once": value}))
+        accuracy = Summary(mean=1 / value, values={"once": 1 / value})
+        tasks = {"intents": {"accuracy": accuracy}} if measured else {}
+        return Row(perplexity=Summary(mean=value, values={"once": value}), tasks=tasks)
 
     crossing = {"digest": DIGEST, "num_parameters": 7}
     return Results(
@@ -141,6 +147,7 @@ def made_results(plugged_in=8.0):
             "lora_full": row(7.0),
         },
         metrics={"recovery_vs_lora": Summary(mean=0.9, values={"once": 0.9}), "gap": None, "capability": None},
+        tasks={"intents": 16} if measured else {},
         parameters=Parameters(full=4, middle=2, emulator=1, adapter=1),
         package=Crossing(name="package", files={"m": {"bytes": 30, "sha256": DIGEST}}, **crossing),
         bundles={"bundle": Crossing(name="bundle", files={"a": {"bytes": 20, "sha256": DIGEST}}, **crossing)},
@@ -205,9 +212,39 @@ def test_every_stage_is_bound_to_what_it_reads(noted, tmp_path, llama_like):
     }
 
 
+TASKS = Path(__file__).parents[3] / "examples" / "tasks"
+
+
+def test_a_task_is_played_by_verbs_with_words_they_take(noted, tmp_path, llama_like):
+    told = run(DemoConfig(output=tmp_path / "out", short=True, model=str(llama_like), task=TASKS / "intents"))
+    assert list(noted) == [
+        *("task-check", "owner-keys", "client-keys", "owner-trust", "client-trust", "keep-all", "distill", "baseline"),
+        *("reference", "job", "seal-job", "open-job", "seal-package", "open-package", "tune", "seal-bundle"),
+        *("intake", "accept", "plug-in", "evaluate", "report"),
+    ]
+    settings = {name: config for name, (_, config) in noted.items()}
+    assert settings["job"].task == settings["reference"].task == Path("task.yaml")
+    assert (settings["tune"].job, settings["tune"].task) == (Path("job"), None)
+    assert settings["baseline"].rows == settings["evaluate"].task_limit == int(described.SHORT["baseline"][1])
+    assert settings["baseline"].data == settings["evaluate"].data == (Path("heldout.jsonl.gz"),)
+    client = {path.name for path in (tmp_path / "out" / "client").iterdir()}
+    assert "rows.jsonl.gz" in client
+    assert not client & {"heldout.jsonl.gz", "task.yaml", "only-for-the-reference.jsonl.gz"}
+    assert (told["task"], told["measure"], told["num_rows"], told["plugged_in"]) == ("intents", "accuracy", 16, 0.125)
+
+
+def test_a_tasks_folder_lacks_a_file_or_is_played_privately(tmp_path):
+    shutil.copyfile(TASKS / "intents" / "task.yaml", tmp_path / "task.yaml")
+    with pytest.raises(ConfigError, match=r"no rows\.jsonl\.gz in it"):
+        run(DemoConfig(output=tmp_path / "out", task=tmp_path))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="without differential privacy"):
+        DemoConfig(task=tmp_path, dp=8.0)
+
+
 def test_a_fetched_model_is_fetched_first(noted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "fetched_folder", lambda _name: None)
+    monkeypatch.setattr(at, "fetched_folder", lambda _name: None)
     run(DemoConfig(output=tmp_path / "out"))
     stage, config = noted["fetch"]
     assert (config.name, stage.leaves) == ("smollm2-135m", None)
@@ -234,20 +271,6 @@ def test_settings():
 
 
 # The whole of it
-
-
-@pytest.fixture(scope="session")
-def llama_like(tmp_path_factory, letters_tokenizer):
-    """A checkpoint folder of a tiny random llama with room for the demo's blocks of text."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}
-    special |= {"initializer_range": 0.1}  # at 0.02 a few steps are an update as large as the weights: refused
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=259, max_position_embeddings=256, **sizes, **special))
-    folder = tmp_path_factory.mktemp("demo") / "tiny-llama"
-    model.to(torch.bfloat16).save_pretrained(folder)
-    letters_tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.slow
@@ -303,6 +326,21 @@ def test_the_short_demo_on_a_tiny_model(tmp_path, llama_like):
     assert (code, out) == (5, "")
     assert "offsite: error: step 'open-package' ended with exit code 3" in err
     assert not (tmp_path / "out" / "client" / "package").exists()
+
+
+@pytest.mark.slow
+def test_a_task_on_a_tiny_model_from_its_file_to_its_measure(tmp_path, llama_like):
+    words = ["demo", "--task", str(TASKS / "intents"), "--short", "--model", "tiny-llama", "-o", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "offsite", *words], cwd=llama_like.parent, env=environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["task"], told["measure"], told["num_rows"]) == ("intents", "accuracy", 16)
+    assert all(0 <= told[row] <= 1 for row in described.ROWS)
+    assert "intents" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

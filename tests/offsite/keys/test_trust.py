@@ -12,8 +12,9 @@ import pytest
 from offsite import cli
 from offsite.errors import BadKey, BadSignature, ConfigError, Replayed, RunFailed, Untrusted, WrongBinding
 from offsite.keys import trust
+from offsite.keys.config import TrustRevokeConfig
 from offsite.keys.identity import generate
-from offsite.keys.trust import MAX_SKEW_SECONDS, TrustStore
+from offsite.keys.trust import MAX_SKEW_SECONDS, TrustStore, revoke
 
 NOW = int(time.time())
 
@@ -298,3 +299,49 @@ def test_two_processes_take_turns(folder, parties):
     other.join(20)
     assert other.exitcode == 0
     assert TrustStore(folder).peers()[0].keys == parties[0]
+
+
+def test_a_party_is_called_by_its_name_or_the_beginning_of_its_fingerprint(store, parties):
+    clinic, bank, _ = parties
+    for party in (clinic, bank):
+        store.add(party.card, party.fingerprint, now=NOW)
+    assert store.named(" clinic ", now=NOW) == clinic.fingerprint
+    assert store.named(clinic.fingerprint[:8].upper(), now=NOW) == clinic.fingerprint
+    stranger = parties[2].fingerprint
+    assert store.named(stranger, now=NOW) == stranger  # whole: whoever needs it trusted asks for that
+    for word, told in [
+        ("Clinc", "nobody called 'Clinc' is trusted here; did you mean 'Clinic'?"),
+        (clinic.fingerprint[:7], "is trusted here$"),
+        ("", "nobody called '' is trusted here"),
+    ]:
+        with pytest.raises(Untrusted, match=told):
+            store.named(word, now=NOW)
+    store.revoke(clinic.fingerprint)
+    with pytest.raises(Untrusted, match="nobody called 'Clinic'"):
+        store.named("Clinic", now=NOW)
+
+
+def test_two_of_one_name_have_to_be_told_apart(store, parties, monkeypatch):
+    monkeypatch.setattr("offsite.keys.identity.time.time", lambda: NOW)
+    twins = [parties[0], generate("clinic", days=30).public]
+    for party in twins:
+        store.add(party.card, party.fingerprint, now=NOW)
+    with pytest.raises(Untrusted, match="2 trusted parties are called 'Clinic'"):
+        store.named("Clinic", now=NOW)
+    store.revoke(twins[1].fingerprint)
+    assert store.named("Clinic", now=NOW) == twins[0].fingerprint
+
+
+def test_a_name_that_looks_like_anothers_fingerprint_hides_nobody(folder, store, parties, monkeypatch):
+    monkeypatch.setattr("offsite.keys.identity.time.time", lambda: NOW)
+    clinic = parties[0]
+    whole, beginning = (generate(clinic.fingerprint[:end], days=30).public for end in (64, 9))
+    for party in (clinic, whole, beginning):
+        store.add(party.card, party.fingerprint, now=NOW)
+    assert store.named(clinic.fingerprint, now=NOW) == clinic.fingerprint
+    with pytest.raises(Untrusted, match="2 trusted parties are called"):
+        store.named(clinic.fingerprint[:9], now=NOW)
+    told = revoke(TrustRevokeConfig(fingerprint=clinic.fingerprint, keys=folder))
+    assert told["name"] == "Clinic"
+    with pytest.raises(Untrusted, match="is revoked"):
+        store.require(clinic.fingerprint, now=NOW)

@@ -89,6 +89,7 @@ def test_keeping_every_block_is_the_full_model(cut, logits):
     assert whole.state_dict().keys() == cut.model.state_dict().keys()
 
 
+@pytest.mark.proves("models", "causal language models")
 @pytest.mark.parametrize("cut", CAUSAL, indirect=True)
 def test_deviation_is_nil_for_the_kept_blocks_only(cut):
     assert largest_deviation(cut.model, cut.small, cut.keep) < 1e-5

@@ -17,7 +17,7 @@ from offsite import cli
 from offsite.artefacts.job import write_job
 from offsite.audits.gates import Release, bundle_gates, unmeasured
 from offsite.audits.membership import membership_of
-from offsite.audits.record import write_audit
+from offsite.audits.record import Objective, Rewarded, write_audit
 from offsite.digests import sha256_bytes
 from offsite.errors import ArtefactError, BadSchema, BadSignature, ConfigError, WrongBinding
 from offsite.keys.identity import Signatures
@@ -99,6 +99,35 @@ def test_a_run_without_a_claim_is_called_what_it_is_first_of_all():
     assert report.privacy is None
     assert report.role == "client"
     assert any("no figure here is a bound" in sentence for sentence in report.non_claims)
+
+
+def test_a_report_names_the_objective_of_a_run_on_preferences():
+    audit = s.bundle_audit(objective=Objective(loss="dpo", dpo_beta=0.1, dpo_loss="sigmoid"))
+    report = s.report(bundle=audit)
+    assert any("learned from preferences (dpo)" in sentence for sentence in report.non_claims)
+    assert parse_report(report_raw(report)) == report
+    how = {
+        "beta": 0.1,
+        "num_samples": 4,
+        "max_new_tokens": 8,
+        "temperature": 1.0,
+        "kl_limit": 9.0,
+        "entropy_floor": 0.0,
+    }
+    rewarded = Objective(loss="rloo", rloo=Rewarded(**how, rules=("exact",), ended="kl"))
+    report = s.report(bundle=s.bundle_audit(objective=rewarded))
+    assert any("learned from rewards of sampled answers (rloo)" in sentence for sentence in report.non_claims)
+    assert parse_report(report_raw(report)) == report
+    assert not any("reward model" in sentence for sentence in report.non_claims)
+    by_model = Objective(loss="rloo", rloo=Rewarded(**how, reward_weight=2.0))
+    report = s.report(bundle=s.bundle_audit(objective=by_model))
+    assert any("Rewards were of a reward model" in sentence for sentence in report.non_claims)
+    assert parse_report(report_raw(report)) == report
+    with pytest.raises(ValueError, match="nothing is rewarded"):
+        Rewarded(**how)
+    plain = s.report(bundle=s.bundle_audit())
+    assert not any("dpo" in sentence for sentence in plain.non_claims)
+    assert b"objective" not in report_raw(plain)
 
 
 def test_a_report_says_in_which_way_the_adapter_was_plugged_in_where_it_is_not_all_of_it():

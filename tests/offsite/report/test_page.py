@@ -10,7 +10,7 @@ import pytest
 from jinja2 import UndefinedError
 from page_lab import EVIL, Outline, given, hostile
 
-from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.bundle import AdapterSpec, Head
 from offsite.artefacts.manifest import FileEntry
 from offsite.errors import ArtefactError, BadSchema, ConfigError, DataError, WrongBinding
 from offsite.evaluation.results import Answer, Crossing, Data, Parameters, Results, Row, Summary, write_results
@@ -307,6 +307,27 @@ def test_the_command_is_shown_fit_to_be_pasted():
 def test_the_tiles_show_a_recovery_that_was_run(metrics, shown):
     bare = dict.fromkeys(sample().metrics) | {"capability": figure(1.2)}
     assert shown in Page(page(sample(metrics={**bare, **metrics}), {})).text
+
+
+def test_the_page_of_a_head_leads_with_its_accuracy():
+    names = ("zero_shot", "emulator_zero_shot", "emulator_tuned", "plugged_in")
+    rows = {
+        name: Row(perplexity=figure(20.0), tasks={"classify": {"accuracy": figure(right)}})
+        for name, right in zip(names, (0.25, 0.25, 0.75, 0.875), strict=True)
+    }
+    adapter = AdapterSpec(head=Head(task="classify", labels=("a", "b", "c", "d"), hidden=8))
+    measures = {"classify": {"accuracy": {"recovery_vs_lora": figure(0.9)}}}
+    given = {"adapter": adapter, "rows": rows, "tasks": {"classify": 8}, "task_metrics": measures}
+    text = Page(page(sample(**given), {})).text
+    for shown in (
+        "accuracy of the full model, before and after",
+        "0.250 \N{RIGHTWARDS ARROW} 0.875",
+        "higher is better",
+    ):
+        assert shown in text
+    assert "perplexity of the full model" not in text
+    with pytest.raises(ValueError, match="whose accuracy is missing"):
+        sample(**{**given, "task_metrics": {}})
 
 
 @pytest.fixture

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from offsite.errors import ConfigError, DataError
-from offsite.text.batches import IGNORED, Batches, Encoded, Example, collate, encode, pack, pad_id
+from offsite.text.batches import IGNORED, Batches, Encoded, Example, collate, cut, encode, pack, pad_id
 from offsite.text.records import Record
 
 CHATML = (
@@ -178,6 +179,7 @@ rows_of_tokens = st.lists(st.integers(0, 99), min_size=1, max_size=30)
 
 
 @given(st.lists(rows_of_tokens, min_size=1, max_size=20), st.integers(2, 17))
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # on a busy machine drawing is
 def test_packing_keeps_every_token_in_order(rows: list[list[int]], block_tokens: int) -> None:
     blocks = pack([Example(row, list(row)) for row in rows], block_tokens=block_tokens)
     joined = [token for row in rows for token in row]
@@ -230,3 +232,36 @@ def test_batches_of_nothing_are_refused() -> None:
         Batches([], batch_size=4, seed=1, pad_id=0)
     with pytest.raises(ConfigError):
         Batches([Example([1, 2], [1, 2])], batch_size=0, seed=1, pad_id=0)
+
+
+CLOSINGS = [
+    processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1)),
+    processors.RobertaProcessing(("[SEP]", 2), ("[CLS]", 1)),
+    processors.TemplateProcessing(single="[CLS] $A [SEP] [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]),
+    processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 1)]),
+]
+
+
+@pytest.mark.parametrize("processor", CLOSINGS)
+@pytest.mark.parametrize("context", [8, 11, 12, 40])
+def test_a_row_that_a_head_reads_is_cut_as_the_tokenizer_cuts_it(processor, context) -> None:
+    """What closes a text stays; a pair's rows and rows that are cut again, too."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({token: n for n, token in enumerate(["[PAD]", "[CLS]", "[SEP]", *letters])}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.post_processor = processor
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, cls_token="[CLS]", sep_token="[SEP]")
+    texts = ["a b", "a  [SEP] b c d e f g", "abcdefghi", "é" * 30 + " "]
+    wanted = tokenizer(texts, truncation=True, max_length=context)["input_ids"]
+    found = encode([text(one) for one in texts], tokenizer, context=context, ended=False)
+    assert [example.input_ids for example in found.examples] == wanted
+    assert all(len(example.labels) == len(example.input_ids) for example in found.examples)
+    assert found.num_truncated == sum(len(ids) > context for ids in tokenizer(texts)["input_ids"])
+    again = [cut(example, 8).input_ids for example in found.examples]
+    assert again == tokenizer(texts, truncation=True, max_length=8)["input_ids"]
+    two = Record((("Q ", False), (texts[1], True)), "d", 1, rejected=Record((("Q ", False), (texts[3], True)), "d", 1))
+    sides = encode([two], tokenizer, context=context, ended=False).examples[0].sides
+    both = [f"Q {texts[1]}", f"Q {texts[3]}"]
+    assert [side.input_ids for side in sides] == tokenizer(both, truncation=True, max_length=context)["input_ids"]
+    with nullcontext() if processor is CLOSINGS[-1] else pytest.raises(ConfigError, match="of 2 tokens has no room"):
+        encode([text("a")], tokenizer, context=2, ended=False)

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,100 @@ def test_what_is_written_reads_as_it_was(rows, tmp_path):
     assert [(one.segments, one.messages, one.document) for one in again] == [
         (one.segments, one.messages, one.document) for one in records
     ]
+
+
+# Rows as other tools write them
+
+
+def parquet(folder: Path, name: str, rows: list[dict]) -> Path:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as tables
+
+    tables.write_table(arrow.Table.from_pylist(rows), folder / name, row_group_size=2)
+    return folder / name
+
+
+def test_parquet_and_tsv_hold_what_jsonl_does(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    rows = [{"messages": turns, "document": number} for number in (1, 2, 3)]
+    columns = parquet(tmp_path, "a.parquet", rows)
+    assert read_records(columns) == [
+        replace(record, place=f"a.parquet: row {record.row}")
+        for record in read_records(written(tmp_path, "a.jsonl", jsonl(*rows)))
+    ]
+    tabs = read_records(written(tmp_path, "b.tsv", b'prompt\tcompletion\nwho, me\tyou\n"Hi" he said\t"b\n'))
+    assert [record.segments[0][0] for record in tabs] == ["who, me", '"Hi" he said']
+    assert tabs[1].segments[1][0] == '"b'
+
+
+def test_what_no_parquet_file_is(tmp_path: Path) -> None:
+    broken = written(tmp_path, "a.parquet", b"SECRET")
+    whole = parquet(tmp_path, "b.parquet", [{"text": "SECRET"}] * 5)
+    cut = written(tmp_path, "c.parquet", whole.read_bytes()[:-9])
+    for path in (broken, cut):
+        with pytest.raises(DataError, match=f"^{path.name}: not a Parquet file, or a broken one$"):
+            read_records(path)
+    with pytest.raises(DataError, match=r"^d\.parquet: row 2: field 'text' is missing$"):
+        read_records(parquet(tmp_path, "d.parquet", [{"text": "SECRET"}, {"text": None}]))
+    with pytest.raises(DataError, match=r"^e\.parquet\.gz: Parquet files compress themselves$"):
+        read_records(written(tmp_path, "e.parquet.gz", b""))
+    with pytest.raises(DataError, match=r"^f\.parquet: no such file$"):
+        read_records(tmp_path / "f.parquet")
+
+
+def test_what_is_no_text_in_a_parquet_file(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as tables
+
+    def file(name: str, **columns: object) -> Path:
+        tables.write_table(arrow.table(columns), tmp_path / name)
+        return tmp_path / name
+
+    far = arrow.array([2**30], arrow.int32()).cast(arrow.date32())
+    stamped = arrow.array([2**62], arrow.timestamp("us", tz="Nowhere/Land"))
+    (found,) = read_records(file("a.parquet", text=["fine"], day=far, at=stamped, raw=arrow.array([b"\xff"])))
+    assert found.segments == (("fine", True),)
+    bytes_as_text = arrow.Array.from_buffers(arrow.string(), 1, arrow.array([b"SECRET\xff"]).buffers())
+    with pytest.raises(DataError, match=r"^b\.parquet: row 1: a text in it is not UTF-8$"):
+        read_records(file("b.parquet", text=bytes_as_text))
+    with pytest.raises(DataError, match=r"^c\.parquet: row 2: holds NUL, which no text does$"):
+        read_records(file("c.parquet", text=["fine", "SECRET\0"]))
+
+
+def test_alpacas_instructions_are_prompts_with_answers(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3", "document": "a"},
+        {"instruction": " Greet. ", "input": "", "output": "Hello.", "document": "b"},
+    ]
+    found = read_records(written(tmp_path, "a.json", json.dumps(rows).encode()))
+    assert [record.segments for record in found] == [
+        (("Add.\n\n1 and 2\n\n", False), ("3", True)),
+        (("Greet.\n\n", False), ("Hello.", True)),
+    ]
+    assert [record.document for record in found] == ["a", "b"]
+    whole = [{**row, "text": "### Instruction: filled in"} for row in rows]
+    assert read_records(written(tmp_path, "w.jsonl", jsonl(*whole)))[0].segments == found[0].segments
+    with pytest.raises(DataError, match=r"^s\.jsonl: line 1: field 'system' would be lost$"):
+        read_records(written(tmp_path, "s.jsonl", jsonl({**rows[0], "system": "SECRET"})))
+    named = read_records(tmp_path / "a.json", fields={"prompt": "instruction", "completion": "output"})
+    assert named[0].segments == (("Add.", False), ("3", True))
+    with pytest.raises(DataError, match=r"^b\.jsonl: line 1: field 'output' is empty$"):
+        read_records(written(tmp_path, "b.jsonl", jsonl({"instruction": "SECRET", "output": " "})))
+
+
+def test_sharegpts_conversations_are_messages(tmp_path: Path) -> None:
+    turns = [("system", "be brief"), ("human", "hi"), ("gpt", "ho")]
+    rows = [{"id": "x1", "conversations": [{"from": who, "value": text} for who, text in turns]}]
+    (found,) = read_records(written(tmp_path, "a.jsonl", jsonl(*rows)))
+    assert found.messages == (("system", "be brief"), ("user", "hi"), ("assistant", "ho"))
+    for turn, problem in [
+        ({"from": "SECRET", "value": "x"}, "turn 1 is nobody's that is known"),
+        ({"from": "gpt"}, "turn 1 does not have the fields from and value"),
+        ({"from": "gpt", "value": 3}, "text of turn 1 is a number, expected text"),
+        ("SECRET", "turn 1 does not have the fields from and value"),
+        ({"from": "gpt", "value": "SECRET", "weight": 0}, "turn 1 has weight 0, which would be lost"),
+    ]:
+        with pytest.raises(DataError, match=f"^b.jsonl: line 1: {problem}$"):
+            read_records(written(tmp_path, "b.jsonl", jsonl({"conversations": [turn]})))
+    with pytest.raises(DataError, match="is not a list of turns"):
+        read_records(written(tmp_path, "c.jsonl", jsonl({"conversations": []})))

@@ -17,7 +17,7 @@ from torch.nn import functional
 from offsite.errors import ConfigError, DataError, RunFailed
 from offsite.training import checkpoints
 from offsite.training.config import LoopConfig
-from offsite.training.loop import Outcome, peak_bytes, train
+from offsite.training.loop import EndOfRun, Outcome, peak_bytes, train
 
 
 class Kill(Exception):
@@ -101,6 +101,18 @@ def run(work: Path, *, model: nn.Module | None = None, loss=next_token, resume=F
     config = given.pop("config", settings())
     given.setdefault("evaluate", held_out(model))
     return train(model, model.trainable(), Rows(), loss, config, work=work, resume=resume, label="test", **given)
+
+
+class EndAt(Rows):
+    """Rows up to a step, at which the run is to end."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        if step == self.step:
+            raise EndOfRun("enough", "that is enough", hint="ask for less")
+        return super().batch(step)
 
 
 def records(work: Path) -> list[dict[str, float]]:
@@ -374,3 +386,34 @@ def test_a_sigkill_at_a_random_step_changes_nothing(tmp_path):
     assert records(tmp_path / "broken.work") == records(tmp_path / "unbroken.work"), f"killed in step {call}"
     left, right = (load_file(tmp_path / name / "tensors.safetensors") for name in ("broken", "unbroken"))
     assert all(torch.equal(left[name], tensor) for name, tensor in right.items()), f"killed in step {call}"
+
+
+# --- a run that ends before its last step
+
+
+def ending(work: Path, at: int, *, resume: bool = False, loss=next_token, losses=(9.0, 3.0, 2.0, 5.0)) -> Outcome:
+    model = Tiny()
+    given = {"label": "test", "evaluate": Scripted(model, list(losses)), "figures": lambda: {"told": 1.0}}
+    return train(model, model.trainable(), EndAt(at), loss, settings(), work=work, resume=resume, **given)
+
+
+def test_a_run_that_is_to_end_keeps_its_best_weights_and_what_was_told(tmp_path, capsys):
+    whole = run(tmp_path / "whole", evaluate=Scripted(Tiny(), [9.0, 3.0, 2.0, 5.0, 5.0, 5.0]))
+    found = ending(tmp_path / "ended", 9)
+    assert (found.steps, found.best_step, found.ended) == (9, 6, "enough")
+    assert found.figures()["ended"] == "enough"
+    assert "ended" not in whole.figures()
+    assert all(torch.equal(found.tensors[name], whole.tensors[name]) for name in whole.tensors)
+    assert "test: ended after step 9: that is enough; the weights of step 6 are kept" in capsys.readouterr().err
+    assert [record["told"] for record in records(tmp_path / "ended")] == [1.0] * 9
+    with pytest.raises(Kill):
+        ending(tmp_path / "killed", 9, loss=KillAt(8))
+    again = ending(tmp_path / "killed", 9, resume=True, losses=[5.0])
+    assert again.ended == "enough"
+    assert all(torch.equal(again.tensors[name], found.tensors[name]) for name in found.tensors)
+
+
+def test_a_run_that_is_to_end_before_anything_was_evaluated_fails(tmp_path):
+    with pytest.raises(RunFailed, match="that is enough at step 1, before any weights were validated") as caught:
+        ending(tmp_path, 1)
+    assert caught.value.hint == "ask for less"

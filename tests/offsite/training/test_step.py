@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offsite.errors import ConfigError, DataError, RunFailed
+from offsite.errors import DataError, RunFailed
 from offsite.training.config import LoopConfig
 from offsite.training.processes import Processes
-from offsite.training.step import Stepper, rate, uses_bf16
+from offsite.training.step import Stepper, rate
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU, True)
@@ -207,22 +207,6 @@ def test_the_rate_at_the_edges():
     assert rate(LoopConfig(steps=1, learning_rate=1.0), 1) == 1.0
     assert rate(LoopConfig(steps=2, warmup_steps=4, learning_rate=1.0), 2) == 0.5
     assert rate(LoopConfig(steps=2, warmup_steps=2, learning_rate=1.0), 2) == 1.0
-
-
-def test_bf16_is_used_where_fast_or_asked_for(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    assert uses_bf16("auto", CPU)
-    assert not uses_bf16("fp32", CPU)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False})
-    assert not uses_bf16("auto", CPU)
-    assert uses_bf16("bf16", CPU)
-
-
-def test_a_gpu_without_bf16_refuses_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
-    assert not uses_bf16("auto", torch.device("cuda"))
-    with pytest.raises(ConfigError, match="no bf16"):
-        uses_bf16("bf16", torch.device("cuda"))
 
 
 def test_bf16_computes_in_bf16_and_keeps_float32_weights():

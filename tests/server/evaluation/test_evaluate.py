@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -14,12 +15,14 @@ from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.errors import ConfigError, DataError, PolicyError, RunFailed, WrongBinding
 from offsite.evaluation.measure import perplexity
 from offsite.evaluation.results import read_logs, read_results
+from offsite.report.page import page
 from offsite.text.batches import encode, pack
 from offsite.text.records import read_records
 from server.evaluation.candidates import read_own
 from server.evaluation.config import EvaluateConfig
 from server.evaluation.evaluate import held_out, run
 from server.plugging.fit import fit, plugged
+from server.plugging.offset import Offset, offset_by, on_emulator
 
 TEXTS = [f"the patient number {number} has a fever of {37 + number / 10} degrees and a cough" for number in range(12)]
 
@@ -356,3 +359,40 @@ def test_nothing_is_trained_and_the_artefacts_stay_as_they_are(evaluate, seeds, 
     evaluate(dropped_package, seeds[:1])
     assert state() == before
     assert torch.is_grad_enabled()
+
+
+def test_the_offset_is_a_row_with_recoveries_of_its_own(
+    evaluate, seeds, dropped_package, whole_package, full_llama, make_bundle, text_file, letters_tokenizer, tmp_path
+):
+    lora = make_bundle(tmp_path / "lora", whole_package, kind="lora", placement="all")
+    reference = {"reference": (f"lora_full={lora.path}",), "reference_package": (whole_package.path,)}
+    found = evaluate(dropped_package, seeds[:2], offset=True, beta=0.75, **reference)
+    results = read_results(tmp_path / "results")
+    record = read_owner_record(owner_record_path(dropped_package.path))
+    expected = []
+    for bundle in seeds[:2]:
+        emulator = dropped_package.load_model()
+        adapter = on_emulator(dropped_package, read_own(bundle, record))
+        with offset_by(copy.deepcopy(full_llama), Offset(emulator, adapter, 0.75)) as one:
+            expected.append(by_hand(one, text_file, letters_tokenizer))
+    assert list(results.rows["offset"].perplexity.values.values()) == pytest.approx(expected)
+    assert len({found["offset"], found["plugged_in"], found["zero_shot"]}) == 3
+    assert found["offset_recovery_vs_lora"] == pytest.approx(
+        (found["offset"] - found["zero_shot"]) / (found["lora_full"] - found["zero_shot"])
+    )
+    assert found["offset_recovery_nats_vs_lora"] == pytest.approx(
+        sum(math.log(value / found["zero_shot"]) for value in expected)
+        / 2
+        / math.log(found["lora_full"] / found["zero_shot"])
+    )
+    assert results.beta == 0.75
+    assert "--offset " in results.command
+    assert "--beta 0.75" in results.command
+    shown = page(results, {})
+    assert "offset recovery vs lora" in shown.replace("_", " ")
+    without = evaluate(dropped_package, seeds[:2], output=tmp_path / "without", **reference)
+    assert without["offset"] is None
+    assert {name: without[name] for name in ("zero_shot", "plugged_in", "emulator_tuned")} == {
+        name: found[name] for name in ("zero_shot", "plugged_in", "emulator_tuned")
+    }
+    assert "beta" not in json.loads((tmp_path / "without" / "results.json").read_text())

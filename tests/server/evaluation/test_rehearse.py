@@ -146,8 +146,7 @@ def test_what_is_withheld_stands_beside_every_trial(rehearse, in_this_process, t
     assert "reference" not in json.loads((texts / "found.json").read_text())
 
 
-@pytest.mark.parametrize("named", [False, True])
-@pytest.mark.parametrize("adapter", ["lora", "blocks"])
+@pytest.mark.parametrize(("adapter", "named"), [("lora", True), ("blocks", False)])
 def test_the_reference_is_lora_on_the_full_model(
     named, adapter, rehearse, in_this_process, whole_package, llama_folder, texts, capsys
 ):

@@ -54,6 +54,12 @@ def test_the_command_gives_the_same_settings_again():
     assert reproduce(build(EvaluateConfig, flags=flags)) == (settings, command)
 
 
+def test_a_share_that_was_given_is_in_the_command_also_where_it_is_all():
+    """A package may have a share of its own, which no share given would take."""
+    assert "--scale 1.0" in reproduce(build(EvaluateConfig, flags={**FLAGS, "scale": "1"}))[1]
+    assert "--scale" not in reproduce(build(EvaluateConfig, flags=FLAGS))[1]
+
+
 @pytest.mark.parametrize(
     ("mean", "deviation", "shown"),
     [(9.3456, None, "9.346"), (9.3456, 0.123, "9.346 ± 0.12"), (4907.3, None, "4907"), (123456.7, None, "123,457")],

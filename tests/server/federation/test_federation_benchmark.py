@@ -84,6 +84,7 @@ def test_the_tables(bench):
     assert "| NaN | 3.00 | left out (NotFinite) |  |  |" in table.poisoned(result)
 
 
+@pytest.mark.slow
 def test_shared_and_pooled(bench):
     shared = figures(bench, "shared")
     assert [len(one["used"]) for one in shared["rounds"]] == [5, 5]
@@ -95,6 +96,7 @@ def test_shared_and_pooled(bench):
     assert [len(one["used"]) for one in figures(bench, "pooled")["rounds"]] == [1]
 
 
+@pytest.mark.slow
 def test_a_scaled_update_moves_the_mean_and_not_the_robust_rule(bench):
     rounds = {rule: figures(bench, f"scaled-{rule}")["rounds"] for rule in ("mean", "robust")}
     for mean, robust in zip(*rounds.values(), strict=True):

@@ -10,13 +10,19 @@ from emulator.compression.lowrank import low_rank  # noqa: F401 - registers the 
 from emulator.compression.packed import pack_middle
 from emulator.distillation.publish import publish
 from offsite.artefacts.owner import owner_record_path, read_owner_record
+from offsite.audits.canaries import CanarySet, CanaryText, write_canaries
+from offsite.audits.canaryaudit import score_canaries
+from offsite.audits.record import read_audit
 from offsite.digests import model_digest
 from offsite.errors import ConfigError, WrongShape
 from offsite.modelling.load import load_model
 from offsite.modelling.split import make_plan
+from server.evaluation.audit import run
+from server.evaluation.auditconfig import AuditPluggedConfig
 from server.evaluation.candidates import read_own
 from server.plugging.adapted import load_adapted, open_adapted
-from server.plugging.fit import corrected, fit
+from server.plugging.fit import corrected, fit, plugged
+from server.registry.registry import Registry
 
 
 def some(*shape, seed=0):
@@ -186,3 +192,39 @@ def test_magnitudes_are_not_learnt_on_linears_of_lower_rank(make, make_bundle, t
     package = make("low-rank", rank_share=0.6)
     bundle = make_bundle(tmp_path / "bundle", package, kind="dora", placement="all")
     assert not any(name.startswith("middle.") for name in bundle.manifest.tensors)
+
+
+def test_an_audit_measures_the_corrected_update_and_says_so(
+    make, make_bundle, llama_folder, logits_of, shelve, tmp_path, monkeypatch, capsys
+):
+    package = make("packed", **MAKES["packed"])
+    bundle = make_bundle(tmp_path / "bundle", package, kind="lora", placement="all", rank=4, alpha=8.0)
+    named = shelve(bundle.path, package.path, tmp_path / "shelf")
+    with Registry.open(named["registry"], named["keys"]) as registry:
+        job_id = registry.entry(named["id"]).job_id
+    texts = tuple(CanaryText(text=f"canary {number}" * 2, included=number % 2 == 0) for number in range(8))
+    canaries = CanarySet(nonce="0" * 64, package_digest=package.digest, job_id=job_id, tokens=8, temperature=1.0,
+                         synthetic=texts, secrets=(), num_candidates=32)  # fmt: skip
+    write_canaries(tmp_path / "canaries", canaries)
+    seen, score = {}, score_canaries
+
+    def spied(model, *args, label, **given):
+        seen[label] = logits_of(model)
+        return score(model, *args, label=label, **given)
+
+    monkeypatch.setattr("server.evaluation.audit.score_canaries", spied)
+    given = {"commitment": tmp_path / "canaries" / "commitment", "reveal": tmp_path / "canaries" / "reveal"}
+    config = AuditPluggedConfig(
+        model=str(llama_folder), output=tmp_path / "audit", samples=0, device="cpu", correct=True, **given, **named
+    )
+    assert run(config)["corrected"] is True
+    assert "all of the update, corrected" in capsys.readouterr().err
+    assert read_audit(config.output)[0].corrected
+    full = load_model(str(llama_folder))
+    fitted = fit(full, read_own(bundle, read_owner_record(owner_record_path(package.path))),
+                 read_owner_record(owner_record_path(package.path)), emulator=package)  # fmt: skip
+    with plugged(full, fitted) as adapted:
+        torch.testing.assert_close(seen["plugged in"], logits_of(adapted), rtol=0, atol=1e-5)
+    plain = config.model_copy(update={"output": tmp_path / "plain", "correct": False})
+    assert run(plain)["corrected"] is False
+    assert '"corrected"' not in (plain.output / "audit.json").read_text()

@@ -15,11 +15,11 @@ from offsite.evaluation.measure import perplexity
 from offsite.modelling.load import load_model
 from offsite.modelling.steps import Steps, cache_is_right
 from offsite.text.batches import Example
+from server.batching.generate import next_tokens
+from server.batching.sampling import Settings
 from server.evaluation.candidates import read_own
 from server.plugging.fit import fit, plug_mixed, plugged
 from server.plugging.mixing import mixture, stay_mixed
-from server.serving.generate import next_tokens
-from server.serving.sampling import Settings
 
 IDS = [5, 30, 7, 200, 11, 90, 42, 17]
 KINDS = ["lora", "dora", "blocks", "bitfit"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -12,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from offsite import faults
 from offsite.artefacts.bundle import open_bundle
@@ -33,6 +35,7 @@ from server.evaluation.candidates import read_own
 from server.plugging.adapted import load_adapted
 from server.plugging.config import PlugConfig
 from server.plugging.fit import fit, plug, plugged
+from server.plugging.merging import write_checkpoint
 from server.plugging.plug import merge, run
 from server.plugging.probe import deviation
 from server.registry.registry import Registry
@@ -89,8 +92,9 @@ def with_blocks_by_hand(full, package, tensors):
     return model
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(  # rslora is named for peft as lora is
+    ("architecture", "kind"), [*itertools.product(ARCHITECTURES, ("lora", "dora")), ("llama", "rslora")]
+)
 def test_vanilla_peft_opens_the_folder_on_the_right_blocks(
     plug_in, architecture, kind, owner_side, make_bundle, logits_of, tmp_path
 ):
@@ -398,7 +402,9 @@ def test_row_24_published_before_the_registry_was_told_is_made_good(
     assert (tmp_path / "adapted").is_dir()
     with pytest.raises(ConfigError, match="already exists"):  # what stands there is not what is asked for now
         run(settings.model_copy(update={"merge": True}))
-    assert run(settings)["bundle_digest"] == bundle.digest
+    with monkeypatch.context() as patched:  # also where the package has moved meanwhile
+        patched.setattr("server.plugging.plug.owner_record_path", lambda _: tmp_path / "gone.owner.json")
+        assert run(settings)["bundle_digest"] == bundle.digest
     with pytest.raises(ConfigError, match="already exists"):
         run(settings)
     again = run(settings.model_copy(update={"output": tmp_path / "elsewhere"}))
@@ -563,8 +569,8 @@ def test_an_existing_output_is_left_alone(plug_in, dropped_package, llama_folder
 def test_a_merge_that_changes_what_is_computed_is_not_published(
     plug_in, dropped_package, llama_folder, make_bundle, monkeypatch, tmp_path
 ):
-    def broken(attached):
-        model = merge(attached)
+    def broken(attached, folder):
+        model = merge(attached, folder)
         model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
         return model
 
@@ -586,16 +592,13 @@ def test_a_checkpoint_that_reads_back_otherwise_is_not_published(
     plug_in, change, message, dropped_package, llama_folder, make_bundle, monkeypatch, tmp_path
 ):
     """What is on disk is compared, configuration included, not only what was merged in memory."""
-    real = LlamaForCausalLM.save_pretrained
 
     def save(model, folder):
-        import copy
-
         other = copy.deepcopy(model)
         change(other)
-        real(other, folder)
+        write_checkpoint(other, folder)
 
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)
+    monkeypatch.setattr("server.plugging.plug.write_checkpoint", save)
     bundle = make_bundle(tmp_path / "bundle", dropped_package)
     with pytest.raises(RunFailed, match=message):
         plug_in(llama_folder, bundle, tmp_path / "adapted", package=dropped_package.path, merge=True)

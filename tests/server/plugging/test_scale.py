@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from offsite.artefacts.owner import owner_record_path, read_owner_record
+from offsite.artefacts.owner import DialFigures, Dialled, owner_record_path, read_owner_record
 from offsite.cli import run as cli
 from offsite.errors import ConfigError
 from offsite.evaluation.results import read_results
@@ -121,6 +121,23 @@ def test_dora_is_plugged_in_whole_or_not(plug_in, bundle_of, dropped_package, ll
     assert plug_in(llama_folder, bundle, tmp_path / "adapted", package=dropped_package.path)["scale"] == 1
 
 
+def test_the_share_that_was_rehearsed_is_taken_unless_another_is_given(
+    plug_in, make_bundle, dropped_package, llama_folder, tmp_path, capsys, monkeypatch
+):
+    lora, dora = (make_bundle(tmp_path / kind, dropped_package, kind=kind) for kind in ("lora", "dora"))
+    figures = DialFigures(recovery=0.8, recovery_nats=0.8, withheld=0.3, gap=1.5, num_bytes=9)
+    dial = Dialled(target="gap", value=1.5, method="drop", size=0.5, predicted=figures, measured=figures, scale=0.75,
+                   exploration="sha256:" + "0" * 64)  # fmt: skip
+    record = read_owner_record(owner_record_path(dropped_package.path))
+    monkeypatch.setattr("server.plugging.plug.read_owner_record", lambda _: record.model_copy(update={"dial": dial}))
+    given = {"package": dropped_package.path}
+    assert plug_in(llama_folder, lora, tmp_path / "adapted", **given)["scale"] == 0.75
+    assert "0.75 of the update, as was rehearsed" in capsys.readouterr().err
+    assert plug_in(llama_folder, lora, tmp_path / "whole", scale=1.0, **given)["scale"] == 1
+    assert plug_in(llama_folder, dora, tmp_path / "dora-whole", **given)["scale"] == 1
+    assert "rehearsed" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("scale", ["0", "-1", "1.5", "nan", "half"])
 @pytest.mark.parametrize("verb", ["plug-in", "evaluate"])
 def test_a_share_is_more_than_nothing_and_at_most_all(verb, scale, capsys, tmp_path):
@@ -174,7 +191,7 @@ def test_evaluating_at_a_share_moves_one_row_alone(
     results = read_results(tmp_path / "0.5")
     assert results.scale == found["0.5"]["scale"] == 0.5
     assert "--scale 0.5" in results.command
-    assert "--scale" not in read_results(tmp_path / "1").command
+    assert "--scale 1.0" in read_results(tmp_path / "1").command  # typed, so a share that was rehearsed is not taken
     for scale, part in (("1", "put it into the full model"), ("0.5", "put 0.5 of its update into the full model")):
         assert cli(["report", "run", str(tmp_path / scale), "-o", str(tmp_path / f"{scale}.html")]) == 0
         assert part in (tmp_path / f"{scale}.html").read_text()

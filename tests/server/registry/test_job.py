@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import colours
 import pytest
 
 from offsite import cli
@@ -55,6 +56,23 @@ def test_a_job_states_the_terms_and_is_registered(create, parties, dropped_packa
         assert registry.job(job.job_id) == job
         assert registry.package_path(job.package_digest) == dropped_package.path.resolve()
     assert "next: offsite seal" in err
+
+
+def test_a_task_crosses_in_the_job_and_is_shown(create, offsite, parties, tmp_path):
+    (tmp_path / "task.yaml").write_text(colours.TEXT)
+    code, found, err = create("--task", tmp_path / "task.yaml")
+    assert code == 0, err
+    assert found["task_digest"] == colours.task().digest
+    with Registry.open(tmp_path / "registry", parties[0].keys) as registry:
+        assert registry.job(found["job_id"]).task == colours.task()
+    code, shown, err = offsite("inspect", tmp_path / "job")
+    assert "| Name the colour." in err
+    assert "| Thing: {{thing}}" in err
+    assert shown["task"]["answer"]["labels"] == ["red", "green", "blue"]
+    (tmp_path / "task.yaml").write_text(colours.text(("accuracy", "rouge-l")))
+    code, found, err = create("--task", tmp_path / "task.yaml", out="other")
+    assert (code, found) == (2, None)
+    assert not (tmp_path / "other").exists()
 
 
 def test_refusals_leave_no_job_and_no_registry(create, make_party, make_package, tmp_path):

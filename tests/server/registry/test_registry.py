@@ -218,3 +218,19 @@ def test_a_log_line_of_others_is_part_of_the_chain(exchange):
     exchange.registry.log("exchange-denied", key="x", check="Expired")
     assert events(exchange) == ["schema", "exchange-denied"]
     assert exchange.registry.verify_log().number == 2
+
+
+def test_a_bundle_is_named_by_its_first_digits_or_as_the_latest(exchange, arrived):
+    registry = exchange.opened()
+    with pytest.raises(ConfigError, match="is empty"):
+        registry.named("latest")
+    one, two = arrived("sha256:" + "abcd" * 16), arrived("sha256:" + "abce" * 16, round=2, sequence=2)
+    assert registry.named("abcd").id == registry.named(one).id == one
+    assert registry.named("latest").id == two
+    with pytest.raises(ConfigError, match="no bundle whose id begins with abcf"):
+        registry.named("abcf")
+    with pytest.raises(ConfigError, match="no id of a bundle"):
+        registry.named("abc")
+    arrived("sha256:" + "abcd1" + "0" * 59, round=3, sequence=3)
+    with pytest.raises(ConfigError, match="2 bundles have ids that begin with abcd"):
+        registry.named("abcd")

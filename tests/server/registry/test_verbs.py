@@ -57,3 +57,16 @@ def test_ids_that_name_nothing_are_usage_errors(verb, offsite):
     code, _, err = offsite("registry", verb, "../../etc")
     assert code == 2
     assert "is no id of a bundle" in err
+
+
+def test_the_latest_is_accepted_while_no_other_waits(exchange, offsite, small_bundle, tmp_path):
+    jobs = [exchange.job(), exchange.job()]
+    first, second = (
+        exchange.take_in(exchange.seal(small_bundle.path, job, tmp_path / f"sealed{number}")).id
+        for number, job in enumerate(jobs)
+    )
+    code, _, err = offsite("registry", "accept", "latest")
+    assert code == 2
+    assert "2 bundles wait: " in err
+    assert offsite("registry", "accept", first[:6])[1]["state"] == "accepted"
+    assert offsite("registry", "refuse", "latest")[1]["id"] == second

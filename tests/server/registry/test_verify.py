@@ -6,6 +6,7 @@ import ast
 import inspect
 from dataclasses import replace
 
+import colours
 import pytest
 import torch
 
@@ -98,6 +99,21 @@ def test_the_jobs_terms_count(parts):
     ):
         with pytest.raises(expected):
             verify_adapter(**{**parts, "job": job.model_copy(update=changes)})
+
+
+def test_the_jobs_task_counts(parts):
+    task = colours.task()
+    carried = parts["job"].model_copy(update={"task": task})
+    bound = parts["manifest"].model_copy(update={"task_digest": task.digest})
+    verify_adapter(**{**parts, "job": carried, "manifest": bound})
+    other = bound.model_copy(update={"task_digest": colours.task(("Name the", "Tell the")).digest})
+    for manifest, job, told in (
+        (parts["manifest"], carried, "was tuned by no task, its job carries task sha256:"),
+        (other, carried, "was tuned by task sha256:.*, its job carries task"),
+        (bound, parts["job"], "its job carries no task"),
+    ):
+        with pytest.raises(WrongBinding, match=told):
+            verify_adapter(**{**parts, "job": job, "manifest": manifest})
 
 
 def test_the_first_difference_of_adapters_is_named(parts):

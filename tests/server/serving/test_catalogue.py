@@ -4,61 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import secrets
 import shutil
 from contextlib import aclosing
-from types import SimpleNamespace
 
 import pytest
+from shelf import Shelf
 
 import server.serving.catalogue
-from offsite.artefacts.bundle import open_bundle
-from offsite.artefacts.job import Job
 from offsite.artefacts.owner import owner_record_path, read_owner_record
+from offsite.artefacts.package import open_package
 from offsite.digests import model_digest
+from offsite.errors import ArtefactError, ConfigError
+from server.batching.generate import generate
+from server.batching.sampling import Settings
 from server.evaluation.candidates import read_own
 from server.plugging.fit import fit, plugged, scaled
 from server.plugging.ways import Way
-from server.registry.registry import Registry
-from server.registry.rows import short_id
 from server.serving.catalogue import Bundles, Catalogue, Served
 from server.serving.engine import Engine
-from server.serving.generate import generate
 from server.serving.protocol import CompletionAsk
-from server.serving.sampling import Settings
-
-
-class Shelf:
-    """A registry of several clients' bundles, put there without sealing them."""
-
-    def __init__(self, folder, package, make_bundle):
-        self.folder, self.package, self._make = folder, package, make_bundle
-        self.keys = folder / "keys"
-        self.keys.mkdir(mode=0o700)
-        self.registry = Registry.open(folder / "registry", self.keys, create=True)
-        self.bundles, self._sequence = {}, 0
-
-    def put(self, client, name, *, base_digest=None, accept=True, **spec):
-        """Return the id of a new bundle of the client (one letter), which calls itself `name`."""
-        self._sequence += 1
-        bundle = self._make(
-            self.folder / f"bundle-{self._sequence}", self.package, seed=self._sequence, shake=0.3, **spec
-        )
-        manifest = open_bundle(bundle.path).manifest
-        bound = {"package_digest": manifest.package_digest, "base_digest": base_digest or manifest.base_digest}
-        parties = {"owner": "-".join(["a" * 4] * 13), "client": "-".join([client * 4] * 13)}
-        job = Job(job_id=secrets.token_hex(16), adapter=manifest.adapter, created=1, expires=2**39, **parties, **bound)
-        digest = "sha256:" + secrets.token_hex(32)
-        self.registry.add_job(job, package=self.package.path, client_name=name, now=self._sequence)
-        envelope = SimpleNamespace(job_id=job.job_id, issuer=job.client, round=1, sequence=self._sequence)
-        self.registry.receive(envelope, digest, now=self._sequence)
-        shutil.copytree(bundle.path, self.registry.bundle_folder(short_id(digest)))
-        tensors = manifest.files["adapter.safetensors"].sha256
-        self.registry.verified(digest, bundle_digest=bundle.digest, tensors_sha256=tensors, figures={})
-        self.bundles[short_id(digest)] = bundle
-        if accept:
-            self.registry.advance(short_id(digest), "accepted")
-        return short_id(digest)
 
 
 @pytest.fixture
@@ -218,3 +182,19 @@ def test_a_withdrawn_adapter_stays_until_its_last_answer_is_written(shelf, lines
         assert served.adapter.pool is None
 
     asyncio.run(run())
+
+
+def test_a_package_that_moved_is_named(shelf, lines, full_llama, dropped_package, tmp_path):
+    first, now = tmp_path / "first", tmp_path / "now"
+    shutil.copytree(dropped_package.path, first)
+    shutil.copy(owner_record_path(dropped_package.path), owner_record_path(first))
+    shelf.package = open_package(first)
+    bundle_id = shelf.put("b", "anna", kind="lora", rank=2, placement="1+1")
+    first.rename(now)
+    owner_record_path(first).rename(owner_record_path(now))
+    with pytest.raises(ConfigError, match="not where it was"):
+        Bundles(shelf.registry, full_llama, model_digest(full_llama)).read(bundle_id)
+    fitted, _ = Bundles(shelf.registry, full_llama, model_digest(full_llama), [now]).read(bundle_id)
+    assert fitted.spec.rank == 2
+    with pytest.raises(ArtefactError, match="no owner's record"):
+        Bundles(shelf.registry, full_llama, model_digest(full_llama), [tmp_path / "elsewhere"])

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from pydantic import ValidationError
 
 import server.serving.serve
+from offsite.artefacts.bundle import AdapterSpec, Head
 from offsite.errors import ConfigError, RunFailed
 from server.http.serve import listen
 from server.serving.config import ServeConfig
@@ -98,6 +100,7 @@ def test_what_is_announced(tmp_path, monkeypatch, capsys, spread_llama, bytes_to
         pytest.skip("no IPv6 here")
     monkeypatch.delenv("OFFSITE_API_KEY", raising=False)
     monkeypatch.setattr(server.serving.serve, "load_served", lambda _: (spread_llama, bytes_tokenizer, "tiny"))
+    monkeypatch.setattr(server.serving.serve, "_head_of", lambda _: None)
     monkeypatch.setattr(server.serving.serve, "Process", Ended)
     before = signal.getsignal(signal.SIGTERM)
     done = serve(config(tmp_path, host=host))
@@ -117,6 +120,7 @@ def test_what_is_announced(tmp_path, monkeypatch, capsys, spread_llama, bytes_to
 def test_it_serves_until_told_to_end(tmp_path, monkeypatch, capsys, parrot, bytes_tokenizer):
     monkeypatch.setenv("OFFSITE_API_KEY", "k")
     monkeypatch.setattr(server.serving.serve, "load_served", lambda _: (parrot("the cough"), bytes_tokenizer, "tiny"))
+    monkeypatch.setattr(server.serving.serve, "_head_of", lambda _: None)
     made, real = [], server.serving.serve.Process
     monkeypatch.setattr(server.serving.serve, "Process", lambda app: made.append(real(app)) or made[0])
     lines, results = [], []
@@ -138,6 +142,7 @@ def test_it_serves_until_told_to_end(tmp_path, monkeypatch, capsys, parrot, byte
 PROGRAM = """
 import json, sys
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import server.serving.serve
@@ -148,6 +153,7 @@ def load(config):
     return model, AutoTokenizer.from_pretrained(config.adapted), "tiny"
 
 server.serving.serve.load_served = load
+server.serving.serve._head_of = lambda config: None
 print(json.dumps(server.serving.serve.serve(ServeConfig(adapted=Path(sys.argv[1]), port=0))))
 """
 
@@ -187,3 +193,13 @@ def test_a_signal_ends_the_process_cleanly_in_the_middle_of_an_answer(tmp_path, 
     done = json.loads(out.splitlines()[-1])
     assert (done["num_completions"], done["num_broken_off"]) == (1, 1)
     assert done["num_completion_tokens"] > 0
+
+
+def test_a_head_answers_no_tasks_which_is_told_before_the_model_is_loaded(tmp_path, monkeypatch):
+    task = Path(__file__).parents[3] / "examples" / "tasks" / "intents" / "task.yaml"
+    spec = AdapterSpec(kind="lora", head=Head(task="classify", labels=("a", "b"), hidden=32))
+    monkeypatch.setattr(server.serving.serve, "open_adapted", lambda _: SimpleNamespace(adapter=spec))
+    monkeypatch.setattr(server.serving.serve, "load_served", lambda _: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match="--task: 'adapted' is for classify and writes no text") as caught:
+        serve(config(tmp_path, task=(task,)))
+    assert "/v1/classify" in caught.value.hint

@@ -1,0 +1,71 @@
+"""Transformers' own sequence classifier of an encoder: its names for a head's tensors, and one of trunk and head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from offsite.encoders.head import NAMES, EncoderHead
+from offsite.encoders.trunk import trunk_class
+from offsite.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def classifier_name(family: str, name: str) -> str:
+    """Return what transformers' sequence classifier of the family calls a head's tensor."""
+    place, _, last = name.rpartition(".")
+    return f"{NAMES[family][place]}.{last}"
+
+
+def trunk_prefix(family: str) -> str:
+    """Return the name of the module that is the trunk in the family's classifiers."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return str(trunk_class(CONFIG_MAPPING[family]).base_model_prefix)
+
+
+def head_modules(family: str) -> list[str]:
+    """Return the last names of the modules that make up the head of the family's classifier, each once."""
+    places = (place.removeprefix(f"{trunk_prefix(family)}.") for place in NAMES[family].values())
+    return list(dict.fromkeys(place.partition(".")[0] for place in places))
+
+
+def as_sequence_classifier(trunk: PreTrainedModel, head: EncoderHead, config: PreTrainedConfig) -> PreTrainedModel:
+    """Return transformers' sequence classifier of `trunk`, whose parameters it shares, with a copy of `head`.
+
+    Args:
+        config: the trunk's, with the labels.
+
+    Raises:
+        UnsupportedModel: when it has other tensors than these.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSES
+
+    family = config.model_type
+    with torch.device("meta"):
+        make: Any = CLASSES[type(config)]
+        found: Any = make(config)
+    prefix = found.base_model_prefix
+    tensors: dict[str, Tensor] = {
+        f"{prefix}.{name}": tensor for name, tensor in trunk.named_parameters() if not name.startswith("score.")
+    }
+    names = {classifier_name(family, name): tensor for name, tensor in head.named_parameters()}
+    tensors |= {name: tensor.detach().to(trunk.dtype, copy=True) for name, tensor in names.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes != {name: tensor.shape for name, tensor in found.named_parameters()}:
+        raise UnsupportedModel(f"{type(found).__name__} has a head of another form")
+    for name, tensor in tensors.items():
+        place, _, last = name.rpartition(".")
+        setattr(found.get_submodule(place), last, nn.Parameter(tensor.detach(), requires_grad=False))
+    for place, part in trunk.named_modules():
+        for key, buffer in part.named_buffers(recurse=False):
+            setattr(found.get_submodule(f"{prefix}.{place}".rstrip(".")), key, buffer)
+        for key, value in vars(part).items():
+            if isinstance(value, Tensor):
+                setattr(found.get_submodule(f"{prefix}.{place}".rstrip(".")), key, value)
+    found.eval()
+    return found  # type: ignore[no-any-return]

@@ -1,0 +1,84 @@
+"""The heads of encoders: what transformers' sequence classifiers of each family have behind the blocks, in one form.
+
+A head pools the last hidden states (the first token's, or with ModernBERT's ``classifier_pooling`` their mean), passes
+them through one linear of the hidden size with an activation, with ModernBERT a norm, and then through the linear that
+has a row for each label. Families differ in names alone; `NAMES` has what each calls the parts. No dropout is applied.
+
+Shapes: B rows, T tokens, D hidden, L labels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from offsite.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_POOLED = {"dense": "classifier.dense", "": "classifier.out_proj"}
+NAMES: dict[str, dict[str, str]] = {
+    "bert": {"dense": "bert.pooler.dense", "": "classifier"},
+    "roberta": _POOLED,
+    "xlm-roberta": _POOLED,
+    "distilbert": {"dense": "pre_classifier", "": "classifier"},
+    "modernbert": {"dense": "head.dense", "norm": "head.norm", "": "classifier"},
+    "deberta-v2": {"dense": "pooler.dense", "": "classifier"},
+}
+"""By family, where its sequence classifier has the parts of an `EncoderHead`; the last linear is the head's own."""
+
+_ACTIVATIONS = {"bert": "tanh", "roberta": "tanh", "xlm-roberta": "tanh", "distilbert": "relu"}
+_ACTIVATION_KEYS = {"modernbert": "classifier_activation", "deberta-v2": "pooler_hidden_act"}
+
+
+class EncoderHead(nn.Module):
+    """A head on an encoder's last hidden states; its last linear begins at zero, the one before it at random.
+
+    Args:
+        config: the encoder's.
+
+    Raises:
+        UnsupportedModel: when the family's classifier would have other parts under this configuration.
+    """
+
+    def __init__(self, config: PreTrainedConfig, num_labels: int) -> None:
+        super().__init__()
+        from transformers.activations import ACT2FN
+
+        family: Any = config.model_type
+        size = int(config.hidden_size)
+        if family == "deberta-v2" and config.pooler_hidden_size != size:
+            raise UnsupportedModel(f"{family} with a pooler of another size than its states takes no head")
+        if family == "modernbert" and (config.classifier_bias or config.norm_bias):
+            raise UnsupportedModel(f"{family} with classifier_bias or norm_bias takes no head")
+        self.dense = nn.Linear(size, size, bias=family != "modernbert")
+        nn.init.normal_(self.dense.weight, 0.0, config.initializer_range)
+        if self.dense.bias is not None:
+            nn.init.zeros_(self.dense.bias)
+        self.activation = ACT2FN[_ACTIVATIONS.get(family) or getattr(config, _ACTIVATION_KEYS[family])]
+        if "norm" in NAMES[family]:
+            self.norm = nn.LayerNorm(size, eps=config.norm_eps, bias=False)
+        self.weight = nn.Parameter(torch.zeros(num_labels, size))
+        self.bias = nn.Parameter(torch.zeros(num_labels))
+        self._takes_mean = getattr(config, "classifier_pooling", "cls") == "mean"
+
+    def forward(self, states_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """Return the scores (B, L) of rows of last hidden states; `mask_BT` is 1 where a token is no padding."""
+        states_BD = states_BTD[:, 0]
+        if self._takes_mean:
+            states_BD = (states_BTD * mask_BT.unsqueeze(-1)).sum(1) / mask_BT.sum(1, keepdim=True)
+        inner_BD = self.activation(self.dense(states_BD))
+        if hasattr(self, "norm"):
+            inner_BD = self.norm(inner_BD)
+        return nn.functional.linear(inner_BD, self.weight, self.bias)
+
+
+def head_shapes(family: str, num_labels: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of such a head, by name."""
+    shapes: dict[str, tuple[int, ...]] = {"weight": (num_labels, hidden), "bias": (num_labels,)}
+    shapes["dense.weight"] = (hidden, hidden)
+    shapes |= {"norm.weight": (hidden,)} if "norm" in NAMES[family] else {"dense.bias": (hidden,)}
+    return shapes

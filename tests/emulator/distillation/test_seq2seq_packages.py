@@ -1,0 +1,160 @@
+"""Packages of encoder-decoders: made without training, opened by clients, right to the bit where nothing is dropped."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from seq2seq_lab import closing_tokenizer, logits, rows, saved, seq2seq
+from transformers import AutoModelForSeq2SeqLM
+
+from emulator.marking.mark import carriers
+from offsite import cli
+from offsite.artefacts.owner import owner_record_path, read_owner_record
+from offsite.artefacts.package import open_package
+from offsite.artefacts.rebuild import empty_model
+from offsite.errors import BadSchema, UnsupportedModel
+from offsite.modelling.blocks import text_stacks
+from offsite.modelling.split import extract
+from offsite.seq2seq.inputs import inputs_of
+from offsite.seq2seq.models import start_token
+from offsite.text.answers import encode_answers
+from offsite.text.batches import collate
+from offsite.text.records import Record
+
+
+@pytest.fixture
+def public(tmp_path):
+    """Questions and answers that are alike."""
+    organs, beings = ("heart", "liver", "lung", "eye"), ("cats", "dogs", "people")
+    pairs = [(f"What is the {a} of {b} like, by {c}?", f"The {a} {b} has, {c}.") for a in organs for b in beings
+             for c in "abcd"]  # fmt: skip
+    path = tmp_path / "public.jsonl"
+    path.write_text("".join(json.dumps({"prompt": one, "completion": two}) + "\n" for one, two in pairs))
+    return path
+
+
+def distil(checkpoint, out, public, *words):
+    stated = ["--public", str(public), "--block-tokens", "48", "--batch-size", "8", "--device", "cpu"]
+    stated += ["--calibration-tokens", "1024", *([] if "--steps" in words else ["--steps", "0"])]
+    return cli.run(["distill", str(checkpoint), "-o", str(out), "--bottom", "1", "--top", "1", *stated, *words])
+
+
+@pytest.mark.proves("models", "encoder-decoders")
+@pytest.mark.parametrize("name", ["t5", "bart", pytest.param("gated-t5", marks=pytest.mark.slow)])
+def test_what_a_client_opens_is_what_was_made(name, tmp_path, public, capsys):
+    """Nothing dropped: equal to the bit. Blocks dropped: to the bit what is cut by hand."""
+    checkpoint, model = saved(tmp_path / name, name), seq2seq(name)
+    full = logits(model, rows())
+    ways = {"whole": ("--method", "keep-all"), "few": ("--method", "drop", "--blocks", "2")}
+    found = {}
+    for way, words in ways.items():
+        assert distil(checkpoint, tmp_path / way, public, *words) == 0, capsys.readouterr().err
+        found[way] = logits(open_package(tmp_path / way).load_model(seq2seq=True), rows())
+    assert torch.equal(found["whole"], full)
+    encoder, decoder = (stack.name for stack in text_stacks(model))
+    cut = extract(model, {encoder: [0, 1, 3, 4], decoder: range(4)})
+    assert torch.equal(found["few"], logits(cut, rows()))
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "few")
+    torch.testing.assert_close(logits(theirs, rows()), found["few"])
+    record = read_owner_record(owner_record_path(tmp_path / "few"))
+    assert record.kept == (0, 1, 3, 4, 0, 1, 2, 3)
+    assert record.sites["top.1"] == f"{decoder}.3"
+    assert record.full_middle() == [f"{encoder}.{n}" for n in (1, 2, 3)] + [f"{decoder}.{n}" for n in (1, 2)]
+    marked = carriers(open_package(tmp_path / "few"))
+    middle = {f"{encoder}.{n}." for n in (1, 2)} | {f"{decoder}.{n}." for n in (1, 2)}
+    assert all(any(name.startswith(block) for block in middle) for name in marked)
+    assert all(any(name.startswith(block) for name in marked) for block in middle)
+    with pytest.raises(UnsupportedModel, match="'few' is an encoder-decoder, which this cannot be done with"):
+        open_package(tmp_path / "few").load_model()
+
+
+@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+def test_half_the_channels_refitted_are_nearer_than_half_of_them_as_they_were(name, tmp_path, public, capsys):
+    checkpoint, model = saved(tmp_path / name, name), seq2seq(name)
+    asked = [json.loads(line) for line in public.read_text().splitlines()[::5]]
+    examples = encode_answers(
+        [Record(((one["prompt"], False), (one["completion"], True)), "", 0) for one in asked],
+        closing_tokenizer(),
+        start=start_token(model.config),
+        context=48,
+    ).examples
+    batch = inputs_of(collate(examples, 0))
+    full = logits(model, batch)
+    ways = {"narrow": ("--width", "0.5"), "plain": ("--width", "0.5", "--channels", "activation", "--no-refit")}
+    found = {}
+    for way, words in ways.items():
+        assert distil(checkpoint, tmp_path / way, public, *words) == 0, capsys.readouterr().err
+        away = logits(open_package(tmp_path / way).load_model(seq2seq=True), batch) - full
+        found[way] = float(away[batch["decoder_attention_mask"].bool()].norm())
+    assert 0 < found["narrow"] < found["plain"]
+
+
+def test_one_stack_may_be_cut_alone_and_running_text_is_read_half_by_half(tmp_path, capsys):
+    checkpoint, model = saved(tmp_path / "t5", "t5"), seq2seq("t5")
+    text = tmp_path / "public.txt"
+    text.write_text("\n\n".join(f"The {a} of {b} is known by its name." for a in "abcdef" for b in "uvwxyz"))
+    words = ("--width", "0.5", "--stacks", "decoder")
+    assert distil(checkpoint, tmp_path / "package", text, *words) == 0, capsys.readouterr().err
+    package = open_package(tmp_path / "package")
+    opened = package.load_model(seq2seq=True)
+    batch = {key: one for key, one in rows().items() if not key.startswith("decoder")}
+    with torch.no_grad():
+        states = [one.get_encoder()(**batch).last_hidden_state for one in (opened, model)]
+    assert torch.equal(*states)
+    assert not torch.allclose(logits(opened, rows()), logits(model, rows()), atol=1e-3)
+    layout = package.layout
+    assert (layout.encoder.num_bottom, layout.encoder.num_middle, layout.encoder.num_top) == (1, 0, 4)
+    assert (layout.num_bottom, layout.num_middle, layout.num_top) == (1, 2, 1)
+    assert list(layout.blocks)[:7] == ["bottom.0", "top.0", "top.1", "top.2", "top.3", "bottom.1", "middle.0"]
+
+
+def test_a_layout_of_other_stacks_is_no_package(tmp_path, public, capsys):
+    """Both stacks under one name, the encoder left out, an encoder too many blocks deep."""
+    checkpoint = saved(tmp_path / "bart", "bart")
+    assert distil(checkpoint, tmp_path / "package", public, "--method", "keep-all") == 0, capsys.readouterr().err
+    package = open_package(tmp_path / "package")
+    own = package.layout.encoder
+    for changed, kind in {
+        own.model_copy(update={"stack": package.layout.stack}): "stacks of other names than the layout",
+        own.model_copy(update={"num_middle": 9}): "describes .* blocks, the layout counts 11",
+        None: "differ in whether there is an encoder beside the decoder",
+    }.items():
+        if changed is not None and changed.num_middle != 9:  # as deep as the decoder, which it claims to be
+            changed = changed.model_copy(update={"num_middle": 2})
+            (package.path / "config.json").write_text(
+                (package.path / "config.json").read_text().replace('"encoder_layers": 5', '"encoder_layers": 4')
+            )
+        layout = package.layout.model_copy(update={"encoder": changed})
+        with pytest.raises(BadSchema, match=kind):
+            empty_model(package.path, layout, package.manifest.tensors)
+
+
+def test_answers_are_learnt_behind_the_token_they_are_written_behind(tmp_path, public, capsys):
+    checkpoint = saved(tmp_path / "gated", "gated-t5")
+    settings = json.loads((checkpoint / "config.json").read_text())
+    assert settings.pop("decoder_start_token_id") == 1
+    (checkpoint / "config.json").write_text(json.dumps(settings))
+    assert distil(checkpoint, tmp_path / "package", public, "--method", "keep-all") == 2
+    assert "writes answers behind token 1 by its generation_config.json and learns them behind token 0" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--steps", "5", "--refit-jacobian", "1"), "--steps above 0 and --refit-jacobian"),
+        (("--method", "low-rank"), "--method low-rank"),
+        (("--method", "drop", "--blocks", "2", "--choice", "crash", "--pack", "int8"), "--pack and --choice crash"),
+    ],
+)
+def test_what_does_not_work_yet_is_refused_before_a_weight_is_read(tmp_path, public, capsys, words, told):
+    checkpoint = saved(tmp_path / "t5", "t5")
+    (checkpoint / "model.safetensors").write_bytes(b"no weights")
+    assert distil(checkpoint, tmp_path / "package", public, *words) == 2
+    said = capsys.readouterr().err
+    assert f"model 't5' is an encoder-decoder: {told} cannot be had with it" in said
+    assert "--steps 0 with --method width, drop or keep-all" in said
+    assert not (tmp_path / "package").exists()
