@@ -110,6 +110,12 @@ class TuneConfig(
         description="steps between validations; 0: three to ten times per run, by what they cost",
         json_schema_extra=TRAINING,
     )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="validations in a row without a lower loss after which a run ends; 0: it takes all its steps",
+        json_schema_extra=TRAINING,
+    )
     sealed_off: bool = Field(
         False, description="deny connections, other processes and writes beside the output", json_schema_extra=PRIVACY
     )
@@ -143,6 +149,8 @@ class TuneConfig(
             )
         if self.round is not None and self.launch > 1:
             problems.append("--launch: a federation's round is tuned in one process")
+        if self.round is not None and self.patience:
+            problems.append("--patience: a federation's round takes the steps that its owner asks for")
         if self.round is not None and self.adapter == "dora":
             problems.append("--adapter dora: no federation adds up its updates")
         if self.sealed_off and self.launch > 1:
@@ -226,6 +234,8 @@ class TuneConfig(
             problems.append("--launch: --dp runs in one process")
         if self.evaluate_every:
             problems.append("--evaluate-every: --dp chooses no checkpoint by private text; it is validated at the end")
+        if self.patience:
+            problems.append("--patience: when a run ends would depend on private text, --dp counts steps beforehand")
         problems += [
             f"--disclose {name}: --dp does not cover it, it is a function of the private text"
             for name in self.disclose

@@ -296,6 +296,7 @@ def loop_settings(config: TuneConfig, text: TrainingText) -> LoopConfig:
         seed=config.seed,
         checkpoint_every=config.checkpoint_every,
         evaluate_every=config.evaluate_every or _steps_between(config, text, steps),
+        patience=config.patience,
         tensorboard=config.tensorboard,
     )
 

@@ -177,6 +177,12 @@ VERBS: dict[str, Verb] = {
         "server.registry.verbs:refuse_run",
         OWNER,
     ),
+    "withdraw": Verb(
+        "take one client's adapter out again, signed",
+        "server.plugging.config:WithdrawConfig",
+        "server.plugging.withdraw:run",
+        OWNER,
+    ),
     "log verify": Verb(
         "check the registry's log from its first line",
         "server.registry.config:LogVerifyConfig",

@@ -39,7 +39,9 @@ HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PayloadName = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\.enc$")]
 NumBytes = Annotated[int, Field(ge=0, le=MAX_FILES * 2 * MAX_FILE_BYTES)]
 Second = Annotated[int, Field(ge=0, le=LATEST_SECOND)]
-State = Literal["receiving", "verifying", "received", "verified", "accepted", "plugged-in", "served", "refused"]
+State = Literal[
+    "receiving", "verifying", "received", "verified", "accepted", "plugged-in", "served", "refused", "withdrawn"
+]
 
 
 class Declaration(Strict):

@@ -69,6 +69,7 @@ FILES: dict[str, tuple[str, str]] = {
     "offsite/owner/1": ("owner's record of a package", "offsite.inspection.artefacts:show_owner"),
     "offsite/release/1": ("record of a release", "offsite.inspection.evidence:show_release"),
     "offsite/run/1": ("record of a run", "offsite.inspection.evidence:show_run"),
+    "offsite/withdrawal/1": ("withdrawal", "offsite.inspection.parties:show_withdrawal"),
 }
 
 ELSEWHERE: dict[str, tuple[str, str]] = {

@@ -1,4 +1,4 @@
-"""Sealed folders, cards and keys folders, in words. Nothing is decrypted, and no private key is opened."""
+"""Sealed folders, withdrawals, cards and keys folders, in words. Nothing is decrypted, and no private key is opened."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from offsite.sealed.manifest import (
     read_signatures,
     verify_sealed,
 )
+from offsite.sealed.withdrawal import WITHDRAWAL_LIMIT_BYTES, read_withdrawal
 from offsite.strictjson import parse_strict
 
 _CARD = "signed by the keys in it; whose they are, only the fingerprint compared over another channel tells"
@@ -101,6 +102,55 @@ def _verified(thing: Thing, raw: RawSealed, manifest: SealedManifest) -> str | N
         return f"signatures not checked: {error}"
     check_payload(thing.path, manifest)
     return None
+
+
+def show_withdrawal(thing: Thing) -> dict[str, object]:
+    """A withdrawal is told; its signatures are verified where its issuer is pinned.
+
+    Raises:
+        ArtefactError: with the subclass of the check that failed.
+    """
+    statement, verify = read_withdrawal(read_plain(thing.path, WITHDRAWAL_LIMIT_BYTES))
+    keys = _keys_of(thing, statement.issuer)
+    if isinstance(keys, PublicKeys):
+        verify(keys)
+    checked = "both signatures; what is stated is its issuer's word" if isinstance(keys, PublicKeys) else keys
+    say(f"withdrawal {thing.name}; {'checked: ' if isinstance(keys, PublicKeys) else ''}{checked}")
+    told = thing.names.told
+    facts(
+        {
+            "issuer": told(statement.issuer),
+            "client": told(statement.client),
+            "created": when(statement.created, thing.now),
+            "sealed bundle": statement.bundle,
+            "bundle": statement.bundle_digest,
+            "job": statement.job_id,
+            "round": statement.round,
+            "it was": statement.was,
+            "base model": statement.base_digest,
+            "read again": "the full model, and its digest is that one" if statement.model_checked else "nothing",
+        }
+    )
+    for digest in statement.removed:
+        fact("deleted", f"an adapted folder, {digest}")
+    for one in statement.sums:
+        since = f", on which {one.rounds_since:,} later round(s) stand" if one.rounds_since else ""
+        fact("stays", f"in the sum of round {one.round} of federation {one.federation[:12]}{since}")
+    verified = isinstance(keys, PublicKeys)
+    return {"kind": "withdrawal", **statement.model_dump(mode="json"), "verified": verified, "checked": checked}
+
+
+def _keys_of(thing: Thing, issuer: str) -> PublicKeys | str:
+    """Return the issuer's keys, or why there are none to check its signatures with."""
+    store, own = thing.names.store, thing.names.own
+    if store is None:
+        return "signatures not checked: --keys names no keys folder with its issuer's card"
+    if own is not None and own.fingerprint == issuer:
+        return own
+    try:
+        return store.require(issuer, now=thing.now)
+    except Untrusted as error:
+        return f"signatures not checked: {error}"
 
 
 def show_card(thing: Thing) -> dict[str, object]:

@@ -37,11 +37,13 @@ class LoopConfig(BaseModel):
     seed: int = Field(0, ge=0, description="seed of everything random inside a step")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints; the last step always has one")
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0 = only after the last step")
+    patience: int = Field(0, ge=0, description="evaluations without a lower loss that end the run; 0 = none do")
     tensorboard: Path | None = Field(None, description="folder for TensorBoard scalars; none = not written")
 
     def binding(self) -> dict[str, str | int | float]:
         """Return the settings that a resumed run must share with the run it goes on from."""
-        return self.model_dump(mode="json", exclude=_COSMETIC)
+        left_out = _COSMETIC | ({"patience"} if not self.patience else set())  # checkpoints of before know of none
+        return self.model_dump(mode="json", exclude=left_out)
 
 
 class DeviceSettings(VerbConfig):

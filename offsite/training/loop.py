@@ -305,9 +305,20 @@ class _Run:
         if self.evaluate is not None and self._is_due(self.config.evaluate_every):
             try:
                 record["evaluation_loss"] = self._evaluated(self.evaluate)
+                self._require_patience()
             except EndOfRun as end:
                 self._end(end)
         return record
+
+    def _require_patience(self) -> None:
+        """Return only while a lower evaluation may still come: of a run that keeps its best weights."""
+        best, patience = self.state.best, self.config.patience
+        if not patience or best is None or not self.keep_best or self.state.step == self.config.steps:
+            return
+        since = sum(step > best[0] for step, _ in self.state.evaluations)
+        if since >= patience:
+            reason = f"{since} validation(s) in a row found no lower loss"
+            raise EndOfRun("patience", reason, hint="more --patience waits longer, --patience 0 to the last step")
 
     def _end(self, end: EndOfRun) -> None:
         """The run ends here, with the best weights so far. Raises RunFailed when none were evaluated."""

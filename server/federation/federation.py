@@ -255,7 +255,7 @@ class Federation:
         found = {}
         for entry in self.registry.entries():
             is_ours = entry.round == number and self.job_ids.get(entry.client) == entry.job_id
-            if is_ours and entry.state not in ("received", "refused"):
+            if is_ours and entry.state not in ("received", "refused", "withdrawn"):
                 found[entry.client] = entry
         return found
 

@@ -12,4 +12,5 @@ __all__ = [
     "shares",
     "sparing",
     "ways",
+    "withdraw",
 ]

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from offsite.config import OUTPUT, PLUGGING, REPEATED, USUAL, VerbConfig, flag_name
 from offsite.errors import ConfigError
+from offsite.keys.config import IdentityConfig
 from offsite.modelling.config import ModelWord
 from offsite.text.config import TextFiles
 from server.plugging.ways import LEAST_SPARE, MOST_SPARE, Way
@@ -177,3 +178,21 @@ class PlugConfig(AcceptedConfig, WaySettings, CorrectSettings):
         description="results folder of evaluating this bundle; its figures go into the README",
         json_schema_extra=USUAL,
     )
+
+
+class WithdrawConfig(IdentityConfig, RegisteredConfig):
+    """Settings of ``offsite withdraw ID --registry DIR -o WITHDRAWAL``."""
+
+    verb: ClassVar[str] = "withdraw"
+
+    adapted: tuple[Path, ...] = Field(
+        (),
+        description="adapted folder that plug-in wrote of the bundle, to be deleted; may be repeated",
+        json_schema_extra=USUAL | REPEATED,
+    )
+    model: str | None = Field(
+        None,
+        description="the full model: its digest is compared with the one before anything was plugged in",
+        json_schema_extra=USUAL,
+    )
+    output: Path = Field(description="file to write the signed statement to, for the client", json_schema_extra=OUTPUT)

@@ -52,7 +52,7 @@ from server.plugging.sparing import public_text
 from server.plugging.ways import Way
 from server.registry.intake import asked_round, read_registered
 from server.registry.registry import Registry
-from server.registry.rows import Entry, refusal
+from server.registry.rows import Entry, refusal, withdrawn
 from server.registry.verify import Verified
 
 if TYPE_CHECKING:
@@ -149,12 +149,14 @@ def accepted(registry: Registry, word: str) -> Entry:
 
     Raises:
         ConfigError: when there is none, or it answers a federation's later round.
-        PolicyError: when it was not accepted yet.
+        PolicyError: when it was not accepted yet, or was withdrawn.
         ArtefactError: with its class, when it was refused.
     """
     entry = registry.named(word)
     if entry.state == "refused":
         raise refusal(entry.reason or "", f"bundle {entry.id} was refused: {entry.message}")
+    if entry.state == "withdrawn":
+        raise withdrawn(entry.id)
     if entry.state in ("received", "verified"):
         hint = f"offsite registry accept {entry.id} --registry {registry.folder}"
         raise PolicyError(f"bundle {entry.id} is {entry.state}, not accepted", hint=hint)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from offsite.errors import ConfigError, Replayed
+from offsite.sealed.withdrawal import Sum
 from server.registry.registry import Registry
+from server.registry.rows import Entry
 
 
 def known_id(registry: Registry, name: str) -> str | None:
@@ -34,6 +36,27 @@ def is_finished(registry: Registry, federation_id: str, number: int) -> bool:
     """Tell whether that round is closed."""
     found = (federation_id, number)
     return bool(registry.store.rows("SELECT 1 FROM finished WHERE federation_id = ? AND round = ?", found))
+
+
+def sums_with(registry: Registry, entry: Entry) -> tuple[Sum, ...]:
+    """Return the finished round of each federation whose sum holds the bundle, empty when it answered none.
+
+    A bundle that was left out of its round's sum is told by that round, and not counted.
+    """
+    rows = registry.store.rows("SELECT federation_id, content FROM federations ORDER BY begun, federation_id")
+    found = []
+    for row in rows:
+        if entry.job_id not in json.loads(row["content"]).get("jobs", ()):
+            continue
+        key = row["federation_id"]
+        rounds = {
+            one["round"]: json.loads(one["content"])
+            for one in registry.store.rows("SELECT round, content FROM finished WHERE federation_id = ?", (key,))
+        }
+        told = rounds.get(entry.round)
+        if told is not None and entry.client in told["used"]:
+            found.append(Sum(federation=key, round=entry.round, rounds_since=max(rounds) - entry.round))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

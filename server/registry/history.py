@@ -25,7 +25,7 @@ def told_states(lines: Iterable[Mapping[str, Any]]) -> dict[str, frozenset[str |
                 told[digest] = frozenset({None, "refused"} if digest in told else {None})
         elif event == "forgotten":
             told[digest] = frozenset({None})
-        elif event in STANDING | {"received", "refused"}:
+        elif event in STANDING | {"received", "refused", "withdrawn"}:
             told[digest] = frozenset({event})
     return told
 

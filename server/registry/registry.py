@@ -1,6 +1,7 @@
 """The registry: the owner's models, packages, clients, jobs and bundles, and what became of each bundle.
 
-A bundle goes received -> verified -> accepted -> plugged-in -> served, or is refused. Every step is one transaction
+A bundle goes received -> verified -> accepted -> plugged-in -> served, or is refused, or once accepted is withdrawn
+(``server/plugging/withdraw.py``). Every step is one transaction
 with its line in the log (``offsite/state/store.py``), and taking a step again changes nothing. One bundle that is not
 refused may stand for a job, client and round, and a digest stands for one bundle for ever: that is the replay ledger.
 
@@ -45,6 +46,7 @@ from server.registry.rows import (
     refusal,
     seen_by,
     short_id,
+    withdrawn,
 )
 
 if TYPE_CHECKING:
@@ -344,13 +346,15 @@ class Registry:
         Raises:
             ConfigError: when there is no such bundle.
             ArtefactError: with its class, when it was refused.
-            PolicyError: when a state before `to` was left out.
+            PolicyError: when a state before `to` was left out, or it was withdrawn.
         """
         entry = self.entry(bundle_id)
         with self._store.transaction() as transaction:
             state: State = transaction.execute("SELECT state FROM bundles WHERE id = ?", (bundle_id,)).fetchone()[0]
             if state == "refused":
                 raise refusal(entry.reason or "ArtefactError", entry.message or f"bundle {bundle_id} was refused")
+            if state == "withdrawn":
+                raise withdrawn(bundle_id)
             if _PATH.index(state) + 1 == _PATH.index(to):
                 self._set(transaction, entry, to, _now(now))
             elif _PATH.index(state) < _PATH.index(to):
@@ -397,19 +401,15 @@ class Registry:
 
         Raises:
             ConfigError: when there is no such bundle.
-            PolicyError: when it is plugged in already, or a plugging in is under way.
+            PolicyError: when it is plugged in already or was withdrawn, or a plugging in is under way.
         """
         entry = self.entry(bundle_id)
-        with self.one_plug_in(wait=False) as mine, self._store.transaction() as transaction:
-            if not mine:
-                raise PolicyError(
-                    f"bundle {bundle_id} may be the one that is being plugged in", hint="wait until it is"
-                )
+        with self._not_plugging_in(bundle_id), self._store.transaction() as transaction:
             state = transaction.execute("SELECT state FROM bundles WHERE id = ?", (bundle_id,)).fetchone()[0]
             if state in ("plugged-in", "served"):
-                raise PolicyError(
-                    f"bundle {bundle_id} is {state}", hint="delete the adapted model; the registry keeps what was done"
-                )
+                raise PolicyError(f"bundle {bundle_id} is {state}", hint=f"offsite withdraw {bundle_id}")
+            if state == "withdrawn":
+                raise withdrawn(bundle_id)
             if state != "refused":
                 transaction.execute(
                     "UPDATE bundles SET reason = 'PolicyError', message = 'refused by the owner' WHERE id = ?",
@@ -418,6 +418,36 @@ class Registry:
                 self._set(transaction, entry, "refused", _now(now))
         shutil.rmtree(self.bundle_folder(bundle_id), ignore_errors=True)
         return self.entry(bundle_id)
+
+    def withdraw(self, bundle_id: str, *, now: int | None = None) -> Entry:
+        """The bundle is withdrawn and its files are gone; its round stays taken. Again changes nothing.
+
+        Raises:
+            ConfigError: when there is no such bundle.
+            ArtefactError: with its class, when it was refused.
+            PolicyError: when it was not accepted yet, or a plugging in is under way.
+        """
+        entry = self.entry(bundle_id)
+        with self._not_plugging_in(bundle_id), self._store.transaction() as transaction:
+            state = transaction.execute("SELECT state FROM bundles WHERE id = ?", (bundle_id,)).fetchone()[0]
+            if state == "refused":
+                raise refusal(entry.reason or "ArtefactError", entry.message or f"bundle {bundle_id} was refused")
+            if state in ("received", "verified"):
+                hint = f"offsite registry refuse {bundle_id}"
+                raise PolicyError(f"bundle {bundle_id} is {state}, there is nothing to take out again", hint=hint)
+            if state != "withdrawn":
+                self._set(transaction, entry, "withdrawn", _now(now))
+        shutil.rmtree(self.bundle_folder(bundle_id), ignore_errors=True)
+        return self.entry(bundle_id)
+
+    @contextmanager
+    def _not_plugging_in(self, bundle_id: str) -> Iterator[None]:
+        with self.one_plug_in(wait=False) as mine:
+            if not mine:
+                raise PolicyError(
+                    f"bundle {bundle_id} may be the one that is being plugged in", hint="wait until it is"
+                )
+            yield
 
     def bundle_folder(self, bundle_id: str) -> Path:
         """Return where the plain files of a verified bundle are."""
@@ -492,7 +522,8 @@ class Registry:
             remove(path)
         for row in self._store.rows("SELECT digest FROM bundles WHERE state = 'received'"):
             self.forget(row["digest"])
-        kept = {row["id"] for row in self._store.rows("SELECT id FROM bundles WHERE state <> 'refused'")}
+        standing = "SELECT id FROM bundles WHERE state NOT IN ('refused', 'withdrawn')"
+        kept = {row["id"] for row in self._store.rows(standing)}
         found = [path for path in (self.folder / "bundles").iterdir() if re.fullmatch(ID_PATTERN, path.name)]
         if left := [path for path in found if path.name not in kept]:
             self._require_unverified(left)

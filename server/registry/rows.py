@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from offsite import errors
-from offsite.errors import ArtefactError, Replayed
+from offsite.errors import ArtefactError, PolicyError, Replayed
 
 if TYPE_CHECKING:
     from offsite.sealed.manifest import SealedManifest
 
-State = Literal["received", "verified", "accepted", "plugged-in", "served", "refused"]
+State = Literal["received", "verified", "accepted", "plugged-in", "served", "refused", "withdrawn"]
 
 MIGRATIONS = (
     """
@@ -66,6 +66,30 @@ CREATE TABLE ways (
     id TEXT NOT NULL REFERENCES bundles, event TEXT NOT NULL CHECK (event IN ('plugged-in', 'served')),
     way TEXT NOT NULL, spare_text TEXT NOT NULL, PRIMARY KEY (id, event, way, spare_text)
 ) STRICT
+""",
+    # SQLite changes no CHECK of a table that stands: both tables are written anew, in the order of their rows
+    """
+CREATE TABLE bundles_with_withdrawn (
+    id TEXT PRIMARY KEY, digest TEXT NOT NULL UNIQUE, job_id TEXT NOT NULL REFERENCES jobs,
+    client TEXT NOT NULL REFERENCES clients, round INTEGER NOT NULL, sequence INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (
+        state IN ('received', 'verified', 'accepted', 'plugged-in', 'served', 'refused', 'withdrawn')
+    ),
+    received INTEGER NOT NULL, changed INTEGER NOT NULL, reason TEXT, message TEXT,
+    bundle_digest TEXT, tensors_sha256 TEXT, figures TEXT
+) STRICT;
+CREATE TABLE ways_of_them (
+    id TEXT NOT NULL REFERENCES bundles_with_withdrawn,
+    event TEXT NOT NULL CHECK (event IN ('plugged-in', 'served')),
+    way TEXT NOT NULL, spare_text TEXT NOT NULL, PRIMARY KEY (id, event, way, spare_text)
+) STRICT;
+INSERT INTO bundles_with_withdrawn SELECT * FROM bundles ORDER BY rowid;
+INSERT INTO ways_of_them SELECT * FROM ways ORDER BY rowid;
+DROP TABLE ways;
+DROP TABLE bundles;
+ALTER TABLE bundles_with_withdrawn RENAME TO bundles;
+ALTER TABLE ways_of_them RENAME TO ways;
+CREATE UNIQUE INDEX bundle_of_a_round ON bundles (job_id, client, round) WHERE state <> 'refused'
 """,
 )
 
@@ -152,6 +176,11 @@ def refusal(reason: str, message: str) -> ArtefactError:
     if isinstance(found, type) and issubclass(found, ArtefactError):
         return found(message)
     return ArtefactError(message)
+
+
+def withdrawn(bundle_id: str) -> PolicyError:
+    """Return the error for whoever would use a bundle that its owner took out again."""
+    return PolicyError(f"bundle {bundle_id} was withdrawn", hint="offsite registry list says what stands")
 
 
 def entry_of(row: sqlite3.Row) -> Entry:

@@ -171,6 +171,7 @@ class HeadApp(App):
         embeds: whether it is an encoder, whose embeddings can be asked for.
         model_id: the name clients ask for.
         key, tenants, limit_bytes: as `App` takes them.
+        stands: as `Catalogue` takes it.
     """
 
     def __init__(
@@ -183,9 +184,10 @@ class HeadApp(App):
         key: str | None,
         tenants: Tenants | None,
         limit_bytes: int,
+        stands: Callable[[], bool] | None = None,
     ) -> None:
         engine = cast(Engine, scorer)  # of which the routes that are added read counts, and what is inside
-        catalogue = Catalogue(engine, {model_id: Served(model_id)})
+        catalogue = Catalogue(engine, {model_id: Served(model_id)}, stands=stands)
         super().__init__(engine, catalogue, key=key, tenants=tenants, limit_bytes=limit_bytes, tasks=ServedTasks())
         self._scorer, self._head, self._embeds = scorer, head, embeds
 
@@ -297,19 +299,27 @@ def build_head_app(
     limit_waiting: int = 8,
     limit_bytes: int = 1_048_576,
     tenants: Tenants | None = None,
+    stands: Callable[[], bool] | None = None,
 ) -> FastAPI:
     """Return the application that serves a model with a head, or an encoder; its engine is ``app.state.engine``.
 
     Args:
         model: in eval mode.
         head: the model's; None of an encoder without one.
-        key, limit_waiting, limit_bytes, tenants: as `server.serving.app.build_app` takes them.
+        key, limit_waiting, limit_bytes, tenants, stands: as `server.serving.app.build_app` takes them.
     """
     scorer = Scorer(model, tokenizer, context=context, limit_waiting=limit_waiting)
     app = FastAPI(title="offsite", openapi_url=None, docs_url=None, redoc_url=None)
     app.state.engine = scorer
     embeds = is_encoder_config(causal_lm(model).config)
     HeadApp(
-        scorer, head, embeds=embeds, model_id=model_id, key=key, tenants=tenants, limit_bytes=limit_bytes
+        scorer,
+        head,
+        embeds=embeds,
+        model_id=model_id,
+        key=key,
+        tenants=tenants,
+        limit_bytes=limit_bytes,
+        stands=stands,
     ).add_routes(app)
     return app

@@ -201,11 +201,14 @@ def serve(config: ServeConfig) -> dict[str, object]:
         registry = None
         trunk = is_trunk(config)
         beside = config.offset_parts
-        if (trunk or beside is not None) and config.registry is not None:
+        if config.registry is not None:
             registry = stack.enter_context(Registry.open(config.registry, config.keys))
         checked = open_offset(str(config.adapted), *beside, registry) if beside and registry is not None else None
         embeds = is_plain_encoder(config)
-        head = None if trunk or beside is not None or embeds else _head_of(config)
+        head, bundle_id = (None, None) if trunk or beside is not None or embeds else _held(config)
+        if beside is not None and registry is not None:
+            bundle_id = registry.named(beside[1]).id
+        stands = partial(_stands, registry, bundle_id) if registry is not None and bundle_id is not None else None
         model, tokenizer, model_id = load_served(config)
         offset = load_offset(*checked, model, config.beta) if checked is not None else None
         adapters, bundles = _on_trunk(config, model, registry) if trunk else ({}, None)
@@ -220,6 +223,7 @@ def serve(config: ServeConfig) -> dict[str, object]:
                 limit_waiting=config.limit_waiting,
                 limit_bytes=config.limit_bytes,
                 tenants=tenants,
+                stands=stands,
             )
         else:
             app = build_app(
@@ -238,7 +242,7 @@ def serve(config: ServeConfig) -> dict[str, object]:
                 bundles=bundles,
                 tenants=tenants,
                 offset=offset,
-                stands=None if beside is None or registry is None else partial(_stands, registry, beside[1]),
+                stands=stands,
                 tasks=tasks,
             )
         if beside is not None and registry is not None:
@@ -272,17 +276,18 @@ def tasks_of(paths: Sequence[Path]) -> list[Task]:
     return tasks
 
 
-def _head_of(config: ServeConfig) -> Head | None:
-    """Return the head of the adapted folder; None of one that writes text.
+def _held(config: ServeConfig) -> tuple[Head | None, str | None]:
+    """Return the head of the adapted folder, None of one that writes text, and the id of the bundle it holds.
 
     Raises:
         ConfigError: when it has one, and tasks are to be answered in text.
         ArtefactError: when it is no adapted folder.
     """
-    head = open_adapted(config.adapted).adapter.head
+    manifest = open_adapted(config.adapted)
+    head = manifest.adapter.head
     if head is not None:
         _refuse_tasks(config, f"for {head.task}")
-    return head
+    return head, manifest.intake
 
 
 def _on_trunk(

@@ -89,6 +89,8 @@ def test_a_number_that_is_none_is_refused(name, value):
         ({"fields": "prompt"}, "--fields"),
         ({"disclose": "steps,hostname"}, "--disclose: 'hostname' is not one of num_records"),
         ({"disclose": "tokens_per_second"}, "--disclose: 'tokens_per_second'"),
+        ({"patience": "3", "round": "round"}, "--patience: a federation's round takes the steps"),
+        ({"patience": "3", "dp": "epsilon=8"}, "--patience: when a run ends would depend on private text"),
     ],
 )
 def test_contradictions(changes, told):

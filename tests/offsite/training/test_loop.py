@@ -417,3 +417,21 @@ def test_a_run_that_is_to_end_before_anything_was_evaluated_fails(tmp_path):
     with pytest.raises(RunFailed, match="that is enough at step 1, before any weights were validated") as caught:
         ending(tmp_path, 1)
     assert caught.value.hint == "ask for less"
+
+
+def patiently(work, losses, *, patience=3, **given) -> Outcome:
+    model = Tiny()
+    return run(work, model=model, evaluate=Scripted(model, losses), config=settings(patience=patience), **given)
+
+
+def test_patience_ends_a_run_and_one_that_is_resumed_ends_alike(tmp_path, capsys):
+    losses = [3.0, 2.0, 2.5, 2.1, 2.2, 0.5]
+    whole = patiently(tmp_path / "whole", losses)
+    assert (whole.steps, whole.best_step, whole.best_loss, whole.ended) == (10, 4, 2.0, "patience")
+    assert "3 validation(s) in a row found no lower loss; the weights of step 4" in capsys.readouterr().err
+    with pytest.raises(Kill):
+        patiently(tmp_path / "killed", losses, loss=KillAt(9))  # the newest checkpoint is of step 6
+    assert_same(patiently(tmp_path / "killed", losses[3:], resume=True), whole)
+    more = patiently(tmp_path / "patient", losses, patience=4)
+    assert (more.steps, more.best_step, more.ended) == (12, 12, None)
+    assert "patience" not in settings().binding()  # a checkpoint of before knows of none

@@ -98,6 +98,9 @@ def test_accepting_and_refusing_change_what_is_served(shelf, lines, full_llama, 
         assert await answered(engine, (await catalogue.names())["cora"]) == alone(half)
         shelf.registry.note_way(half, "plugged-in", str(Way(0.5)))  # as once before
         assert await answered(engine, (await catalogue.names())["cora"]) == alone(half, 0.5)
+        shelf.registry.advance(half, "plugged-in")
+        shelf.registry.withdraw(half)
+        assert set(await catalogue.names()) == {"base", "bert"}
 
     asyncio.run(run())
     assert [line.partition(" is served")[2] for line in lines] == [
@@ -107,6 +110,7 @@ def test_accepting_and_refusing_change_what_is_served(shelf, lines, full_llama, 
         " as 'cora'",
         "",  # put on anew, twice
         "",
+        " no longer",
     ]
 
 

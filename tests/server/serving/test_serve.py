@@ -100,7 +100,7 @@ def test_what_is_announced(tmp_path, monkeypatch, capsys, spread_llama, bytes_to
         pytest.skip("no IPv6 here")
     monkeypatch.delenv("OFFSITE_API_KEY", raising=False)
     monkeypatch.setattr(server.serving.serve, "load_served", lambda _: (spread_llama, bytes_tokenizer, "tiny"))
-    monkeypatch.setattr(server.serving.serve, "_head_of", lambda _: None)
+    monkeypatch.setattr(server.serving.serve, "_held", lambda _: (None, None))
     monkeypatch.setattr(server.serving.serve, "Process", Ended)
     before = signal.getsignal(signal.SIGTERM)
     done = serve(config(tmp_path, host=host))
@@ -120,7 +120,7 @@ def test_what_is_announced(tmp_path, monkeypatch, capsys, spread_llama, bytes_to
 def test_it_serves_until_told_to_end(tmp_path, monkeypatch, capsys, parrot, bytes_tokenizer):
     monkeypatch.setenv("OFFSITE_API_KEY", "k")
     monkeypatch.setattr(server.serving.serve, "load_served", lambda _: (parrot("the cough"), bytes_tokenizer, "tiny"))
-    monkeypatch.setattr(server.serving.serve, "_head_of", lambda _: None)
+    monkeypatch.setattr(server.serving.serve, "_held", lambda _: (None, None))
     made, real = [], server.serving.serve.Process
     monkeypatch.setattr(server.serving.serve, "Process", lambda app: made.append(real(app)) or made[0])
     lines, results = [], []
@@ -153,7 +153,7 @@ def load(config):
     return model, AutoTokenizer.from_pretrained(config.adapted), "tiny"
 
 server.serving.serve.load_served = load
-server.serving.serve._head_of = lambda config: None
+server.serving.serve._held = lambda config: (None, None)
 print(json.dumps(server.serving.serve.serve(ServeConfig(adapted=Path(sys.argv[1]), port=0))))
 """
 
