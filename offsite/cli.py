@@ -204,10 +204,10 @@ def _command(name: str, verb: Verb, cls: type[VerbConfig], arguments: list[str])
         file, as_json = _only("--config", given.pop("config_file") or []), given.pop("as_json")
         overrides = [word for word in words if _is_override(word)]
         plain = [word for word in words if word not in overrides]
+        for field, value in given.items():
+            _require_no_flag(cls, field, value)  # before the word that is left over then
         if len(plain) > len(positional):
             raise ConfigError(f"unexpected word {plain[len(positional)]!r}", hint=f"offsite {name} --help")
-        for field, value in given.items():
-            _require_no_flag(cls, field, value)
         flags = {field: _once(cls, field, value) for field, value in given.items() if value not in (None, [])}
         flags.update(zip(positional, plain, strict=False))
         config = build(cls, file=Path(file) if file else None, overrides=overrides, flags=flags)
@@ -241,7 +241,7 @@ def _require_no_flag(cls: type[VerbConfig], field: str, value: object) -> None:
     """Return only if no flag of the verb stands where another one's value belongs."""
     from offsite.config import flag_name
 
-    flags = {flag_name(name) for name in cls.model_fields}
+    flags = {"-o", *(flag_name(name) for name in cls.model_fields)}
     for word in value if isinstance(value, list) else []:
         if word in flags:
             raise ConfigError(f"{flag_name(field)} takes a value, found the flag {word!r} in its place")

@@ -128,6 +128,12 @@ class EvaluateConfig(
         problems = []
         if self.registry is None and any(registered_id(path) for _, path in named_paths(self.bundle)):
             problems.append("--bundle: an id of a bundle needs --registry")
+        for _, path in named_paths(self.bundle) if self.registry is not None else []:
+            if registered_id(path) is None and not path.exists():
+                problems.append(
+                    f"--bundle: {path.name!r} is neither a folder nor an id in the registry: its first digits, four or "
+                    "more, or latest (offsite registry list)"
+                )
         for flag, words in {"--bundle": self.bundle, "--log": self.log, "--outcome": self.outcome}.items():
             names = [name for name, _ in named_paths(words)]
             for name in sorted({name for name in names if names.count(name) > 1}):

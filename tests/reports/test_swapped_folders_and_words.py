@@ -27,6 +27,7 @@ SWAPPED = [
     ("owner", "serve package", 3, "'package' is a package, expected an adapted folder"),
     ("client", f"tune package --job package {TUNE}", 3, "holds no job.json: it is a package"),
     ("client", f"tune package --job job --data --steps {TUNE}", 2, "--data takes a value, found the flag '--steps'"),
+    ("client", "tune package --job job --data -o bundle", 2, "--data takes a value, found the flag '-o' in its place"),
     (
         "client",
         f"tune package --job job {TUNE} --fields prompt",

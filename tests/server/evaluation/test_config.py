@@ -45,6 +45,7 @@ def test_a_bare_path_is_named_after_its_folder(tmp_path):
     [
         ({"bundle": []}, ["--bundle"]),
         ({"bundle": ["0123456789abcdef"]}, ["--bundle: an id of a bundle needs --registry"]),
+        ({"bundle": ["latset"], "registry": "registry"}, ["--bundle: 'latset' is neither a folder nor an id in the"]),
         ({"bundle": ["one/bundle", "two/bundle"]}, ["--bundle: the name 'bundle' is given twice", "seed0=PATH"]),
         ({"log": ["tune=a", "tune=b"]}, ["--log: the name 'tune' is given twice"]),
         ({"reference": ["best=x"]}, ["--reference: found 'best=x'", "ceiling or lora_full or full"]),
