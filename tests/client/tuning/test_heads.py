@@ -117,7 +117,7 @@ def test_what_a_head_does_not_go_with_is_refused(heading, narrow_package, labell
         ({"labels": ()}, "--labels: 0 given, a classifier has two or more"),
         ({"labels": ("a", "a")}, "--labels: one is named twice"),
         ({"labels": ("a", "b\n")}, "label 2 is not one line"),
-        ({"objective": "reward", "labels": ("a", "b")}, "--labels: are of --objective classify"),
+        ({"objective": "reward", "labels": ("a", "b")}, "--labels: are of --objective classify and tag"),
         ({"runs": 2}, "--runs: several runs of --objective classify have no mean"),
         ({"dp": {"epsilon": 8.0}}, "--dp has no clipped gradient of a head"),
         ({"launch": 2}, "--objective classify is tuned in one process"),
