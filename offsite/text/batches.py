@@ -20,10 +20,11 @@ from offsite.errors import ConfigError, DataError
 from offsite.seq2seq.inputs import SOURCE
 from offsite.text.calls import TookTooLong, encoded, enough_seconds, quietly
 from offsite.text.chat import ASSISTANT, Spans, answers_only, asked_chat, rendered_chat, written_chat
-from offsite.text.headrows import IGNORED, tag_labels
+from offsite.text.headrows import tag_labels
 from offsite.text.prompts import prompt_ids
 from offsite.text.records import Record, answer_of
 
+IGNORED = -100
 _ROWS_AT_ONCE = 512
 
 Encoding = tuple[list[int], list[tuple[int, int]]]  # token ids, and the characters that each stands for
@@ -383,7 +384,8 @@ def _tokenised(
             for record, (text, spans), (ids, offsets) in zip(rows, rendered, encodings, strict=True):
                 ends = [end for _, end in offsets]
                 labels = _labels(ids, ends, spans, len(text))
-                labels = tag_labels(record.words, record.tags, ends) if record.words else labels
+                if record.words:
+                    labels = [IGNORED if n is None else n for n in tag_labels(record.words, record.tags, ends)]
                 if ended:
                     _end(ids, labels, eos, closed=is_chat, counts=any(end == len(text) for _, end in spans))
                 labels = [shared.setdefault(label, label) for label in labels]

@@ -43,9 +43,6 @@ NAMED = {CLASSIFIED: "a text and its label", VALUED: "a text and its value", TAG
 LARGEST = 1e30
 """Values beyond it are refused: a head is held in float32."""
 
-IGNORED = -100
-"""Label of a token that carries no tag."""
-
 
 class Label(NamedTuple):
     """A row's label: its place among the names that were given, and its name."""
@@ -117,8 +114,8 @@ def words_in(
     return tuple(texts), tuple(found)
 
 
-def tag_labels(words: Sequence[str], tags: Sequence[Label], ends: Sequence[int]) -> list[int]:
-    """Return for every token of the words, joined by single spaces, the tag's number that it carries, else -100.
+def tag_labels(words: Sequence[str], tags: Sequence[Label], ends: Sequence[int]) -> list[int | None]:
+    """Return for every token of the words, joined by single spaces, the number of the tag that it carries, if any.
 
     A token belongs to the word in which its last character lies: byte-level tokenizers may count the space before a
     word to it. The first of a word carries its tag. A word that the tokenizer gives no token is carried by none.
@@ -126,20 +123,20 @@ def tag_labels(words: Sequence[str], tags: Sequence[Label], ends: Sequence[int])
     Args:
         ends: of every token, the place behind its last character; 0 of one that stands for none.
     """
-    labels = [IGNORED] * len(ends)
+    labels: list[int | None] = [None] * len(ends)
     starts, stops, place = [], [], 0
     for word in words:
         starts.append(place)
         stops.append(place + len(word))
         place += len(word) + 1
-    word, carried = 0, -1
+    number, carried = 0, -1
     for token, end in enumerate(ends):
         if not end:
             continue
-        while word < len(words) and end > stops[word]:
-            word += 1
-        if word < len(words) and end > starts[word] and carried != word:
-            labels[token], carried = tags[word].number, word
+        while number < len(words) and end > stops[number]:
+            number += 1
+        if number < len(words) and end > starts[number] and carried != number:
+            labels[token], carried = tags[number].number, number
     return labels
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from offsite.errors import ConfigError, DataError
 from offsite.text.dialects import told_in_shapes
-from offsite.text.files import lines
+from offsite.text.files import pieces
 from offsite.text.headrows import (
     CLASSIFIED,
     HEAD_FIELDS,
@@ -136,7 +136,7 @@ def read_records(
             raise DataError(f"{path.name}: plain text, expected rows with a prompt", hint=_ASKED)
         if fields or document_field:
             raise ConfigError(f"{path.name}: plain text has no fields to name")
-        records = [_text_record(path, number, text) for number, text in _pieces(path, separator)]
+        records = [_text_record(path, number, text) for number, text in pieces(path, separator)]
     else:
         if separator is not None:
             raise ConfigError(f"{path.name}: a separator applies to .txt files only")
@@ -505,27 +505,3 @@ def _text_record(path: Path, number: int, text: str) -> Record:
     row = Row({"text": text}, number, f"{path.name}: line {number}")
     segments = ((row.string("text"), True),)
     return Record(segments, _digest(segments), number, place=row.place)
-
-
-def _pieces(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
-    """Documents of a plain text file, each with the number of the line on which it begins."""
-    if separator == "":
-        raise ConfigError("the separator between documents is empty")
-    if separator is None:
-        start, kept = 0, list[str]()
-        for number, line in lines(path):
-            if line.strip():
-                start = start if kept else number
-                kept.append(line)
-            elif kept:
-                yield start, "".join(kept).rstrip()
-                kept = []
-        if kept:
-            yield start, "".join(kept).rstrip()
-        return
-    number = 1
-    for piece in "".join(line for _, line in lines(path)).split(separator):
-        if piece.strip():
-            lead = len(piece) - len(piece.lstrip())
-            yield number + piece.count("\n", 0, lead), piece.strip()
-        number += piece.count("\n") + separator.count("\n")

@@ -83,8 +83,8 @@ def test_rows_that_are_written_are_read_as_they_were(tmp_path):
 def test_the_first_token_of_a_word_carries_its_tag():
     words, tags = ("un", "happy", "x"), (Label(4, "a"), Label(5, "b"), Label(6, "c"))
     # [CLS] un | ha ppy | x [SEP]; then with the space counted to the word behind it, or a token of its own
-    assert tag_labels(words, tags, [0, 2, 5, 8, 10, 0]) == [IGNORED, 4, 5, IGNORED, 6, IGNORED]
-    assert tag_labels(words, tags, [1, 2, 3, 8, 9, 10]) == [4, IGNORED, IGNORED, 5, IGNORED, 6]
+    assert tag_labels(words, tags, [0, 2, 5, 8, 10, 0]) == [None, 4, 5, None, 6, None]
+    assert tag_labels(words, tags, [1, 2, 3, 8, 9, 10]) == [4, None, None, 5, None, 6]
     # a tokenizer that passes over the second word
     assert tag_labels(words, tags, [2, 10]) == [4, 6]
 
