@@ -1,6 +1,7 @@
 """Measuring a model: perplexity, preferences, tasks, sampled answers, the folder of results, and rehearsals."""
 
 __all__ = [
+    "beginnings",
     "byhead",
     "config",
     "embeddings",
