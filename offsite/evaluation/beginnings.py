@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -71,13 +72,24 @@ def log_probabilities_behind(
 def shares_beginnings(model: nn.Module) -> bool:
     """Tell whether answers behind one beginning may share its keys and values: of which kind they are, and by trial.
 
-    Models of lower precision are tried again in float32 before they are doubted.
+    A model is tried once: an adapter that is put on changes what it says, not what it keeps. Those of lower precision
+    are tried again in float32 before they are doubted.
     """
     lm = causal_lm(model)
     if "before_head" in vars(lm) or "forward" in vars(lm) or not hasattr(lm, "_supports_default_dynamic_cache"):
         return False
     if "past_key_values" not in inspect.signature(lm.forward).parameters or not _keeps_every_token(lm):
         return False
+    if lm not in _TRIED:
+        _TRIED[lm] = _is_right(lm)
+    return _TRIED[lm]
+
+
+_TRIED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What came of the trial of models that are in memory."""
+
+
+def _is_right(lm: Any) -> bool:
     deviation = _deviation(lm)
     if not deviation <= TOLERANCE and any(parameter.dtype != torch.float32 for parameter in lm.parameters()):
         with in_float32(lm):
