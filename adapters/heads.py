@@ -1,12 +1,14 @@
 """Heads: what an adapter answers in place of a next token, trained and returned with it.
 
 On a causal language model a head is one tensor, ``head.weight`` (labels, hidden) float32, without a bias: a reward
-model has one row, a classifier one for each label, in the order of ``AdapterSpec.head.labels``. It begins at zero.
+model or a regression has one row, a classifier one for each label, in the order of ``AdapterSpec.head.labels``. It
+begins at zero.
 What it reads is the state that the model's own head over the vocabulary reads, behind the last norm, at the last
 token that is no padding, and no padding is every token but the tokenizer's padding token: transformers' rule for
 decoders with ``ForSequenceClassification``, whose weight ``score.weight`` is this tensor. A text is read as its
 tokenizer gives it, without an end-of-sequence token added. On an encoder it is the head of that family's sequence
-classifier, which has more tensors and pools as that does (``offsite/encoders/head.py``).
+classifier, which has more tensors and pools as that does, or of its token classifier, for tags
+(``offsite/encoders/head.py``).
 
 No package narrows what is read (widths are those of MLPs), so that a head is the full model's as it is. A cap on norms
 holds it as a whole: it is added to nothing, so there is no weight to measure it by.
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from offsite.artefacts.bundle import AdapterSpec, Head
-from offsite.encoders.classifier import as_sequence_classifier
+from offsite.encoders.classifier import as_encoder_classifier
 from offsite.encoders.head import EncoderHead, head_shapes
 from offsite.encoders.trunk import is_encoder
 from offsite.errors import ConfigError, NormTooLarge, UnsupportedModel, WrongShape
@@ -39,8 +41,8 @@ if TYPE_CHECKING:
 HEAD = "head.weight"
 """Canonical name of a head's tensor."""
 
-REWARD = "reward"
-"""What transformers' configuration calls the one output of a reward model."""
+_NAMELESS = {"reward": "reward", "regress": "value"}
+"""What transformers' configuration calls the one output of a head without labels, by its task."""
 
 _PREFIX = "head."  # of no block's name
 
@@ -52,7 +54,7 @@ def head_tensors(spec: AdapterSpec) -> dict[str, TensorSpec]:
     head = spec.head
     shapes: dict[str, tuple[int, ...]] = {"weight": (head.num_labels, head.hidden)}
     if head.encoder:
-        shapes = head_shapes(head.encoder, head.num_labels, head.hidden)
+        shapes = head_shapes(head.encoder, head.num_labels, head.hidden, head.task)
     return {f"{_PREFIX}{name}": TensorSpec(shape=shape, dtype="float32") for name, shape in shapes.items()}
 
 
@@ -87,15 +89,22 @@ def read_size(model: nn.Module) -> int:
     return int(table.weight.shape[1])
 
 
-def require_classifier(model: nn.Module) -> type[nn.Module]:
-    """Return the class that opens this causal language model with a head in place of its own.
+def require_classifier(model: nn.Module, task: str) -> type[nn.Module]:
+    """Return the class that opens this causal language model or encoder with a head for that task.
 
     Raises:
-        UnsupportedModel: when transformers has none, or one of another form.
+        UnsupportedModel: when transformers has none, or one of another form; of tags, when it is no encoder.
     """
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as KNOWN
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as OF_TEXTS
+    from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING as OF_TOKENS
 
     lm: Any = causal_lm(model)
+    if task == "tag" and not is_encoder(lm):
+        raise UnsupportedModel(
+            f"tags are learnt on an encoder, {lm.config.model_type} reads a text from left to right",
+            hint="make a package of a BERT, RoBERTa, ModernBERT or the like; a decoder takes classify and regress",
+        )
+    KNOWN: Any = OF_TOKENS if task == "tag" else OF_TEXTS
     if type(lm.config) not in KNOWN:
         raise UnsupportedModel(
             f"transformers has no sequence classifier for {lm.config.model_type}",
@@ -117,7 +126,7 @@ def attach_head(model: nn.Module, head: Head) -> dict[str, nn.Parameter]:
         UnsupportedModel: when transformers could not open the result, or the model has a module of that name.
     """
     lm: Any = causal_lm(model)
-    require_classifier(lm)
+    require_classifier(lm, head.task)
     if (size := read_size(lm)) != head.hidden:
         raise WrongShape(f"the head reads states of {head.hidden} numbers, the model's have {size}")
     if hasattr(lm, SCORE):
@@ -128,7 +137,7 @@ def attach_head(model: nn.Module, head: Head) -> dict[str, nn.Parameter]:
             f"the head is of {head.encoder or 'a causal language model'}, not of {type(lm).__name__}"
         )
     if head.encoder:
-        module: nn.Module = EncoderHead(lm.config, head.num_labels).to(place)
+        module: nn.Module = EncoderHead(lm.config, head.num_labels, head.task).to(place)
     else:
         module = nn.Linear(head.hidden, head.num_labels, bias=False, device=place, dtype=torch.float32)
         module.weight = nn.Parameter(torch.zeros_like(module.weight))
@@ -155,7 +164,7 @@ def detach_head(model: nn.Module) -> None:
 
 
 def as_classifier(model: nn.Module, head: Head, *, pad_id: int) -> PreTrainedModel:
-    """Return transformers' sequence classifier of this model: its blocks, shared, and a head.
+    """Return transformers' classifier of this model, of texts or of tokens: its blocks, shared, and a head.
 
     The head's weights are copied in the dtype of the model; without a head on the model they are zero. The
     configuration names the labels, the kind of problem, and the padding token before which a text is read.
@@ -164,18 +173,19 @@ def as_classifier(model: nn.Module, head: Head, *, pad_id: int) -> PreTrainedMod
         UnsupportedModel: when transformers has none, or one that needs more than these weights.
     """
     lm: Any = causal_lm(model)
-    make: Any = require_classifier(lm)
+    make: Any = require_classifier(lm, head.task)
     config = copy.deepcopy(lm.config)
-    names = head.labels or (REWARD,)
+    names = head.labels or (_NAMELESS[head.task],)
     config.num_labels = len(names)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: number for number, name in enumerate(names)}
-    config.problem_type = "single_label_classification" if head.labels else "regression"
+    if head.task != "tag":  # of tokens there is but one kind
+        config.problem_type = "single_label_classification" if head.labels else "regression"
     config.pad_token_id = lm.config.pad_token_id if head.encoder else pad_id  # an encoder counts positions by it
     config.dtype = lm.dtype
     if head.encoder:
-        on_it = getattr(lm, SCORE) if hasattr(lm, SCORE) else EncoderHead(lm.config, head.num_labels)
-        return as_sequence_classifier(lm, on_it, config).requires_grad_(False)  # type: ignore[return-value]
+        on_it = getattr(lm, SCORE) if hasattr(lm, SCORE) else EncoderHead(lm.config, head.num_labels, head.task)
+        return as_encoder_classifier(lm, on_it, config).requires_grad_(False)  # type: ignore[return-value]
     with torch.device("meta"):
         found = make(config)
     prefix = found.base_model_prefix

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from adapters.rates import LEARNING_RATES
-from offsite.artefacts.bundle import MAX_LABELS, AdapterSpec, Head, Label
+from offsite.artefacts.bundle import LABELLED, MAX_LABELS, AdapterSpec, Head, Label
 from offsite.config import ADAPTER, TRAINING, USUAL, VerbConfig
 from offsite.errors import ConfigError
 from offsite.problems import meant
@@ -55,8 +55,9 @@ def head_of(task: str, labels: Sequence[str], hidden: int, encoder: str = "") ->
 def head_problems(task: str, labels: Sequence[str]) -> list[str]:
     """Return what is wrong with the labels of a head of that task, a line each."""
     problems: list[str] = []
-    if task == "reward":
-        return ["--labels: a reward model has none"] if labels else []
+    if task not in LABELLED:
+        what = "a reward model" if task == "reward" else "a value"
+        return [f"--labels: {what} has none"] if labels else []
     if len(labels) < 2:
         problems.append(f"--labels: {len(labels)} given, a classifier has two or more")
     if len(labels) > MAX_LABELS:
@@ -76,7 +77,8 @@ class LabelSettings(VerbConfig):
 
     labels: tuple[str, ...] = Field(
         (),
-        description="classify: names of the labels, as yes,no; all that the client's rows have; with --job the job's",
+        description="classify, tag: names of the labels, as yes,no or O,B-X,I-X; all that the client's rows have; with "
+        "--job the job's",
         json_schema_extra=USUAL,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -19,9 +20,25 @@ def lines(path: Path) -> list[str]:
     return [head, "", *table, ""]
 
 
+def shared(path: Path) -> list[str]:
+    """Return what `shared.py` found, in a table of one line."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    seconds = found["median_seconds"]
+    head = (
+        f"**labels of {found['config']['task']}**, {found['config']['rows']} rows, {found['num_labels']} labels scored:"
+    )
+    columns = ["prompt tokens", "plain", "shared", "times faster", "largest difference"]
+    mean = sum(found["prompt_tokens"]) / len(found["prompt_tokens"])
+    cells = [f"{mean:.0f}", f"{seconds['plain']:.1f} s", f"{seconds['shared']:.1f} s", f"{found['ratio']:.1f}"]
+    cells.append(f"{found['largest_difference_nats']:.1g} nats")
+    rule = " --- |" * len(columns)
+    return [head, "", f"| {' | '.join(columns)} |", f"|{rule}", f"| {' | '.join(cells)} |", ""]
+
+
 def main() -> int:
     paths = sorted((Path(__file__).parent / "results").glob("*.json"))
-    print("\n".join(line for path in paths for line in lines(path)).rstrip())
+    tables = [shared(path) if path.stem == "shared" else lines(path) for path in paths]
+    print("\n".join(line for table in tables for line in table).rstrip())
     return 0
 
 

@@ -157,6 +157,7 @@ def _open(config: AuditBundleConfig) -> _Given:
     head = record.adapter.head
     how: dict[str, Any] = {"share_documents": by_user, "pairs": learns_preferences(record)}
     how |= {"questions": num_new(record) is not None, "labels": () if head is None else head.labels}
+    how |= {"of_head": "" if head is None else head.task}
     records = read_as(config.data, record.text, **how)
     others = read_as(config.nonmembers, record.text, **how) if config.nonmembers else None
     if num_new(record) is not None:
@@ -265,11 +266,13 @@ def _measure(config: AuditBundleConfig, given: _Given, scratch: Path) -> tuple[B
     if rows.drawn_share < 1:
         say(f"{rows.drawn_share:.0%} of the canaries to train on were drawn by the step released, the rest is left out")
     below = partial(_below, config, given, attached, tokenizer, rows, scratch)
-    before = _score(config, model, tokenizer, rows, below, label="without the adapter", is_tuned=False)
+    head = given.run.adapter.head
+    labels = () if head is None else head.labels
+    before = _score(config, model, tokenizer, rows, below, label="without the adapter", labels=labels, is_tuned=False)
     started = _of_the_package(config, given, tokenizer, rows) or before.texts
     expected = declared(given.run.adapter, given.package.layout, given.package.block_tensors())
     attached.load(given.bundle.load_tensors(expected))
-    after = _score(config, model, tokenizer, rows, below, label="with the adapter", is_tuned=True)
+    after = _score(config, model, tokenizer, rows, below, label="with the adapter", labels=labels, is_tuned=True)
     membership, shift = _membership(before, after, started, len(rows.members))
     audit = BundleAudit(
         run=quoted(given.run),
@@ -299,6 +302,7 @@ def _score(
     below: Callable[[], AbstractContextManager[object]],
     *,
     label: str,
+    labels: Sequence[str],
     is_tuned: bool,
 ) -> _Found:
     """Return what the model says; inside of `below` what no adapter changes need not be computed again."""
@@ -314,7 +318,7 @@ def _score(
         scored = texts = _rows_scored(config, model, tokenizer, rows, label=label) if writes else None
         if (compared := _compared(rows)) and hasattr(causal_lm(model), SCORE):
             pad = pad_id(tokenizer)
-            scored = score_heads(model, texts, compared, batch_size=config.batch_size, pad_id=pad)
+            scored = score_heads(model, texts, compared, labels, batch_size=config.batch_size, pad_id=pad)
         if rows.canaries is not None:
             canaries = score_canaries(model, tokenizer, rows.canaries, extract=False, **drawing)
     if not writes or is_seq2seq(causal_lm(model)):  # whose answers have no beginning of their own to go on from

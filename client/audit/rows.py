@@ -188,5 +188,5 @@ def _distinct(examples: Sequence[Example]) -> list[Example]:
     for example in examples:
         sides = example.sides
         tokens = tuple(tuple(part) for side in sides for part in (side.input_ids, side.labels, side.source))
-        found.setdefault((example.target, tokens), example)
+        found.setdefault((example.target, example.value, tokens), example)
     return list(found.values())

@@ -90,11 +90,19 @@ def _interval(found: Estimate, scale: int) -> str:
     return f"{scale * found.low:.{digits}f}-{scale * found.high:.{digits}f}{unit}"
 
 
+_OF_HEAD = {
+    "classify": "the head's loss of a row's label",
+    "reward": "by how far the rejected answer is ahead",
+    "regress": "the squared error of a row's value",
+    "tag": "the head's mean loss of a row's tags",
+}
+
+
 def _lines(audit: BundleAudit) -> list[str]:
     found = []
     head = audit.run.adapter.head
     if head is not None:
-        what = "the head's loss of a row's label" if head.labels else "by how far the rejected answer is ahead"
+        what = _OF_HEAD[head.task]
         told = "min-k and min-k++ are of the text, as is the area before tuning"
         if head.encoder:
             told = "an encoder says nothing of a text: no min-k, no area before tuning, no row to read back"

@@ -1,7 +1,8 @@
 """Settings of what a client tunes towards, beside its text's own loss.
 
-``dpo`` learns from preferences, ``rloo`` from rewards of the emulator's own answers. ``reward`` and ``classify`` train
-a head beside the adapter (`client.objectives.heads`). The others are experiments of the frontier benchmark: an adapter
+``dpo`` learns from preferences, ``rloo`` from rewards of the emulator's own answers. ``reward``, ``classify``,
+``regress`` and ``tag`` train a head beside the adapter (`client.objectives.heads`). The others are experiments of the
+frontier benchmark: an adapter
 learns two things of an emulator, the text, and how to mend the emulator's faults, and the second is of no use in the
 full model. They leave less room for it; by default none is on.
 """
@@ -9,11 +10,12 @@ full model. They leave less room for it; by default none is on.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
 from adapters.settings import LabelSettings
+from offsite.artefacts.bundle import LABELLED, HeadTask
 from offsite.audits.record import Objective, Rewarded
 from offsite.config import TRAINING, flag_name
 from offsite.tasks.config import RuleSettings
@@ -32,11 +34,12 @@ _ALL = ("objective", "labels", *_OF, "anchor", "anchor_weight", "channel_dropout
 class ObjectiveSettings(LabelSettings):
     """Base of verbs that say what is minimised."""
 
-    objective: Literal["next-token", "dpo", "rloo", "reward", "classify", "dft", "spin"] = Field(
+    objective: Literal["next-token", "dpo", "rloo", "reward", "classify", "regress", "tag", "dft", "spin"] = Field(
         "next-token",
         description="loss: next-token; dpo: of rows with a chosen and a rejected answer; rloo: rewards of sampled "
-        "answers; reward: of rows as dpo's, a number for each answer; classify: of rows with a text and a label; dft: "
-        "times each token's probability; spin: answers before the emulator's own",
+        "answers; reward: of rows as dpo's, a number for each answer; classify: of rows with a text and a label; "
+        "regress: with a text and a value; tag: with tokens and tags, on an encoder; dft: times each token's "
+        "probability; spin: answers before the emulator's own",
         json_schema_extra=TRAINING,
     )
     dpo_beta: float = Field(
@@ -146,8 +149,8 @@ class ObjectiveSettings(LabelSettings):
             problems.append("--dpo-label-smoothing: is of --dpo-loss sigmoid")
         if canaries and self.objective == "dpo":
             problems.append("--canaries: --objective dpo learns from pairs of answers, a canary is running text")
-        if self.labels and self.objective != "classify":
-            problems.append("--labels: are of --objective classify")
+        if self.labels and self.objective not in LABELLED:
+            problems.append("--labels: are of --objective classify and tag")
         if canaries and head:
             problems.append(f"--canaries: {of_pairs} trains a head, a canary is running text")
         if head and anchor:
@@ -212,7 +215,7 @@ class ObjectiveSettings(LabelSettings):
     @property
     def has_head(self) -> bool:
         """Whether a head is trained beside the adapter."""
-        return self.objective in ("reward", "classify")
+        return self.objective in get_args(HeadTask)
 
     def is_usual(self) -> bool:
         """Tell whether nothing but the next token's loss is minimised, with every channel."""

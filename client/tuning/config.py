@@ -11,7 +11,7 @@ from adapters.rates import LEARNING_RATES, SAMPLED_SHARE
 from adapters.settings import ADAPTER_FIELDS, TuningSettings, head_problems
 from client.objectives.config import ObjectiveSettings
 from client.privacy.config import DPSettings
-from offsite.artefacts.bundle import DISCLOSABLE, AdapterSpec
+from offsite.artefacts.bundle import DISCLOSABLE, LABELLED, AdapterSpec
 from offsite.artefacts.job import Job
 from offsite.artefacts.round import RoundManifest
 from offsite.config import DATA, MACHINE, OUTPUT, POSITIONAL, PRIVACY, REPEATED, TRAINING, USUAL, VerbConfig, flag_name
@@ -175,7 +175,7 @@ class TuneConfig(
             self.spec()
         except ConfigError as error:
             problems.append(str(error))
-        if self.has_head and (self.labels or (self.job is None and self.objective == "classify")):
+        if self.has_head and (self.labels or (self.job is None and self.objective in LABELLED)):
             problems += head_problems(self.objective, self.labels)
         if problems:
             raise ValueError("; ".join(problems))

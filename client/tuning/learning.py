@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from client.objectives.anchor import Anchor, public_batches
 from client.objectives.channels import ChannelDropout
-from client.objectives.heads import HeadBatches, HeadLoss, HeadValidation
+from client.objectives.heads import HeadBatches, HeadLoss, HeadValidation, Units, begin_at
 from client.objectives.pairs import make_pairs, require_prompts
 from client.objectives.preferences import PairBatches, Precision, Rule, Validation, measured_pairs, pair_loss
 from client.objectives.rewardmodel import RewardModel
@@ -46,13 +46,14 @@ class Learning:
     """What is minimised, and on what: `batches` are the text's own, or hold more than those.
 
     `validation` is of held-out rows, where the loss is one of preferences, of rewards or of a head; None for the next
-    token's loss. `figures` gives what else is told of a step.
+    token's loss. `figures` gives what else is told of a step; `units` what values are learnt in.
     """
 
     loss: StepLoss
     batches: Batches
     validation: Validation | HeldOut | HeadValidation | None = None
     figures: Callable[[], Mapping[str, float]] | None = None
+    units: Units = field(default_factory=Units)
 
 
 def anchor_digest(config: TuneConfig, data: Sequence[str]) -> str | None:
@@ -160,8 +161,17 @@ def learning_for(
         rewarded = partial(policy_loss, temperature=config.temperature)
         return Learning(rewarded, rollouts, HeldOut(rollouts, text.validation), rollouts.figures)
     if config.has_head:
-        held_out = HeadValidation(text.validation, pad_id=text.pad_id, precision=_precision(config, attached))
-        return Learning(HeadLoss(text.pad_id), HeadBatches(text), held_out)
+        units, precision = Units(), _precision(config, attached)
+        if config.objective == "regress":
+            has_bias = "head.bias" in attached.trainable
+            units = Units.of(text.rows, has_bias=has_bias)
+            weight: Any = attached.trainable["head.weight"]
+            if not has_bias:
+                begin_at(attached.model, weight, units, text.rows, pad_id=text.pad_id, precision=precision)
+        held_out = HeadValidation(
+            text.validation, pad_id=text.pad_id, precision=precision, labels=config.labels, units=units
+        )
+        return Learning(HeadLoss(text.pad_id), HeadBatches(text, units), held_out, units=units)
     loss: StepLoss = plain
     batches: Batches = text.batches
     validation: Validation | None = None

@@ -21,7 +21,7 @@ from client.tuning.data import TrainingText, prepare, say_text
 from client.tuning.learning import anchor_digest, bound_objective
 from client.tuning.rounds import first_step, round_for, start_seed
 from client.tuning.runrecord import Planted, planted_for, read_as, text_settings
-from offsite.artefacts.bundle import AdapterSpec
+from offsite.artefacts.bundle import ENCODER_TASKS, AdapterSpec
 from offsite.artefacts.job import Job, read_job
 from offsite.artefacts.package import Package, open_package
 from offsite.artefacts.round import Round
@@ -153,6 +153,7 @@ def make_ready(config: TuneConfig) -> Ready:
             pairs=config.reads_pairs,
             questions=config.samples_answers,
             labels=config.labels,
+            of_head=config.objective if config.has_head else "",
         ),
         tokenizer,
         block_tokens=config.block_tokens,
@@ -203,16 +204,16 @@ def _with_head(config: TuneConfig, package: Package, job: Job | None) -> Adapter
         UnsupportedModel: when the package's architecture takes none, or is an encoder and there is to be none.
     """
     spec = config.spec()
-    if package.is_encoder and config.objective != "classify":
+    if package.is_encoder and config.objective not in ENCODER_TASKS:
         raise UnsupportedModel(
             f"package {package.path.name!r} holds an encoder, which has no next tokens: --objective {config.objective} "
             "cannot be learnt on it",
-            hint="tune it with --objective classify --labels A,B on rows of a text and a label",
+            hint="tune it with --objective classify --labels A,B on rows of a text and a label, or regress, or tag",
         )
     if not config.has_head:
         return spec
     model = package.empty_model()
-    require_classifier(model)
+    require_classifier(model, config.objective)
     head = head_of(config.objective, config.labels, read_size(model), encoder_of(model))
     found = spec.model_copy(update={"head": head})
     if job is not None and job.adapter.head != found.head:

@@ -70,7 +70,8 @@ _FIXED = " ".join(
     [
         *(name for cls in (BundleManifest, AdapterSpec, Head, TensorSpec, FileEntry) for name in cls.model_fields),
         *(BUNDLE_FORMAT, TENSOR_FILE, MANIFEST_NAME, *DISCLOSABLE),
-        "reward classify sha256 data_offsets __metadata__ pt BF16 F32 bfloat16 float32 all-linear attention mlp all",
+        "reward classify regress tag",
+        "sha256 data_offsets __metadata__ pt BF16 F32 bfloat16 float32 all-linear attention mlp all",
     ]
 )
 

@@ -244,6 +244,7 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
             figures=learning.figures,
         )
         told = {} if validation is None else validation.figures(attached.model)
+        outcome = replace(outcome, tensors=learning.units.folded(outcome.tensors))
         if not world().is_main:
             return None
         guarantee = None

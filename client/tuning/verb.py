@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from adapters.heads import head_norm
 from adapters.kinds import declared
 from client.tuning import averages
 from client.tuning.config import TuneConfig
@@ -100,6 +101,7 @@ def _written(ready: Ready, done: Done) -> dict[str, object]:
         disclose=config.disclose,
         before=before,
     )
+    _warn_of_norm(ready, done)
     ready.planted.mark(config, bundle=bundle.digest)
     _finish(config, ready.work)
     _say_outcome(config, outcome)
@@ -130,6 +132,17 @@ def _release(
     require_clean(scan)
     say(f"scanned: {scan.num_bytes:,} bytes of the bundle; no text, path, name, time or loss of this machine's in it")
     return scan
+
+
+def _warn_of_norm(ready: Ready, done: Done) -> None:
+    """A head that is larger than its job allows is said, before it is sealed for nothing."""
+    norm = head_norm(done.tensors).get("head_norm", 0.0)
+    if ready.job is not None and norm > ready.job.policy.max_head_norm:
+        say(
+            f"WARNING: the head's Frobenius norm is {norm:.4g}, the job allows {ready.job.policy.max_head_norm:g}: the "
+            "owner's intake will refuse it"
+        )
+        say("  ask the owner for a job with another --max-head-norm, or tune on values in smaller units")
 
 
 def _say_outcome(config: TuneConfig, outcome: Outcome) -> None:

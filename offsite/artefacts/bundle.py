@@ -51,32 +51,45 @@ FILE_NAMES = re.compile(re.escape(TENSOR_FILE))
 
 
 MAX_LABELS = 1024
+LABELLED = ("classify", "tag")
+"""Tasks of heads that tell labels apart."""
+
+ENCODER_TASKS = ("classify", "regress", "tag")
+"""Tasks of heads that an encoder may have."""
+
 Label = Annotated[str, Field(min_length=1, max_length=100, pattern=rf"^{SHOWN}+$"), AfterValidator(require_seen)]
+
+HeadTask = Literal["reward", "classify", "regress", "tag"]
 
 
 class Head(Sparse):
     """What an adapter answers in place of a next token: one number of a text, or one of each label.
 
-    ``task`` is ``reward`` or ``classify``; an adapter without a head is one for text (``causal-lm``). ``labels`` are
-    the names of a classifier's classes, in the order of the head's rows; a reward model has none. ``hidden`` is the
-    size of the state that is read. Its tensors and the place that it reads are told in ``adapters/heads.py``.
-    ``encoder`` is the architecture of an encoder's head, whose form that decides; empty for a causal language model's.
+    ``task`` is ``reward``, ``classify``, ``regress`` (a value of a text) or ``tag`` (a label of each of its tokens, on
+    an encoder); an adapter without a head is one for text (``causal-lm``). ``labels`` are the names of a classifier's
+    classes or of tags, in the order of the head's rows; a reward or a value has none. ``hidden`` is the size of
+    the state that is read. Its tensors and the place that it reads are told in ``adapters/heads.py``. ``encoder`` is
+    the architecture of an encoder's head, whose form that decides; empty for a causal language model's.
     """
 
     optional: ClassVar[frozenset[str]] = frozenset({"encoder"})
 
-    task: Literal["reward", "classify"]
+    task: HeadTask
     labels: tuple[Label, ...] = Field((), max_length=MAX_LABELS)
     hidden: int = Field(ge=1, le=2**20)
     encoder: str = Field("", pattern=rf"^({'|'.join(MODEL_TYPES)})?$")
 
     @model_validator(mode="after")
     def _names_classes(self) -> Head:
-        if self.task == "reward" and self.encoder:
+        if self.task not in ENCODER_TASKS and self.encoder:
             raise ValueError("an encoder has no reward head")
         if self.task == "reward" and self.labels:
             raise ValueError("a reward model has no labels")
-        if self.task == "classify" and len(self.labels) < 2:
+        if self.task == "regress" and self.labels:
+            raise ValueError("a value has no labels")
+        if self.task == "tag" and not self.encoder:
+            raise ValueError("tags are of an encoder")
+        if self.task in LABELLED and len(self.labels) < 2:
             raise ValueError("a classifier has two labels or more")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a label is named twice")
@@ -84,7 +97,7 @@ class Head(Sparse):
 
     @property
     def num_labels(self) -> int:
-        """Rows of the head: one for a reward, one for each label of a classifier."""
+        """Rows of the head: one for a reward or a value, one for each label of a classifier."""
         return len(self.labels) or 1
 
 
@@ -120,7 +133,7 @@ class AdapterSpec(Sparse):
         return int(bottom), int(top)
 
     @property
-    def task(self) -> Literal["causal-lm", "reward", "classify"]:
+    def task(self) -> Literal["causal-lm"] | HeadTask:
         """What the adapter is for."""
         return "causal-lm" if self.head is None else self.head.task
 

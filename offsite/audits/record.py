@@ -159,7 +159,7 @@ class Objective(Sparse):
         | {"spin_beta", "anchor_sha256", "anchor_weight", "channel_dropout"}
     )
 
-    loss: Literal["next-token", "dpo", "rloo", "reward", "classify", "dft", "spin"]
+    loss: Literal["next-token", "dpo", "rloo", "reward", "classify", "regress", "tag", "dft", "spin"]
     dpo_beta: float | None = Field(None, gt=0)
     dpo_loss: Literal["sigmoid", "ipo"] | None = None
     dpo_label_smoothing: float | None = Field(None, gt=0, lt=0.5)

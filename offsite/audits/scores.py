@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from offsite.audits.record import SignalName
 from offsite.errors import ConfigError, DataError, RunFailed
-from offsite.evaluation.heads import label_losses, margins, scores_of
+from offsite.evaluation.byhead import measure_head
+from offsite.evaluation.heads import margins, scores_of
 from offsite.evaluation.measure import evaluating
 from offsite.modelling.head import scores_at
 from offsite.text.batches import IGNORED, Example, collate
@@ -148,6 +149,7 @@ def score_heads(
     model: PreTrainedModel,
     texts: RowScores | None,
     examples: Sequence[Example],
+    labels: Sequence[str] = (),
     *,
     batch_size: int,
     pad_id: int,
@@ -155,21 +157,25 @@ def score_heads(
 ) -> RowScores:
     """Return the statistics of rows whose ``loss`` is what the model's head learnt of them; the others are of the text.
 
-    Of a classifier's row that is the cross-entropy of its label given the text, in nats; of a pair, by how much the
-    rejected answer is rewarded above the chosen one. Whole rows are read, of any length.
+    Of a classifier's row that is the cross-entropy of its label given the text, in nats, of words with tags the mean of
+    theirs; of a value its squared error; of a pair, by how much the rejected answer is rewarded above the chosen one.
+    Whole rows are read, of any length.
 
     Args:
         model: with a head.
         texts: of the same rows (`score_rows`, `score_pairs`); None of an encoder.
+        labels: of the head.
 
     Raises:
         RunFailed: when a score is not finite.
     """
-    rows = [side for example in examples for side in example.sides]
-    scores_NL = scores_of(model, rows, batch_size=batch_size, pad_id=pad_id, precision=precision)
-    targets = [example.target for example in examples if example.target is not None]
-    found = label_losses(scores_NL, targets) if targets else [-margin for margin in margins(scores_NL)]
-    loss = np.array(found, dtype=np.float64)
+    if examples[0].rejected is None:
+        said = measure_head(model, examples, labels, batch_size=batch_size, pad_id=pad_id, precision=precision)
+        loss = np.array(said.losses, dtype=np.float64)
+    else:
+        rows = [side for example in examples for side in example.sides]
+        scores_NL = scores_of(model, rows, batch_size=batch_size, pad_id=pad_id, precision=precision)
+        loss = np.array([-margin for margin in margins(scores_NL)], dtype=np.float64)
     if texts is None:
         return RowScores(loss, None, None, np.array([len(one.input_ids) for one in examples], dtype=np.int64))
     return replace(texts, loss=loss)

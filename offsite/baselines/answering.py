@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from offsite.evaluation.beginnings import log_probabilities_behind
 from offsite.evaluation.measure import evaluating
-from offsite.evaluation.preferences import log_probabilities
 from offsite.evaluation.sampling import continuations
 from offsite.modelling.context import context_of
 from offsite.tasks.forms import FreeText, JsonForm, Scoring, up_to
@@ -118,20 +118,17 @@ class Answerer:
             for label in several
         ]
         examples = [_unclosed(one) for one in encode(records, self.tokenizer, context=_NO_LIMIT).examples]
-        logs = log_probabilities(
-            self.model,
-            examples,
-            batch_size=self.batch_size,
-            pad_id=pad_id(self.tokenizer),
-            precision=self.precision,
+        given = iter(examples)
+        rows = [[next(given) for _ in several] for several in labels]
+        logs = log_probabilities_behind(
+            self.model, rows, batch_size=self.batch_size, pad_id=pad_id(self.tokenizer), precision=self.precision
         )
-        found, place = [], 0
-        for several in labels:
+        found = []
+        for several, own, found_logs in zip(labels, rows, logs, strict=True):
             scores = [
-                logs[place + n] / _divisor(scoring, label, examples[place + n]) for n, label in enumerate(several)
+                log / _divisor(scoring, label, row) for log, label, row in zip(found_logs, several, own, strict=True)
             ]
             found.append(several[scores.index(max(scores))])
-            place += len(several)
         return found
 
 

@@ -1,4 +1,6 @@
-"""Transformers' own sequence classifier of an encoder: its names for a head's tensors, and one of trunk and head."""
+"""Transformers' own classifiers of an encoder, of texts or of tokens: their names for a head's tensors, and one made
+of trunk and head.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from offsite.encoders.head import NAMES, EncoderHead
+from offsite.encoders.head import EncoderHead, parts_of
 from offsite.encoders.trunk import trunk_class
 from offsite.errors import UnsupportedModel
 
@@ -15,10 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def classifier_name(family: str, name: str) -> str:
-    """Return what transformers' sequence classifier of the family calls a head's tensor."""
+def classifier_name(family: str, name: str, task: str) -> str:
+    """Return what transformers' classifier of the family for that task calls a head's tensor."""
     place, _, last = name.rpartition(".")
-    return f"{NAMES[family][place]}.{last}"
+    return f"{parts_of(family, task)[place]}.{last}"
 
 
 def trunk_prefix(family: str) -> str:
@@ -28,14 +30,14 @@ def trunk_prefix(family: str) -> str:
     return str(trunk_class(CONFIG_MAPPING[family]).base_model_prefix)
 
 
-def head_modules(family: str) -> list[str]:
+def head_modules(family: str, task: str) -> list[str]:
     """Return the last names of the modules that make up the head of the family's classifier, each once."""
-    places = (place.removeprefix(f"{trunk_prefix(family)}.") for place in NAMES[family].values())
+    places = (place.removeprefix(f"{trunk_prefix(family)}.") for place in parts_of(family, task).values())
     return list(dict.fromkeys(place.partition(".")[0] for place in places))
 
 
-def as_sequence_classifier(trunk: PreTrainedModel, head: EncoderHead, config: PreTrainedConfig) -> PreTrainedModel:
-    """Return transformers' sequence classifier of `trunk`, whose parameters it shares, with a copy of `head`.
+def as_encoder_classifier(trunk: PreTrainedModel, head: EncoderHead, config: PreTrainedConfig) -> PreTrainedModel:
+    """Return transformers' classifier of `trunk`, whose parameters it shares, with a copy of `head`.
 
     Args:
         config: the trunk's, with the labels.
@@ -43,17 +45,19 @@ def as_sequence_classifier(trunk: PreTrainedModel, head: EncoderHead, config: Pr
     Raises:
         UnsupportedModel: when it has other tensors than these.
     """
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSES
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as OF_TEXTS
+    from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING as OF_TOKENS
 
+    task = "tag" if head.reads_tokens else "classify"
     family = config.model_type
     with torch.device("meta"):
-        make: Any = CLASSES[type(config)]
+        make: Any = (OF_TOKENS if head.reads_tokens else OF_TEXTS)[type(config)]
         found: Any = make(config)
     prefix = found.base_model_prefix
     tensors: dict[str, Tensor] = {
         f"{prefix}.{name}": tensor for name, tensor in trunk.named_parameters() if not name.startswith("score.")
     }
-    names = {classifier_name(family, name): tensor for name, tensor in head.named_parameters()}
+    names = {classifier_name(family, name, task): tensor for name, tensor in head.named_parameters()}
     tensors |= {name: tensor.detach().to(trunk.dtype, copy=True) for name, tensor in names.items()}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if shapes != {name: tensor.shape for name, tensor in found.named_parameters()}:

@@ -1,7 +1,8 @@
 """What a model with a head says of texts, and how right it is: rewards of pairs, classes of rows.
 
 A model *with a head* is a causal language model with a module ``score``, or one of transformers' classes for sequence
-classification. The state that is read is that of the last token which is no padding token, as those classes have it.
+or token classification. Values are measured in `offsite.evaluation.regression`, tags in `offsite.evaluation.tags`.
+The state that is read is that of the last token which is no padding token, as those classes have it.
 
 Shapes: B rows, T tokens, D width, L labels, N texts.
 """
@@ -9,7 +10,7 @@ Shapes: B rows, T tokens, D width, L labels, N texts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -28,7 +29,7 @@ SCORE = "score"
 
 
 def head_scores(model: nn.Module, batch: Mapping[str, Tensor], *, pad_id: int) -> Tensor:
-    """Return the head's scores of every row, (B, L) float32, differentiable.
+    """Return the head's scores of every row, (B, L) float32, of tags those of every token, (B, T, L); differentiable.
 
     Args:
         model: with a head; the vocabulary's own head is not computed.
@@ -46,7 +47,7 @@ def head_scores(model: nn.Module, batch: Mapping[str, Tensor], *, pad_id: int) -
 
 
 def _encoder_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the scores (B, L) of an encoder that carries a head, or of transformers' classifier of one."""
+    """Return the scores of an encoder that carries a head, or of transformers' classifier of one, as `head_scores`."""
     ids_BT, mask_BT = batch["input_ids"], batch["attention_mask"]
     if not is_encoder(model):
         logits: Tensor = model(input_ids=ids_BT, attention_mask=mask_BT).logits
@@ -83,20 +84,45 @@ def scores_of(
     Raises:
         RunFailed: when one is not finite.
     """
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    for row, scores_L in each_scored(
+        model, rows, batch_size=batch_size, pad_id=pad_id, precision=precision, progress=progress
+    ):
+        found[row] = scores_L
+    return torch.stack(found)
+
+
+def each_scored(
+    model: nn.Module,
+    rows: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_id: int,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield every row's place and the head's scores of it, (L,) float64 on the CPU, of tags (T, L).
+
+    Args:
+        precision, progress: as of `scores_of`.
+
+    Raises:
+        RunFailed: when one is not finite.
+    """
     place = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda row: len(rows[row].input_ids), reverse=True)  # least padding
-    found: list[Tensor] = []
     with torch.no_grad(), evaluating(model), torch.autocast(place.type, torch.bfloat16, precision == "bf16"):
         for start in range(0, len(order), batch_size):
-            batch = collate([rows[row] for row in order[start : start + batch_size]], pad_id)
-            scores_BL = head_scores(model, {name: one.to(place) for name, one in batch.items()}, pad_id=pad_id)
-            found.append(scores_BL.cpu().double())
+            places = order[start : start + batch_size]
+            batch = collate([rows[row] for row in places], pad_id)
+            scores = head_scores(model, {name: one.to(place) for name, one in batch.items()}, pad_id=pad_id)
+            for row, one in zip(places, scores.cpu().double(), strict=True):
+                said = one[: len(rows[row].input_ids)] if one.dim() > 1 else one
+                if not bool(torch.isfinite(said).all()):
+                    raise RunFailed("a head's score is not finite", hint="check the model: a weight may be NaN")
+                yield row, said
             if progress is not None:
-                progress(min(start + batch_size, len(order)), len(order))
-    scores_NL = torch.cat(found)[torch.tensor(order).argsort()]
-    if not bool(torch.isfinite(scores_NL).all()):
-        raise RunFailed("a head's score is not finite", hint="check the model: a weight may be NaN")
-    return scores_NL
+                progress(start + len(places), len(order))
 
 
 def shares(scores_NL: Tensor) -> Tensor:
@@ -128,12 +154,10 @@ def margins(scores_N1: Tensor) -> list[float]:
 
 
 def head_figures(scores_NL: Tensor, targets: Sequence[int]) -> dict[str, float]:
-    """Return the number of rows, or of pairs where there are no targets, the accuracy, and of labels the macro-F1."""
+    """Return the accuracy, of pairs where there are no targets, and of labels the macro-F1."""
     if not targets:
-        found = margins(scores_NL)
-        return {"num_rows": float(len(found)), "accuracy": preferred(found)}
-    right = {"accuracy": accuracy(scores_NL, targets), "macro_f1": macro_f1(scores_NL, targets)}
-    return {"num_rows": float(len(targets)), **right}
+        return {"accuracy": preferred(margins(scores_NL))}
+    return {"accuracy": accuracy(scores_NL, targets), "macro_f1": macro_f1(scores_NL, targets)}
 
 
 def label_losses(scores_NL: Tensor, targets: Sequence[int]) -> list[float]:

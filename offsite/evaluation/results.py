@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -58,6 +59,22 @@ REWARDS, CLASSES = "reward", "classify"
 more; of classes that of rows whose label has the highest score, with ``macro_f1``, the mean of the labels' F1. A tie is
 shared: a model whose head was never trained, all zero, is right by chance, 1/2 of pairs and 1/k of k labels."""
 
+VALUES, TAGS = "regress", "tag"
+"""Those of heads for values and for tags. Of values ``rmse``, where lower is better, ``spearman`` and ``pearson``; a
+model whose head was never trained says the mean of the rows measured. Of tags ``accuracy`` of words, and ``f1`` of
+entities, or ``macro_f1`` of labels that name none (`offsite.evaluation.tags`)."""
+
+OF_HEADS = (REWARDS, CLASSES, VALUES, TAGS)
+
+TOLD_FIRST = ("rmse", "f1", "accuracy")
+"""What is said first of a head: the first of these that its task has."""
+
+
+def first_metric(metrics: Collection[str]) -> str | None:
+    """Return the metric of a head's task that is said first; None where it has none of them."""
+    return next((name for name in TOLD_FIRST if name in metrics), None)
+
+
 RULES = "rules"
 """The task of prompts whose greedy answers are held to rules: ``reward`` is the mean of what the rules that an answer
 meets are worth together; each rule's own name has the share of answers that meet it."""
@@ -74,7 +91,10 @@ class Summary(Strict):
 
 
 class Row(Strict):
-    """What one model scored: perplexity, of an encoder that of the label, and per task its metrics by name."""
+    """What one model scored: perplexity, and per task its metrics by name.
+
+    An encoder's is that of the label or the tag; of values it has none, and their ``rmse`` stands in its place.
+    """
 
     perplexity: Summary
     tasks: dict[str, dict[str, Summary]] = {}
@@ -193,13 +213,20 @@ class Results(Sparse):
         if ("offset" in self.rows) != (self.beta is not None):
             raise ValueError("a row of an offset and its beta go together")
         head = self.adapter.head
-        if head is not None and "accuracy" not in self.task_metrics.get(head.task, {}):
-            raise ValueError(f"the adapter is for {head.task}, whose accuracy is missing")
+        needed = "rmse" if head is not None and head.task == VALUES else "accuracy"
+        if head is not None and needed not in self.task_metrics.get(head.task, {}):
+            raise ValueError(f"the adapter is for {head.task}, whose {needed} is missing")
         tasks = {(task, metric) for task, row in self.rows["zero_shot"].tasks.items() for metric in row}
         for row in self.rows.values():
             if {(task, metric) for task, found in row.tasks.items() for metric in found} != tasks:
                 raise ValueError("rows were scored on different tasks")
         return self
+
+
+def whole_figure(results: Results) -> str:
+    """Return what ``perplexity`` of a row is: the root mean squared error where an encoder has values for answers."""
+    head = results.adapter.head
+    return "rmse" if head is not None and head.task == VALUES and head.encoder else "perplexity"
 
 
 def write_results(folder: Path, results: Results) -> None:

@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from offsite.errors import ConfigError, DataError, RunFailed
+from offsite.evaluation.beginnings import LEAST_TOKENS, Beginning, shares_beginnings
 from offsite.modelling.context import context_of
+from offsite.modelling.head import causal_lm
 from offsite.text.calls import quietly
 from offsite.text.prompts import for_prompts
 from offsite.text.rows import Row, checked_string, read_rows
@@ -238,7 +241,48 @@ class _Harness:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
-        self.HFLM, self.TaskManager, self.evaluate, self.metrics = HFLM, TaskManager, evaluate, METRIC_REGISTRY
+        self.HFLM = _with_shared_contexts(HFLM)
+        self.TaskManager, self.evaluate, self.metrics = TaskManager, evaluate, METRIC_REGISTRY
+
+
+def _with_shared_contexts(plain: Any) -> Any:
+    """Return the harness's model, which reads a context once for all of its choices where the model's cache allows it.
+
+    The harness itself does so for choices of one token, which are left to it.
+    """
+
+    class Shared(plain):  # type: ignore[misc]
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[tuple[float, bool]]:
+            places: dict[tuple[int, ...], list[int]] = {}
+            for place, (_, context, _) in enumerate(requests):
+                places.setdefault(tuple(context), []).append(place)
+            groups = []
+            for context, group in places.items():
+                longest = max(len(requests[place][2]) for place in group)
+                fits = LEAST_TOKENS <= len(context) <= self.max_length - longest
+                if len(group) > 1 and longest > 1 and fits:
+                    groups.append((context, group))
+            if not groups or self.backend != "causal" or not shares_beginnings(self.model):
+                return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)  # type: ignore[no-any-return]
+            found: dict[int, tuple[float, bool]] = {}
+            for context, group in groups:
+                beginning = Beginning.read(causal_lm(self.model), context)
+                answers = [requests[place][2] for place in group]
+                scored = beginning.scores(answers, batch_size=self.batch_size, pad_id=0)
+                for place, answer, scores_SV in zip(group, answers, scored, strict=True):
+                    logs_SV = scores_SV.log_softmax(-1, dtype=self.softmax_dtype)
+                    targets_S = torch.tensor(answer, device=logs_SV.device)
+                    log = float(logs_SV.gather(1, targets_S[:, None]).sum())
+                    found[place] = (log, bool((logs_SV.argmax(-1) == targets_S).all()))
+            rest = [place for place in range(len(requests)) if place not in found]
+            if rest:
+                others = super()._loglikelihood_tokens([requests[place] for place in rest], disable_tqdm, override_bs)
+                found |= dict(zip(rest, others, strict=True))
+            return [found[place] for place in range(len(requests))]
+
+    return Shared
 
 
 def _harness() -> _Harness:

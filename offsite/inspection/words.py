@@ -80,9 +80,10 @@ def head_words(spec: AdapterSpec) -> str:
     if spec.head is None:
         return ""
     if not spec.head.labels:
-        return f", a reward head on {spec.head.hidden}"
+        return f", a {'reward' if spec.task == 'reward' else 'regression'} head on {spec.head.hidden}"
     few = ", ".join(shown(label) for label in spec.head.labels[:5]) + (", ..." if spec.head.num_labels > 5 else "")
-    return f", a head for {spec.head.num_labels} labels ({few}) on {spec.head.hidden}"
+    what = "tags" if spec.task == "tag" else "labels"
+    return f", a head for {spec.head.num_labels} {what} ({few}) on {spec.head.hidden}"
 
 
 def gates(found: Sequence[Gate]) -> dict[str, str]:

@@ -33,7 +33,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: str = "cpu",
-    with_head: bool = False,
+    with_head: str | None = None,
     encoders: bool = False,
     seq2seq: bool = False,
 ) -> PreTrainedModel:
@@ -42,7 +42,8 @@ def load_model(
     Args:
         name: a name `offsite fetch` knows, a folder with a transformers checkpoint, or a hub id.
         dtype: ``auto`` keeps the checkpoint's; otherwise a torch dtype's name.
-        with_head: it is a sequence classifier, a checkpoint that ``offsite plug-in --merge`` wrote.
+        with_head: task of the head that it has, a checkpoint that ``offsite plug-in --merge`` wrote: of a ``tag`` it is
+            transformers' token classifier, of others the sequence classifier; None for a model without one.
         encoders: an encoder is taken too, as its trunk (`offsite.encoders.trunk`): without a pooler and whatever
             head the checkpoint has.
         seq2seq: an encoder-decoder is taken too (`offsite.seq2seq.models`).
@@ -54,7 +55,11 @@ def load_model(
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     place = locate(name)
@@ -70,6 +75,7 @@ def load_model(
     try:
         with quiet_libraries():
             auto: Any = AutoModelForSequenceClassification if with_head else AutoModelForCausalLM
+            auto = AutoModelForTokenClassification if with_head == "tag" else auto
             auto = trunk_class(CONFIG_MAPPING[stated["model_type"]]) if is_trunk else auto
             auto = seq2seq_class(CONFIG_MAPPING[stated["model_type"]]) if is_pair else auto
             loaded: Any = auto.from_pretrained(

@@ -48,7 +48,7 @@ class Steps:
             positions_T = torch.arange(prompts_BT.shape[1], device=prompts_BT.device)
             self._given["position_ids"] = positions_T.expand_as(prompts_BT)
         if cached:
-            self._given |= _empty_cache(self._model)
+            self._given |= empty_cache(self._model)
 
     def logits(self) -> Tensor:
         """Return the scores of each next token: (B, V) float32, storage of its own. To be called once per token."""
@@ -74,7 +74,7 @@ class Steps:
         self._ids_BT = torch.cat([self._ids_BT, tokens_B[:, None].to(self._ids_BT)], dim=1)
 
 
-def _empty_cache(model: Any) -> dict[str, Any]:
+def empty_cache(model: Any) -> dict[str, Any]:
     """Return the cache that `generate` would hand to the model, by its name; models of their own caches get none."""
     from transformers import DynamicCache
 

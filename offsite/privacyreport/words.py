@@ -161,15 +161,28 @@ _OF_PAIRS = (
 )
 
 
+_SAME = "the two say the same"
+_OF_HEADS = {
+    "classify": ("a text and its label", "the label given the text", _SAME),
+    "reward": ("a pair of answers", "how far the chosen answer is rewarded above the other", _SAME),
+    "tag": ("words and their tags", "the mean loss of the tags given the words", _SAME),
+    "regress": (
+        "a text and its value",
+        "the squared error of the value",
+        "before tuning a value is told by its size alone, and the reference counts that as well",
+    ),
+}
+"""Of each head's task what a row is, what attacks go by, and what that it begins at zero means for the reference."""
+
+
 def _of_the_objective(bundle: BundleAudit) -> list[str]:
     """Return what the rows of a run are that did not learn the next token of a text."""
     head = bundle.run.adapter.head
     if head is not None:
-        row = "a text and its label" if head.labels else "a pair of answers"
-        goes_by = "the label given the text" if head.labels else "how far the chosen answer is rewarded above the other"
+        row, goes_by, alike = _OF_HEADS[head.task]
         return [
             f"The run trained a head ({head.task}): a row is {row}, and the attacks loss and reference go by "
-            f"{goes_by}. The head begins at zero, so the two say the same."
+            f"{goes_by}. The head begins at zero, so {alike}."
         ]
     loss = None if bundle.objective is None else bundle.objective.loss
     if loss == "rloo":

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from offsite.evaluation.results import ROWS, Crossing, Results, RowName
+from offsite.evaluation.results import ROWS, Crossing, Results, RowName, whole_figure
 from offsite.report.figures import NAMES
 from offsite.report.numbers import number
 
@@ -82,7 +82,7 @@ def limits(results: Results) -> list[str]:
     texts = [
         "Not differentially private. Nothing here bounds what the adapter reveals of the text it was tuned on, and no "
         "attack on it was tried.",
-        f"The emulator gives capability away. Whoever has the package has a model of perplexity "
+        f"The emulator gives capability away. Whoever has the package has a model of {whole_figure(results)} "
         f"{number(rows['emulator_zero_shot'].perplexity.mean)} on this text, against "
         f"{number(rows['zero_shot'].perplexity.mean)} of the full model ({_as_sent(results)}), and after tuning one of "
         f"{number(rows['emulator_tuned'].perplexity.mean)}{after}. How much of the middle could be rebuilt from it was "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from offsite.evaluation.results import ROWS, LogRecord, Results, RowName, Summary
+from offsite.evaluation.results import ROWS, LogRecord, Results, RowName, Summary, whole_figure
 from offsite.report.charts import Curve, Dot, curves, dots, smooth
 from offsite.report.drawing import Drawing, Point
 from offsite.report.numbers import MINUS, number, size
@@ -103,7 +103,7 @@ class Measured:
         ]
         return cls(
             drawing=_dots(results),
-            columns=("perplexity", *(f"{task} {metric}" for task, metric in tasks), "seeds"),
+            columns=(whole_figure(results), *(f"{task} {metric}" for task, metric in tasks), "seeds"),
             rows=tuple(rows),
             has_seeds=any(row.num_seeds > 1 for row in rows),
         )
@@ -188,7 +188,8 @@ def _dots(results: Results) -> Drawing:
         )
         for name, row in results.rows.items()
     ]
-    return dots(drawn, title="perplexity of every row", reference=results.rows["zero_shot"].perplexity.mean)
+    what = f"{whole_figure(results)} of every row"
+    return dots(drawn, title=what, reference=results.rows["zero_shot"].perplexity.mean)
 
 
 def _curve(name: str, records: Sequence[LogRecord], run: Mapping[str, float]) -> RunCurve | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from offsite import __version__
 from offsite.console import say
-from offsite.evaluation.results import LogRecord, Results, RowName, Summary, read_logs, read_results
+from offsite.evaluation.results import LogRecord, Results, RowName, Summary, first_metric, read_logs, read_results
 from offsite.report.config import ReportConfig
 from offsite.report.engine import render
 from offsite.report.facts import Crossed, facts, limits, one_flag_a_line
@@ -59,18 +59,24 @@ def page(results: Results, logs: Mapping[str, Sequence[LogRecord]]) -> str:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the page leads with, of every row: perplexity, or the accuracy of a head, which was tuned for that."""
+    """What the page leads with, of every row: perplexity, or what a head was tuned for: its accuracy, F1 or error."""
 
     name: str
     better: str
     rows: Mapping[RowName, Summary]
+    metric: str = ""
 
 
 def _judged(results: Results) -> Judged:
     head = results.adapter.head
     if head is None:
         return Judged("perplexity", "lower", {name: row.perplexity for name, row in results.rows.items()})
-    return Judged("accuracy", "higher", {name: row.tasks[head.task]["accuracy"] for name, row in results.rows.items()})
+    metric = first_metric(results.task_metrics[head.task]) or "accuracy"
+    found = {name: row.tasks[head.task][metric] for name, row in results.rows.items()}
+    return Judged(_NAMED.get(metric, metric), "lower" if metric == "rmse" else "higher", found, metric)
+
+
+_NAMED = {"rmse": "root mean squared error", "f1": "entity F1"}
 
 
 def _head(results: Results) -> list[tuple[str, str]]:
@@ -85,8 +91,8 @@ def _head(results: Results) -> list[tuple[str, str]]:
         found += [(_times(results.metrics.get("gap")), "the client's copy over the owner's model, in perplexity")]
         found += _withheld(results)
     else:
-        found += _worth(results.task_metrics[head.task]["accuracy"])
-        found += [(number(judged.rows["emulator_tuned"].mean), "accuracy of the client's copy, tuned")]
+        found += _worth(results.task_metrics[head.task][judged.metric])
+        found += [(number(judged.rows["emulator_tuned"].mean), f"{judged.name} of the client's copy, tuned")]
     return [*found, (size(returned), f"came back, for {size(results.package.num_bytes)} that went out")]
 
 

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice, takewhile
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from offsite.errors import ConfigError, DataError
 from offsite.seq2seq.inputs import SOURCE
 from offsite.text.calls import TookTooLong, encoded, enough_seconds, quietly
 from offsite.text.chat import ASSISTANT, Spans, answers_only, asked_chat, rendered_chat, written_chat
+from offsite.text.headrows import tag_labels
 from offsite.text.prompts import prompt_ids
 from offsite.text.records import Record, answer_of
 
@@ -35,8 +36,9 @@ class Example:
 
     A pair of answers is the chosen row, with the other one in ``rejected``. A question is the row with its right
     answer, where it has one: ``prompt`` is what is to be continued, ``answer`` that answer's text, ``question`` the
-    record. A classifier's row has its label's place among the labels in ``target``. ``closing`` are the special tokens
-    behind its text, as an encoder's separator: a cut takes the text's end and leaves them. Of a row for an
+    record. A classifier's row has its label's place among the labels in ``target``, a regression's its ``value``; of a
+    ``tagged`` one ``labels`` are tags' places. ``closing`` are the special tokens behind its text, as an encoder's
+    separator: a cut takes the text's end and leaves them. Of a row for an
     encoder-decoder, ids and labels are the decoder's; ``source`` is what its encoder reads (`offsite.text.answers`).
     """
 
@@ -48,6 +50,8 @@ class Example:
     answer: str | None = field(default=None, repr=False)
     question: Record | None = field(default=None, repr=False)
     target: int | None = field(default=None, repr=False)
+    value: float | None = field(default=None, repr=False)
+    tagged: bool = False
     closing: int = 0
     source: tuple[int, ...] = field(default=(), repr=False)
 
@@ -350,7 +354,9 @@ def _is_running_text(record: Record) -> bool:
 def _counts(example: Example) -> bool:
     """Tell whether anything can be learnt from the example."""
     first, *others = example.sides
-    if first.target is not None:
+    if first.tagged:
+        return any(label != IGNORED for label in first.labels)
+    if first.target is not None or first.value is not None:
         return bool(first.input_ids)
     return all(side.num_loss_tokens and side.input_ids != first.input_ids for side in others) and (
         first.num_loss_tokens > 0
@@ -376,14 +382,18 @@ def _tokenised(
             rendered = _rendered(rows, tokenizer, is_chat=is_chat)
             encodings = _encodings(rows, [text for text, _ in rendered], tokenizer, is_chat=is_chat)
             for record, (text, spans), (ids, offsets) in zip(rows, rendered, encodings, strict=True):
-                labels = _labels(ids, [end for _, end in offsets], spans, len(text))
+                ends = [end for _, end in offsets]
+                labels = _labels(ids, ends, spans, len(text))
+                if record.words:
+                    labels = [IGNORED if n is None else n for n in tag_labels(record.words, record.tags, ends)]
                 if ended:
                     _end(ids, labels, eos, closed=is_chat, counts=any(end == len(text) for _, end in spans))
                 labels = [shared.setdefault(label, label) for label in labels]
                 known = None if record.label is None else record.label.number
                 ids = [shared.setdefault(i, i) for i in ids]
+                said: dict[str, Any] = {"target": known, "value": record.value, "tagged": bool(record.words)}
                 closing = 0 if ended else _num_closing(offsets)
-                yield record, Example(ids, labels, record.document, target=known, closing=closing)
+                yield record, Example(ids, labels, record.document, closing=closing, **said)
 
 
 def _rendered(rows: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, is_chat: bool) -> list[tuple[str, Spans]]:

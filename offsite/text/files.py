@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from offsite.errors import DataError
+from offsite.errors import ConfigError, DataError
 
 _MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le", "UTF-32"),
@@ -30,6 +30,37 @@ _SPELLED = re.compile(rb"(?:[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\x
 _HIGH = re.compile(rb"[\x80-\xff]+")
 _UNUSED = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")  # bytes that Windows-1252 does not use
 _ASK = "ask whoever wrote it for its encoding, then: iconv -f ENCODING -t UTF-8"
+
+
+def pieces(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
+    """Documents of a plain text file, each with the number of the line on which it begins.
+
+    Args:
+        separator: what stands between them; None for blank lines.
+
+    Raises:
+        ConfigError: when the separator is empty.
+    """
+    if separator == "":
+        raise ConfigError("the separator between documents is empty")
+    if separator is None:
+        start, kept = 0, list[str]()
+        for number, line in lines(path):
+            if line.strip():
+                start = start if kept else number
+                kept.append(line)
+            elif kept:
+                yield start, "".join(kept).rstrip()
+                kept = []
+        if kept:
+            yield start, "".join(kept).rstrip()
+        return
+    number = 1
+    for piece in "".join(line for _, line in lines(path)).split(separator):
+        if piece.strip():
+            lead = len(piece) - len(piece.lstrip())
+            yield number + piece.count("\n", 0, lead), piece.strip()
+        number += piece.count("\n") + separator.count("\n")
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -1,11 +1,11 @@
 """Text files as records: what each row holds, where it stands, and which document it belongs to.
 
 A row has one of three shapes: ``text``; ``prompt`` and ``completion``; or ``messages``. Who learns from
-preferences reads a fourth instead: ``chosen`` and ``rejected``, with or without ``prompt``; who learns to
-classify a fifth: ``text`` and ``label``, one of given names. Who learns from rewards reads prompts, with or
-without an answer (`offsite.text.questions`). Errors name the file and the row and say what was expected. They
-never repeat what a row holds, and for that reason no column names either: a table without a header has its
-first row for column names.
+preferences reads a fourth instead: ``chosen`` and ``rejected``, with or without ``prompt``; who trains a head
+that of its task, a text with a label or a value, or words with tags (`offsite.text.headrows`). Who learns from
+rewards reads prompts, with or without an answer (`offsite.text.questions`). Errors name the file and the row
+and say what was expected. They never repeat what a row holds, and for that reason no column names either: a
+table without a header has its first row for column names.
 """
 
 from __future__ import annotations
@@ -16,11 +16,25 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from offsite.errors import ConfigError, DataError
 from offsite.text.dialects import told_in_shapes
-from offsite.text.files import lines
+from offsite.text.files import pieces
+from offsite.text.headrows import (
+    CLASSIFIED,
+    HEAD_FIELDS,
+    MISSING,
+    NAMED,
+    TAGGED,
+    VALUED,
+    WANTED,
+    Label,
+    label_in,
+    shape_of,
+    value_in,
+    words_in,
+)
 from offsite.text.preferences import PAIR, PAIR_FIELDS, Answers, answers_in
 from offsite.text.questions import ANSWER_FIELD, QUESTIONS, question_in
 from offsite.text.rows import NAME_COLUMNS, Messages, Row, checked_string, file_kind, messages_in, read_rows
@@ -30,18 +44,9 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "prompt/completion": ("prompt", "completion"),
     "messages": ("messages",),
 }
-CLASSIFIED = "text/label"
-CLASSIFIED_FIELDS = ("text", "label")
 DOCUMENT = "document"
 Purpose = Literal["split", "audit", "rehearsal", "dial"]
 BUNDLED = ("heldout", "private", "public")
-
-
-class Label(NamedTuple):
-    """A row's label: its place among the names that were given, and its name."""
-
-    number: int
-    name: str
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Record:
 
     A row of preferences is that of the chosen answer, and has in `rejected` the same beginning with the other one. Of
     their messages the first `num_given` are that beginning, and nothing of them counts. So are a question's, which may
-    have nothing behind them.
+    have nothing behind them. Of words with tags, the text is the words with a space between each two.
     """
 
     segments: tuple[tuple[str, bool], ...] = field(repr=False)
@@ -61,6 +66,9 @@ class Record:
     rejected: Record | None = field(default=None, repr=False)
     num_given: int = 0
     label: Label | None = field(default=None, repr=False)
+    value: float | None = field(default=None, repr=False)
+    words: tuple[str, ...] = field(default=(), repr=False)
+    tags: tuple[Label, ...] = field(default=(), repr=False)
 
     @property
     def whole_text(self) -> str:
@@ -71,7 +79,9 @@ class Record:
     @property
     def content(self) -> tuple[object, ...]:
         """What two rows that say the same have in common."""
-        own = (self.segments, self.messages, *(() if self.label is None else (self.label.name,)))
+        answer = () if self.label is None else (self.label.name,)
+        answer = answer if self.value is None else (str(self.value),)
+        own = (self.segments, self.messages, *answer, *(tag.name for tag in self.tags))
         return own if self.rejected is None else (*own, self.rejected.content)
 
 
@@ -85,6 +95,7 @@ def read_records(
     pairs: bool | None = False,
     questions: bool = False,
     labels: Sequence[str] = (),
+    of_head: str = "",
 ) -> list[Record]:
     """Every row of a ``.txt``, ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` (each maybe ``.gz``) or ``.parquet`` file.
 
@@ -100,8 +111,10 @@ def read_records(
         pairs: whether rows are to be preferences, which are refused otherwise; None takes what is there. Those with one
             beginning are one document: its answers are compared with one another.
         questions: rows are to be prompts with or without an answer; those with one prompt are one document.
-        labels: names of a classifier's labels; rows are then a text and one of them, and nothing else. Those of one
+        labels: names of a head's labels or tags; rows are then a text and one of them, and nothing else. Those of one
             text are one document.
+        of_head: what the head that rows are for is tuned to, where not to classify: ``regress`` for a text and a value,
+            ``tag`` for words and their tags.
 
     Raises:
         DataError: the file is missing, empty, of an unknown kind, not Unicode text, or a row has the wrong form.
@@ -109,18 +122,21 @@ def read_records(
     """
     path = Path(path)
     kind = file_kind(path)
-    shapes = {CLASSIFIED: CLASSIFIED_FIELDS} if labels else QUESTIONS if questions else _shapes(pairs)
+    head_shape = shape_of(of_head, labels)
+    shapes = QUESTIONS if questions else _shapes(pairs)
+    shapes = shapes if head_shape is None else {head_shape: HEAD_FIELDS[head_shape]}
     wanted = _shape_of_fields(fields or {}, shapes, pairs, questions)
     if kind == ".txt":
-        if labels:
-            raise DataError(f"{path.name}: plain text, expected rows of a text and its label", hint=_LABELLED)
+        if head_shape is not None:
+            what = f"{path.name}: plain text, expected rows of {NAMED[head_shape]}"
+            raise DataError(what, hint=WANTED[head_shape])
         if pairs:
             raise DataError(f"{path.name}: plain text, expected pairs of a chosen and a rejected answer", hint=_PAIRED)
         if questions:
             raise DataError(f"{path.name}: plain text, expected rows with a prompt", hint=_ASKED)
         if fields or document_field:
             raise ConfigError(f"{path.name}: plain text has no fields to name")
-        records = [_text_record(path, number, text) for number, text in _pieces(path, separator)]
+        records = [_text_record(path, number, text) for number, text in pieces(path, separator)]
     else:
         if separator is not None:
             raise ConfigError(f"{path.name}: a separator applies to .txt files only")
@@ -144,6 +160,7 @@ def read_files(
     pairs: bool | None = False,
     questions: bool = False,
     labels: Sequence[str] = (),
+    of_head: str = "",
 ) -> list[Record]:
     """Every row of several files in their order, each file read as `read_records` does.
 
@@ -154,14 +171,14 @@ def read_files(
         share_documents: documents of one name are the same in every file: where they stand for users.
         pairs: as of `read_records`; under None the files hold preferences, all of them, or none does.
         questions: as of `read_records`.
-        labels: as of `read_records`.
+        labels, of_head: as of `read_records`.
 
     Raises:
         DataError, ConfigError: as `read_records` and `require_files`.
     """
     require_files(paths)
     how: dict[str, Any] = {"fields": fields, "document_field": document_field, "separator": separator}
-    how |= {"pairs": pairs, "questions": questions, "labels": labels}
+    how |= {"pairs": pairs, "questions": questions, "labels": labels, "of_head": of_head}
     if len(paths) == 1:
         return read_records(paths[0], **how)
     names = [path.name for path in paths]
@@ -274,6 +291,10 @@ def _values(record: Record) -> dict[str, Any]:
             return {"messages": _objects(record.messages)}
         return {"chosen": _objects(record.messages), "rejected": _objects(other.messages)}
     texts = [text for text, _ in record.segments]
+    if record.words:
+        return {"tokens": list(record.words), "tags": [tag.name for tag in record.tags]}
+    if record.value is not None:
+        return {"text": texts[0], "value": record.value}
     if record.label is not None:
         return {"text": texts[0], "label": record.label.name}
     if other is None:
@@ -307,7 +328,6 @@ def _draw(document: str, seed: int, purpose: str) -> float:
 
 _PAIRED = "give rows of 'prompt', 'chosen' and 'rejected', or of whole dialogues 'chosen' and 'rejected'"
 _ASKED = "give rows of 'prompt', with or without 'completion', or of 'messages'"
-_LABELLED = "give rows of 'text' and 'label', in any kind of file but .txt"
 _APART = "give text and preferences to different runs"
 
 
@@ -351,7 +371,7 @@ def _table_records(
     questions: bool,
     numbers: Mapping[str, int],
 ) -> Iterator[Record]:
-    names = [name for own in (*SHAPES.values(), PAIR_FIELDS, CLASSIFIED_FIELDS) for name in own]
+    names = [name for own in (*SHAPES.values(), PAIR_FIELDS, *HEAD_FIELDS.values()) for name in own]
     columns = {name: fields.get(name, name) for name in names}
     shape: str | None = wanted
     first = ""
@@ -368,21 +388,34 @@ def _table_records(
         if questions:
             yield _question(row, shape, columns, document_field, label)
             continue
-        found_row = _table_record(row, shape, columns, document_field, label, needs_prompt="prompt" in fields)
-        yield replace(found_row, label=_label(row, columns["label"], numbers)) if numbers else found_row
+        if shape in HEAD_FIELDS:
+            yield _headed(row, shape, columns, document_field, label, numbers)
+            continue
+        yield _table_record(row, shape, columns, document_field, label, needs_prompt="prompt" in fields)
 
 
-def _label(row: Row, column: str, numbers: Mapping[str, int]) -> Label:
-    """Return the row's label, which may be written as a whole number where that is a name."""
-    value = row.values.get(column)
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    name = checked_string(value, f"field '{column}'", row)
-    if name not in numbers:
-        raise row.error(
-            f"its label is none of the {len(numbers)} given", hint="--labels, or the job, names all of them"
-        )
-    return Label(numbers[name], name)
+def _headed(
+    row: Row,
+    shape: str,
+    columns: Mapping[str, str],
+    document_field: str | None,
+    label: str,
+    numbers: Mapping[str, int],
+) -> Record:
+    """Return a row that a head learns from, its text with what is to be said of it."""
+    words, tags = words_in(row, columns, numbers) if shape == TAGGED else ((), ())
+    segments = ((" ".join(words) if words else row.string(columns["text"]), True),)
+    document = _digest(segments) if document_field is None else label + _document(row, document_field)
+    return Record(
+        segments,
+        document,
+        row.number,
+        place=row.place,
+        label=label_in(row, columns["label"], numbers) if shape == CLASSIFIED else None,
+        value=value_in(row, columns["value"]) if shape == VALUED else None,
+        words=words,
+        tags=tags,
+    )
 
 
 def _shape_of(row: Row, columns: Mapping[str, str], shapes: Mapping[str, Sequence[str]]) -> list[str]:
@@ -392,8 +425,8 @@ def _shape_of(row: Row, columns: Mapping[str, str], shapes: Mapping[str, Sequenc
 def _only_shape(
     row: Row, found: Sequence[str], allowed: Mapping[str, Sequence[str]], columns: Mapping[str, str], questions: bool
 ) -> str:
-    if not found and CLASSIFIED in allowed:
-        raise row.error("a text or its label is missing", hint=f"{_LABELLED}, or {NAME_COLUMNS}")
+    for shape in () if found else HEAD_FIELDS.keys() & allowed.keys():
+        raise row.error(MISSING[shape], hint=f"{WANTED[shape]}, or {NAME_COLUMNS}")
     if not found and not questions:
         others = _shape_of(row, columns, {**SHAPES, PAIR: PAIR_FIELDS})
         if PAIR in others:
@@ -427,7 +460,7 @@ def _table_record(
         answers = answers_in(row, columns, needs_prompt=needs_prompt)
         named = "" if document_field is None else label + _document(row, document_field)
         return _pair(row, answers, named or _digest(answers.beginning))
-    if shape in ("text", CLASSIFIED):
+    if shape == "text":
         segments = ((row.string(columns["text"]), True),)
     elif shape == "messages":
         messages = messages_in(row, columns["messages"])
@@ -472,27 +505,3 @@ def _text_record(path: Path, number: int, text: str) -> Record:
     row = Row({"text": text}, number, f"{path.name}: line {number}")
     segments = ((row.string("text"), True),)
     return Record(segments, _digest(segments), number, place=row.place)
-
-
-def _pieces(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
-    """Documents of a plain text file, each with the number of the line on which it begins."""
-    if separator == "":
-        raise ConfigError("the separator between documents is empty")
-    if separator is None:
-        start, kept = 0, list[str]()
-        for number, line in lines(path):
-            if line.strip():
-                start = start if kept else number
-                kept.append(line)
-            elif kept:
-                yield start, "".join(kept).rstrip()
-                kept = []
-        if kept:
-            yield start, "".join(kept).rstrip()
-        return
-    number = 1
-    for piece in "".join(line for _, line in lines(path)).split(separator):
-        if piece.strip():
-            lead = len(piece) - len(piece.lstrip())
-            yield number + piece.count("\n", 0, lead), piece.strip()
-        number += piece.count("\n") + separator.count("\n")

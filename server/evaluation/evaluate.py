@@ -22,13 +22,15 @@ from offsite.console import progress, say
 from offsite.digests import joined_digest, model_digest, sha256_file
 from offsite.encoders.trunk import is_encoder
 from offsite.errors import ConfigError
-from offsite.evaluation.heads import SCORE, head_figures, label_losses, scores_of
+from offsite.evaluation.byhead import measure_head
+from offsite.evaluation.heads import SCORE
 from offsite.evaluation.measure import perplexity
 from offsite.evaluation.preferences import log_probabilities, preferred
 from offsite.evaluation.results import (
     LOGS_NAME,
     PREFERENCES,
     ROWS,
+    VALUES,
     Answer,
     Data,
     DataFile,
@@ -72,6 +74,9 @@ if TYPE_CHECKING:
 ONCE = "once"
 """Stands in place of a seed where there is none."""
 
+_SMALLEST = 1e-30
+"""Stands for an error of 0, of which no share can be taken."""
+
 Score = dict[str, float]
 """What one model scored: ``perplexity``, and ``TASK/METRIC`` for every task, preferences among them."""
 
@@ -104,7 +109,8 @@ class Ruler:
     def score(self, model: PreTrainedModel, label: str) -> Score:
         """Return the model's perplexity and its task metrics; `label` is shown meanwhile.
 
-        Perplexity is of the next token, or of an encoder, which has none, of the label: exp of its mean loss in nats.
+        Perplexity is of the next token, or of an encoder, which has none, of the label or the tag: exp of its mean loss
+        in nats. Of an encoder's values the root mean squared error stands in its place.
         """
         if is_encoder(model):
             return self._answers(model, label)
@@ -137,22 +143,20 @@ class Ruler:
         """Return how right the head is; one that was never trained is right by chance."""
         if self.head is None:
             return {}
-        rows = [side for example in self.examples for side in example.sides]
-        scores_NL = torch.zeros(len(rows), self.head.num_labels, dtype=torch.float64)
-        if hasattr(model, SCORE):
-            with progress(len(rows), f"{label}: {self.head.task}") as bar:
-                scores_NL = scores_of(
-                    model,
-                    rows,
-                    batch_size=self.batch_size,
-                    pad_id=pad_id(self.tokenizer),
-                    precision="bf16" if self.bf16 else "fp32",
-                    progress=lambda done, _: bar.update(done),
-                )
-        targets = [one.target for one in self.examples if one.target is not None]
-        found = {f"{self.head.task}/{name}": value for name, value in head_figures(scores_NL, targets).items()}
+        with progress(sum(len(one.sides) for one in self.examples), f"{label}: {self.head.task}") as bar:
+            said = measure_head(
+                model if hasattr(model, SCORE) else None,
+                self.examples,
+                self.head.labels,
+                batch_size=self.batch_size,
+                pad_id=pad_id(self.tokenizer),
+                precision="bf16" if self.bf16 else "fp32",
+                progress=lambda done, _: bar.update(done),
+            )
+        figures = {"num_rows": float(said.num), **said.figures}
+        found = {f"{self.head.task}/{name}": value for name, value in figures.items()}
         if is_encoder(model):
-            found["perplexity"] = math.exp(math.fsum(label_losses(scores_NL, targets)) / len(targets))
+            found["perplexity"] = max(figures["rmse"], _SMALLEST) if "rmse" in figures else math.exp(said.loss)
         return found
 
     def _preferences(self, model: PreTrainedModel, label: str) -> Score:
@@ -241,6 +245,7 @@ def run(config: EvaluateConfig) -> dict[str, object]:
             separator=config.separator,
             pairs=None if head is None else head.task == "reward",
             labels=() if head is None else head.labels,
+            of_head="" if head is None else head.task,
         )
     )
     _require_apart(config, records, head)
@@ -279,7 +284,7 @@ def run(config: EvaluateConfig) -> dict[str, object]:
         beta=config.beta if config.offset else None,
         data=data_of(config.data, records, encoded, examples),
         rows=rows,
-        metrics=perplexity_metrics(rows),
+        metrics=perplexity_metrics(rows, is_error=head is not None and head.task == VALUES and bool(head.encoder)),
         tasks=tasks,
         task_metrics=task_metrics(rows),
         parameters=found.counts,
@@ -460,10 +465,15 @@ def to_rows(scores: Mapping[RowName, Mapping[str, Score]]) -> tuple[dict[RowName
     return rows, sizes
 
 
-def perplexity_metrics(rows: Mapping[RowName, Row]) -> dict[str, Summary | None]:
-    """Return recoveries and gap of the perplexities, and what is withheld."""
+def perplexity_metrics(rows: Mapping[RowName, Row], *, is_error: bool = False) -> dict[str, Summary | None]:
+    """Return recoveries and gap of the perplexities, and what is withheld.
+
+    Args:
+        is_error: errors of values stand in their place, whose logarithms are no nats: none is told of those.
+    """
     perplexities: dict[str, Summary] = {name: row.perplexity for name, row in rows.items()}
-    return compare(perplexities) | compare_nats(perplexities)
+    nats = compare_nats(perplexities)
+    return compare(perplexities) | (dict.fromkeys(nats) if is_error else nats)
 
 
 def task_metrics(rows: Mapping[RowName, Row]) -> dict[str, dict[str, dict[str, Summary | None]]]:
@@ -500,6 +510,9 @@ def _require_answers_alone(config: EvaluateConfig) -> None:
     refuse_settings(f"package {config.package.name!r}", asked, hint)
 
 
+_ROWS_OF = {"regress": "texts with values", "tag": "words with tags"}
+
+
 def _require_apart(config: EvaluateConfig, records: Sequence[Record], head: Head | None) -> None:
     """Return only if pairs of answers, or rows for a head, are not asked to be what they are not.
 
@@ -510,7 +523,7 @@ def _require_apart(config: EvaluateConfig, records: Sequence[Record], head: Head
         return
     name = PREFERENCES if head is None else head.task
     if config.pack and "pack" in config.model_fields_set:
-        what = "pairs of answers" if records[0].rejected is not None else "labelled rows"
+        what = "pairs of answers" if records[0].rejected is not None else _ROWS_OF.get(name, "labelled rows")
         raise ConfigError(f"--pack: --data holds {what}, each in a row of its own")
     if any(path.stem == name for path in config.task):
         raise ConfigError(f"--task: {name!r} is what --data is measured as", hint="give the file another name")

@@ -21,7 +21,20 @@ from offsite.config import VerbConfig, flag_name, is_positional
 from offsite.console import say, table
 from offsite.errors import ConfigError, DataError
 from offsite.evaluation.preferences import wilson
-from offsite.evaluation.results import CLASSES, PREFERENCES, REWARDS, ROWS, Crossing, Parameters, Results, Summary
+from offsite.evaluation.regression import interval
+from offsite.evaluation.results import (
+    OF_HEADS,
+    PREFERENCES,
+    REWARDS,
+    ROWS,
+    TAGS,
+    VALUES,
+    Crossing,
+    Parameters,
+    Results,
+    Summary,
+    whole_figure,
+)
 from offsite.tasks.config import RuleSettings
 from offsite.tensors import TensorSpec
 from server.evaluation.config import named_paths
@@ -138,7 +151,7 @@ def versions() -> dict[str, str]:
 def show(results: Results) -> None:
     """The table of rows and the figures are on stderr."""
     tasks = [(task, metric) for task, row in results.rows["zero_shot"].tasks.items() for metric in row]
-    columns = ["", "perplexity", *(f"{task} {metric}" for task, metric in tasks), "seeds"]
+    columns = ["", whole_figure(results), *(f"{task} {metric}" for task, metric in tasks), "seeds"]
     lines = []
     for row, found in results.rows.items():
         cells = [spread(found.perplexity), *(spread(found.tasks[task][metric]) for task, metric in tasks)]
@@ -164,15 +177,20 @@ def _of_preferences(results: Results) -> list[str]:
     task = _own_task(results)
     if task is None:
         return []
-    num, accuracy = results.tasks[task], results.rows["plugged_in"].tasks[task]["accuracy"].mean
-    low, high = wilson(accuracy, num)
-    what = "is right about" if task == CLASSES else "prefers the chosen answer in"
-    noun = "rows" if task == CLASSES else "pairs"
-    found = [f"{num} {noun}: plugged in {what} {accuracy:.1%} ({low:.1%} to {high:.1%}, 95%)"]
-    for metric, figures in results.task_metrics[task].items():
+    num, figures = results.tasks[task], results.rows["plugged_in"].tasks[task]
+    noun = "pairs" if task in (PREFERENCES, REWARDS) else "words" if task == TAGS else "rows"
+    if task == VALUES:
+        each = [f"{name} {_sure(name, one.mean, num)}" for name, one in figures.items()]
+        found = [f"{num} rows, 95%: plugged in {', '.join(each)}"]
+    else:
+        accuracy = figures["accuracy"].mean
+        low, high = wilson(accuracy, num)
+        what = "prefers the chosen answer in" if noun == "pairs" else "is right about"
+        found = [f"{num} {noun}: plugged in {what} {accuracy:.1%} ({low:.1%} to {high:.1%}, 95%)"]
+    for metric, recovered in results.task_metrics[task].items():
         found += [
             f"{metric.replace('_', ' ')}, {name.replace('_', ' ')}: {spread(figure, digits=3)}"
-            for name, figure in figures.items()
+            for name, figure in recovered.items()
             if figure is not None and name != "gap"
         ]
     return found
@@ -180,11 +198,24 @@ def _of_preferences(results: Results) -> list[str]:
 
 def _own_task(results: Results) -> str | None:
     """Return the task that ``--data`` is measured as, beside perplexity; None of text."""
-    return next((task for task in (PREFERENCES, REWARDS, CLASSES) if task in results.tasks), None)
+    return next((task for task in (PREFERENCES, *OF_HEADS) if task in results.tasks), None)
+
+
+def _sure(metric: str, value: float, num: int) -> str:
+    low, high = interval(metric, value, num)
+    return f"{value:.4g} ({low:.4g} to {high:.4g})"
+
+
+def _interval(task: str, metric: str, value: float, num: int) -> list[float] | None:
+    """Return the 95 % interval of a figure; None of an F1, and of an error without an upper end."""
+    if task == VALUES:
+        found = list(interval(metric, value, num))
+        return found if all(map(math.isfinite, found)) else None
+    return None if metric in ("macro_f1", "f1") else list(wilson(value, num))
 
 
 def _flat_preferences(results: Results) -> dict[str, Any]:
-    """Return the shares of pairs or rows by row, with their 95 % intervals, and the recoveries; nothing of text."""
+    """Return the figures of pairs, rows or words by row, with 95 % intervals, and recoveries; nothing of text."""
     task = _own_task(results)
     if task is None:
         return {}
@@ -192,13 +223,14 @@ def _flat_preferences(results: Results) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for row, found in results.rows.items():
         shares = {name: figure.mean for name, figure in found.tasks[task].items()}
-        sure = {f"{name}_interval": list(wilson(share, num)) for name, share in shares.items() if name != "macro_f1"}
-        rows[row] = shares | sure
+        sure = {f"{name}_interval": _interval(task, name, share, num) for name, share in shares.items()}
+        rows[row] = shares | {name: one for name, one in sure.items() if one is not None}
     recovered = {
         metric: {name: figure.mean if figure else None for name, figure in figures.items() if name != "gap"}
         for metric, figures in results.task_metrics[task].items()
     }
-    return {task: {"num_rows" if task == CLASSES else "num_pairs": num, "rows": rows, "recovered": recovered}}
+    counted = "num_pairs" if task in (PREFERENCES, REWARDS) else "num_words" if task == TAGS else "num_rows"
+    return {task: {counted: num, "rows": rows, "recovered": recovered}}
 
 
 def spread(figure: Summary, *, digits: int = 4) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from adapters.heads import only_head, without_head
-from offsite.artefacts.bundle import TENSOR_FILE, AdapterSpec
+from offsite.artefacts.bundle import TENSOR_FILE, AdapterSpec, Head
 from offsite.artefacts.manifest import FileEntry, check_files, entries, read_manifest, write_manifest
 from offsite.digests import DIGEST_PATTERN, model_digest
 from offsite.encoders.classifier import classifier_name, trunk_prefix
@@ -136,7 +136,7 @@ def load_adapted(
     """Return the adapted model in evaluation mode, and its tokenizer, once every check has passed.
 
     One with a head carries it as `offsite.evaluation.heads` reads it; merged it is one of transformers' classes for
-    sequence classification.
+    sequence classification, or for tags of token classification.
 
     Args:
         path: a folder that ``offsite plug-in`` wrote, in any of its forms.
@@ -159,9 +159,9 @@ def load_adapted(
         source = str(path)
     else:
         source = base or found_model(path, base=manifest.base, kind=manifest.base_kind, digest=manifest.base_digest)
-    is_classifier = manifest.form == "merged" and manifest.adapter.head is not None
     has_head = manifest.adapter.head is not None
-    model = load_model(source, with_head=is_classifier, encoders=has_head, seq2seq=seq2seq and not has_head)
+    task = manifest.adapter.task if manifest.form == "merged" and has_head else None
+    model = load_model(source, with_head=task, encoders=has_head, seq2seq=seq2seq and not has_head)
     stay = {} if dtype == "auto" else finer(model, stored_in(model), torch_dtype(dtype))
     found = model_digest(model)
     if manifest.form == "merged":
@@ -231,21 +231,23 @@ def tensor_file(form: Form) -> str:
     return PEFT_TENSOR_FILE if form == "peft" else TENSOR_FILE
 
 
-def stored_names(form: Form, sites: Mapping[str, str], names: Iterable[str], encoder: str = "") -> dict[str, str]:
+def stored_names(
+    form: Form, sites: Mapping[str, str], names: Iterable[str], head: Head | None = None
+) -> dict[str, str]:
     """Map canonical tensor names to those in the folder's tensor file.
 
     Args:
-        encoder: architecture of the encoder that the adapter's head is of. Its PEFT folder is of a sequence classifier,
-            inside of which the encoder lies.
+        head: the adapter's. The PEFT folder of an encoder's is of a classifier, inside of which the encoder lies.
 
     Raises:
         BadSchema: when a name lies in no site or has no PEFT form, or two names meet.
     """
     found = {}
+    encoder = "" if head is None else head.encoder
     for name in names:
         if only_head({name: None}):
             own = name.removeprefix("head.")
-            inside = classifier_name(encoder, own) if encoder else f"{SCORE}.{own}"
+            inside = classifier_name(encoder, own, head.task) if head and encoder else f"{SCORE}.{own}"
             found[name] = f"{_IN_PEFT}{inside}" if form == "peft" else f"{SCORE}.{own}"
             continue
         path, part = full_name(name, sites), name.rpartition(".")[2]
@@ -271,7 +273,7 @@ def read_stored(path: Path, manifest: AdaptedManifest) -> Fitted:
     Raises:
         ArtefactError: with the subclass of the check on tensors that failed.
     """
-    names = stored_names(manifest.form, manifest.sites, manifest.tensors, encoder_in(manifest.adapter))
+    names = stored_names(manifest.form, manifest.sites, manifest.tensors, manifest.adapter.head)
     expected = {names[name]: spec for name, spec in manifest.tensors.items()}
     stored = read_tensors(path / tensor_file(manifest.form), expected)
     tensors = {name: stored[file] for name, file in names.items()}

@@ -70,7 +70,8 @@ class Card:
             found["base_model"] = self.base.name
         found["library_name"] = "peft" if self.form == "peft" else "transformers"
         writes = "text2text-generation" if self.is_seq2seq else "text-generation"
-        found["pipeline_tag"] = writes if self.adapter.head is None else "text-classification"
+        of_head = "token-classification" if self.adapter.task == "tag" else "text-classification"
+        found["pipeline_tag"] = writes if self.adapter.head is None else of_head
         return {**found, "tags": ["offsite-tuning", self.adapter.kind]}
 
     def _told(self) -> str:
@@ -103,7 +104,7 @@ class Card:
         return _markdown(["", ""], rows)
 
     def _figures(self) -> str:
-        if self.results is None:
+        if self.results is None or self.adapter.task == "regress":  # of an encoder it has no perplexity
             return ""
         rows = [
             (words, f"{self.results.rows[name].perplexity.mean:.2f}")  # type: ignore[index]
@@ -119,10 +120,12 @@ class Card:
             if self.is_seq2seq:
                 return "## Use\n\nPlugged in with `--merge` it is a checkpoint that transformers opens by itself."
             return f"## Use\n\n    offsite serve {name} --base {base}"
-        head = self.adapter.head
+        head, tags = self.adapter.head, self.adapter.task == "tag"
         writes = "AutoModelForSeq2SeqLM" if self.is_seq2seq else "AutoModelForCausalLM"
-        make = writes if head is None else "AutoModelForSequenceClassification"
+        classifier = "AutoModelForTokenClassification" if tags else "AutoModelForSequenceClassification"
+        make = writes if head is None else classifier
         with_labels = "" if head is None else f", num_labels={head.num_labels}, pad_token_id=tokenizer.pad_token_id"
+        with_labels += ', problem_type="regression"' if self.adapter.task == "regress" else ""
         lines = [
             f"from transformers import {make}, AutoTokenizer",
             "",
@@ -134,6 +137,8 @@ class Card:
         else:
             lines.append(f'model = {make}.from_pretrained("{name}")')
         code = "\n".join(lines)
+        if tags:
+            return f"## Use\n\n```python\n{code}\n```"
         if head is not None:
             return f"## Use\n\n```python\n{code}\n```\n\n```sh\noffsite serve {name}\n```"
         served = f"vllm serve {base} --enable-lora --lora-modules {name}={name}" if self.form == "peft" else ""
@@ -177,7 +182,9 @@ def require_results(
 def _head(head: Head) -> str:
     """Return what a head answers, in words."""
     if not head.labels:
-        return "a reward, one number of a text"
+        return "a reward, one number of a text" if head.task == "reward" else "a value, one number of a text"
+    if head.task == "tag":
+        return f"a label of every token, in this order: {', '.join(head.labels)}"
     return f"labels, in this order: {', '.join(head.labels)}"
 
 

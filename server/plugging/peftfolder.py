@@ -30,12 +30,12 @@ def write_peft_folder(folder: Path, model: PreTrainedModel, adapter: Fitted, *, 
 
     Args:
         model: the full model without the adapter, to choose targets that reach exactly the adapted modules; of an
-            encoder, its sequence classifier.
+            encoder, its classifier.
         base: what the full model is called, for tools that look for it by that.
     """
     tensors = {**adapter.tensors, **adapter.head}
     encoder = encoder_in(adapter.spec)
-    names = stored_names("peft", adapter.sites, tensors, encoder)
+    names = stored_names("peft", adapter.sites, tensors, adapter.spec.head)
     write_tensors(folder / PEFT_TENSOR_FILE, {names[name]: tensor for name, tensor in tensors.items()})
     inside = f"{trunk_prefix(encoder)}." if encoder else ""
     modules = [f"{inside}{path}" for path in module_names(adapter.tensors, adapter.sites)]
@@ -72,13 +72,13 @@ def peft_config(model: PreTrainedModel, spec: AdapterSpec, modules: list[str], b
 def _task_type(model: PreTrainedModel, spec: AdapterSpec) -> str:
     """Return what peft calls models of that kind."""
     if spec.head is not None:
-        return "SEQ_CLS"
+        return "TOKEN_CLS" if spec.head.task == "tag" else "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if is_seq2seq(model) else "CAUSAL_LM"
 
 
 def _saved_whole(head: Head) -> list[str]:
     """Return the last names of the modules that peft keeps with the adapter and does not adapt."""
-    return head_modules(head.encoder) if head.encoder else [SCORE]
+    return head_modules(head.encoder, head.task) if head.encoder else [SCORE]
 
 
 def open_with_peft(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -23,7 +23,7 @@ from torch import Tensor
 from adapters.heads import as_classifier, detach_head, put_head
 from adapters.kinds import Attached
 from adapters.targets import PEFT_KINDS
-from offsite.artefacts.bundle import TENSOR_FILE
+from offsite.artefacts.bundle import TENSOR_FILE, Head
 from offsite.artefacts.layout import PackageManifest
 from offsite.artefacts.manifest import MANIFEST_NAME, read_manifest
 from offsite.artefacts.owner import OwnerRecord, owner_record_path, read_owner_record
@@ -336,7 +336,7 @@ def _plug_in(
             merged = as_opened(merge(attached, stage / _MERGED), adapter, tokenizer)
             del model, attached
             error = _require_close(probe(merged, "the merged model"), expected, merged, effect)
-            merged_digest = _write_merged(stage, merged, probe, with_head=has_head)
+            merged_digest = _write_merged(stage, merged, probe, verified.spec.head)
             del merged
             remove(stage / _MERGED)
         else:
@@ -379,7 +379,7 @@ def _require_close(found: Tensor, expected: Tensor, merged: PreTrainedModel, eff
     return error
 
 
-def _write_merged(stage: Path, merged: PreTrainedModel, probe: Probe, *, with_head: bool) -> str:
+def _write_merged(stage: Path, merged: PreTrainedModel, probe: Probe, head: Head | None) -> str:
     """Write the checkpoint, and return the model's digest, once they were read back as they were.
 
     Raises:
@@ -387,7 +387,7 @@ def _write_merged(stage: Path, merged: PreTrainedModel, probe: Probe, *, with_he
     """
     write_checkpoint(merged, stage)
     digest, expected = model_digest(merged), probe(merged, "the merged model")
-    read_back = load_model(str(stage), with_head=with_head, seq2seq=not with_head)
+    read_back = load_model(str(stage), with_head=head.task if head else None, seq2seq=head is None)
     if model_digest(read_back) != digest:
         raise RunFailed("the merged checkpoint reads back as other tensors than were written")
     error = deviation(probe(read_back, "what was read back"), expected)  # the configuration counts too
@@ -413,7 +413,7 @@ def _write_adapter(
     model = plain_model(attached)
     if form == "own":
         tensors = _all(adapter)
-        names = stored_names(form, adapter.sites, tensors, encoder_in(adapter.spec))
+        names = stored_names(form, adapter.sites, tensors, adapter.spec.head)
         write_tensors(stage / TENSOR_FILE, {names[name]: tensor for name, tensor in tensors.items()})
         read_tensors(stage / TENSOR_FILE, {names[name]: spec_of(tensor) for name, tensor in tensors.items()})
         return 0.0

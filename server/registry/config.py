@@ -43,9 +43,10 @@ class JobCreateConfig(KeysConfig, AdapterSettings, LabelSettings, NormCaps):
     verb: ClassVar[str] = "job create"
 
     package: Path = Field(description="package folder the client is to tune on", json_schema_extra=POSITIONAL)
-    head: Literal["none", "reward", "classify"] = Field(
+    head: Literal["none", "reward", "classify", "regress", "tag"] = Field(
         "none",
-        description="what is trained beside the adapter: nothing; reward: a number for each answer; classify: labels",
+        description="what is trained beside the adapter: nothing; reward: a number for each answer; classify: labels; "
+        "regress: a value of a text; tag: a label of each word, on an encoder",
         json_schema_extra=USUAL,
     )
     max_head_norm: float = Field(

@@ -6,6 +6,7 @@ import secrets
 import time
 
 from adapters.settings import head_of
+from offsite.artefacts.bundle import ENCODER_TASKS
 from offsite.artefacts.job import Job, Policy, job_bytes, write_job
 from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.artefacts.package import open_package
@@ -44,20 +45,21 @@ def run(config: JobCreateConfig) -> dict[str, object]:
         raise BadSchema(f"the owner's record beside {config.package.name!r} is of another package")
     task = None if config.task is None else read_task(config.task)
     spec = config.spec()
-    from adapters.heads import encoder_of, read_size
+    from adapters.heads import encoder_of, read_size, require_classifier
     from adapters.targets import require_carried
 
-    if package.is_encoder and config.head != "classify":
+    if package.is_encoder and config.head not in ENCODER_TASKS:
         what = "text" if config.head == "none" else config.head
         raise ConfigError(
             f"package {config.package.name!r} holds an encoder: no adapter for {what} goes on it",
-            hint="make the job with --head classify --labels A,B",
+            hint="make the job with --head classify --labels A,B, or regress, or tag",
         )
     if package.is_seq2seq:
         hint = "make the job for an adapter for text, without --head"
         refuse_settings(f"package {config.package.name!r}", {f"--head {config.head}": config.head != "none"}, hint)
     if config.head != "none":
         model = package.empty_model()
+        require_classifier(model, config.head)
         head = head_of(config.head, config.labels, read_size(model), encoder_of(model))
         spec = spec.model_copy(update={"head": head})
     num_tensors = require_carried(package, spec)

@@ -1,13 +1,14 @@
-"""What models that write no text answer over HTTP: classes of texts, rewards, documents by reward, embeddings.
+"""What models that write no text answer over HTTP: classes, values or tags of texts, rewards, documents, embeddings.
 
 POST /v1/classify takes ``{"model": NAME, "input": TEXT or [TEXT, ...]}``. The reply has in ``data`` for each text its
 ``index``, of a classifier the ``label``, by the name that the job gave it, ``probs`` in the order of the job's labels
-and ``num_classes``, and of a reward model the ``score``. A text is read whole, as the head was tuned to read it; one
-that is longer than the context is refused. POST /v1/embeddings, of an encoder with a head or without, is OpenAI's, with
-``input`` a text, a list of texts, tokens or lists of tokens; what its vectors are is told in
-``offsite/evaluation/embeddings.py``.
+and ``num_classes``, of a reward model the ``score``, of a regression the ``value``, and of a head for tags the
+``words``, between white space, with the ``tags`` of each, null where the tokenizer passes a word over. A text is read
+whole, as the head was tuned to read it; one that is longer than the context is refused. POST /v1/embeddings, of an
+encoder with a head or without, is OpenAI's, with ``input`` a text, a list of texts, tokens or lists of tokens; what its
+vectors are is told in ``offsite/evaluation/embeddings.py``.
 
-POST /v1/rerank, of a head with one number, takes ``{"model", "query", "documents": [TEXT or {"text": TEXT}, ...]}``,
+POST /v1/rerank, of a reward model, takes ``{"model", "query", "documents": [TEXT or {"text": TEXT}, ...]}``,
 with ``top_n`` and ``return_documents`` where wanted. It gives in ``results`` the documents' places, most rewarded
 first, each with its ``relevance_score``: the logistic function of the number that the head gives the query with the
 document behind it, as one text, or as the chat template writes both where the query is messages. GET /v1/models and
@@ -36,9 +37,11 @@ from offsite.encoders.trunk import is_encoder_config
 from offsite.errors import DataError
 from offsite.evaluation.embeddings import embeddings_of
 from offsite.evaluation.heads import scores_of
+from offsite.evaluation.tags import tag_scores, targets_of
 from offsite.modelling.head import causal_lm
-from offsite.text.batches import Example, answered_ids, pad_id
+from offsite.text.batches import Example, answered_ids, encode, pad_id
 from offsite.text.calls import encoded
+from offsite.text.headrows import Label
 from offsite.text.records import Record
 from server.batching.generate import context_length, embedding_table
 from server.serving.app import App
@@ -54,6 +57,9 @@ if TYPE_CHECKING:
 
 _ROWS = 8
 
+_NO_LIMIT = 2**31
+
+Given = TypeVar("Given")
 Result = TypeVar("Result")
 
 
@@ -131,6 +137,39 @@ class Scorer:
         """
         return await self._in_turn(self._scores, rows)
 
+    def worded(self, texts: Sequence[str]) -> list[Example]:
+        """Return the tokens of every text, each word's first with the word's number for a label.
+
+        Raises:
+            ApiError: 400; the tokenizer fails on one, it is longer than the context, or no word has a token.
+        """
+        found = []
+        for number, text in enumerate(texts):
+            words = tuple(text.split())
+            numbers = tuple(Label(place, "") for place in range(len(words)))
+            record = Record(((" ".join(words), True),), "", number, place="it", words=words, tags=numbers)
+            one: list[Example] = []
+
+            def read(record: Record = record, one: list[Example] = one) -> Sequence[int]:
+                one += encode([record], self._tokenizer, context=_NO_LIMIT, ended=False).examples
+                return one[0].input_ids
+
+            self._read("input", number, read)
+            found += one
+        return found
+
+    async def tags(self, rows: list[Example]) -> list[Tensor]:
+        """Return the head's scores of the words of every text, (W, L) each.
+
+        Raises:
+            ApiError, RunFailed: as `scores`.
+        """
+
+        def work(examples: list[Example]) -> list[Tensor]:
+            return tag_scores(self._model, examples, batch_size=_ROWS, pad_id=pad_id(self._tokenizer))
+
+        return await self._in_turn(work, rows)
+
     async def embeddings(self, rows: list[tuple[int, ...]]) -> Tensor:
         """Return the vector of every text, (N, D) float32, of an encoder.
 
@@ -139,7 +178,7 @@ class Scorer:
         """
         return await self._in_turn(self._embeddings, rows)
 
-    async def _in_turn(self, work: Callable[[list[tuple[int, ...]]], Result], rows: list[tuple[int, ...]]) -> Result:
+    async def _in_turn(self, work: Callable[[list[Given]], Result], rows: list[Given]) -> Result:
         if self.num_inside > self._limit_waiting:
             raise ApiError(429, f"{self.num_inside} requests are inside already", kind="rate_limit_error")
         self.num_inside += 1
@@ -204,10 +243,14 @@ class HeadApp(App):
         return router
 
     async def classify(self, request: Request) -> Response:
-        """Classify texts, or tell how much each is rewarded."""
+        """Classify texts or their words, or tell the value of each, or how much it is rewarded."""
         ask = parse(await self._body(request), ClassifyAsk)
         served = await self._find(request, ask.model)
-        scores, num = await self._computed(request, served, self._scorer.tokens(ask.input), self._scorer.scores)
+        if self._head is not None and self._head.task == "tag":
+            data, num = await self._tagged(request, served, ask.input)
+        else:
+            scores, num = await self._computed(request, served, self._scorer.tokens(ask.input), self._scorer.scores)
+            data = [self._told(one) for one in scores]
         usage = {"prompt_tokens": num, "total_tokens": num, "completion_tokens": 0}
         return JSONResponse(
             {
@@ -215,7 +258,7 @@ class HeadApp(App):
                 "object": "list",
                 "created": int(time.time()),
                 "model": served.name,
-                "data": [{"index": number} | self._told(one) for number, one in enumerate(scores)],
+                "data": [{"index": number} | one for number, one in enumerate(data)],
                 "usage": usage,
             }
         )
@@ -224,9 +267,10 @@ class HeadApp(App):
         """Order documents by how much each is rewarded behind the query."""
         ask = parse(await self._body(request), RerankAsk)
         served = await self._find(request, ask.model)
-        num_labels = 0 if self._head is None else self._head.num_labels
-        if num_labels != 1:
-            message = f"{served.name!r} tells {num_labels} labels apart and orders nothing"
+        if self._head is None or self._head.task != "reward":
+            labels = () if self._head is None else self._head.labels
+            what = f"tells {len(labels)} labels apart" if labels else "gives values"
+            message = f"{served.name!r} {what} and orders nothing"
             raise ApiError(400, f"{message}; POST /v1/classify answers", code="unsupported_model")
         found, num = await self._computed(request, served, self._scorer.answered(ask), self._scorer.scores)
         scores = [one[0] for one in found]
@@ -251,6 +295,21 @@ class HeadApp(App):
         usage = {"prompt_tokens": num, "total_tokens": num}
         return JSONResponse({"object": "list", "data": data, "model": served.name, "usage": usage})
 
+    async def _tagged(self, request: Request, served: Served, texts: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+        """Return what is told of every text's words, and how many tokens were read."""
+        examples = self._scorer.worded(texts)
+        rows = [tuple(one.input_ids) for one in examples]
+        scores, num = await self._computed(request, served, rows, lambda _: self._scorer.tags(examples))
+        labels = () if self._head is None else self._head.labels
+        found = []
+        for text, one, scores_WL in zip(texts, examples, scores, strict=True):
+            words = text.split()
+            tags: list[str | None] = [None] * len(words)
+            for place, best in zip(targets_of(one), scores_WL.argmax(1).tolist(), strict=True):
+                tags[place] = labels[best]
+            found.append({"words": words, "tags": tags})
+        return found, num
+
     async def _computed(
         self,
         request: Request,
@@ -269,7 +328,8 @@ class HeadApp(App):
     def _told(self, scores: list[float]) -> dict[str, Any]:
         labels = self._head.labels if self._head is not None else ()
         if not labels:
-            return {"score": scores[0]}
+            name = "value" if self._head is not None and self._head.task == "regress" else "score"
+            return {name: scores[0]}
         probs = _softmax(scores)
         return {"label": labels[probs.index(max(probs))], "probs": probs, "num_classes": len(labels)}
 

@@ -70,6 +70,8 @@ def test_a_sound_one_is_taken(hand_in, bundle):
         pytest.param(other(encoder="roberta"), id="another family's head"),
         pytest.param(other(encoder=""), id="a decoder's head"),
         pytest.param(other(task="reward", labels=(), encoder=""), id="a reward head"),
+        pytest.param(other(task="regress", labels=()), id="a head for values"),
+        pytest.param(other(task="tag"), id="a head for tags of these labels"),
         pytest.param(SPEC.model_copy(update={"head": None}), id="a job for text"),
     ],
 )
@@ -127,7 +129,14 @@ def test_rows_17_18_19_the_jobs_head_with_other_tensors(case, hand_in, bundle, t
 
 def test_row_17_a_manifest_that_states_an_impossible_head(hand_in, bundle, tamper):
     """A reward head of an encoder; a family that does not exist; both in a job for the sound one."""
-    for key, value in (("task", "reward"), ("encoder", "electra"), ("labels", ["card"])):
+    impossible = [
+        ("task", "reward"),
+        ("task", "regress"),
+        ("task", "rank"),
+        ("encoder", "electra"),
+        ("labels", ["card"]),
+    ]
+    for key, value in impossible:
 
         def edit(manifest, key=key, value=value):
             manifest["adapter"]["head"][key] = value
@@ -144,3 +153,34 @@ def test_row_19_the_cap_is_the_jobs(hand_in, bundle):
     policy = Policy(max_head_norm=1e-3)
     verdict = hand_in(bundle.path, policy=policy)
     assert verdict.reason_class == NormTooLarge.__name__
+
+
+TAG_HEAD = Head(task="tag", labels=("O", "B-card", "I-card"), hidden=32, encoder="bert")
+TAG_SPEC = SPEC.model_copy(update={"head": TAG_HEAD})
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (put(head__weight=torch.zeros(4, 32)), WrongShape),
+        (put(head__bias=torch.zeros(1)), WrongShape),
+        (put(head__dense__weight=torch.zeros(32, 32)), WrongNames),
+        (without("head.bias"), WrongNames),
+        (put(head__weight=torch.full((3, 32), math.nan)), NotFinite),
+    ],
+    ids=["a row more", "a bias that broadcasts", "a classifier's inner layer", "without its bias", "nan"],
+)
+def test_rows_17_18_a_head_for_tags_with_other_tensors(
+    change, expected, hand_in, package, make_bundle, tamper, tmp_path
+):
+    spec = {key: value for key, value in TAG_SPEC if key != "dtype"}
+    sound = make_bundle(tmp_path / "tags", package, shake=0.01, **spec)
+    assert {name for name in sound.manifest.tensors if name.startswith("head.")} == {WEIGHT, "head.bias"}
+
+    def rewrite(folder):
+        found = load_file(folder / "adapter.safetensors")
+        change(found)
+        save_file(found, folder / "adapter.safetensors")
+
+    verdict = hand_in(tamper(sound.path, change=rewrite, redeclare=True), TAG_SPEC)
+    assert (verdict.state, verdict.reason_class) == ("refused", expected.__name__), verdict.error

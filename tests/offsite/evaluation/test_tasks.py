@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import offsite.evaluation.tasks as module
 from offsite.errors import ConfigError, DataError, OffsiteError, RunFailed
 from offsite.evaluation.tasks import generation_task, multiple_choice_task, run_tasks
 
@@ -114,6 +115,20 @@ def test_multiple_choice_is_what_the_plain_loop_finds(model, tokenizer, folder: 
     assert acc != acc_norm
     for name in ("by_index", "by_text", "by_file"):
         assert results[name] == pytest.approx({"acc": acc, "acc_norm": acc_norm, "num_rows": 24.0})
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_context_is_read_once_and_figures_stay(model, tokenizer, folder: Path, monkeypatch) -> None:
+    task = multiple_choice_task("by_index", folder / "questions.jsonl")
+    assert module.shares_beginnings(model)
+    read, plain = [], module.Beginning.read.__func__
+    counted = classmethod(lambda cls, lm, ids: read.append(tuple(ids)) or plain(cls, lm, ids))
+    monkeypatch.setattr(module.Beginning, "read", counted)
+    shared = run_tasks(model, tokenizer, [task], batch_size=4)
+    assert len(read) == len(set(read)) == 24
+    monkeypatch.setattr(module, "shares_beginnings", lambda _model: False)
+    assert run_tasks(model, tokenizer, [task], batch_size=4) == shared
+    assert len(read) == 24
 
 
 @pytest.mark.usefixtures("offline")
