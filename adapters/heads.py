@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from offsite.artefacts.bundle import AdapterSpec, Head
-from offsite.encoders.classifier import as_sequence_classifier
-from offsite.encoders.head import EncoderHead, head_shapes
+from offsite.encoders.classifier import as_sequence_classifier, classifier_class
+from offsite.encoders.head import head_shapes, head_size, make_head
 from offsite.encoders.trunk import is_encoder
 from offsite.errors import ConfigError, NormTooLarge, UnsupportedModel, WrongShape
 from offsite.evaluation.heads import SCORE
@@ -80,7 +80,7 @@ def read_size(model: nn.Module) -> int:
     """
     lm: Any = causal_lm(model)
     if is_encoder(lm):
-        return int(lm.config.hidden_size)
+        return head_size(lm.config)
     table = lm.get_output_embeddings()
     if table is None:
         raise UnsupportedModel(f"{type(lm).__name__} has no head over a vocabulary, so none can stand in its place")
@@ -88,20 +88,18 @@ def read_size(model: nn.Module) -> int:
 
 
 def require_classifier(model: nn.Module) -> type[nn.Module]:
-    """Return the class that opens this causal language model with a head in place of its own.
+    """Return the class that opens this causal language model, or encoder, with a head in place of its own.
 
     Raises:
         UnsupportedModel: when transformers has none, or one of another form.
     """
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as KNOWN
-
     lm: Any = causal_lm(model)
-    if type(lm.config) not in KNOWN:
+    found: Any = classifier_class(lm.config)
+    if found is None:
         raise UnsupportedModel(
             f"transformers has no sequence classifier for {lm.config.model_type}",
             hint="a job for text (--objective next-token or dpo) has no need of one",
         )
-    found: Any = KNOWN[type(lm.config)]
     if found.base_model_prefix != lm.base_model_prefix:
         raise UnsupportedModel(f"{found.__name__} and {type(lm).__name__} hold their blocks under different names")
     return found  # type: ignore[no-any-return]
@@ -128,7 +126,7 @@ def attach_head(model: nn.Module, head: Head) -> dict[str, nn.Parameter]:
             f"the head is of {head.encoder or 'a causal language model'}, not of {type(lm).__name__}"
         )
     if head.encoder:
-        module: nn.Module = EncoderHead(lm.config, head.num_labels).to(place)
+        module: nn.Module = make_head(lm.config, head.num_labels).to(place)
     else:
         module = nn.Linear(head.hidden, head.num_labels, bias=False, device=place, dtype=torch.float32)
         module.weight = nn.Parameter(torch.zeros_like(module.weight))
@@ -171,10 +169,11 @@ def as_classifier(model: nn.Module, head: Head, *, pad_id: int) -> PreTrainedMod
     config.id2label = dict(enumerate(names))
     config.label2id = {name: number for number, name in enumerate(names)}
     config.problem_type = "single_label_classification" if head.labels else "regression"
-    config.pad_token_id = lm.config.pad_token_id if head.encoder else pad_id  # an encoder counts positions by it
+    if not head.encoder:  # an encoder counts positions by its own
+        config.pad_token_id = pad_id
     config.dtype = lm.dtype
     if head.encoder:
-        on_it = getattr(lm, SCORE) if hasattr(lm, SCORE) else EncoderHead(lm.config, head.num_labels)
+        on_it = getattr(lm, SCORE) if hasattr(lm, SCORE) else make_head(lm.config, head.num_labels)
         return as_sequence_classifier(lm, on_it, config).requires_grad_(False)  # type: ignore[return-value]
     with torch.device("meta"):
         found = make(config)

@@ -142,7 +142,7 @@ def make_ready(config: TuneConfig) -> Ready:
     spec = _with_head(config, package, job)
     declared(spec, package.layout, package.block_tensors())
     device = choose_device(config.device)
-    tokenizer = package.load_tokenizer()
+    reader = package.load_reader()
     digests = [sha256_file(path) for path in config.data]
     anchor = anchor_digest(config, digests)
     text = prepare(
@@ -153,8 +153,9 @@ def make_ready(config: TuneConfig) -> Ready:
             pairs=config.reads_pairs,
             questions=config.samples_answers,
             labels=config.labels,
+            images=package.pixels is not None,
         ),
-        tokenizer,
+        reader,
         block_tokens=config.block_tokens,
         batch_size=config.batch_size,
         packed=config.packed,
@@ -204,10 +205,11 @@ def _with_head(config: TuneConfig, package: Package, job: Job | None) -> Adapter
     """
     spec = config.spec()
     if package.is_encoder and config.objective != "classify":
+        what = "a text" if package.pixels is None else "an image"
         raise UnsupportedModel(
             f"package {package.path.name!r} holds an encoder, which has no next tokens: --objective {config.objective} "
             "cannot be learnt on it",
-            hint="tune it with --objective classify --labels A,B on rows of a text and a label",
+            hint=f"tune it with --objective classify --labels A,B on rows of {what} and a label",
         )
     if not config.has_head:
         return spec

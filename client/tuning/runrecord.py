@@ -191,6 +191,7 @@ def read_as(
     pairs: bool = False,
     questions: bool = False,
     labels: Sequence[str] = (),
+    images: bool = False,
 ) -> list[Record]:
     """Return the files' records, read as those settings say.
 
@@ -198,6 +199,7 @@ def read_as(
         pairs: the run learns from preferences, and from nothing else.
         questions: the run answers prompts, and learns from its answers' rewards.
         labels: the run learns to tell these, from rows of a text and one of them.
+        images: the rows hold an image in place of the text.
 
     Raises:
         DataError, ConfigError: as `offsite.text.records.read_files`.
@@ -220,6 +222,7 @@ def read_as(
         pairs=pairs,
         questions=questions,
         labels=labels,
+        images=images,
     )
 
 

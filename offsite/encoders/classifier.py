@@ -1,4 +1,4 @@
-"""Transformers' own sequence classifier of an encoder: its names for a head's tensors, and one of trunk and head."""
+"""Transformers' own classifier of an encoder: its names for a head's tensors, and one of trunk and head."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from offsite.encoders.head import NAMES, EncoderHead
+from offsite.encoders.head import NAMES, EncoderHead, VisionHead
 from offsite.encoders.trunk import trunk_class
 from offsite.errors import UnsupportedModel
+from offsite.vision.models import VISION_TYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,6 +26,8 @@ def trunk_prefix(family: str) -> str:
     """Return the name of the module that is the trunk in the family's classifiers."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if family == "clip_vision_model":  # as CLIP's own classifier calls its image tower
+        return "vision_model"
     return str(trunk_class(CONFIG_MAPPING[family]).base_model_prefix)
 
 
@@ -34,8 +37,33 @@ def head_modules(family: str) -> list[str]:
     return list(dict.fromkeys(place.partition(".")[0] for place in places))
 
 
-def as_sequence_classifier(trunk: PreTrainedModel, head: EncoderHead, config: PreTrainedConfig) -> PreTrainedModel:
-    """Return transformers' sequence classifier of `trunk`, whose parameters it shares, with a copy of `head`.
+def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Return transformers' classifier of texts, or of images, for the trunk of this configuration, if it has one."""
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as OF_IMAGES
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as OF_TEXTS
+    from transformers import CLIPConfig
+
+    if config.model_type not in VISION_TYPES:
+        return OF_TEXTS.get(type(config), None)  # type: ignore[no-any-return]
+    return OF_IMAGES.get(CLIPConfig if config.model_type == "clip_vision_model" else type(config), None)  # type: ignore[no-any-return]
+
+
+def classifier_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of the classifier of a trunk of that one: the same, but where it holds the trunk's."""
+    from transformers import CLIPConfig
+
+    if config.model_type != "clip_vision_model":
+        return config
+    found = CLIPConfig(vision_config=config.to_dict())  # its text tower is described, and not there
+    for key in ("num_labels", "id2label", "label2id", "problem_type", "dtype"):
+        setattr(found, key, getattr(config, key))
+    return found
+
+
+def as_sequence_classifier(
+    trunk: PreTrainedModel, head: EncoderHead | VisionHead, config: PreTrainedConfig
+) -> PreTrainedModel:
+    """Return transformers' classifier of `trunk`, whose parameters it shares, with a copy of `head`.
 
     Args:
         config: the trunk's, with the labels.
@@ -43,13 +71,11 @@ def as_sequence_classifier(trunk: PreTrainedModel, head: EncoderHead, config: Pr
     Raises:
         UnsupportedModel: when it has other tensors than these.
     """
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSES
-
-    family = config.model_type
+    family: Any = config.model_type
     with torch.device("meta"):
-        make: Any = CLASSES[type(config)]
-        found: Any = make(config)
-    prefix = found.base_model_prefix
+        make: Any = classifier_class(config)
+        found: Any = make(classifier_config(config))
+    prefix = trunk_prefix(family)
     tensors: dict[str, Tensor] = {
         f"{prefix}.{name}": tensor for name, tensor in trunk.named_parameters() if not name.startswith("score.")
     }

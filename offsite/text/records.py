@@ -2,7 +2,7 @@
 
 A row has one of three shapes: ``text``; ``prompt`` and ``completion``; or ``messages``. Who learns from
 preferences reads a fourth instead: ``chosen`` and ``rejected``, with or without ``prompt``; who learns to
-classify a fifth: ``text`` and ``label``, one of given names. Who learns from rewards reads prompts, with or
+classify a fifth: ``text`` and ``label``, one of given names, or ``image`` in the text's place. Who learns from rewards reads prompts, with or
 without an answer (`offsite.text.questions`). Errors name the file and the row and say what was expected. They
 never repeat what a row holds, and for that reason no column names either: a table without a header has its
 first row for column names.
@@ -24,6 +24,7 @@ from offsite.text.files import lines
 from offsite.text.preferences import PAIR, PAIR_FIELDS, Answers, answers_in
 from offsite.text.questions import ANSWER_FIELD, QUESTIONS, question_in
 from offsite.text.rows import NAME_COLUMNS, Messages, Row, checked_string, file_kind, messages_in, read_rows
+from offsite.vision.images import image_bytes
 
 SHAPES: dict[str, tuple[str, ...]] = {
     "text": ("text",),
@@ -32,6 +33,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
 }
 CLASSIFIED = "text/label"
 CLASSIFIED_FIELDS = ("text", "label")
+IMAGE = "image"
 DOCUMENT = "document"
 Purpose = Literal["split", "audit", "rehearsal", "dial"]
 BUNDLED = ("heldout", "private", "public")
@@ -61,10 +63,11 @@ class Record:
     rejected: Record | None = field(default=None, repr=False)
     num_given: int = 0
     label: Label | None = field(default=None, repr=False)
+    image: bytes | None = field(default=None, repr=False)
 
     @property
     def whole_text(self) -> str:
-        """All of its text as one: a prompt and its completion, every message, both answers of a pair."""
+        """All of its text as one: a prompt and its completion, every message, both answers of a pair; of an image none."""
         own = [text for text, _ in self.segments] + [content for _, content in self.messages]
         return " ".join(own if self.rejected is None else [*own, self.rejected.whole_text])
 
@@ -72,6 +75,7 @@ class Record:
     def content(self) -> tuple[object, ...]:
         """What two rows that say the same have in common."""
         own = (self.segments, self.messages, *(() if self.label is None else (self.label.name,)))
+        own = own if self.image is None else (*own, _digest([hashlib.sha256(self.image).hexdigest()]))
         return own if self.rejected is None else (*own, self.rejected.content)
 
 
@@ -85,6 +89,7 @@ def read_records(
     pairs: bool | None = False,
     questions: bool = False,
     labels: Sequence[str] = (),
+    images: bool = False,
 ) -> list[Record]:
     """Every row of a ``.txt``, ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` (each maybe ``.gz``) or ``.parquet`` file.
 
@@ -102,6 +107,7 @@ def read_records(
         questions: rows are to be prompts with or without an answer; those with one prompt are one document.
         labels: names of a classifier's labels; rows are then a text and one of them, and nothing else. Those of one
             text are one document.
+        images: rows are to be images, with a label where there are labels, and nothing else.
 
     Raises:
         DataError: the file is missing, empty, of an unknown kind, not Unicode text, or a row has the wrong form.
@@ -110,8 +116,12 @@ def read_records(
     path = Path(path)
     kind = file_kind(path)
     shapes = {CLASSIFIED: CLASSIFIED_FIELDS} if labels else QUESTIONS if questions else _shapes(pairs)
+    if images:
+        shapes = {IMAGE: (IMAGE, "label") if labels else (IMAGE,)}
     wanted = _shape_of_fields(fields or {}, shapes, pairs, questions)
     if kind == ".txt":
+        if images:
+            raise DataError(f"{path.name}: plain text, expected rows of an image", hint=_PICTURED)
         if labels:
             raise DataError(f"{path.name}: plain text, expected rows of a text and its label", hint=_LABELLED)
         if pairs:
@@ -126,7 +136,7 @@ def read_records(
             raise ConfigError(f"{path.name}: a separator applies to .txt files only")
         numbers = {name: number for number, name in enumerate(labels)}
         rows = _table_records(
-            read_rows(path), fields or {}, shapes, wanted, document_field, document_label, questions, numbers
+            read_rows(path, images=images), fields or {}, shapes, wanted, document_field, document_label, questions, numbers
         )
         records = list(rows)
     if not records:
@@ -144,6 +154,7 @@ def read_files(
     pairs: bool | None = False,
     questions: bool = False,
     labels: Sequence[str] = (),
+    images: bool = False,
 ) -> list[Record]:
     """Every row of several files in their order, each file read as `read_records` does.
 
@@ -154,14 +165,14 @@ def read_files(
         share_documents: documents of one name are the same in every file: where they stand for users.
         pairs: as of `read_records`; under None the files hold preferences, all of them, or none does.
         questions: as of `read_records`.
-        labels: as of `read_records`.
+        labels, images: as of `read_records`.
 
     Raises:
         DataError, ConfigError: as `read_records` and `require_files`.
     """
     require_files(paths)
     how: dict[str, Any] = {"fields": fields, "document_field": document_field, "separator": separator}
-    how |= {"pairs": pairs, "questions": questions, "labels": labels}
+    how |= {"pairs": pairs, "questions": questions, "labels": labels, "images": images}
     if len(paths) == 1:
         return read_records(paths[0], **how)
     names = [path.name for path in paths]
@@ -235,59 +246,11 @@ def answer_of(record: Record) -> str | None:
     return record.segments[1][0] if len(record.segments) > 1 else None
 
 
-def write_records(path: Path, records: Sequence[Record]) -> None:
-    """Write the rows as ``.jsonl`` under the names that `read_records` knows by itself; it reads them as they are.
-
-    What they held beside, and their places in the file they came from, is not kept.
-    """
-    with path.open("w", encoding="utf-8") as out:
-        for record in records:
-            out.write(json.dumps({**_values(record), DOCUMENT: record.document}) + "\n")
-
-
-def write_by_shape(folder: Path, name: str, records: Sequence[Record]) -> list[str]:
-    """Write the rows into `folder`, those of one shape in one file, and return the files' names: ``NAME.jsonl`` first.
-
-    Read together by `read_files` they are the same rows: a document keeps its name within a file.
-    """
-    shapes: dict[tuple[str, ...], list[Record]] = {}
-    for record in records:
-        shapes.setdefault(tuple(_values(record)), []).append(record)
-    names = [f"{name}{number}.jsonl" if number > 1 else f"{name}.jsonl" for number in range(1, len(shapes) + 1)]
-    for file, rows in zip(names, shapes.values(), strict=True):
-        write_records(folder / file, rows)
-    return names
-
-
 def bundled(name: str) -> Path:
     """The path of a text file that comes with offsite: ``public``, ``private`` or ``heldout``."""
     if name not in BUNDLED:
         raise ConfigError(f"no bundled text '{name}', expected one of: {', '.join(BUNDLED)}")
     return Path(str(importlib.resources.files("offsite").joinpath("data", f"{name}.jsonl.gz")))
-
-
-def _values(record: Record) -> dict[str, Any]:
-    """Return what the row is written as, by the names of fields."""
-    other = record.rejected
-    if record.messages:
-        if other is None:
-            return {"messages": _objects(record.messages)}
-        return {"chosen": _objects(record.messages), "rejected": _objects(other.messages)}
-    texts = [text for text, _ in record.segments]
-    if record.label is not None:
-        return {"text": texts[0], "label": record.label.name}
-    if other is None:
-        if len(texts) == 1:
-            return {"text" if record.segments[0][1] else "prompt": texts[0]}
-        return dict(zip(SHAPES["prompt/completion"], texts, strict=True))
-    others = [text for text, _ in other.segments]
-    if len(texts) == len(others) == 2:
-        return {"prompt": texts[0], "chosen": texts[1], "rejected": others[1]}
-    return {"chosen": "".join(texts), "rejected": "".join(others)}
-
-
-def _objects(messages: Messages) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in messages]
 
 
 def _moved(record: Record, folder: str) -> Record:
@@ -308,6 +271,7 @@ def _draw(document: str, seed: int, purpose: str) -> float:
 _PAIRED = "give rows of 'prompt', 'chosen' and 'rejected', or of whole dialogues 'chosen' and 'rejected'"
 _ASKED = "give rows of 'prompt', with or without 'completion', or of 'messages'"
 _LABELLED = "give rows of 'text' and 'label', in any kind of file but .txt"
+_PICTURED = "give rows of 'image', base64 of a PNG or JPEG, and 'label', in .jsonl or .parquet"
 _APART = "give text and preferences to different runs"
 
 
@@ -351,11 +315,11 @@ def _table_records(
     questions: bool,
     numbers: Mapping[str, int],
 ) -> Iterator[Record]:
-    names = [name for own in (*SHAPES.values(), PAIR_FIELDS, CLASSIFIED_FIELDS) for name in own]
+    names = [name for own in (*SHAPES.values(), PAIR_FIELDS, CLASSIFIED_FIELDS, (IMAGE,)) for name in own]
     columns = {name: fields.get(name, name) for name in names}
     shape: str | None = wanted
     first = ""
-    for row in rows if fields else map(told_in_shapes, rows):
+    for row in rows if fields or IMAGE in shapes else map(told_in_shapes, rows):
         found = _shape_of(row, columns, shapes)
         if shape is None:
             shape = _only_shape(row, found, shapes, columns, questions)
@@ -392,6 +356,8 @@ def _shape_of(row: Row, columns: Mapping[str, str], shapes: Mapping[str, Sequenc
 def _only_shape(
     row: Row, found: Sequence[str], allowed: Mapping[str, Sequence[str]], columns: Mapping[str, str], questions: bool
 ) -> str:
+    if not found and IMAGE in allowed:
+        raise row.error("an image or its label is missing", hint=f"{_PICTURED}, or {NAME_COLUMNS}")
     if not found and CLASSIFIED in allowed:
         raise row.error("a text or its label is missing", hint=f"{_LABELLED}, or {NAME_COLUMNS}")
     if not found and not questions:
@@ -427,6 +393,11 @@ def _table_record(
         answers = answers_in(row, columns, needs_prompt=needs_prompt)
         named = "" if document_field is None else label + _document(row, document_field)
         return _pair(row, answers, named or _digest(answers.beginning))
+    if shape == IMAGE:
+        raw = image_bytes(row.values.get(columns[IMAGE]), row.error)
+        named = [hashlib.sha256(raw).hexdigest()] if document_field is None else []
+        document = _digest(named) if named else label + _document(row, document_field or "")
+        return Record((), document, row.number, place=row.place, image=raw)
     if shape in ("text", CLASSIFIED):
         segments = ((row.string(columns["text"]), True),)
     elif shape == "messages":

@@ -34,7 +34,8 @@ from offsite.modelling.dtypes import cast_model
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.stages import Stage, play
 from offsite.staging import refuse_existing, remove, staged_file
-from offsite.text.records import Record, read_files, require_files, split_by_document, write_by_shape
+from offsite.text.records import Record, read_files, require_files, split_by_document
+from offsite.text.writing import write_by_shape
 from offsite.training.devices import choose_device
 from offsite.training.precision import PRECISION_NOTE, settled
 from server.evaluation.candidates import Candidates, open_candidates

@@ -18,6 +18,7 @@ from offsite.evaluation.heads import SCORE
 from offsite.modelling.blocks import is_conv1d
 from offsite.seq2seq.models import is_seq2seq
 from offsite.tensors import write_tensors
+from offsite.vision.models import VISION_TYPES
 from server.plugging.adapted import PEFT_CONFIG_FILE, PEFT_TENSOR_FILE, encoder_in, stored_names
 from server.plugging.fit import Fitted, module_names
 
@@ -54,7 +55,7 @@ def peft_config(model: PreTrainedModel, spec: AdapterSpec, modules: list[str], b
     by_weight = "target_parameters" in targets  # where peft knows no dropout, and it says nothing of an adapter in use
     return {
         "peft_type": "LORA",
-        "task_type": _task_type(model, spec),
+        **({} if encoder_in(spec) in VISION_TYPES else {"task_type": _task_type(model, spec)}),  # peft has none of images
         **({} if spec.head is None else {"modules_to_save": _saved_whole(spec.head)}),
         "base_model_name_or_path": base,
         "inference_mode": True,
