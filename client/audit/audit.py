@@ -397,9 +397,7 @@ def _rows_scored(
         )
 
 
-def _of_the_package(
-    config: AuditBundleConfig, given: _Given, tokenizer: Reader, rows: Rows
-) -> RowScores | None:
+def _of_the_package(config: AuditBundleConfig, given: _Given, tokenizer: Reader, rows: Rows) -> RowScores | None:
     """Return what the package's own model says of the rows, where a round began with other weights; otherwise None.
 
     Whether rows are alike but for training is asked of a model that read none of them. The weights of a later round may

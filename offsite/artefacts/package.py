@@ -234,7 +234,9 @@ def _check_settings(path: Path, manifest: PackageManifest) -> None:
     if without_code(config) != config:
         raise BadSchema(f"config.json of {path.name!r} holds keys that a package may not hold")
     if states_vision(config) != (manifest.pixels is not None):
-        raise BadSchema(f"package {path.name!r} says how images are read, or does not, and its model is of the other kind")
+        raise BadSchema(
+            f"package {path.name!r}: pixels, which say how images are read, and its model do not go together"
+        )
     if manifest.pixels is not None:
         try:
             ImageReader.of(config, manifest.pixels)

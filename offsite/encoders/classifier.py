@@ -37,15 +37,15 @@ def head_modules(family: str) -> list[str]:
     return list(dict.fromkeys(place.partition(".")[0] for place in places))
 
 
-def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+def classifier_class(config: PreTrainedConfig) -> Any:
     """Return transformers' classifier of texts, or of images, for the trunk of this configuration, if it has one."""
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as OF_IMAGES
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as OF_TEXTS
     from transformers import CLIPConfig
 
     if config.model_type not in VISION_TYPES:
-        return OF_TEXTS.get(type(config), None)  # type: ignore[no-any-return]
-    return OF_IMAGES.get(CLIPConfig if config.model_type == "clip_vision_model" else type(config), None)  # type: ignore[no-any-return]
+        return OF_TEXTS.get(type(config), None)
+    return OF_IMAGES.get(CLIPConfig if config.model_type == "clip_vision_model" else type(config), None)
 
 
 def classifier_config(config: PreTrainedConfig) -> PreTrainedConfig:

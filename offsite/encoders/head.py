@@ -2,8 +2,9 @@
 
 A head pools the last hidden states (the first token's, or with ModernBERT's ``classifier_pooling`` their mean), passes
 them through one linear of the hidden size with an activation, with ModernBERT a norm, and then through the linear that
-has a row for each label. Families differ in names alone; `NAMES` has what each calls the parts. No dropout is applied. That of a vision encoder
-is the one linear, on the first place's state (ViT), the mean of the patches' (CLIP), or both side by side (DINOv2).
+has a row for each label. Families differ in names alone; `NAMES` has what each calls the parts. No dropout is applied.
+That of a vision encoder is the one linear, on the first place's state (ViT), the mean of the patches' (CLIP), or both
+side by side (DINOv2).
 
 Shapes: B rows, T tokens, D hidden, L labels.
 """

@@ -35,7 +35,7 @@ from offsite.modelling.blocks import (
 )
 
 _BACKBONE = frozenset({"stage_names", "out_features", "out_indices"})
-"""Fields that name each block's output where a model is a detector's backbone; a trunk's last one is all that is asked."""
+"""Fields that name each block's output, for a model that is a detector's backbone; of a trunk the last one is asked."""
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.Size, list, tuple, set, dict)
 
@@ -116,7 +116,7 @@ def _edits(fields: dict[str, Any], stack: Stack, kept: Sequence[int]) -> dict[st
     places = {old: new for new, old in enumerate(kept)}
     edits: dict[str, Any] = {stack.depth_key: len(kept)}
     for key, value in fields.items():
-        if key in _BACKBONE and _BACKBONE <= fields.keys():
+        if key in _BACKBONE and fields.keys() >= _BACKBONE:
             continue  # names of a backbone's outputs, which it makes of its depth
         if key in INDEX_LISTS:
             if value is not None:
@@ -133,7 +133,7 @@ def _edits(fields: dict[str, Any], stack: Stack, kept: Sequence[int]) -> dict[st
                 raise UnsupportedModel(f"cannot tell whether the field {key} has one entry per block")
     if "mlp_only_layers" in edits and "decoder_sparse_step" in fields:
         edits["decoder_sparse_step"] = 1
-    if _BACKBONE <= fields.keys():
+    if fields.keys() >= _BACKBONE:
         names = ["stem", *(f"stage{number}" for number in range(1, len(kept) + 1))]
         edits |= {"stage_names": names, "_out_features": names[-1:], "_out_indices": [len(kept)]}
     if overrides := fields.get("per_layer_config"):

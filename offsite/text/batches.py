@@ -260,13 +260,13 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     if examples[0].source:
         sources = collate([Example(list(one.source), list(one.source)) for one in examples], pad_id)
         found |= dict(zip(SOURCE, (sources["input_ids"], sources["attention_mask"]), strict=True))
-    if (images := [one.image.values for one in examples if one.image is not None]):
+    if images := [one.image.values for one in examples if one.image is not None]:
         found[PIXELS] = torch.stack(images)
     return found
 
 
 def pad_id(tokenizer: Reader) -> int:
-    """The id to pad with: the tokenizer's own, otherwise end-of-sequence (padding is masked either way); of images 0."""
+    """The id to pad with: the tokenizer's own, otherwise end-of-sequence; padding is masked either way. Of images 0."""
     if isinstance(tokenizer, ImageReader):
         return 0
     chosen = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else _eos(tokenizer)

@@ -2,7 +2,8 @@
 
 A row has one of three shapes: ``text``; ``prompt`` and ``completion``; or ``messages``. Who learns from
 preferences reads a fourth instead: ``chosen`` and ``rejected``, with or without ``prompt``; who learns to
-classify a fifth: ``text`` and ``label``, one of given names, or ``image`` in the text's place. Who learns from rewards reads prompts, with or
+classify a fifth: ``text`` and ``label``, one of given names, or ``image`` in the
+text's place. Who learns from rewards reads prompts, with or
 without an answer (`offsite.text.questions`). Errors name the file and the row and say what was expected. They
 never repeat what a row holds, and for that reason no column names either: a table without a header has its
 first row for column names.
@@ -67,7 +68,7 @@ class Record:
 
     @property
     def whole_text(self) -> str:
-        """All of its text as one: a prompt and its completion, every message, both answers of a pair; of an image none."""
+        """All of its text as one: a prompt and its completion, every message, both answers of a pair. An image: none."""
         own = [text for text, _ in self.segments] + [content for _, content in self.messages]
         return " ".join(own if self.rejected is None else [*own, self.rejected.whole_text])
 
@@ -75,7 +76,7 @@ class Record:
     def content(self) -> tuple[object, ...]:
         """What two rows that say the same have in common."""
         own = (self.segments, self.messages, *(() if self.label is None else (self.label.name,)))
-        own = own if self.image is None else (*own, _digest([hashlib.sha256(self.image).hexdigest()]))
+        own = own if self.image is None else (*own, hashlib.sha256(self.image).hexdigest())
         return own if self.rejected is None else (*own, self.rejected.content)
 
 
@@ -116,8 +117,7 @@ def read_records(
     path = Path(path)
     kind = file_kind(path)
     shapes = {CLASSIFIED: CLASSIFIED_FIELDS} if labels else QUESTIONS if questions else _shapes(pairs)
-    if images:
-        shapes = {IMAGE: (IMAGE, "label") if labels else (IMAGE,)}
+    shapes = {IMAGE: (IMAGE, "label")[: 2 if labels else 1]} if images else shapes
     wanted = _shape_of_fields(fields or {}, shapes, pairs, questions)
     if kind == ".txt":
         if images:
@@ -136,7 +136,14 @@ def read_records(
             raise ConfigError(f"{path.name}: a separator applies to .txt files only")
         numbers = {name: number for number, name in enumerate(labels)}
         rows = _table_records(
-            read_rows(path, images=images), fields or {}, shapes, wanted, document_field, document_label, questions, numbers
+            read_rows(path, images=images),
+            fields or {},
+            shapes,
+            wanted,
+            document_field,
+            document_label,
+            questions,
+            numbers,
         )
         records = list(rows)
     if not records:
@@ -395,9 +402,9 @@ def _table_record(
         return _pair(row, answers, named or _digest(answers.beginning))
     if shape == IMAGE:
         raw = image_bytes(row.values.get(columns[IMAGE]), row.error)
-        named = [hashlib.sha256(raw).hexdigest()] if document_field is None else []
-        document = _digest(named) if named else label + _document(row, document_field or "")
-        return Record((), document, row.number, place=row.place, image=raw)
+        own = hashlib.sha256(raw).hexdigest()[:32]
+        named = own if document_field is None else label + _document(row, document_field)
+        return Record((), named, row.number, place=row.place, image=raw)
     if shape in ("text", CLASSIFIED):
         segments = ((row.string(columns["text"]), True),)
     elif shape == "messages":

@@ -1,6 +1,6 @@
 """Images in rows: the bytes that a row holds, and what they show; PNG and JPEG alone, within limits.
 
-An image stands in its row: as base64 in JSON, as bytes in Parquet (``datasets`` writes ``{"bytes": ..., "path": ...}``).
+An image stands in its row: as base64 in JSON, as bytes in Parquet (``datasets`` writes ``{bytes, path}``).
 No file is opened by a name that a row holds: the digest of the data would not bind it. Errors name the row, never what
 stands there.
 """
@@ -77,7 +77,7 @@ def decoded(raw: bytes, error: Callable[[str], DataError]) -> Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a size that is looked at here, and of broken metadata
-            image = Pillow.open(io.BytesIO(raw), formats=FORMATS)
+            image: Image = Pillow.open(io.BytesIO(raw), formats=FORMATS)
             too_large = image.width * image.height > MAX_PIXELS
             if not too_large:
                 image.load()

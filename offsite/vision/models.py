@@ -57,7 +57,9 @@ def num_places(stated: Mapping[str, Any], size: tuple[int, int]) -> int:
     """
     patch = _pair(stated.get("patch_size"))
     if size[0] % patch[0] or size[1] % patch[1]:
-        raise UnsupportedModel(f"images of {size[0]}x{size[1]} pixels are no whole number of {patch[0]}x{patch[1]} patches")
+        raise UnsupportedModel(
+            f"images of {size[0]}x{size[1]} pixels are no whole number of patches of {patch[0]}x{patch[1]}"
+        )
     own = image_size(stated)
     if stated.get("model_type") != "dinov2" and size != own:  # which interpolates the positions that it has learnt
         raise UnsupportedModel(f"images of {size[0]}x{size[1]} pixels, the model reads {own[0]}x{own[1]} alone")

@@ -88,7 +88,10 @@ def by_rules(config: EvaluateConfig, reader: Reader, head: Head | None) -> ByRul
     rules = read_rules(config.rules)
     records = read_files(config.data, fields=config.fields, document_field=config.document_field, questions=True)
     encoded = encode_questions(
-        records[: config.task_limit or None], tokenizer_in(reader), context=config.block_tokens, num_new=config.answer_tokens
+        records[: config.task_limit or None],
+        tokenizer_in(reader),
+        context=config.block_tokens,
+        num_new=config.answer_tokens,
     )
     if encoded.num_dropped:
         say(f"--rules: {encoded.num_dropped} prompts leave no room for an answer and are left out")

@@ -127,7 +127,9 @@ class Ruler:
             scores.update({f"{task}/{name}": value for task, row in by_task.items() for name, value in row.items()})
         for by in (self.by_task, self.by_rules):
             if by is not None:
-                scores |= by.score(model, tokenizer_in(self.tokenizer), label, batch_size=self.batch_size, bf16=self.bf16)
+                scores |= by.score(
+                    model, tokenizer_in(self.tokenizer), label, batch_size=self.batch_size, bf16=self.bf16
+                )
         return scores | self._preferences(model, label) | self._answers(model, label)
 
     def started(self, model: PreTrainedModel, label: str) -> Ruler:
@@ -253,7 +255,9 @@ def run(config: EvaluateConfig) -> dict[str, object]:
     start = start_token(candidates.package.empty_model().config) if candidates.package.is_seq2seq else None
     encoded, examples = held_out(records, tokenizer, config, head, start)
     public, spare_text = (
-        public_text(config.spare, tokenizer_in(tokenizer), limit_tokens=config.spare_tokens) if config.spare else ([], "")
+        public_text(config.spare, tokenizer_in(tokenizer), limit_tokens=config.spare_tokens)
+        if config.spare
+        else ([], "")
     )
     bf16 = config.precision == "bf16"
     ruler = Ruler(

@@ -203,9 +203,10 @@ def read_adapter(path: Path, model: PreTrainedModel, base_digest: str) -> Fitted
 def finish_folder(
     stage: Path, tokenizer: Reader, card: Card, *, sites: Mapping[str, str], **stated: Any
 ) -> AdaptedManifest:
-    """Add tokenizer (or how images are read), README and manifest to the tensors in `stage`, all readable; return the manifest.
+    """Add tokenizer, README and manifest to the tensors in `stage`, all readable; return the manifest.
 
     Args:
+        tokenizer: or of a vision encoder what reads images, whose numbers are written for others.
         stated: the manifest's other fields that the card does not hold.
     """
     if isinstance(tokenizer, ImageReader):

@@ -124,7 +124,7 @@ class Card:
     def _use(self) -> str:
         base, name = self.base.name, self.name
         if self.form == "own":
-            if self.is_seq2seq:
+            if self.is_seq2seq or self._sees:
                 return "## Use\n\nPlugged in with `--merge` it is a checkpoint that transformers opens by itself."
             return f"## Use\n\n    offsite serve {name} --base {base}"
         head = self.adapter.head
@@ -151,7 +151,6 @@ class Card:
         served = f"vllm serve {name}" if self.form == "merged" else served
         served = "" if self.is_seq2seq else served
         return f"## Use\n\n```python\n{code}\n```" + (f"\n\n```sh\n{served}\n```" if served else "")
-
 
     def _use_on_images(self, head: Head) -> str:
         make, name = "AutoModelForImageClassification", self.name

@@ -55,7 +55,7 @@ def peft_config(model: PreTrainedModel, spec: AdapterSpec, modules: list[str], b
     by_weight = "target_parameters" in targets  # where peft knows no dropout, and it says nothing of an adapter in use
     return {
         "peft_type": "LORA",
-        **({} if encoder_in(spec) in VISION_TYPES else {"task_type": _task_type(model, spec)}),  # peft has none of images
+        "task_type": _task_type(model, spec),
         **({} if spec.head is None else {"modules_to_save": _saved_whole(spec.head)}),
         "base_model_name_or_path": base,
         "inference_mode": True,
@@ -70,8 +70,10 @@ def peft_config(model: PreTrainedModel, spec: AdapterSpec, modules: list[str], b
     }
 
 
-def _task_type(model: PreTrainedModel, spec: AdapterSpec) -> str:
-    """Return what peft calls models of that kind."""
+def _task_type(model: PreTrainedModel, spec: AdapterSpec) -> str | None:
+    """Return what peft calls models of that kind; None of images, for which it has no word."""
+    if encoder_in(spec) in VISION_TYPES:
+        return None
     if spec.head is not None:
         return "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if is_seq2seq(model) else "CAUSAL_LM"
