@@ -68,7 +68,7 @@ class Record:
 
     @property
     def whole_text(self) -> str:
-        """All of its text as one: a prompt and its completion, every message, both answers of a pair. An image: none."""
+        """All its text as one: a prompt and its completion, every message, both answers of a pair; no image has any."""
         own = [text for text, _ in self.segments] + [content for _, content in self.messages]
         return " ".join(own if self.rejected is None else [*own, self.rejected.whole_text])
 

@@ -33,13 +33,12 @@ from offsite.digests import model_digest
 from offsite.errors import ArtefactError, ConfigError, PolicyError, RunFailed, WrongBinding
 from offsite.evaluation.results import read_results
 from offsite.faults import reach
-from offsite.modelling.load import load_model, load_reader, load_tokenizer, require_weights
+from offsite.modelling.load import is_vision_name, load_model, load_reader, load_tokenizer, require_weights
 from offsite.seq2seq.refusals import refuse_settings
 from offsite.staging import leftovers, refuse_existing, remove, staged_folder
 from offsite.tensors import read_tensors, spec_of, write_tensors
 from offsite.text.batches import Example, pad_id
 from offsite.text.records import require_files
-from offsite.vision.models import VISION_TYPES
 from offsite.vision.reader import ImageReader, Reader
 from server.plugging.adapted import AdaptedManifest, encoder_in, finish_folder, open_adapted, stored_names
 from server.plugging.card import Card, Form, require_results
@@ -116,13 +115,9 @@ def run(config: PlugConfig) -> dict[str, object]:
 def refuse_for_two_stacks(record: OwnerRecord, config: PlugConfig) -> None:
     """Return only if an encoder-decoder's adapter is asked to be plugged in as a share of it, and no other way.
 
-    Nor may text be asked for where the model reads images.
-
     Raises:
         ConfigError: naming the setting.
     """
-    if record.layout.model_type in VISION_TYPES and config.spare:
-        raise ConfigError("--spare: it goes by text, this model reads images", hint="plug the adapter in as it is")
     if record.layout.encoder is not None:
         hint = "plug it in as it is, or as a share of it (--scale)"
         refuse_settings("the base model", {"--spare": bool(config.spare)}, hint)
@@ -291,6 +286,8 @@ def _public(config: PlugConfig) -> Public | None:
     if not config.spare:
         return None
     require_files(config.spare)
+    if is_vision_name(config.model):
+        raise ConfigError("--spare: it goes by text, this model reads images", hint="plug the adapter in as it is")
     return public_text(config.spare, load_tokenizer(config.model), limit_tokens=config.spare_tokens)
 
 
