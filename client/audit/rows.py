@@ -10,19 +10,17 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from client.privacy.dpsgd import units_of
 from client.tuning.data import prepare, rows_drawn, split_records
 from offsite.audits.canaries import CanarySet, drawn_only, records_of
 from offsite.audits.record import Run
 from offsite.errors import WrongBinding
-from offsite.text.answers import encode_answers
 from offsite.text.batches import Encoded, Example, cut, encode, encode_questions
+from offsite.text.forms import encode_answers, encode_images
 from offsite.text.records import Record
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from offsite.vision.reader import ImageReader, Reader
 
 Source = Literal["set aside", "validation", "file"]
 Row = TypeVar("Row")
@@ -47,7 +45,7 @@ class Rows:
 def choose_rows(
     records: Sequence[Record],
     run: Run,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     *,
     limit: int,
     context: int | None,
@@ -100,7 +98,7 @@ def _trained(
     records: Sequence[Record],
     train: Sequence[Record],
     run: Run,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     planted: Sequence[Record],
     num_new: int | None,
     start: int | None,
@@ -121,7 +119,7 @@ def _trained(
 def _drawn(
     records: Sequence[Record],
     run: Run,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     planted: Sequence[Record],
     num_new: int | None,
     start: int | None,
@@ -154,11 +152,13 @@ def _drawn(
 def _encoded(
     records: Sequence[Record],
     run: Run,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     num_new: int | None = None,
     start: int | None = None,
 ) -> Encoded:
     text = run.text
+    if isinstance(tokenizer, ImageReader):
+        return encode_images(records, tokenizer)
     if start is not None:
         return encode_answers(records, tokenizer, start=start, context=text.block_tokens, on_long=text.on_long)
     if num_new is not None:
@@ -188,5 +188,6 @@ def _distinct(examples: Sequence[Example]) -> list[Example]:
     for example in examples:
         sides = example.sides
         tokens = tuple(tuple(part) for side in sides for part in (side.input_ids, side.labels, side.source))
-        found.setdefault((example.target, example.value, tokens), example)
+        image = "" if example.image is None else example.image.digest
+        found.setdefault((example.target, example.value, image, tokens), example)
     return list(found.values())

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Literal
 from offsite.console import say
 from offsite.errors import ConfigError, DataError
 from offsite.modelling.context import context_of
-from offsite.text.answers import encode_answers
 from offsite.text.batches import IGNORED, Batches, Encoded, Example, encode, encode_questions, pack, pad_id
+from offsite.text.forms import encode_answers, encode_images
 from offsite.text.records import Record, split_by_document
+from offsite.vision.reader import ImageReader, Reader
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def split_records(records: Sequence[Record], *, validation: float, audit_share: 
 
 def prepare(
     records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     *,
     block_tokens: int,
     batch_size: int,
@@ -94,6 +95,7 @@ def prepare(
     """Return the records as training batches and validation examples; a document is on one side as a whole.
 
     Args:
+        tokenizer: or what reads images, where the records are such.
         block_tokens: longest sequence in tokens.
         batch_size: sequences in one optimiser step.
         validation: share of documents held out, between 0 and 1.
@@ -111,6 +113,8 @@ def prepare(
     sides = split_records(records, validation=validation, audit_share=audit_share, seed=seed)
 
     def encoded(rows: Sequence[Record]) -> Encoded:
+        if isinstance(tokenizer, ImageReader):
+            return encode_images(rows, tokenizer)
         if start is not None:
             return encode_answers(rows, tokenizer, start=start, context=block_tokens, on_long=on_long)
         if num_new is not None:
@@ -224,6 +228,8 @@ def require_fit(text: TrainingText, model: PreTrainedModel) -> None:
     Raises:
         ConfigError: saying which of the two is too small.
     """
+    if text.examples[0].image is not None:  # of the size that the package's reader made
+        return
     context = context_of(model)
     if context is not None and text.longest_tokens > context:
         raise ConfigError(

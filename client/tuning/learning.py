@@ -26,11 +26,10 @@ from offsite.text.batches import IGNORED
 from offsite.text.records import require_files
 from offsite.training.precision import uses_bf16
 from offsite.training.step import StepLoss
+from offsite.vision.reader import Reader, tokenizer_in
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from transformers import PreTrainedTokenizerBase
 
     from adapters.kinds import Attached
     from client.objectives.rewardmodel import RewardBundle
@@ -124,7 +123,7 @@ def learning_for(
     attached: Attached,
     package: Package,
     text: TrainingText,
-    tokenizer: PreTrainedTokenizerBase,
+    reader: Reader,
     plain: StepLoss,
     *,
     steps: int,
@@ -152,7 +151,7 @@ def learning_for(
     if config.is_usual() or config.dp is not None:  # a private run's clipping weighs tokens by itself
         return Learning(plain, text.batches)
     if rules is not None:
-        precision = _precision(config, attached)
+        precision, tokenizer = _precision(config, attached), tokenizer_in(reader)
         judge = None
         if reward is not None:
             context = min(config.block_tokens, context_of(attached.model) or config.block_tokens)
@@ -184,7 +183,7 @@ def learning_for(
             package.load_model(dtype="float32").to(_device(attached)),  # type: ignore[arg-type]
             text,
             steps=steps,
-            eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
+            eos=int(tokenizer_in(reader).eos_token_id),  # type: ignore[arg-type]
             context=config.block_tokens,
             seed=config.seed,
             work=work,
@@ -199,7 +198,7 @@ def learning_for(
         anchor = Anchor(attached)
         public = public_batches(
             config.anchor,
-            tokenizer,
+            tokenizer_in(reader),
             block_tokens=config.block_tokens,
             batch_size=config.batch_size,
             num_known=_num_known(attached),

@@ -142,7 +142,7 @@ def make_ready(config: TuneConfig) -> Ready:
     spec = _with_head(config, package, job)
     declared(spec, package.layout, package.block_tensors())
     device = choose_device(config.device)
-    tokenizer = package.load_tokenizer()
+    reader = package.load_reader()
     digests = [sha256_file(path) for path in config.data]
     anchor = anchor_digest(config, digests)
     text = prepare(
@@ -154,8 +154,9 @@ def make_ready(config: TuneConfig) -> Ready:
             questions=config.samples_answers,
             labels=config.labels,
             of_head=config.objective if config.has_head else "",
+            images=package.pixels is not None,
         ),
-        tokenizer,
+        reader,
         block_tokens=config.block_tokens,
         batch_size=config.batch_size,
         packed=config.packed,
@@ -204,11 +205,13 @@ def _with_head(config: TuneConfig, package: Package, job: Job | None) -> Adapter
         UnsupportedModel: when the package's architecture takes none, or is an encoder and there is to be none.
     """
     spec = config.spec()
-    if package.is_encoder and config.objective not in ENCODER_TASKS:
+    known = ENCODER_TASKS if package.pixels is None else ("classify",)
+    if package.is_encoder and config.objective not in known:
+        what = "a text and a label, or regress, or tag" if package.pixels is None else "an image and a label"
         raise UnsupportedModel(
             f"package {package.path.name!r} holds an encoder, which has no next tokens: --objective {config.objective} "
             "cannot be learnt on it",
-            hint="tune it with --objective classify --labels A,B on rows of a text and a label, or regress, or tag",
+            hint=f"tune it with --objective classify --labels A,B on rows of {what}",
         )
     if not config.has_head:
         return spec

@@ -192,6 +192,7 @@ def read_as(
     questions: bool = False,
     labels: Sequence[str] = (),
     of_head: str = "",
+    images: bool = False,
 ) -> list[Record]:
     """Return the files' records, read as those settings say.
 
@@ -200,6 +201,7 @@ def read_as(
         questions: the run answers prompts, and learns from its answers' rewards.
         labels: the run learns to tell these, from rows of a text and one of them.
         of_head: task of the head that the run trains.
+        images: the rows hold an image in place of the text.
 
     Raises:
         DataError, ConfigError: as `offsite.text.records.read_files`.
@@ -223,6 +225,7 @@ def read_as(
         questions=questions,
         labels=labels,
         of_head=of_head,
+        images=images,
     )
 
 

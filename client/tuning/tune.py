@@ -29,7 +29,7 @@ from offsite.artefacts.package import Package
 from offsite.artefacts.round import Round
 from offsite.audits.record import AveragedRun
 from offsite.console import say
-from offsite.encoders.outputs import outputs
+from offsite.encoders.outputs import outputs_of
 from offsite.encoders.trunk import is_encoder
 from offsite.errors import ConfigError, RunFailed
 from offsite.evaluation.measure import perplexity
@@ -215,7 +215,7 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
             attached,
             ready.package,
             text,
-            ready.package.load_tokenizer(),
+            ready.package.load_reader(),
             next_token_loss,
             steps=loop_settings(config, text).steps,
             work=work,
@@ -270,7 +270,7 @@ def _kept(
     """Return the context in which nothing below the adapter is computed twice; it yields None where all is computed."""
     if config.dp is not None or is_launched() or config.channel_dropout or config.samples_answers:
         return nullcontext()
-    if ready.package.is_seq2seq:  # what enters a decoder's block hangs on another text besides
+    if ready.package.is_seq2seq or ready.package.pixels is not None:  # what enters a block hangs on more than tokens
         return nullcontext()
     steps = loop_settings(config, text).steps
     drawn = {id(row): row for step in range(steps) for row in text.batches.chosen(step)}
@@ -336,7 +336,7 @@ def _length(row: Example) -> int:
 
 def _loss_of_states(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return a loss that keeps what an encoder's step keeps: the sum of its last hidden states, and their number."""
-    states_BTD = outputs(causal_lm(model), batch["input_ids"], batch["attention_mask"])
+    states_BTD = outputs_of(causal_lm(model), batch)
     return states_BTD.float().sum(), torch.tensor(states_BTD.numel())
 
 

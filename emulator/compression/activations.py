@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offsite.encoders.outputs import outputs
+from offsite.encoders.outputs import outputs_of
 from offsite.encoders.trunk import is_encoder
 from offsite.modelling.blocks import Stack, hidden_of
 from offsite.seq2seq.inputs import SOURCE, inputs_of
@@ -80,7 +80,7 @@ def forward(model: nn.Module, batch: Batch, positions: Tensor | int = 1) -> Tens
             paid for these alone; the model's own code does it, so soft-capping and scaling stay right.
     """
     if is_encoder(model):
-        return outputs(model, batch["input_ids"], batch.get("attention_mask"))
+        return outputs_of(model, batch)
     given = inputs_of(batch)
     if SOURCE[0] not in batch:  # of encoder-decoders the head is not asked for some positions
         given["logits_to_keep"] = positions

@@ -10,7 +10,8 @@ from emulator.dial.exploration import FieldText
 from offsite.console import say
 from offsite.digests import joined_digest, sha256_bytes, sha256_file
 from offsite.errors import DataError
-from offsite.text.records import Record, read_files, split_by_document, write_by_shape
+from offsite.text.records import Record, read_files, split_by_document
+from offsite.text.writing import write_by_shape
 
 MEASURED_SHARE = 0.2
 TUNED_SHARE = 0.4

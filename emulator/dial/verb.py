@@ -34,7 +34,7 @@ from offsite.console import say, say_next, table
 from offsite.digests import model_digest
 from offsite.errors import ConfigError, RunFailed, WrongBinding
 from offsite.modelling.causal import refuse_uncausal
-from offsite.modelling.load import load_model
+from offsite.modelling.load import load_model, refuse_encoder
 from offsite.modelling.mlps import find_mlps
 from offsite.modelling.split import make_plan
 from offsite.staging import refuse_existing, remove
@@ -73,6 +73,7 @@ class _Paths:
 def _dial(config: DialConfig) -> dict[str, object]:
     began, paths = time.monotonic(), _Paths.beside(config.output)
     _require_free(config, paths)
+    refuse_encoder(config.model)
     require_files(() if config.writes_itself else config.public)
     require_files(config.field_text)
     scene = _scene(config, paths)

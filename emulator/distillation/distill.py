@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from emulator.compression.compress import Compressed, Recipe, compress, middle_blocks
 from emulator.compression.finished import FinishedBlocks
@@ -41,7 +41,7 @@ from offsite.encoders.trunk import is_encoder
 from offsite.errors import ConfigError
 from offsite.modelling.causal import refuse_uncausal
 from offsite.modelling.dtypes import main_dtype, stored_in
-from offsite.modelling.load import is_encoder_name, is_seq2seq_name, load_model, load_tokenizer
+from offsite.modelling.load import is_encoder_name, is_seq2seq_name, is_vision_name, load_model, load_reader
 from offsite.modelling.split import Plan, make_plan
 from offsite.seq2seq.models import is_seq2seq, require_start
 from offsite.seq2seq.refusals import refuse_settings
@@ -52,6 +52,7 @@ from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
 from offsite.training.precision import settled, uses_bf16
 from offsite.training.processes import Processes, is_launched, world
+from offsite.vision.reader import ImageReader, Reader
 
 _LARGE = 10**9
 """Parameters of a model that is too large to be held in memory without a word."""
@@ -77,7 +78,7 @@ def run(config: DistillConfig) -> dict[str, object]:
         return in_processes(config)
     say(f"loading {Path(config.model).name!r}")
     if is_encoder_name(config.model):
-        require_no_text(config)
+        require_no_text(config, is_vision=is_vision_name(config.model))
     _require_stacks(config)
     began, terms = time.monotonic(), read_terms(config.terms)
     processes = replace(world(), device=choose_device(config.device))
@@ -88,7 +89,7 @@ def run(config: DistillConfig) -> dict[str, object]:
     own = own_text(config) if config.writes_itself else None
     torch.manual_seed(config.seed)
     owned = _open(config, processes)
-    if is_encoder(owned.full) and config.steps:
+    if is_encoder(owned.full) and config.steps and not isinstance(owned.tokenizer, ImageReader):
         owned = replace(owned, masks=masks_for(config, owned.full, owned.tokenizer))
     text = _public_text(config, owned, own)
     recipe = _recipe(config, text, owned, processes)
@@ -156,7 +157,7 @@ class _Owned:
     """The full model and what is known of it before anything is done to it."""
 
     full: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Reader
     plan: Plan
     digest: str
     dtype: str
@@ -174,7 +175,7 @@ def _open(config: DistillConfig, processes: Processes) -> _Owned:
     refuse_uncausal(full, compute)
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in full.state_dict().items()}
     main = str(main_dtype(stored_in(full).values())).removeprefix("torch.")
-    owned = _Owned(full, load_tokenizer(config.model), plan, model_digest(full), main, dtypes, compute)
+    owned = _Owned(full, load_reader(config.model), plan, model_digest(full), main, dtypes, compute)
     _place(full, config, processes)
     return replace(owned, compute=_compute(full, config, processes))
 
@@ -182,9 +183,9 @@ def _open(config: DistillConfig, processes: Processes) -> _Owned:
 def _public_text(config: DistillConfig, owned: _Owned, own: Path | None) -> PublicText | None:
     if not config.public:
         return None
-    say("reading the public text")
+    say("reading the public images" if isinstance(owned.tokenizer, ImageReader) else "reading the public text")
     return prepare(
-        _records(config, config.public) if own is None else read_files([own]),
+        _records(config, config.public, owned.tokenizer) if own is None else read_files([own]),
         owned.tokenizer,
         owned.full,
         block_tokens=config.block_tokens,
@@ -197,8 +198,14 @@ def _public_text(config: DistillConfig, owned: _Owned, own: Path | None) -> Publ
     )
 
 
-def _records(config: DistillConfig, paths: Sequence[Path]) -> list[Record]:
-    return read_files(paths, fields=config.fields, document_field=config.document_field, separator=config.separator)
+def _records(config: DistillConfig, paths: Sequence[Path], reader: Reader) -> list[Record]:
+    return read_files(
+        paths,
+        fields=config.fields,
+        document_field=config.document_field,
+        separator=config.separator,
+        images=isinstance(reader, ImageReader),
+    )
 
 
 def _field_kl(
@@ -212,7 +219,7 @@ def _field_kl(
     if not config.field_text:
         return {}
     text = prepare(
-        _records(config, config.field_text),
+        _records(config, config.field_text, owned.tokenizer),
         owned.tokenizer,
         owned.full,
         block_tokens=config.block_tokens,

@@ -155,12 +155,20 @@ def masks_for(config: DistillConfig, full: PreTrainedModel, tokenizer: PreTraine
     return Masks(masking, MaskedHead(model))
 
 
-def require_no_text(config: DistillConfig) -> None:
+def require_no_text(config: DistillConfig, *, is_vision: bool = False) -> None:
     """Return only if nothing is asked of an encoder that needs scores of next tokens: it has none.
+
+    Args:
+        is_vision: the encoder reads images, and is not trained on them to imitate.
 
     Raises:
         ConfigError: naming the setting.
     """
+    if is_vision and config.steps:
+        raise ConfigError(
+            f"model {Path(config.model).name!r} is a vision encoder: --steps above 0 goes with models that read text",
+            hint="make its package without training: --steps 0 with --method width, drop or keep-all",
+        )
     needs = {
         "--public self": config.writes_itself,
         "--field-text": bool(config.field_text),

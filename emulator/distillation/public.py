@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from emulator.compression.activations import Batch
 from emulator.distillation.masked import MaskedBatches, Masking
@@ -15,9 +15,10 @@ from offsite.digests import sha256_bytes
 from offsite.errors import ConfigError
 from offsite.modelling.context import require_context
 from offsite.seq2seq.models import is_seq2seq, start_token
-from offsite.text.answers import encode_answers, halved, is_answered
 from offsite.text.batches import Batches, Example, collate, encode, pack, pad_id
+from offsite.text.forms import encode_answers, encode_images, halved, is_answered
 from offsite.text.records import Record, split_by_document
+from offsite.vision.reader import ImageReader, Reader
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class PublicText:
 
 def prepare(
     records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     model: PreTrainedModel,
     *,
     block_tokens: int,
@@ -57,6 +58,7 @@ def prepare(
     """Return the records as blocks of `block_tokens`, in batches of `batch_size`, split by document.
 
     Args:
+        tokenizer: or what reads images, where the records are such; a block is an image then.
         model: the model that will read the text; only its vocabulary's and context's sizes are looked at.
         holdout: share of the documents to hold out; none holds nothing out.
         evaluation_tokens: of the held-out text, at most so many tokens, at least one block.
@@ -69,12 +71,16 @@ def prepare(
         DataError: too few documents to hold any out, or nothing to learn from.
         ConfigError: blocks longer than the model's context, or a tokenizer that is not this model's.
     """
-    require_context(model, block_tokens, "blocks")
+    if isinstance(tokenizer, ImageReader):
+        block_tokens = tokenizer.num_places
+    else:
+        require_context(model, block_tokens, "blocks")
     train, held_out = (records, []) if holdout is None else split_by_document(records, fraction=holdout, seed=seed)
     start = start_token(model.config) if is_seq2seq(model) else None
     blocks = _blocks(train, tokenizer, block_tokens, packed, start)
     held_blocks = _blocks(held_out, tokenizer, block_tokens, packed, start)[: max(1, evaluation_tokens // block_tokens)]
-    _check_vocabulary(model, [*blocks, *held_blocks])
+    if not isinstance(tokenizer, ImageReader):
+        _check_vocabulary(model, [*blocks, *held_blocks])
     pad = pad_id(tokenizer)
     batches = Batches(blocks, batch_size=batch_size, seed=seed, pad_id=pad, first_step=first_step)
     wanted = max(1, calibration_tokens // (batch_size * block_tokens))
@@ -92,7 +98,7 @@ def prepare(
 
 def _blocks(
     records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     block_tokens: int,
     packed: bool,
     start: int | None = None,
@@ -103,6 +109,8 @@ def _blocks(
     """
     if not records:
         return []
+    if isinstance(tokenizer, ImageReader):
+        return encode_images(records, tokenizer).examples
     if start is not None:
         asked = [one for one in records if is_answered(one)]
         others = [one for one in records if not is_answered(one)]
@@ -123,6 +131,7 @@ def _digest(parts: Sequence[Sequence[Example]]) -> str:
     whole = hashlib.sha256(b"offsite/v1/public-text\0")
     for blocks in parts:
         for block in blocks:
+            whole.update(b"" if block.image is None else bytes.fromhex(block.image.digest))
             for ids in (block.input_ids, *([block.source] if block.source else [])):
                 whole.update(array("q", [len(ids), *ids]).tobytes())
         whole.update(array("q", [-1]).tobytes())

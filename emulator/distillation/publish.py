@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pydantic import TypeAdapter, ValidationError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from adapters.updates import placed
 from emulator.compression.compress import Compressed
@@ -19,6 +19,7 @@ from offsite.artefacts.trial import require_rebuildable
 from offsite.errors import ConfigError
 from offsite.modelling.depth import source_name
 from offsite.modelling.split import Plan
+from offsite.vision.reader import Reader
 
 TERMS_LIMIT = 20_000
 """Characters of terms of use that a package may state."""
@@ -28,7 +29,7 @@ def publish(
     out: Path,
     *,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     plan: Plan,
     compressed: Compressed,
     method: str,

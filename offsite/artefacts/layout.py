@@ -18,6 +18,7 @@ from offsite.digests import DIGEST_PATTERN
 from offsite.errors import BadSchema, TooLarge, WrongNames
 from offsite.strictjson import SHOWN, Sparse, Strict, require_seen
 from offsite.tensors import Name, TensorSpec, check_dtype, no_duplicates, read_header
+from offsite.vision.pixels import PixelSettings
 
 if TYPE_CHECKING:
     import torch
@@ -189,10 +190,11 @@ class PackageManifest(Sparse):
     """The content of a package's ``offsite.json``.
 
     ``tensors`` declares the model's tensors; ``encodings`` says which of them are stored otherwise, and how. A manifest
-    without any is written as before there were such packages.
+    without any is written as before there were such packages. ``pixels`` is there of a vision encoder, and says how an
+    image becomes what it reads.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"encodings"})
+    optional: ClassVar[frozenset[str]] = frozenset({"encodings", "pixels"})
 
     format: str
     base_digest: str = Field(pattern=DIGEST_PATTERN)
@@ -203,6 +205,7 @@ class PackageManifest(Sparse):
     figures: dict[Key, float] = {}
     licence: Line = ""
     terms: Text = ""
+    pixels: PixelSettings | None = None
     files: dict[str, FileEntry]
 
 

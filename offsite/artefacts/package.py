@@ -11,7 +11,8 @@ A package is a folder:
   numbering, each tensor in the dtype that it has in the full model. The numbers of the owner's blocks and channels are
   not in it.
 - ``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``: text in, text out; of several named chat
-  templates the default one.
+  templates the default one. A vision encoder's package has none of them: ``pixels`` in its manifest says, in a few
+  numbers, how an image becomes what the model reads (`offsite.vision.pixels`).
 
 When whole blocks were dropped, or all kept, ``AutoModelForCausalLM.from_pretrained`` opens the folder. A middle of
 another width is rebuilt here, from declared shapes. Nothing in a package names code, a class or a path: the
@@ -72,6 +73,9 @@ from offsite.tensors import (
     torch_dtype,
     write_tensors,
 )
+from offsite.vision.models import VISION_TYPES, states_vision
+from offsite.vision.pixels import PixelSettings
+from offsite.vision.reader import ImageReader, Reader
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +85,7 @@ PACKAGE_FORMAT = "offsite/package/1"
 SHARD_LIMIT_BYTES = 4 * 2**30
 
 _INDEX = "model.safetensors.index.json"
+_OF_TEXT = ("tokenizer.json", "tokenizer_config.json")
 FILE_NAMES = re.compile(
     r"config\.json|tokenizer\.json|tokenizer_config\.json|chat_template\.jinja"
     r"|model\.safetensors|model-[0-9]{5}-of-[0-9]{5}\.safetensors|model\.safetensors\.index\.json"
@@ -123,6 +128,11 @@ class Package:
                 f"package {self.path.name!r} holds an encoder, which writes no text: {what} goes with models that do",
                 hint="an encoder is tuned with --objective classify, audited as a bundle, plugged in and evaluated",
             )
+
+    @property
+    def pixels(self) -> PixelSettings | None:
+        """How images are read, of a vision encoder; None of any other model."""
+        return self.manifest.pixels
 
     @property
     def is_seq2seq(self) -> bool:
@@ -170,6 +180,16 @@ class Package:
         """
         return rebuild.load_tokenizer(self.path)
 
+    def load_reader(self) -> Reader:
+        """Return what turns the client's rows into examples: the tokenizer, or of a vision encoder what reads images.
+
+        Raises:
+            BadSchema: as `load_tokenizer`.
+        """
+        if self.pixels is None:
+            return self.load_tokenizer()
+        return ImageReader.of(read_json(self.path / "config.json"), self.pixels)
+
     def block_tensors(self) -> dict[str, TensorSpec]:
         """Return the declared tensors of all blocks under canonical names (``bottom.0.mlp.up_proj.weight``)."""
         found = {}
@@ -191,9 +211,12 @@ def open_package(path: Path, known: KnownFiles | None = None) -> Package:
     """
     manifest, digest = read_manifest(path, PackageManifest, PACKAGE_FORMAT)
     check_files(path, manifest.files, FILE_NAMES, known)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    has_text = manifest.layout.model_type not in VISION_TYPES
+    for name in ("config.json", *(_OF_TEXT if has_text else ())):
         if name not in manifest.files:
             raise WrongNames(f"package {path.name!r} binds no {name}")
+    if not has_text and (others := manifest.files.keys() & {*_OF_TEXT, "chat_template.jinja"}):
+        raise WrongNames(f"package {path.name!r} of a vision encoder binds {min(others)}")
     _check_settings(path, manifest)
     what = f"package {path.name!r}"
     stored = stored_tensors(what, manifest)
@@ -210,9 +233,19 @@ def _check_settings(path: Path, manifest: PackageManifest) -> None:
         raise BadSchema(f"config.json of {path.name!r} and the manifest name different architectures")
     if without_code(config) != config:
         raise BadSchema(f"config.json of {path.name!r} holds keys that a package may not hold")
-    tokenizer = read_json(path / "tokenizer_config.json")
-    if set(tokenizer) - TOKENIZER_KEYS != {"tokenizer_class"} or tokenizer["tokenizer_class"] != TOKENIZER_CLASS:
-        raise BadSchema(f"tokenizer_config.json of {path.name!r} holds keys that a package may not hold")
+    if states_vision(config) != (manifest.pixels is not None):
+        raise BadSchema(
+            f"package {path.name!r}: pixels, which say how images are read, and its model do not go together"
+        )
+    if manifest.pixels is not None:
+        try:
+            ImageReader.of(config, manifest.pixels)
+        except UnsupportedModel as error:
+            raise BadSchema(f"package {path.name!r}: {error}") from None
+    else:
+        tokenizer = read_json(path / "tokenizer_config.json")
+        if set(tokenizer) - TOKENIZER_KEYS != {"tokenizer_class"} or tokenizer["tokenizer_class"] != TOKENIZER_CLASS:
+            raise BadSchema(f"tokenizer_config.json of {path.name!r} holds keys that a package may not hold")
     if _INDEX in manifest.files:
         stated = read_json(path / _INDEX).get("weight_map")
         if stated != {name: file for file, specs in shard_headers(path, manifest).items() for name in specs}:
@@ -244,7 +277,7 @@ def write_package(
     out: Path,
     *,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     layout: Layout,
     base_digest: str,
     method: Method,
@@ -260,6 +293,7 @@ def write_package(
 
     Args:
         model: ends and emulator in the package's numbering; read, not changed.
+        tokenizer: or of a vision encoder what reads images.
         figures: for whoever receives the package; those that are not finite numbers are left out.
         dtype: dtype of floating tensors in the file, but of those that the architecture keeps finer.
         dtypes: dtypes by name, for tensors that are to have another one.
@@ -276,7 +310,9 @@ def write_package(
     with staged_folder(out) as stage:
         write_config(stage, model, dtype)
         require_rebuildable(stage, model, layout, compute)
-        write_tokenizer(stage, tokenizer)
+        pixels = tokenizer.settings if isinstance(tokenizer, ImageReader) else None
+        if not isinstance(tokenizer, ImageReader):
+            write_tokenizer(stage, tokenizer)
         tensors = saved_tensors(model)
         specs = _stored(model, tensors, dtype, dtypes or {})
         encodings = {name: one.encoding for name, one in (encoded or {}).items()}
@@ -292,6 +328,7 @@ def write_package(
                 figures={name: value for name, value in (figures or {}).items() if math.isfinite(value)},
                 licence=licence,
                 terms=terms,
+                pixels=pixels,
                 files=entries(stage, [path.name for path in stage.iterdir()]),
             )
         except ValidationError as error:

@@ -64,12 +64,10 @@ def _scores(model: PreTrainedModel, compute: torch.dtype | None) -> Tensor:
     import torch
 
     from offsite.blockwise import block_by_block
-    from offsite.encoders.outputs import outputs
+    from offsite.encoders.outputs import made_up_ids, outputs
     from offsite.modelling.context import context_of
 
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    num_tokens = min(NUM_TOKENS, context_of(model) or NUM_TOKENS)
-    ids_BT = torch.randint(vocabulary, (1, num_tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
+    ids_BT = made_up_ids(model, 1, min(NUM_TOKENS, context_of(model) or NUM_TOKENS))
     with torch.no_grad(), block_by_block(model, compute):
         return outputs(model, ids_BT)
 

@@ -4,6 +4,8 @@ A head of a text pools the last hidden states (the first token's, or with Modern
 mean), passes them through one linear of the hidden size with an activation, with ModernBERT a norm, and then through
 the linear that has a row for each label. A head of tags has the last linear alone, of ModernBERT the other parts, too,
 and reads every token. Families differ in names; `parts_of` has what each calls the parts. No dropout is applied.
+That of a vision encoder is the one linear, on the first place's state (ViT), the mean of the patches' (CLIP), or both
+side by side (DINOv2).
 
 Shapes: B rows, T tokens, D hidden, L labels.
 """
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from offsite.errors import UnsupportedModel
+from offsite.vision.models import VISION_TYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -28,6 +31,9 @@ _NAMES: dict[str, dict[str, str]] = {
     "distilbert": {"dense": "pre_classifier", "": "classifier"},
     "modernbert": {"dense": "head.dense", "norm": "head.norm", "": "classifier"},
     "deberta-v2": {"dense": "pooler.dense", "": "classifier"},
+    "vit": {"": "classifier"},
+    "dinov2": {"": "classifier"},
+    "clip_vision_model": {"": "classifier"},
 }
 """By family, where its sequence classifier has the parts of an `EncoderHead`; the last linear is the head's own."""
 
@@ -95,6 +101,42 @@ class EncoderHead(nn.Module):
         if hasattr(self, "norm"):
             inner = self.norm(inner)
         return nn.functional.linear(inner, self.weight, self.bias)
+
+
+class VisionHead(nn.Module):
+    """A head on a vision encoder's last hidden states: one linear, which begins at zero.
+
+    Args:
+        config: the encoder's.
+    """
+
+    def __init__(self, config: PreTrainedConfig, num_labels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_labels, head_size(config)))
+        self.bias = nn.Parameter(torch.zeros(num_labels))
+        self._family: Any = config.model_type
+
+    def forward(self, states_BTD: Tensor) -> Tensor:
+        """Return the scores (B, L) of images, by their last hidden states."""
+        first_BD, mean_BD = states_BTD[:, 0], states_BTD[:, 1:].mean(1)
+        both_BD = torch.cat([first_BD, mean_BD], 1)
+        read_BD = {"vit": first_BD, "clip_vision_model": mean_BD, "dinov2": both_BD}[self._family]
+        return nn.functional.linear(read_BD, self.weight, self.bias)
+
+
+def make_head(config: PreTrainedConfig, num_labels: int, task: str) -> EncoderHead | VisionHead:
+    """Return an untrained head of the form that the family's classifier for that task has.
+
+    Raises:
+        UnsupportedModel: as `EncoderHead`.
+    """
+    is_vision = config.model_type in VISION_TYPES
+    return VisionHead(config, num_labels) if is_vision else EncoderHead(config, num_labels, task)
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """Return how many numbers the head of an encoder with this configuration reads."""
+    return int(config.hidden_size) * (2 if config.model_type == "dinov2" else 1)
 
 
 def head_shapes(family: str, num_labels: int, hidden: int, task: str) -> dict[str, tuple[int, ...]]:

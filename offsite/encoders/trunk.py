@@ -1,4 +1,4 @@
-"""Encoders: models of one block stack that read a text in both directions and have no head that writes.
+"""Encoders: models of one block stack that read a text in both directions, or an image, and have no head that writes.
 
 An encoder is held as its *trunk*: embeddings, blocks and last norm, whose output is the last hidden state. Whatever a
 checkpoint has beside it (a pooler, a masked-token head, a classifier) is left out, so that what is cut, sent and
@@ -14,11 +14,13 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from offsite.vision.models import VISION_TYPES
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "deberta-v2")
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "deberta-v2", *VISION_TYPES)
 
 _POOLING = "add_pooling_layer"
 

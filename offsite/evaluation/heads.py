@@ -16,13 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from offsite.encoders.outputs import outputs
+from offsite.encoders.outputs import outputs, outputs_of
 from offsite.encoders.trunk import is_encoder, is_encoder_config
 from offsite.errors import RunFailed
 from offsite.evaluation.measure import evaluating
 from offsite.evaluation.preferences import preferred
 from offsite.modelling.head import causal_lm, states_at
 from offsite.text.batches import Example, collate
+from offsite.vision.models import PIXELS
 
 SCORE = "score"
 """Name of the module that is the head."""
@@ -33,11 +34,13 @@ def head_scores(model: nn.Module, batch: Mapping[str, Tensor], *, pad_id: int) -
 
     Args:
         model: with a head; the vocabulary's own head is not computed.
-        batch: ``input_ids`` and ``attention_mask``, each (B, T) int64, on the model's device.
+        batch: ``input_ids`` and ``attention_mask``, each (B, T) int64, or ``pixel_values``, on the model's device.
         pad_id: the tokenizer's padding token. A row's text that ends with it is read before it.
 
     Source: transformers, ``GenericForSequenceClassification``.
     """
+    if PIXELS in batch:
+        return _image_scores(causal_lm(model), batch)
     if is_encoder_config(causal_lm(model).config):
         return _encoder_scores(causal_lm(model), batch)
     states_BD = read_states(model, batch, pad_id=pad_id)
@@ -55,6 +58,17 @@ def _encoder_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     states_BTD = outputs(model, ids_BT, mask_BT)
     with torch.autocast(states_BTD.device.type, enabled=False):
         scores: Tensor = getattr(model, SCORE)(states_BTD.float(), mask_BT)
+    return scores.float()
+
+
+def _image_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the scores (B, L) of a vision encoder that carries a head, or of transformers' classifier of one."""
+    if not is_encoder(model):
+        logits: Tensor = model(pixel_values=batch[PIXELS].to(next(model.parameters()).dtype)).logits
+        return logits.float()
+    states_BTD = outputs_of(model, batch)
+    with torch.autocast(states_BTD.device.type, enabled=False):
+        scores: Tensor = getattr(model, SCORE)(states_BTD.float())
     return scores.float()
 
 

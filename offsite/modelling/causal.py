@@ -20,6 +20,7 @@ from offsite.encoders.trunk import MODEL_TYPES, is_encoder
 from offsite.errors import UnsupportedModel
 from offsite.modelling.context import context_of
 from offsite.seq2seq.models import is_seq2seq
+from offsite.vision.models import reads_images
 
 NUM_TOKENS = 8
 
@@ -53,6 +54,8 @@ def reads_ahead(model: PreTrainedModel, compute: torch.dtype | None = None) -> b
     A difference of the scores may be rounding: experts that are handed other tokens multiply in other shapes. Then the
     gradient decides, which is exactly zero wherever nothing is read.
     """
+    if reads_images(model):
+        return _sees(model, compute)
     ids_BT = _two_texts(model)
     was_training = model.training
     model.eval()
@@ -62,6 +65,18 @@ def reads_ahead(model: PreTrainedModel, compute: torch.dtype | None = None) -> b
         return not _same(one_TV, other_TV) and _has_gradient(model, ids_BT[:1])
     finally:
         model.train(was_training)
+
+
+def _sees(model: PreTrainedModel, compute: torch.dtype | None) -> bool:
+    """Return True, once the model has run on an image: it sees all of it at once."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), block_by_block(model, compute):
+            outputs(model, torch.zeros((1, 1), dtype=torch.long))
+    finally:
+        model.train(was_training)
+    return True
 
 
 def _two_texts(model: PreTrainedModel) -> Tensor:

@@ -176,6 +176,21 @@ def folder_of(place: Place) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def small_file(place: Place, name: str) -> Path | None:
+    """Return the file of that name that stands with the model; of a hub id it is brought to the hub's cache."""
+    if place.is_folder or place.is_cached:
+        folder = folder_of(place)
+        return folder / name if folder is not None and (folder / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        with quiet_libraries():
+            return Path(hf_hub_download(place.source, name))
+    except (HTTPError, OSError):
+        return None
+
+
 def read_object(path: Path, what: str) -> dict[str, Any]:
     """Return the JSON object in one of the checkpoint's own files.
 
@@ -203,14 +218,8 @@ def _folder(place: Place) -> Path | None:
     """Return the folder with the checkpoint's small files; of a hub id they are brought to the hub's cache."""
     if place.is_folder or place.is_cached:
         return folder_of(place)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        with quiet_libraries():
-            return Path(hf_hub_download(place.source, "config.json")).parent
-    except (HTTPError, OSError):  # loading says what is wrong
-        return None
+    found = small_file(place, "config.json")  # where there is none, loading says what is wrong
+    return None if found is None else found.parent
 
 
 def _dimensions(folder: Path | None, name: str) -> int:

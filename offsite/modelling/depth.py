@@ -34,6 +34,9 @@ from offsite.modelling.blocks import (
     stack_config,
 )
 
+_BACKBONE = frozenset({"stage_names", "out_features", "out_indices"})
+"""Fields that name each block's output, for a model that is a detector's backbone; of a trunk the last one is asked."""
+
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.Size, list, tuple, set, dict)
 
 
@@ -113,6 +116,8 @@ def _edits(fields: dict[str, Any], stack: Stack, kept: Sequence[int]) -> dict[st
     places = {old: new for new, old in enumerate(kept)}
     edits: dict[str, Any] = {stack.depth_key: len(kept)}
     for key, value in fields.items():
+        if key in _BACKBONE and fields.keys() >= _BACKBONE:
+            continue  # names of a backbone's outputs, which it makes of its depth
         if key in INDEX_LISTS:
             if value is not None:
                 edits[key] = [places[old] for old in _listed(key, fields, stack) if old in places]
@@ -128,6 +133,9 @@ def _edits(fields: dict[str, Any], stack: Stack, kept: Sequence[int]) -> dict[st
                 raise UnsupportedModel(f"cannot tell whether the field {key} has one entry per block")
     if "mlp_only_layers" in edits and "decoder_sparse_step" in fields:
         edits["decoder_sparse_step"] = 1
+    if fields.keys() >= _BACKBONE:
+        names = ["stem", *(f"stage{number}" for number in range(1, len(kept) + 1))]
+        edits |= {"stage_names": names, "_out_features": names[-1:], "_out_indices": [len(kept)]}
     if overrides := fields.get("per_layer_config"):
         edits["per_layer_config"] = {places[int(old)]: o for old, o in overrides.items() if int(old) in places}
     return edits

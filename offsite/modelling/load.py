@@ -15,11 +15,15 @@ from offsite.modelling.checkpoint import (
     require_shards,
     require_sound_tokenizer,
     require_whole,
+    small_file,
     split_unexpected,
 )
 from offsite.modelling.locate import HINT, Place, locate, quiet_libraries, shown
 from offsite.seq2seq.models import seq2seq_class, states_seq2seq
 from offsite.seq2seq.refusals import not_taken
+from offsite.vision.models import as_tower, states_vision
+from offsite.vision.pixels import FILE_NAME, read_settings
+from offsite.vision.reader import ImageReader, Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,6 +61,7 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import (
         AutoModelForCausalLM,
+        AutoModelForImageClassification,
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
     )
@@ -76,6 +81,7 @@ def load_model(
         with quiet_libraries():
             auto: Any = AutoModelForSequenceClassification if with_head else AutoModelForCausalLM
             auto = AutoModelForTokenClassification if with_head == "tag" else auto
+            auto = AutoModelForImageClassification if with_head and states_vision(stated) else auto
             auto = trunk_class(CONFIG_MAPPING[stated["model_type"]]) if is_trunk else auto
             auto = seq2seq_class(CONFIG_MAPPING[stated["model_type"]]) if is_pair else auto
             loaded: Any = auto.from_pretrained(
@@ -168,6 +174,17 @@ def is_seq2seq_name(name: str) -> bool:
     return states_seq2seq(_stated(place))
 
 
+def is_vision_name(name: str) -> bool:
+    """Say whether the model called `name` is a vision encoder, or holds one, by its ``config.json`` alone.
+
+    Raises:
+        ConfigError, UnsupportedModel: as `load_model`, before any weight is read.
+    """
+    place = locate(name)
+    refuse_unusable(place)
+    return states_vision(_stated(place))
+
+
 def refuse_encoder(name: str) -> None:
     """Return only if the model called `name` is no encoder, and no encoder-decoder.
 
@@ -178,6 +195,30 @@ def refuse_encoder(name: str) -> None:
         raise _no_encoder(name)
     if is_seq2seq_name(name):
         raise not_taken(f"model {shown(name)}")
+
+
+def load_reader(name: str) -> Reader:
+    """Return what turns rows into examples for the model called `name`: its tokenizer, or what reads images.
+
+    Raises:
+        ConfigError: when it does not stand with the model, or does not say enough.
+        UnsupportedModel: when the model does not read images of the size that it says.
+    """
+    from transformers import AutoConfig
+
+    place = locate(name)
+    if not states_vision(_stated(place)):
+        return load_tokenizer(name)
+    file = small_file(place, FILE_NAME)
+    if file is None:
+        raise ConfigError(f"no {FILE_NAME} stands with model {shown(name)}", hint="copy the model's folder whole")
+    with quiet_libraries():
+        config: Any = AutoConfig.from_pretrained(
+            place.source, trust_remote_code=False, local_files_only=place.is_cached
+        )
+    tower = getattr(config, "vision_config", config).to_dict()
+    what = f"{FILE_NAME} of model {shown(name)}"
+    return ImageReader.of(tower, read_settings(read_object(file, what), tower["model_type"], what))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -220,7 +261,9 @@ def one_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _stated(place: Place) -> dict[str, Any]:
     folder = folder_of(place)
-    return {} if folder is None else read_object(folder / "config.json", f"config.json of model {shown(place.source)}")
+    if folder is None:
+        return {}
+    return as_tower(read_object(folder / "config.json", f"config.json of model {shown(place.source)}"))
 
 
 def _no_encoder(name: str) -> UnsupportedModel:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offsite.encoders.outputs import outputs
+from offsite.encoders.outputs import made_up_ids, outputs
 from offsite.errors import ConfigError, UnsupportedModel
 from offsite.modelling.blocks import Stack, block_list, find_stacks, hidden_of, refuse_uncuttable, text_stacks
 from offsite.modelling.config import Stacks
@@ -198,10 +198,7 @@ def largest_deviation(
         The largest absolute difference of the logits, or an encoder's last hidden states, over their largest absolute
         value.
     """
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    num_tokens = min(num_tokens, context_of(model) or num_tokens)
-    ids_BT = torch.randint(vocabulary, (1, num_tokens), generator=generator).to(model.device)
+    ids_BT = made_up_ids(model, 1, min(num_tokens, context_of(model) or num_tokens))
     handles = [
         model.get_submodule(f"{name}.{number}").register_forward_hook(_skip, with_kwargs=True)
         for name, numbers in keep.items()

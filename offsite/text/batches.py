@@ -23,6 +23,8 @@ from offsite.text.chat import ASSISTANT, Spans, answers_only, asked_chat, render
 from offsite.text.headrows import tag_labels
 from offsite.text.prompts import prompt_ids
 from offsite.text.records import Record, answer_of
+from offsite.vision.models import PIXELS
+from offsite.vision.reader import ImageReader, Picture, Reader
 
 IGNORED = -100
 _ROWS_AT_ONCE = 512
@@ -39,7 +41,8 @@ class Example:
     record. A classifier's row has its label's place among the labels in ``target``, a regression's its ``value``; of a
     ``tagged`` one ``labels`` are tags' places. ``closing`` are the special tokens behind its text, as an encoder's
     separator: a cut takes the text's end and leaves them. Of a row for an
-    encoder-decoder, ids and labels are the decoder's; ``source`` is what its encoder reads (`offsite.text.answers`).
+    encoder-decoder, ids and labels are the decoder's; ``source`` is what its encoder reads (`offsite.text.forms`).
+    Of an ``image`` the ids are zeros, one for each place at which a model has a state (`offsite.text.forms`).
     """
 
     input_ids: list[int] = field(repr=False)
@@ -54,6 +57,7 @@ class Example:
     tagged: bool = False
     closing: int = 0
     source: tuple[int, ...] = field(default=(), repr=False)
+    image: Picture | None = field(default=None, repr=False)
 
     @property
     def sides(self) -> tuple[Example, ...]:
@@ -244,7 +248,8 @@ def pack(examples: Sequence[Example], *, block_tokens: int) -> list[Example]:
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """One batch, padded on the right: input_ids, labels and attention_mask, each (B, T) int64.
 
-    Of an encoder-decoder's rows also source_ids and source_mask, (B, S) int64 each.
+    Of an encoder-decoder's rows also source_ids and source_mask, (B, S) int64 each; of images also pixel_values,
+    (B, 3, H, W) float32.
     """
     num_tokens = max(len(example.input_ids) for example in examples)
     input_ids_BT = torch.full((len(examples), num_tokens), pad_id)
@@ -259,11 +264,15 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     if examples[0].source:
         sources = collate([Example(list(one.source), list(one.source)) for one in examples], pad_id)
         found |= dict(zip(SOURCE, (sources["input_ids"], sources["attention_mask"]), strict=True))
+    if images := [one.image.values for one in examples if one.image is not None]:
+        found[PIXELS] = torch.stack(images)
     return found
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: the tokenizer's own, otherwise end-of-sequence (padding is masked either way)."""
+def pad_id(tokenizer: Reader) -> int:
+    """The id to pad with: the tokenizer's own, otherwise end-of-sequence; padding is masked either way. Of images 0."""
+    if isinstance(tokenizer, ImageReader):
+        return 0
     chosen = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else _eos(tokenizer)
     return int(chosen)
 
@@ -490,18 +499,3 @@ def _running(record: Record) -> tuple[str, Spans]:
             spans.append((len(text), len(text) + len(segment)))
         text += segment
     return text, tuple(spans)
-
-
-__all__ = [
-    "IGNORED",
-    "Batches",
-    "Encoded",
-    "Example",
-    "answered_ids",
-    "collate",
-    "cut",
-    "encode",
-    "encode_questions",
-    "pack",
-    "pad_id",
-]

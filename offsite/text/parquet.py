@@ -11,11 +11,14 @@ from offsite.errors import DataError
 _ROWS_AT_ONCE = 256
 
 
-def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def parquet_rows(path: Path, *, with_bytes: bool = False) -> Iterator[dict[str, Any]]:
     """Yield every row as its columns by name; lists and structs as lists and dicts, missing values as None.
 
     Columns with anything else than text, numbers and truth values in them, however deep, are left out: nothing reads
     times and bytes, and some cannot be turned into Python's.
+
+    Args:
+        with_bytes: columns with bytes in them are not left out.
 
     Raises:
         DataError: when pyarrow is missing, or the file is missing, broken, names a column twice, or holds text that is
@@ -36,7 +39,7 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
             schema = file.schema_arrow
             if len(set(schema.names)) != len(schema.names):
                 raise DataError(f"{path.name}: two columns have the same name")
-            read = [one.name for one in schema if _is_read(one.type, arrow.types)]
+            read = [one.name for one in schema if _is_read(one.type, arrow.types, with_bytes)]
             number = 0
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=read, use_threads=False):
                 for one in range(batch.num_rows):
@@ -46,14 +49,16 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path.name}: not a Parquet file, or a broken one", hint="copy the file again") from None
 
 
-def _is_read(kind: Any, types: Any) -> bool:
+def _is_read(kind: Any, types: Any, with_bytes: bool) -> bool:
     """Tell whether a column of that type may hold what is read: text, numbers, and lists or structs of such."""
     if types.is_struct(kind):
-        return all(_is_read(field.type, types) for field in kind)
+        return all(_is_read(field.type, types, with_bytes) for field in kind)
     if types.is_list(kind) or types.is_large_list(kind):
-        return _is_read(kind.value_type, types)
+        return _is_read(kind.value_type, types, with_bytes)
     if types.is_dictionary(kind):
-        return _is_read(kind.value_type, types)
+        return _is_read(kind.value_type, types, with_bytes)
+    if with_bytes and (types.is_binary(kind) or types.is_large_binary(kind)):
+        return True
     return bool(
         types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind) or types.is_floating(kind)
         or types.is_boolean(kind) or types.is_null(kind)

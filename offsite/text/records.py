@@ -2,10 +2,10 @@
 
 A row has one of three shapes: ``text``; ``prompt`` and ``completion``; or ``messages``. Who learns from
 preferences reads a fourth instead: ``chosen`` and ``rejected``, with or without ``prompt``; who trains a head
-that of its task, a text with a label or a value, or words with tags (`offsite.text.headrows`). Who learns from
-rewards reads prompts, with or without an answer (`offsite.text.questions`). Errors name the file and the row
-and say what was expected. They never repeat what a row holds, and for that reason no column names either: a
-table without a header has its first row for column names.
+that of its task, a text with a label or a value, words with tags (`offsite.text.headrows`), or an ``image`` with
+a label. Who learns from rewards reads prompts, with or without an answer (`offsite.text.questions`). Errors
+name the file and the row and say what was expected. They never repeat what a row holds, and for that reason no
+column names either: a table without a header has its first row for column names.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ from offsite.text.headrows import (
 from offsite.text.preferences import PAIR, PAIR_FIELDS, Answers, answers_in
 from offsite.text.questions import ANSWER_FIELD, QUESTIONS, question_in
 from offsite.text.rows import NAME_COLUMNS, Messages, Row, checked_string, file_kind, messages_in, read_rows
+from offsite.vision.images import image_bytes
 
 SHAPES: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "prompt/completion": ("prompt", "completion"),
     "messages": ("messages",),
 }
+IMAGE = "image"
 DOCUMENT = "document"
 Purpose = Literal["split", "audit", "rehearsal", "dial"]
 BUNDLED = ("heldout", "private", "public")
@@ -69,10 +71,11 @@ class Record:
     value: float | None = field(default=None, repr=False)
     words: tuple[str, ...] = field(default=(), repr=False)
     tags: tuple[Label, ...] = field(default=(), repr=False)
+    image: bytes | None = field(default=None, repr=False)
 
     @property
     def whole_text(self) -> str:
-        """All of its text as one: a prompt and its completion, every message, both answers of a pair."""
+        """All its text as one: a prompt and its completion, every message, both answers of a pair; no image has any."""
         own = [text for text, _ in self.segments] + [content for _, content in self.messages]
         return " ".join(own if self.rejected is None else [*own, self.rejected.whole_text])
 
@@ -81,6 +84,7 @@ class Record:
         """What two rows that say the same have in common."""
         answer = () if self.label is None else (self.label.name,)
         answer = answer if self.value is None else (str(self.value),)
+        answer = answer if self.image is None else (*answer, hashlib.sha256(self.image).hexdigest())
         own = (self.segments, self.messages, *answer, *(tag.name for tag in self.tags))
         return own if self.rejected is None else (*own, self.rejected.content)
 
@@ -96,6 +100,7 @@ def read_records(
     questions: bool = False,
     labels: Sequence[str] = (),
     of_head: str = "",
+    images: bool = False,
 ) -> list[Record]:
     """Every row of a ``.txt``, ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` (each maybe ``.gz``) or ``.parquet`` file.
 
@@ -115,6 +120,7 @@ def read_records(
             text are one document.
         of_head: what the head that rows are for is tuned to, where not to classify: ``regress`` for a text and a value,
             ``tag`` for words and their tags.
+        images: rows are to be images, with a label where there are labels, and nothing else.
 
     Raises:
         DataError: the file is missing, empty, of an unknown kind, not Unicode text, or a row has the wrong form.
@@ -122,11 +128,14 @@ def read_records(
     """
     path = Path(path)
     kind = file_kind(path)
-    head_shape = shape_of(of_head, labels)
+    head_shape = None if images else shape_of(of_head, labels)
     shapes = QUESTIONS if questions else _shapes(pairs)
     shapes = shapes if head_shape is None else {head_shape: HEAD_FIELDS[head_shape]}
+    shapes = {IMAGE: (IMAGE, "label")[: 2 if labels else 1]} if images else shapes
     wanted = _shape_of_fields(fields or {}, shapes, pairs, questions)
     if kind == ".txt":
+        if images:
+            raise DataError(f"{path.name}: plain text, expected rows of an image", hint=_PICTURED)
         if head_shape is not None:
             what = f"{path.name}: plain text, expected rows of {NAMED[head_shape]}"
             raise DataError(what, hint=WANTED[head_shape])
@@ -142,7 +151,14 @@ def read_records(
             raise ConfigError(f"{path.name}: a separator applies to .txt files only")
         numbers = {name: number for number, name in enumerate(labels)}
         rows = _table_records(
-            read_rows(path), fields or {}, shapes, wanted, document_field, document_label, questions, numbers
+            read_rows(path, images=images),
+            fields or {},
+            shapes,
+            wanted,
+            document_field,
+            document_label,
+            questions,
+            numbers,
         )
         records = list(rows)
     if not records:
@@ -161,6 +177,7 @@ def read_files(
     questions: bool = False,
     labels: Sequence[str] = (),
     of_head: str = "",
+    images: bool = False,
 ) -> list[Record]:
     """Every row of several files in their order, each file read as `read_records` does.
 
@@ -171,14 +188,14 @@ def read_files(
         share_documents: documents of one name are the same in every file: where they stand for users.
         pairs: as of `read_records`; under None the files hold preferences, all of them, or none does.
         questions: as of `read_records`.
-        labels, of_head: as of `read_records`.
+        labels, of_head, images: as of `read_records`.
 
     Raises:
         DataError, ConfigError: as `read_records` and `require_files`.
     """
     require_files(paths)
     how: dict[str, Any] = {"fields": fields, "document_field": document_field, "separator": separator}
-    how |= {"pairs": pairs, "questions": questions, "labels": labels, "of_head": of_head}
+    how |= {"pairs": pairs, "questions": questions, "labels": labels, "of_head": of_head, "images": images}
     if len(paths) == 1:
         return read_records(paths[0], **how)
     names = [path.name for path in paths]
@@ -252,63 +269,11 @@ def answer_of(record: Record) -> str | None:
     return record.segments[1][0] if len(record.segments) > 1 else None
 
 
-def write_records(path: Path, records: Sequence[Record]) -> None:
-    """Write the rows as ``.jsonl`` under the names that `read_records` knows by itself; it reads them as they are.
-
-    What they held beside, and their places in the file they came from, is not kept.
-    """
-    with path.open("w", encoding="utf-8") as out:
-        for record in records:
-            out.write(json.dumps({**_values(record), DOCUMENT: record.document}) + "\n")
-
-
-def write_by_shape(folder: Path, name: str, records: Sequence[Record]) -> list[str]:
-    """Write the rows into `folder`, those of one shape in one file, and return the files' names: ``NAME.jsonl`` first.
-
-    Read together by `read_files` they are the same rows: a document keeps its name within a file.
-    """
-    shapes: dict[tuple[str, ...], list[Record]] = {}
-    for record in records:
-        shapes.setdefault(tuple(_values(record)), []).append(record)
-    names = [f"{name}{number}.jsonl" if number > 1 else f"{name}.jsonl" for number in range(1, len(shapes) + 1)]
-    for file, rows in zip(names, shapes.values(), strict=True):
-        write_records(folder / file, rows)
-    return names
-
-
 def bundled(name: str) -> Path:
     """The path of a text file that comes with offsite: ``public``, ``private`` or ``heldout``."""
     if name not in BUNDLED:
         raise ConfigError(f"no bundled text '{name}', expected one of: {', '.join(BUNDLED)}")
     return Path(str(importlib.resources.files("offsite").joinpath("data", f"{name}.jsonl.gz")))
-
-
-def _values(record: Record) -> dict[str, Any]:
-    """Return what the row is written as, by the names of fields."""
-    other = record.rejected
-    if record.messages:
-        if other is None:
-            return {"messages": _objects(record.messages)}
-        return {"chosen": _objects(record.messages), "rejected": _objects(other.messages)}
-    texts = [text for text, _ in record.segments]
-    if record.words:
-        return {"tokens": list(record.words), "tags": [tag.name for tag in record.tags]}
-    if record.value is not None:
-        return {"text": texts[0], "value": record.value}
-    if record.label is not None:
-        return {"text": texts[0], "label": record.label.name}
-    if other is None:
-        if len(texts) == 1:
-            return {"text" if record.segments[0][1] else "prompt": texts[0]}
-        return dict(zip(SHAPES["prompt/completion"], texts, strict=True))
-    others = [text for text, _ in other.segments]
-    if len(texts) == len(others) == 2:
-        return {"prompt": texts[0], "chosen": texts[1], "rejected": others[1]}
-    return {"chosen": "".join(texts), "rejected": "".join(others)}
-
-
-def _objects(messages: Messages) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in messages]
 
 
 def _moved(record: Record, folder: str) -> Record:
@@ -328,6 +293,7 @@ def _draw(document: str, seed: int, purpose: str) -> float:
 
 _PAIRED = "give rows of 'prompt', 'chosen' and 'rejected', or of whole dialogues 'chosen' and 'rejected'"
 _ASKED = "give rows of 'prompt', with or without 'completion', or of 'messages'"
+_PICTURED = "give rows of 'image', base64 of a PNG or JPEG, and 'label', in .jsonl or .parquet"
 _APART = "give text and preferences to different runs"
 
 
@@ -371,11 +337,11 @@ def _table_records(
     questions: bool,
     numbers: Mapping[str, int],
 ) -> Iterator[Record]:
-    names = [name for own in (*SHAPES.values(), PAIR_FIELDS, *HEAD_FIELDS.values()) for name in own]
+    names = [name for own in (*SHAPES.values(), PAIR_FIELDS, *HEAD_FIELDS.values(), (IMAGE,)) for name in own]
     columns = {name: fields.get(name, name) for name in names}
     shape: str | None = wanted
     first = ""
-    for row in rows if fields else map(told_in_shapes, rows):
+    for row in rows if fields or IMAGE in shapes else map(told_in_shapes, rows):
         found = _shape_of(row, columns, shapes)
         if shape is None:
             shape = _only_shape(row, found, shapes, columns, questions)
@@ -388,10 +354,24 @@ def _table_records(
         if questions:
             yield _question(row, shape, columns, document_field, label)
             continue
+        if shape == IMAGE:
+            yield _pictured(row, columns, document_field, label, numbers)
+            continue
         if shape in HEAD_FIELDS:
             yield _headed(row, shape, columns, document_field, label, numbers)
             continue
         yield _table_record(row, shape, columns, document_field, label, needs_prompt="prompt" in fields)
+
+
+def _pictured(
+    row: Row, columns: Mapping[str, str], document_field: str | None, label: str, numbers: Mapping[str, int]
+) -> Record:
+    """Return an image, with its label where there are labels; its document is the image itself."""
+    raw = image_bytes(row.values.get(columns[IMAGE]), row.error)
+    own = hashlib.sha256(raw).hexdigest()[:32]
+    named = own if document_field is None else label + _document(row, document_field)
+    found = label_in(row, columns["label"], numbers) if numbers else None
+    return Record((), named, row.number, place=row.place, label=found, image=raw)
 
 
 def _headed(
@@ -425,6 +405,8 @@ def _shape_of(row: Row, columns: Mapping[str, str], shapes: Mapping[str, Sequenc
 def _only_shape(
     row: Row, found: Sequence[str], allowed: Mapping[str, Sequence[str]], columns: Mapping[str, str], questions: bool
 ) -> str:
+    if not found and IMAGE in allowed:
+        raise row.error("an image or its label is missing", hint=f"{_PICTURED}, or {NAME_COLUMNS}")
     for shape in () if found else HEAD_FIELDS.keys() & allowed.keys():
         raise row.error(MISSING[shape], hint=f"{WANTED[shape]}, or {NAME_COLUMNS}")
     if not found and not questions:

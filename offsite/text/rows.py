@@ -39,10 +39,13 @@ class Row:
         return checked_string(self.values.get(name), f"field '{name}'", self, empty=empty)
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, *, images: bool = False) -> Iterator[Row]:
     """The rows of a ``.jsonl``, ``.json``, ``.csv`` or ``.tsv`` file, each optionally ``.gz``, or a ``.parquet`` file.
 
     A ``.jsonl`` row is numbered by its line; others count from 1, the header of a ``.csv`` or ``.tsv`` apart.
+
+    Args:
+        images: columns of bytes in Parquet are read, too.
 
     Raises:
         DataError: the file or a row cannot be read.
@@ -58,7 +61,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         case ".tsv":
             return _csv_rows(path, "\t")
         case ".parquet":
-            return _parquet_rows(path)
+            return _parquet_rows(path, images)
         case kind:
             raise DataError(f"{path.name}: {kind} has no fields", hint=f"give one of {', '.join(KINDS[1:])}")
 
@@ -136,8 +139,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
         yield _object_row(value, number, f"{path.name}: row {number}")
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    for number, values in enumerate(parquet_rows(path), 1):
+def _parquet_rows(path: Path, with_bytes: bool) -> Iterator[Row]:
+    for number, values in enumerate(parquet_rows(path, with_bytes=with_bytes), 1):
         yield Row(values, number, f"{path.name}: row {number}")
 
 

@@ -16,6 +16,7 @@ from offsite.tasks.rules import Rules, read_rules, require_answers
 from offsite.text.batches import Example, encode_questions
 from offsite.text.calls import decoded
 from offsite.text.records import read_files
+from offsite.vision.reader import Reader, tokenizer_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +69,7 @@ class ByRules:
         return {f"{RULES}/{name}": value for name, value in found.items()}
 
 
-def by_rules(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase, head: Head | None) -> ByRules | None:
+def by_rules(config: EvaluateConfig, reader: Reader, head: Head | None) -> ByRules | None:
     """Return what an evaluation measures by rules; None where it names none.
 
     Args:
@@ -87,7 +88,10 @@ def by_rules(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase, head: H
     rules = read_rules(config.rules)
     records = read_files(config.data, fields=config.fields, document_field=config.document_field, questions=True)
     encoded = encode_questions(
-        records[: config.task_limit or None], tokenizer, context=config.block_tokens, num_new=config.answer_tokens
+        records[: config.task_limit or None],
+        tokenizer_in(reader),
+        context=config.block_tokens,
+        num_new=config.answer_tokens,
     )
     if encoded.num_dropped:
         say(f"--rules: {encoded.num_dropped} prompts leave no room for an answer and are left out")

@@ -46,16 +46,17 @@ from offsite.evaluation.sampling import continuations
 from offsite.evaluation.tasks import multiple_choice_task, run_tasks
 from offsite.modelling.context import require_context
 from offsite.modelling.dtypes import cast_model
-from offsite.modelling.load import load_model, load_tokenizer
+from offsite.modelling.load import load_model, load_reader
 from offsite.seq2seq.models import start_token
 from offsite.seq2seq.refusals import refuse_settings
 from offsite.staging import refuse_existing, staged_folder
-from offsite.text.answers import encode_answers
 from offsite.text.batches import Encoded, Example, encode, pack, pad_id
 from offsite.text.calls import decoded
+from offsite.text.forms import encode_answers, encode_images
 from offsite.text.prompts import prompt_ids
 from offsite.text.records import Record, read_files, require_files
 from offsite.training.devices import choose_device
+from offsite.vision.reader import ImageReader, Reader, tokenizer_in
 from server.evaluation.byrules import ByRules, by_rules
 from server.evaluation.bytask import ByTask, by_task
 from server.evaluation.candidates import Candidate, Candidates, open_candidates, with_whole_ids
@@ -69,7 +70,7 @@ from server.plugging.sparing import public_text
 from server.plugging.ways import Way
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 ONCE = "once"
 """Stands in place of a seed where there is none."""
@@ -90,7 +91,7 @@ class Ruler:
     a model without one has one of zeros.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Reader
     examples: Sequence[Example] = field(repr=False)
     tasks: Sequence[Path] = ()
     task_limit: int = 0
@@ -127,11 +128,13 @@ class Ruler:
         if self.tasks:
             tasks = [multiple_choice_task(p.stem, p) if p.suffix != ".yaml" else p for p in self.tasks]
             limit = self.task_limit or None
-            by_task = run_tasks(model, self.tokenizer, tasks, batch_size=self.batch_size, limit=limit)
+            by_task = run_tasks(model, tokenizer_in(self.tokenizer), tasks, batch_size=self.batch_size, limit=limit)
             scores.update({f"{task}/{name}": value for task, row in by_task.items() for name, value in row.items()})
         for by in (self.by_task, self.by_rules):
             if by is not None:
-                scores |= by.score(model, self.tokenizer, label, batch_size=self.batch_size, bf16=self.bf16)
+                scores |= by.score(
+                    model, tokenizer_in(self.tokenizer), label, batch_size=self.batch_size, bf16=self.bf16
+                )
         return scores | self._preferences(model, label) | self._answers(model, label)
 
     def started(self, model: PreTrainedModel, label: str) -> Ruler:
@@ -213,6 +216,8 @@ def run(config: EvaluateConfig) -> dict[str, object]:
         require_way(candidate.verified.spec, config.way)
         if config.correct:
             require_correctable(candidate.verified.spec, candidates.package)
+    if candidates.package.pixels is not None and config.spare:
+        raise ConfigError("--spare: it goes by text, this model reads images", hint="leave --spare out")
     if candidates.package.is_seq2seq:
         _require_answers_alone(config)
     if config.offset:
@@ -225,7 +230,7 @@ def run(config: EvaluateConfig) -> dict[str, object]:
     if head is not None and head.encoder and (config.task or config.prompt):
         raise ConfigError(
             "--task and --prompt: an encoder writes no text and ranks none",
-            hint="measure it on rows of a text and a label",
+            hint="measure it on rows of a text, or an image, and a label",
         )
     if head is not None and config.way.mix != 1:
         raise ConfigError(f"--mix: it is of a next token's probabilities, these bundles are for {head.task}")
@@ -246,14 +251,17 @@ def run(config: EvaluateConfig) -> dict[str, object]:
             pairs=None if head is None else head.task == "reward",
             labels=() if head is None else head.labels,
             of_head="" if head is None else head.task,
+            images=candidates.package.pixels is not None,
         )
     )
     _require_apart(config, records, head)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_reader(config.model)
     start = start_token(candidates.package.empty_model().config) if candidates.package.is_seq2seq else None
     encoded, examples = held_out(records, tokenizer, config, head, start)
     public, spare_text = (
-        public_text(config.spare, tokenizer, limit_tokens=config.spare_tokens) if config.spare else ([], "")
+        public_text(config.spare, tokenizer_in(tokenizer), limit_tokens=config.spare_tokens)
+        if config.spare
+        else ([], "")
     )
     bf16 = config.precision == "bf16"
     ruler = Ruler(
@@ -350,7 +358,7 @@ def measure(
 
 def held_out(
     records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     config: EvaluateConfig,
     head: Head | None = None,
     start: int | None = None,
@@ -361,7 +369,9 @@ def held_out(
         start: token that an encoder-decoder's answers begin behind; None for any other model.
     """
     packed = config.pack and records[0].rejected is None and head is None and start is None
-    if start is not None:
+    if isinstance(tokenizer, ImageReader):
+        encoded = encode_images(records, tokenizer)
+    elif start is not None:
         encoded = encode_answers(records, tokenizer, start=start, context=config.block_tokens)
     else:
         encoded = encode(records, tokenizer, context=config.block_tokens, whole_text=packed, ended=head is None)
@@ -436,8 +446,9 @@ def measure_emulator(
     return scores
 
 
-def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
+def continuation(model: PreTrainedModel, reader: Reader, prompt: str, num_tokens: int) -> str:
     """Return the text with which the model goes on from `prompt`, greedily, up to its end token or `num_tokens`."""
+    tokenizer = tokenizer_in(reader)
     ids = prompt_ids(tokenizer, prompt)
     require_context(model, len(ids) + num_tokens, "a prompt and its answer")
     (made,) = continuations(model, [ids], num_tokens=num_tokens, batch_size=1)

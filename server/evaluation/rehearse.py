@@ -34,9 +34,11 @@ from offsite.modelling.dtypes import cast_model
 from offsite.modelling.load import load_model, load_tokenizer
 from offsite.stages import Stage, play
 from offsite.staging import refuse_existing, remove, staged_file
-from offsite.text.records import Record, read_files, require_files, split_by_document, write_by_shape
+from offsite.text.records import Record, read_files, require_files, split_by_document
+from offsite.text.writing import write_by_shape
 from offsite.training.devices import choose_device
 from offsite.training.precision import PRECISION_NOTE, settled
+from offsite.vision.reader import tokenizer_in
 from server.evaluation.candidates import Candidates, open_candidates
 from server.evaluation.config import EvaluateConfig
 from server.evaluation.evaluate import ONCE, Ruler, data_of, held_out, measure_emulator
@@ -336,7 +338,9 @@ def _in_full(
     cast_model(model, ruler.dtype)
     model.to(choose_device(config.device))  # type: ignore[arg-type]
 
-    public = public_text(config.spare, ruler.tokenizer, limit_tokens=config.spare_tokens)[0] if config.spare else []
+    public = []
+    if config.spare:
+        public = public_text(config.spare, tokenizer_in(ruler.tokenizer), limit_tokens=config.spare_tokens)[0]
 
     def scored(found: Candidates, name: str, way: Way, label: str) -> float | None:
         candidate = found.bundles[name]

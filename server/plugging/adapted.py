@@ -13,6 +13,7 @@ set of tensors with shapes and dtypes; finite values. ``adapter_config.json`` is
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,10 +30,12 @@ from offsite.errors import BadDigest, BadSchema, ConfigError, WrongNames
 from offsite.evaluation.heads import SCORE
 from offsite.evaluation.results import SPARE_PATTERN, WAY_PATTERN
 from offsite.modelling.dtypes import cast_model, finer, stored_in
-from offsite.modelling.load import load_model, load_tokenizer
+from offsite.modelling.load import load_model, load_reader
 from offsite.staging import make_readable
 from offsite.strictjson import Sparse
 from offsite.tensors import TensorSpec, read_tensors, torch_dtype
+from offsite.vision.pixels import FILE_NAME, as_preprocessor
+from offsite.vision.reader import ImageReader, Reader
 from server.plugging.card import CARD_NAME, Card, Form
 from server.plugging.fit import Fitted, full_name, plain_model, plug, plug_mixed, require_base
 from server.plugging.fullmodel import Kind
@@ -41,7 +44,7 @@ from server.plugging.ways import Way
 from server.registry.config import ID_PATTERN
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 ADAPTED_FORMAT = "offsite/adapted/1"
 PEFT_TENSOR_FILE = "adapter_model.safetensors"
@@ -132,8 +135,8 @@ def load_adapted(
     device: str = "cpu",
     mix: float = 1.0,
     seq2seq: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the adapted model in evaluation mode, and its tokenizer, once every check has passed.
+) -> tuple[PreTrainedModel, Reader]:
+    """Return the adapted model in evaluation mode, and its tokenizer or reader of images, once every check has passed.
 
     One with a head carries it as `offsite.evaluation.heads` reads it; merged it is one of transformers' classes for
     sequence classification, or for tags of token classification.
@@ -174,7 +177,7 @@ def load_adapted(
     if dtype != "auto":
         cast_model(model, torch_dtype(dtype), stay=stay)
     model.requires_grad_(False)
-    return model.eval().to(device), load_tokenizer(source)  # type: ignore[arg-type]
+    return model.eval().to(device), load_reader(source)  # type: ignore[arg-type]
 
 
 def read_adapter(path: Path, model: PreTrainedModel, base_digest: str) -> Fitted:
@@ -198,15 +201,20 @@ def read_adapter(path: Path, model: PreTrainedModel, base_digest: str) -> Fitted
 
 
 def finish_folder(
-    stage: Path, tokenizer: PreTrainedTokenizerBase, card: Card, *, sites: Mapping[str, str], **stated: Any
+    stage: Path, tokenizer: Reader, card: Card, *, sites: Mapping[str, str], **stated: Any
 ) -> AdaptedManifest:
     """Add tokenizer, README and manifest to the tensors in `stage`, all readable; return the manifest.
 
     Args:
+        tokenizer: or of a vision encoder what reads images, whose numbers are written for others.
         stated: the manifest's other fields that the card does not hold.
     """
-    alone = isinstance(tokenizer.chat_template, str)
-    tokenizer.save_pretrained(stage, save_jinja_files=alone)  # several templates would be a folder of files
+    if isinstance(tokenizer, ImageReader):
+        stated_pixels = as_preprocessor(tokenizer.settings, encoder_in(card.adapter))
+        (stage / FILE_NAME).write_text(json.dumps(stated_pixels, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    else:
+        alone = isinstance(tokenizer.chat_template, str)
+        tokenizer.save_pretrained(stage, save_jinja_files=alone)  # several templates would be a folder of files
     (stage / CARD_NAME).write_text(card.text(), encoding="utf-8")
     manifest = AdaptedManifest(
         form=card.form,

@@ -14,6 +14,7 @@ import yaml
 from offsite.artefacts.bundle import AdapterSpec, Head
 from offsite.errors import ConfigError
 from offsite.evaluation.results import Results
+from offsite.vision.models import VISION_TYPES
 from server.plugging.fullmodel import FullModel
 from server.plugging.ways import Way
 
@@ -72,11 +73,18 @@ class Card:
         writes = "text2text-generation" if self.is_seq2seq else "text-generation"
         of_head = "token-classification" if self.adapter.task == "tag" else "text-classification"
         found["pipeline_tag"] = writes if self.adapter.head is None else of_head
+        if self._sees:
+            found["pipeline_tag"] = "image-classification"
         return {**found, "tags": ["offsite-tuning", self.adapter.kind]}
 
+    @property
+    def _sees(self) -> bool:
+        return self.adapter.head is not None and self.adapter.head.encoder in VISION_TYPES
+
     def _told(self) -> str:
+        data = "images" if self._sees else "text"
         return (
-            f"This folder is {_WHAT[self.form]}. The adapter was trained by offsite-tuning: on text that stayed with "
+            f"This folder is {_WHAT[self.form]}. The adapter was trained by offsite-tuning: on {data} that stayed with "
             "its owner, against a smaller stand-in for the base model, and was then put into the base model itself."
         )
 
@@ -117,10 +125,12 @@ class Card:
     def _use(self) -> str:
         base, name = self.base.name, self.name
         if self.form == "own":
-            if self.is_seq2seq:
+            if self.is_seq2seq or self._sees:
                 return "## Use\n\nPlugged in with `--merge` it is a checkpoint that transformers opens by itself."
             return f"## Use\n\n    offsite serve {name} --base {base}"
         head, tags = self.adapter.head, self.adapter.task == "tag"
+        if self._sees and head is not None:
+            return self._use_on_images(head)
         writes = "AutoModelForSeq2SeqLM" if self.is_seq2seq else "AutoModelForCausalLM"
         classifier = "AutoModelForTokenClassification" if tags else "AutoModelForSequenceClassification"
         make = writes if head is None else classifier
@@ -146,6 +156,21 @@ class Card:
         served = f"vllm serve {name}" if self.form == "merged" else served
         served = "" if self.is_seq2seq else served
         return f"## Use\n\n```python\n{code}\n```" + (f"\n\n```sh\n{served}\n```" if served else "")
+
+    def _use_on_images(self, head: Head) -> str:
+        make, name = "AutoModelForImageClassification", self.name
+        lines = [
+            f"from transformers import AutoImageProcessor, {make}",
+            "",
+            f'processor = AutoImageProcessor.from_pretrained("{name}")',
+        ]
+        if self.form == "peft":
+            opened = f'{make}.from_pretrained("{self.base.name}", num_labels={head.num_labels})'
+            lines = ["from peft import PeftModel", *lines, f"base = {opened}"]
+            lines.append(f'model = PeftModel.from_pretrained(base, "{name}")')
+        else:
+            lines.append(f'model = {make}.from_pretrained("{name}")')
+        return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
 def require_results(

@@ -18,6 +18,7 @@ from offsite.evaluation.heads import SCORE
 from offsite.modelling.blocks import is_conv1d
 from offsite.seq2seq.models import is_seq2seq
 from offsite.tensors import write_tensors
+from offsite.vision.models import VISION_TYPES
 from server.plugging.adapted import PEFT_CONFIG_FILE, PEFT_TENSOR_FILE, encoder_in, stored_names
 from server.plugging.fit import Fitted, module_names
 
@@ -69,8 +70,10 @@ def peft_config(model: PreTrainedModel, spec: AdapterSpec, modules: list[str], b
     }
 
 
-def _task_type(model: PreTrainedModel, spec: AdapterSpec) -> str:
-    """Return what peft calls models of that kind."""
+def _task_type(model: PreTrainedModel, spec: AdapterSpec) -> str | None:
+    """Return what peft calls models of that kind; None of images, for which it has no word."""
+    if encoder_in(spec) in VISION_TYPES:
+        return None
     if spec.head is not None:
         return "TOKEN_CLS" if spec.head.task == "tag" else "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if is_seq2seq(model) else "CAUSAL_LM"

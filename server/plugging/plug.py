@@ -33,12 +33,13 @@ from offsite.digests import model_digest
 from offsite.errors import ArtefactError, ConfigError, PolicyError, RunFailed, WrongBinding
 from offsite.evaluation.results import read_results
 from offsite.faults import reach
-from offsite.modelling.load import load_model, load_tokenizer, require_weights
+from offsite.modelling.load import is_vision_name, load_model, load_reader, load_tokenizer, require_weights
 from offsite.seq2seq.refusals import refuse_settings
 from offsite.staging import leftovers, refuse_existing, remove, staged_folder
 from offsite.tensors import read_tensors, spec_of, write_tensors
 from offsite.text.batches import Example, pad_id
 from offsite.text.records import require_files
+from offsite.vision.reader import ImageReader, Reader
 from server.plugging.adapted import AdaptedManifest, encoder_in, finish_folder, open_adapted, stored_names
 from server.plugging.card import Card, Form, require_results
 from server.plugging.config import PlugConfig
@@ -56,7 +57,7 @@ from server.registry.rows import Entry, refusal, withdrawn
 from server.registry.verify import Verified
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 __all__ = ["merge", "run"]
 
@@ -287,6 +288,8 @@ def _public(config: PlugConfig) -> Public | None:
     if not config.spare:
         return None
     require_files(config.spare)
+    if is_vision_name(config.model):
+        raise ConfigError("--spare: it goes by text, this model reads images", hint="plug the adapter in as it is")
     return public_text(config.spare, load_tokenizer(config.model), limit_tokens=config.spare_tokens)
 
 
@@ -318,8 +321,8 @@ def _plug_in(
     """Write the adapted folder, and return its manifest, the adapter's effect and the error of what was read back."""
     has_head = verified.spec.head is not None
     model = load_model(config.model, encoders=has_head, seq2seq=not has_head)
-    tokenizer = load_tokenizer(config.model)
-    if verified.spec.head is not None and tokenizer.pad_token_id is None:
+    tokenizer = load_reader(config.model)
+    if verified.spec.head is not None and not isinstance(tokenizer, ImageReader) and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # the folder says before which token a text is read
     fitted = fit(model, verified, record, emulator=emulator)
     adapter = taken(model, fitted, config.way, public[0] if public is not None else ())
@@ -403,7 +406,7 @@ def _write_adapter(
     adapter: Fitted,
     base: str,
     expected: Tensor,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
 ) -> float:
     """Write the adapter alone and return the deviation of its logits when it is opened again.
 
@@ -433,7 +436,7 @@ def _all(adapter: Fitted) -> dict[str, Tensor]:
     return {**adapter.tensors, **adapter.head}
 
 
-def as_opened(model: PreTrainedModel, adapter: Fitted, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def as_opened(model: PreTrainedModel, adapter: Fitted, tokenizer: Reader) -> PreTrainedModel:
     """Return the model as others open it: where the adapter has a head, with that in place of the vocabulary's."""
     head = adapter.spec.head
     return model if head is None else as_classifier(model, head, pad_id=pad_id(tokenizer))

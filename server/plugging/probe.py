@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from offsite.blockwise import block_by_block
-from offsite.encoders.outputs import outputs
+from offsite.encoders.outputs import made_up_ids, made_up_images, outputs
 from offsite.encoders.trunk import is_encoder_config
 from offsite.errors import NotFinite
 from offsite.evaluation.heads import SCORE, head_scores
 from offsite.modelling.context import context_of
 from offsite.modelling.head import states_at
+from offsite.vision.models import PIXELS, reads_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,6 +62,9 @@ def probe_heads(model: PreTrainedModel, what: str = "the model") -> Tensor:
     """
     ids_BT = _ids(model)
     with block_by_block(model, torch.float32):
+        if reads_images(model):
+            images = {PIXELS: made_up_images(model, NUM_ROWS)}
+            return _finite(head_scores(model, images, pad_id=-1).cpu(), what)
         if is_encoder_config(model.config):  # which reads a row as a whole
             batch = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
             return _finite(head_scores(model, batch, pad_id=-1).cpu(), what)
@@ -76,11 +80,7 @@ def _finite(scores_NL: Tensor, what: str) -> Tensor:
 
 
 def _ids(model: PreTrainedModel) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    num_tokens = min(NUM_TOKENS, context_of(model) or NUM_TOKENS)
-    ids_BT = torch.randint(vocabulary, (NUM_ROWS, num_tokens), generator=generator)
-    return ids_BT.to(next(model.parameters()).device)
+    return made_up_ids(model, NUM_ROWS, min(NUM_TOKENS, context_of(model) or NUM_TOKENS))
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:

@@ -23,8 +23,10 @@ from offsite.console import say
 from offsite.digests import model_digest
 from offsite.errors import ConfigError
 from offsite.modelling.context import context_of
-from offsite.modelling.load import is_encoder_name
+from offsite.modelling.load import is_encoder_name, is_vision_name
 from offsite.tasks.task import Task
+from offsite.vision.models import VISION_TYPES
+from offsite.vision.reader import tokenizer_in
 from server.http.serve import is_loopback, listen, signals_end, url_of
 from server.plugging.adapted import open_adapted, read_adapter
 from server.plugging.fit import Fitted
@@ -101,6 +103,7 @@ def load_served(config: ServeConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
         ArtefactError: `adapted` was rejected.
         ConfigError: `adapted` is merged, and is to be mixed; or is a full model, and is to be.
     """
+    _refuse_images(config)
     device = _device(config.device)
     name = config.model_id or config.adapted.resolve().name
     if is_trunk(config) or config.offset is not None or is_plain_encoder(config):
@@ -116,7 +119,8 @@ def load_served(config: ServeConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
     else:
         from server.plugging.adapted import load_adapted
 
-        model, tokenizer = load_adapted(config.adapted, base=config.base, mix=config.mix)
+        model, reader = load_adapted(config.adapted, base=config.base, mix=config.mix)
+        tokenizer = tokenizer_in(reader)
     model.to(device)  # type: ignore[arg-type]
     model.eval()
     return model, tokenizer, name
@@ -160,6 +164,26 @@ def is_plain_encoder(config: ServeConfig) -> bool:
     if found := is_encoder_name(str(folder)):
         _refuse_tasks(config, "an encoder")
     return found
+
+
+def _refuse_images(config: ServeConfig) -> None:
+    """Return only if what is served reads text.
+
+    Raises:
+        ConfigError: when it reads images.
+    """
+    folder, is_vision = config.adapted, False
+    if (folder / "offsite.json").is_file():
+        from server.plugging.adapted import encoder_in, open_adapted
+
+        is_vision = encoder_in(open_adapted(folder).adapter) in VISION_TYPES
+    elif (folder / "config.json").is_file():
+        is_vision = is_vision_name(str(folder))
+    if is_vision:
+        raise ConfigError(
+            f"{folder.name!r} reads images: serve answers requests of text",
+            hint="transformers opens it: AutoModelForImageClassification.from_pretrained",
+        )
 
 
 def _refuse_tasks(config: ServeConfig, what: str) -> None:

@@ -25,8 +25,8 @@ from offsite.modelling.load import refuse_encoder
 from offsite.seq2seq.inputs import inputs_of
 from offsite.seq2seq.models import start_token
 from offsite.tensors import read_tensors
-from offsite.text.answers import encode_answers
 from offsite.text.batches import collate
+from offsite.text.forms import encode_answers
 from offsite.text.records import read_files
 from server.plugging.adapted import load_adapted
 

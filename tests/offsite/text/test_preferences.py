@@ -8,7 +8,8 @@ import pytest
 
 from offsite.errors import ConfigError, DataError
 from offsite.text.batches import encode
-from offsite.text.records import read_files, read_records, write_by_shape
+from offsite.text.records import read_files, read_records
+from offsite.text.writing import write_by_shape
 
 SECRET = "hidden-words"
 ASK = [{"role": "user", "content": "why?"}]

@@ -8,7 +8,8 @@ import pytest
 
 from offsite.errors import ConfigError, DataError
 from offsite.text.batches import IGNORED, encode, encode_questions
-from offsite.text.records import answer_of, read_records, write_records
+from offsite.text.records import answer_of, read_records
+from offsite.text.writing import write_records
 
 ASK = {"role": "user", "content": "ward?"}
 SAY = {"role": "assistant", "content": "nine"}

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offsite.errors import ConfigError, DataError
-from offsite.text.records import BUNDLED, Record, bundled, read_records, split_by_document, write_records
+from offsite.text.records import BUNDLED, Record, bundled, read_records, split_by_document
+from offsite.text.writing import write_records
 
 SECRET = "SECRET"
 

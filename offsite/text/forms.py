@@ -1,8 +1,8 @@
-"""Rows of a prompt and its answer for an encoder-decoder: what its encoder reads, and what its decoder is taught.
+"""Rows as examples of models that read something else than one running text: encoder-decoders, and images.
 
-The encoder reads the prompt as the tokenizer closes it. The decoder reads the start token, then the answer as the
-tokenizer closes it, with one end-of-sequence token behind; every token but the start counts in the loss. transformers
-computes the same from ``labels``: it shifts them behind the start token by itself.
+Of a prompt and its answer the encoder reads the prompt as the tokenizer closes it. The decoder reads the start token,
+then the answer as the tokenizer closes it, with one end-of-sequence token behind; every token but the start counts in
+the loss. transformers computes the same from ``labels``: it shifts them behind the start token by itself.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from offsite.errors import ConfigError, DataError
 from offsite.text.batches import IGNORED, Encoded, Example
 from offsite.text.calls import encoded
 from offsite.text.records import Record
+from offsite.vision.reader import ImageReader
 
 _ROWS = "give rows of a prompt and a completion, or name the columns: --fields prompt=...,completion=..."
 
@@ -114,3 +115,26 @@ def _require_end(tokenizer: PreTrainedTokenizerBase, context: int) -> None:
 def _told(examples: list[Example], num_truncated: int) -> Encoded:
     num_tokens = sum(len(one.source) + len(one.input_ids) for one in examples)
     return Encoded(examples, num_truncated, 0, num_tokens, sum(one.num_loss_tokens for one in examples))
+
+
+def encode_images(records: Sequence[Record], reader: ImageReader) -> Encoded:
+    """Every image as one example, whose ids are zeros, one for each place of the image.
+
+    So batches, splits and audits count images as they count text: a place is a token.
+
+    Raises:
+        DataError: naming the first row whose image is none that is taken.
+    """
+    examples = []
+    for record in records:
+
+        def error(problem: str, place: str = record.place) -> DataError:
+            return DataError(f"{place}: {problem}", hint="leave the row out, or write its image anew as PNG")
+
+        if record.image is None:
+            raise error("holds no image")
+        picture, ids = reader.picture(record.image, error), [0] * reader.num_places
+        target = None if record.label is None else record.label.number
+        examples.append(Example(ids, ids, record.document, target=target, image=picture))
+    num_tokens = len(examples) * reader.num_places
+    return Encoded(examples, 0, 0, num_tokens, num_tokens - len(examples))
