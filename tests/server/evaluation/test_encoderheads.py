@@ -34,7 +34,7 @@ from server.serving.classify import build_head_app
 
 TAGS = ("O", "B-WHO", "B-AT", "I-AT")
 PLACES, PEOPLE = ("new york", "old bay", "low hill"), ("ann", "bob", "eve", "sam")
-FAMILY = {"tag": "bert", "regress": "roberta"}
+CASES = [("tag", "bert"), ("regress", "roberta"), pytest.param(("tag", "modernbert"), marks=pytest.mark.slow)]
 AUTO = {"tag": AutoModelForTokenClassification, "regress": AutoModelForSequenceClassification}
 
 
@@ -62,12 +62,12 @@ def write(path, rows):
     return path
 
 
-@pytest.fixture(scope="module", params=ROWS)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def made(request, tmp_path_factory):
     """A bundle tuned on an encoder's package, for values or for tags; read only."""
-    task = request.param
+    task, family = request.param
     folder = tmp_path_factory.mktemp(task)
-    checkpoint = saved(folder / "full", FAMILY[task], separating_tokenizer())
+    checkpoint = saved(folder / "full", family, separating_tokenizer())
     assert distill(checkpoint, folder / "package") == 0
     data = write(folder / "private.jsonl", ROWS[task](0, 72))
     heldout = write(folder / "heldout.jsonl", ROWS[task](100, 24))
@@ -84,7 +84,8 @@ def made(request, tmp_path_factory):
     labels = TAGS if task == "tag" else ()
     told = tune(TuneConfig(package=folder / "package", data=data, output=folder / "bundle", objective=task,
                            labels=labels, evaluate_every=30, **settings))  # fmt: skip
-    return SimpleNamespace(task=task, folder=folder, checkpoint=checkpoint, data=data, heldout=heldout, told=told,
+    return SimpleNamespace(task=task, family=family,
+                           folder=folder, checkpoint=checkpoint, data=data, heldout=heldout, told=told,
                            package=open_package(folder / "package"), bundle=open_bundle(folder / "bundle"))  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def batch_of(task, tokenizer, rows):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_was_tuned_is_taken_in_measured_and_opened_by_others(made, exchange, tmp_path, capsys):
     task, head = made.task, made.bundle.manifest.adapter.head
-    assert head == Head(task=task, labels=TAGS if task == "tag" else (), hidden=32, encoder=FAMILY[task])
+    assert head == Head(task=task, labels=TAGS if task == "tag" else (), hidden=32, encoder=made.family)
     exchange.package = made.package
     caps = Policy(max_relative_frobenius=50.0, max_relative_spectral=90.0, max_head_norm=1e4)
     job = exchange.job(adapter=made.bundle.manifest.adapter, policy=caps)
