@@ -18,11 +18,13 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from adapters.lowrank import quiet_peft
 from client.audit.audit import run as audit_bundle
 from client.audit.config import AuditBundleConfig
+from client.objectives.heads import HeadLoss
 from client.tuning.config import TuneConfig
 from client.tuning.verb import run as tune
 from offsite.artefacts.bundle import Head, open_bundle
 from offsite.artefacts.job import Policy
 from offsite.artefacts.package import open_package
+from offsite.errors import RunFailed
 from offsite.evaluation.results import read_results
 from offsite.report.page import page
 from server.evaluation.config import EvaluateConfig
@@ -199,3 +201,22 @@ def test_an_audit_goes_by_what_the_head_learnt(made, tmp_path, capsys):
     assert {"tag": "mean loss of a row's tags", "regress": "squared error of a row's value"}[made.task] in (
         capsys.readouterr().err
     )
+
+
+def test_a_run_goes_on_as_it_was(made, tmp_path, monkeypatch):
+    common = {"package": made.package.path, "data": made.data, "objective": made.task, "steps": 4, "device": "cpu"}
+    common |= {"labels": TAGS if made.task == "tag" else (), "adapter": "lora", "rank": 2, "placement": "0+1"}
+    common |= {"block_tokens": 40, "adapter_dtype": "float32", "learning_rate": 0.01, "checkpoint_every": 1}
+    unbroken = tune(TuneConfig(output=tmp_path / "unbroken", **common))
+    calls, plain = iter(range(1, 100)), HeadLoss.__call__
+
+    def loss(self, model, batch):
+        total, count = plain(self, model, batch)
+        return (total * math.nan if next(calls) == 3 else total), count
+
+    with monkeypatch.context() as broken:
+        broken.setattr(HeadLoss, "__call__", loss)
+        with pytest.raises(RunFailed):
+            tune(TuneConfig(output=tmp_path / "resumed", **common))
+    resumed = tune(TuneConfig(output=tmp_path / "resumed", resume=True, **common))
+    assert resumed["bundle_digest"] == unbroken["bundle_digest"]
