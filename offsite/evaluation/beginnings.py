@@ -30,6 +30,9 @@ from offsite.text.batches import IGNORED, Example
 LEAST_TOKENS = 8
 """A shorter beginning is read again for every answer: that takes fewer passes."""
 
+_TOKENS_AT_ONCE = 2048
+"""Tokens, the beginning's counted for every answer, that are kept for several answers in one pass, where they fit."""
+
 _PROBE = ((5, 2, 9, 1, 7, 3, 8, 4, 6, 2, 1, 9), ((3, 5), (8, 1, 4, 2), (6,)))
 """A beginning, and answers of several lengths: their ends are padded, and the longest does not stand last."""
 
@@ -46,7 +49,7 @@ def log_probabilities_behind(
 
     Args:
         rows: those of one prompt together, each that prompt with an answer, of which the answer counts.
-        batch_size: answers, or in the plain way rows, in one forward pass.
+        batch_size: rows in one forward pass; of short answers behind a shared prompt, more.
 
     Raises:
         RunFailed: when one is not finite.
@@ -121,11 +124,13 @@ class Beginning:
 
         Args:
             answers: tokens behind the beginning, one at least of each.
+            batch_size: answers in one pass at least; more where what is kept of them is little.
         """
         from transformers import DynamicCache
 
-        for start in range(0, len(answers), batch_size):
-            part = answers[start : start + batch_size]
+        at_once = max(batch_size, _TOKENS_AT_ONCE // (self.num_tokens + max(map(len, answers))))
+        for start in range(0, len(answers), at_once):
+            part = answers[start : start + at_once]
             read = [[self.last, *one[:-1]] for one in part]
             longest = max(map(len, read))
             device = next(self.lm.parameters()).device

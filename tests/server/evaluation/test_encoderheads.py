@@ -18,11 +18,13 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from adapters.lowrank import quiet_peft
 from client.audit.audit import run as audit_bundle
 from client.audit.config import AuditBundleConfig
+from client.objectives.heads import HeadLoss
 from client.tuning.config import TuneConfig
 from client.tuning.verb import run as tune
 from offsite.artefacts.bundle import Head, open_bundle
 from offsite.artefacts.job import Policy
 from offsite.artefacts.package import open_package
+from offsite.errors import RunFailed
 from offsite.evaluation.results import read_results
 from offsite.report.page import page
 from server.evaluation.config import EvaluateConfig
@@ -34,7 +36,7 @@ from server.serving.classify import build_head_app
 
 TAGS = ("O", "B-WHO", "B-AT", "I-AT")
 PLACES, PEOPLE = ("new york", "old bay", "low hill"), ("ann", "bob", "eve", "sam")
-FAMILY = {"tag": "bert", "regress": "roberta"}
+CASES = [("tag", "bert"), ("regress", "roberta"), pytest.param(("tag", "modernbert"), marks=pytest.mark.slow)]
 AUTO = {"tag": AutoModelForTokenClassification, "regress": AutoModelForSequenceClassification}
 
 
@@ -62,12 +64,12 @@ def write(path, rows):
     return path
 
 
-@pytest.fixture(scope="module", params=ROWS)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def made(request, tmp_path_factory):
     """A bundle tuned on an encoder's package, for values or for tags; read only."""
-    task = request.param
+    task, family = request.param
     folder = tmp_path_factory.mktemp(task)
-    checkpoint = saved(folder / "full", FAMILY[task], separating_tokenizer())
+    checkpoint = saved(folder / "full", family, separating_tokenizer())
     assert distill(checkpoint, folder / "package") == 0
     data = write(folder / "private.jsonl", ROWS[task](0, 72))
     heldout = write(folder / "heldout.jsonl", ROWS[task](100, 24))
@@ -84,7 +86,8 @@ def made(request, tmp_path_factory):
     labels = TAGS if task == "tag" else ()
     told = tune(TuneConfig(package=folder / "package", data=data, output=folder / "bundle", objective=task,
                            labels=labels, evaluate_every=30, **settings))  # fmt: skip
-    return SimpleNamespace(task=task, folder=folder, checkpoint=checkpoint, data=data, heldout=heldout, told=told,
+    return SimpleNamespace(task=task, family=family,
+                           folder=folder, checkpoint=checkpoint, data=data, heldout=heldout, told=told,
                            package=open_package(folder / "package"), bundle=open_bundle(folder / "bundle"))  # fmt: skip
 
 
@@ -106,7 +109,7 @@ def batch_of(task, tokenizer, rows):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_was_tuned_is_taken_in_measured_and_opened_by_others(made, exchange, tmp_path, capsys):
     task, head = made.task, made.bundle.manifest.adapter.head
-    assert head == Head(task=task, labels=TAGS if task == "tag" else (), hidden=32, encoder=FAMILY[task])
+    assert head == Head(task=task, labels=TAGS if task == "tag" else (), hidden=32, encoder=made.family)
     exchange.package = made.package
     caps = Policy(max_relative_frobenius=50.0, max_relative_spectral=90.0, max_head_norm=1e4)
     job = exchange.job(adapter=made.bundle.manifest.adapter, policy=caps)
@@ -198,3 +201,22 @@ def test_an_audit_goes_by_what_the_head_learnt(made, tmp_path, capsys):
     assert {"tag": "mean loss of a row's tags", "regress": "squared error of a row's value"}[made.task] in (
         capsys.readouterr().err
     )
+
+
+def test_a_run_goes_on_as_it_was(made, tmp_path, monkeypatch):
+    common = {"package": made.package.path, "data": made.data, "objective": made.task, "steps": 4, "device": "cpu"}
+    common |= {"labels": TAGS if made.task == "tag" else (), "adapter": "lora", "rank": 2, "placement": "0+1"}
+    common |= {"block_tokens": 40, "adapter_dtype": "float32", "learning_rate": 0.01, "checkpoint_every": 1}
+    unbroken = tune(TuneConfig(output=tmp_path / "unbroken", **common))
+    calls, plain = iter(range(1, 100)), HeadLoss.__call__
+
+    def loss(self, model, batch):
+        total, count = plain(self, model, batch)
+        return (total * math.nan if next(calls) == 3 else total), count
+
+    with monkeypatch.context() as broken:
+        broken.setattr(HeadLoss, "__call__", loss)
+        with pytest.raises(RunFailed):
+            tune(TuneConfig(output=tmp_path / "resumed", **common))
+    resumed = tune(TuneConfig(output=tmp_path / "resumed", resume=True, **common))
+    assert resumed["bundle_digest"] == unbroken["bundle_digest"]

@@ -8,6 +8,7 @@ import colours
 import pytest
 
 from offsite import cli
+from offsite.artefacts.bundle import Head
 from offsite.artefacts.job import read_job
 from server.registry.registry import Registry
 
@@ -87,6 +88,9 @@ def test_refusals_leave_no_job_and_no_registry(create, make_party, make_package,
         ({}, ["--rounds", "0"], 2, "--rounds"),
         ({}, ["--max-relative-spectral", "-1"], 2, "--max-relative-spectral"),
         ({}, ["--terms", "a\x1bb"], 2, "--terms"),
+        ({}, ["--head", "tag", "--labels", "O,B-X"], 2, "tags are learnt on an encoder, llama reads a text from left"),
+        ({}, ["--head", "regress", "--labels", "a,b"], 2, "--labels: a value has none"),
+        ({}, ["--head", "tag"], 2, "--labels: 0 given, a classifier has two or more"),
         ({"package": tmp_path / "nowhere"}, [], 3, "no package folder"),
         ({"package": moved.path}, [], 3, "no owner's record"),
     ]
@@ -170,3 +174,11 @@ def test_a_job_may_advise_a_learning_rate(create, tmp_path):
         code, _, err = create("--learning-rate", wrong, out="wrong")
         assert (code, "--learning-rate" in err) == (2, True)
         assert not (tmp_path / "wrong").exists()
+
+
+def test_a_job_for_values_names_no_labels(create, tmp_path):
+    code, _, err = create("--head", "regress", "--max-head-norm", "5000")
+    assert code == 0, err
+    job = read_job(tmp_path / "job").job
+    assert job.adapter.head == Head(task="regress", hidden=32)
+    assert job.policy.max_head_norm == 5000
