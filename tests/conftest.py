@@ -69,6 +69,24 @@ def _disk_is_not_waited_for() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _peft_is_asked_once() -> Iterator[None]:
+    """What peft reaches in a model without memory is tried once for each configuration and way of naming."""
+    from adapters import targets
+
+    tried, known = targets._reached, {}
+
+    def reached(shell: PreTrainedModel, settings: Any) -> set[str]:
+        asked = type(shell), shell.config.to_json_string(use_diff=False), repr(sorted(settings.items()))
+        if asked not in known:
+            known[asked] = tried(shell, settings)
+        return set(known[asked])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets, "_reached", reached)
+        yield
+
+
 @pytest.fixture(scope="session")
 def letters_tokenizer() -> PreTrainedTokenizerFast:
     """A fast tokenizer of single bytes, 259 tokens, with a chat template."""
