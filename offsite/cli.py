@@ -62,9 +62,9 @@ def _dispatch(arguments: list[str]) -> int:
     if asked is not None:
         return completion.answer(typer.main.get_command(_app(chosen, VERBS)))
     command = typer.main.get_command(_app(chosen, VERBS)) if chosen is None else _parser(chosen, *_settings_of(chosen))
-    words = arguments or ["--help"]
+    given = arguments or ["--help"]
     try:
-        outcome = command.main(args=words, prog_name="offsite", standalone_mode=False, obj=arguments)
+        outcome = command.main(args=given, prog_name="offsite", standalone_mode=False, obj=arguments)
     except click.NoSuchOption as error:
         found = meant(error.option_name, _flag_names(chosen))
         raise ConfigError(f"no such option {error.option_name!r}{found}", hint=_help_of(chosen)) from None
