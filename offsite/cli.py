@@ -6,13 +6,14 @@ People read stderr; the last line of stdout is one JSON object, at a terminal on
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,11 +59,12 @@ def _dispatch(arguments: list[str]) -> int:
 
     asked = completion.words_so_far()
     chosen = verb_of(arguments if asked is None else asked)
-    command = typer.main.get_command(_app(chosen, arguments))
     if asked is not None:
-        return completion.answer(command)
+        return completion.answer(typer.main.get_command(_app(chosen, VERBS)))
+    command = typer.main.get_command(_app(chosen, VERBS)) if chosen is None else _parser(chosen, *_settings_of(chosen))
+    given = arguments or ["--help"]
     try:
-        outcome = command.main(args=arguments or ["--help"], prog_name="offsite", standalone_mode=False)
+        outcome = command.main(args=given, prog_name="offsite", standalone_mode=False, obj=arguments)
     except click.NoSuchOption as error:
         found = meant(error.option_name, _flag_names(chosen))
         raise ConfigError(f"no such option {error.option_name!r}{found}", hint=_help_of(chosen)) from None
@@ -99,8 +101,20 @@ def _one_line(message: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _app(chosen: str | None, arguments: list[str]) -> Any:
-    """Return the Typer application; only the chosen verb's settings are imported."""
+def _settings_of(chosen: str) -> tuple[Verb, type[VerbConfig]]:
+    return VERBS[chosen], _resolve(VERBS[chosen].settings)
+
+
+@functools.lru_cache
+def _parser(chosen: str, verb: Verb, _settings: type[VerbConfig]) -> Any:
+    """Return what reads the words of one verb; made once in a process that runs it several times."""
+    import typer
+
+    return typer.main.get_command(_app(chosen, {chosen: verb}))
+
+
+def _app(chosen: str | None, verbs: Mapping[str, Verb]) -> Any:
+    """Return the Typer application of these verbs; only the chosen one's settings are imported."""
     import typer
 
     from offsite.commands.pages import WIDTH, GroupPage
@@ -116,7 +130,7 @@ def _app(chosen: str | None, arguments: list[str]) -> Any:
     )
     app.callback()(_root())
     groups: dict[str, Any] = {}
-    for name, verb in VERBS.items():
+    for name, verb in verbs.items():
         *group, word = name.split()
         target = app
         if group:
@@ -126,7 +140,7 @@ def _app(chosen: str | None, arguments: list[str]) -> Any:
                 app.add_typer(groups[group[0]], name=group[0])
             target = groups[group[0]]
         if name == chosen:
-            _add(target, name, verb, arguments)
+            _add(target, name, verb)
         else:
             target.command(word, help=verb.summary)(_placeholder)
     return app
@@ -182,19 +196,19 @@ def _placeholder() -> None:
     pass  # stands for a verb that was not called; its help is the summary alone
 
 
-def _add(app: Any, name: str, verb: Verb, arguments: list[str]) -> None:
+def _add(app: Any, name: str, verb: Verb) -> None:
     """The application has the verb, with its settings for flags."""
     from offsite.commands.settings import VerbPage
 
     cls = _resolve(verb.settings)
     word = name.split()[-1]
-    app.command(word, cls=VerbPage, context_settings={"obj": cls}, help=verb.summary)(
-        _command(name, verb, cls, arguments)
-    )
+    app.command(word, cls=VerbPage, context_settings={"obj": cls}, help=verb.summary)(_command(name, verb, cls))
 
 
-def _command(name: str, verb: Verb, cls: type[VerbConfig], arguments: list[str]) -> Callable[..., int]:
+def _command(name: str, verb: Verb, cls: type[VerbConfig]) -> Callable[..., int]:
     """Return a function whose signature Typer turns into the verb's flags."""
+    import click
+
     from offsite.config import build, is_positional
 
     positional = [field for field, info in cls.model_fields.items() if is_positional(info)]
@@ -218,7 +232,7 @@ def _command(name: str, verb: Verb, cls: type[VerbConfig], arguments: list[str])
             require_place(output)  # before the run is sealed off, which would deny the trial
         if getattr(config, "launch", 0) > 1 and "RANK" not in os.environ:
             launch = _resolve("offsite.training.processes:launch")
-            return int(launch(config.launch, arguments))  # type: ignore[attr-defined]
+            return int(launch(config.launch, click.get_current_context().find_root().obj))  # type: ignore[attr-defined]
         if getattr(config, "sealed_off", False):
             enter = _resolve("client.tuning.sandbox:enter")
             enter(config)  # before the function's module loads torch and starts threads

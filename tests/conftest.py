@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,8 +58,32 @@ def _disk_is_not_waited_for() -> Iterator[None]:
     def quick(handle: int) -> None:
         os.fstat(handle)  # one that is not open is still an error
 
+    class Quick(sqlite3.Connection):
+        def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+            waits = statement.startswith("PRAGMA synchronous") and "=" in statement
+            return super().execute("PRAGMA synchronous=OFF" if waits else statement, *values)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", quick)
+        patch.setattr(sqlite3, "connect", functools.partial(sqlite3.dbapi2.connect, factory=Quick))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _peft_is_asked_once() -> Iterator[None]:
+    """What peft reaches in a model without memory is tried once for each configuration and way of naming."""
+    from adapters import targets
+
+    tried, known = targets._reached, {}
+
+    def reached(shell: PreTrainedModel, settings: Any) -> set[str]:
+        asked = type(shell), shell.config.to_json_string(use_diff=False), repr(sorted(settings.items()))
+        if asked not in known:
+            known[asked] = tried(shell, settings)
+        return set(known[asked])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets, "_reached", reached)
         yield
 
 

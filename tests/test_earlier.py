@@ -8,7 +8,7 @@ from two_parties import TwoParties
 
 @pytest.fixture
 def parties(tmp_path, monkeypatch, capsys):
-    return TwoParties(tmp_path, monkeypatch, capsys)
+    return TwoParties(tmp_path, monkeypatch, capsys, as_kept=True)
 
 
 @pytest.mark.parametrize(

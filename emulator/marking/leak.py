@@ -138,10 +138,12 @@ def compare(package: Package, suspect: Path, key: MarkKey, recipients: Sequence[
         where = places(key, package.digest, name, weight)
         difference = (other.reshape(-1) - weight.reshape(-1).float())[where.index]
         lean = _lean(difference, where)
-        sums += torch.tensor([_towards(lean, where, recipient) for recipient in recipients], dtype=torch.float64)
+        up, down = where.worth_up, -where.worth_down
+        towards = [float(lean @ torch.where(where.up(recipient), up, down)) for recipient in recipients]
+        sums += torch.tensor(towards, dtype=torch.float64)  # leans times each recipient's standardised directions
         owner_sum += float(lean @ where.tendency)
         squares += float(lean.square().sum())
-        largest = max(largest, _most(lean * torch.maximum(where.worth_up, where.worth_down)))
+        largest = max(largest, _most(lean * torch.maximum(up, -down)))
         owner_largest = max(owner_largest, _most(lean * where.tendency))
         num_places += len(lean)
         num_changed += int((difference != 0).sum())
@@ -168,11 +170,6 @@ def _lean(difference: Tensor, where: Places) -> Tensor:
         return torch.zeros(len(difference), dtype=torch.float64)
     clipped = (difference.double().nan_to_num(0.0) / typical).clamp(-_CLIP, _CLIP)
     return clipped * (where.step.double() / (typical * clipped.square().mean()))
-
-
-def _towards(lean: Tensor, where: Places, recipient: str) -> float:
-    """Return the sum of leans times the recipient's standardised directions."""
-    return float(lean @ torch.where(where.up(recipient), where.worth_up, -where.worth_down))
 
 
 def _most(values: Tensor) -> float:

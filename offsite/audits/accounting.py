@@ -152,6 +152,7 @@ def _pld_epsilon(merged: tuple[tuple[tuple[float, float], int], ...], delta: flo
         return float(found.get_epsilon(delta))
 
 
+@lru_cache(maxsize=64)
 def _rdp_epsilon(mechanism: Mechanism, delta: float) -> float:
     with _quiet():
         import dp_accounting
@@ -163,6 +164,7 @@ def _rdp_epsilon(mechanism: Mechanism, delta: float) -> float:
         return float(found.get_epsilon(delta))
 
 
+@lru_cache(maxsize=64)  # a federation asks the same of every round
 def _prv_epsilon(mechanism: Mechanism, delta: float, *, scale: float | None = None) -> float:
     """Return Opacus' upper bound, its grid as fine as epsilon (about `scale`) asks."""
     with _quiet():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -96,8 +97,9 @@ def one_run_epsilon(
     found = []
     for number in declared:
         num_correct = _num_correct(inside, outside, number, sides)
-        chance = _chance(num_canaries, number, num_correct, delta)
-        found.append((_largest_rejected(chance, significance), -chance(0.0), number, num_correct))
+        at_zero = _chance(num_canaries, number, num_correct, delta)(0.0)
+        bound = _bound(num_canaries, number, num_correct, delta, significance)
+        found.append((bound, -at_zero, number, num_correct))
     epsilon, _, number, num_correct = max(found)
     return OneRun(
         epsilon=epsilon,
@@ -137,7 +139,7 @@ def guessed_epsilon(
             f"{num_correct} of {num_guesses} guesses are right, expected as many guesses as one of {told}"
         )
     significance = _significance(delta, confidence) / len(numbers)
-    return _largest_rejected(_chance(num_canaries, num_guesses, num_correct, delta), significance)
+    return _bound(num_canaries, num_guesses, num_correct, delta, significance)
 
 
 def one_run_ceiling(
@@ -153,7 +155,7 @@ def one_run_ceiling(
     """
     declared = _declared(num_canaries if num_guesses is None else num_guesses, num_canaries)
     significance = _significance(delta, confidence) / len(declared)
-    return max(_largest_rejected(_chance(num_canaries, number, number, delta), significance) for number in declared)
+    return max(_bound(num_canaries, number, number, delta, significance) for number in declared)
 
 
 def epsilon_from_rates(
@@ -224,6 +226,11 @@ def _num_on_top(right: NDArray[np.float64], wrong: NDArray[np.float64], num: int
     last = np.sort(np.concatenate((right, wrong)))[-num]
     num_above = int((right > last).sum())
     return max(num_above, num - int((wrong >= last).sum()))
+
+
+@lru_cache(maxsize=256)  # audits of one design ask for the same ceiling, and for few other bounds
+def _bound(num_canaries: int, num_guesses: int, num_correct: int, delta: float, significance: float) -> float:
+    return _largest_rejected(_chance(num_canaries, num_guesses, num_correct, delta), significance)
 
 
 def _chance(num_canaries: int, num_guesses: int, num_correct: int, delta: float) -> Callable[[float], float]:

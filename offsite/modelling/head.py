@@ -179,8 +179,7 @@ def before_head(model: nn.Module, batch: Mapping[str, Tensor], chosen_BT: Tensor
             again_1V = replay(hidden_ND[:1].detach())
         if not _same(scores[0].detach(), again_1V):
             return _all_at_once(model, head, given, chosen_BT)
-    inside = {id(parameter) for parameter in trunk.parameters()} - {id(own) for own in head.parameters()}
-    learns = any(one.requires_grad for one in lm.parameters() if id(one) not in inside)
+    learns = any(one.requires_grad for one in head.parameters()) or _learns_outside(lm, trunk)
     return Before(hidden_ND, replay, scores.shape[-1], learns)
 
 
@@ -341,7 +340,22 @@ def _trunks(lm: Any) -> list[nn.Module]:
 
 
 def _is_sharded(lm: nn.Module) -> bool:
+    """Say whether processes share the parameters out among them; asked at every batch, so not each one alone."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
     return any(hasattr(parameter, "to_local") for parameter in lm.parameters())
+
+
+def _learns_outside(lm: nn.Module, trunk: nn.Module) -> bool:
+    """Say whether a parameter that is in no part of the trunk requires a gradient."""
+    waiting, found = [lm], []
+    while waiting:
+        module = waiting.pop()
+        if module is not trunk:
+            found += [one for one in module.parameters(recurse=False) if one.requires_grad]
+            waiting += module.children()
+    inside = {id(one) for one in trunk.parameters()} if found else set()
+    return any(id(one) not in inside for one in found)
 
 
 def _all_at_once(model: nn.Module, head: object, given: Mapping[str, Any], chosen_BT: Tensor) -> Tensor:

@@ -357,37 +357,37 @@ def test_a_nan_stops_the_run_keeps_its_work_and_can_be_gone_on_from(settings, dr
     assert not work_folder(config.output).exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"block_tokens": 16}, r"block_tokens '32' \(now '16'\)"),
-        ({"pack": False, "block_tokens": 64}, r"pack 'True' \(now 'False'\)"),
-        ({"validation": 0.2}, r"validation '0.1' \(now '0.2'\)"),
-        ({"rank": 4}, r"adapter.rank '2' \(now '4'\)"),
-        ({"targets": "mlp"}, r"adapter.targets 'all-linear' \(now 'mlp'\)"),
-        ({"learning_rate": 0.1}, r"learning_rate 0.002 \(now 0.1\)"),
-        ({"steps": 9}, r"steps 6 \(now 9\)"),
-        ({"seed": 1}, r"seed 0 \(now 1\)"),
-        ({"package": "whole"}, r"package 'sha256:\w+' \(now 'sha256:\w+'\)"),
-        ({"data": "other"}, r"data 'sha256:\w+' \(now 'sha256:\w+'\)"),
-    ],
-)
-def test_another_run_is_not_gone_on_from(
-    settings, dropped_package, whole_package, tmp_path, monkeypatch, changes, told
-):
+OTHER_RUNS = [
+    ({"block_tokens": 16}, r"block_tokens '32' \(now '16'\)"),
+    ({"pack": False, "block_tokens": 64}, r"pack 'True' \(now 'False'\)"),
+    ({"validation": 0.2}, r"validation '0.1' \(now '0.2'\)"),
+    ({"rank": 4}, r"adapter.rank '2' \(now '4'\)"),
+    ({"targets": "mlp"}, r"adapter.targets 'all-linear' \(now 'mlp'\)"),
+    ({"learning_rate": 0.1}, r"learning_rate 0.002 \(now 0.1\)"),
+    ({"steps": 9}, r"steps 6 \(now 9\)"),
+    ({"seed": 1}, r"seed 0 \(now 1\)"),
+    ({"package": "whole"}, r"package 'sha256:\w+' \(now 'sha256:\w+'\)"),
+    ({"data": "other"}, r"data 'sha256:\w+' \(now 'sha256:\w+'\)"),
+]
+
+
+def test_another_run_is_not_gone_on_from(settings, dropped_package, whole_package, tmp_path, monkeypatch):
     given = {"adapter": "lora", "rank": 2}
     monkeypatch.setattr(module, "next_token_loss", nan_at(5))
     with pytest.raises(RunFailed):
         run(settings(dropped_package.path, **given))
     monkeypatch.undo()
-    if "data" in changes:
-        changes = {"data": tmp_path / "other.txt"}
-        changes["data"].write_text("\n\n".join(f"other ward {n} is closed until day {n}" for n in range(60)))
-    package = whole_package if changes.pop("package", None) else dropped_package
-    with pytest.raises(ConfigError, match=told) as caught:
-        run(settings(package.path, **{**given, **changes, "resume": True}))
-    assert "ward" not in str(caught.value).replace("secret-ward", "")
-    assert not (tmp_path / "bundle").exists()
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(f"other ward {n} is closed until day {n}" for n in range(60)))
+    for row, told in OTHER_RUNS:
+        changes = {**row, "data": other} if "data" in row else dict(row)
+        package = whole_package if changes.pop("package", None) else dropped_package
+        with pytest.raises(ConfigError, match=told) as caught:
+            run(settings(package.path, **{**given, **changes, "resume": True}))
+        assert "ward" not in str(caught.value).replace("secret-ward", ""), row
+        assert not (tmp_path / "bundle").exists(), row
+    run(settings(dropped_package.path, **given, resume=True))  # the run itself can still be gone on from
+    assert (tmp_path / "bundle").exists()
 
 
 def test_no_weight_moved(settings, dropped_package, monkeypatch):

@@ -161,7 +161,9 @@ def test_a_client_is_left_out_where_all_public_text_is_measured_on(
     settings, pack_speaker, public_speech, tmp_path, capsys
 ):
     alone = {**NO_ATTACK, "client_steps": "2", "client_rates": "1e-2", "recovery_tokens": "32"}
-    run(settings(pack_speaker("drop", blocks=2), **alone, public=str(public_speech), heldout=str(public_speech)))
+    text = tmp_path / "same.jsonl"
+    text.write_text("".join(public_speech.read_text(encoding="utf-8").splitlines(keepends=True)[:60]), encoding="utf-8")
+    run(settings(pack_speaker("drop", blocks=2), **alone, public=str(text), heldout=str(text)))
     audit, _ = read_audit(tmp_path / "audit")
     assert "rehearsed client" not in by_way(audit)
     assert "no client is played, for too little of the public text is not measured on" in capsys.readouterr().err

@@ -17,9 +17,9 @@ TOKENS = 41
 STEP = 4 * TOKENS
 
 
-@pytest.fixture
-def attacker(speaker, tokenizer, pack_speaker, public_speech, heldout_speech, tmp_path):
-    """Make an attacker of a package of `speaker`."""
+@pytest.fixture(scope="module")
+def measured(speaker, tokenizer, public_speech, heldout_speech):
+    """The public text, what measures on the held-out text, and what the models' losses are there."""
     text = prepare(
         read_records(public_speech),
         tokenizer,
@@ -34,6 +34,20 @@ def attacker(speaker, tokenizer, pack_speaker, public_speech, heldout_speech, tm
     ruler = held_out(
         read_records(heldout_speech), tokenizer, packed=True, block_tokens=TOKENS, limit_tokens=0, batch_size=16
     )
+    full, found = ruler.loss(speaker, "full"), {}
+
+    def losses(package):
+        if package.digest not in found:
+            found[package.digest] = Losses(full, ruler.loss(package.load_model(), "emulator"))
+        return found[package.digest]
+
+    return text, ruler, losses
+
+
+@pytest.fixture
+def attacker(measured, tmp_path):
+    """Make an attacker of a package of `speaker`."""
+    text, ruler, losses = measured
 
     def make(package, *, marks=(8 * STEP,), work="work", rates=None, **changes):
         setting = Setting(
@@ -43,8 +57,7 @@ def attacker(speaker, tokenizer, pack_speaker, public_speech, heldout_speech, tm
             work=tmp_path / work,
             **{"precision": "fp32", **changes},
         )
-        losses = Losses(ruler.loss(speaker, "full"), ruler.loss(package.load_model(), "emulator"))
-        return Attacker(package, Knowledge(6), text, setting, ruler, losses)
+        return Attacker(package, Knowledge(6), text, setting, ruler, losses(package))
 
     return make
 

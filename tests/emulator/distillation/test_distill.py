@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -391,6 +392,17 @@ def test_choosing_channels_goes_on_where_it_was_broken_off(
     assert not (tmp_path / "broken.work").exists()
 
 
+@pytest.fixture(scope="module")
+def one_block_chosen(model_folder, public_file, tmp_path_factory) -> Path:
+    """A folder where a run to `out` was broken off with one block's channels chosen; copied, never used in place."""
+    folder = tmp_path_factory.mktemp("chosen")
+    with pytest.MonkeyPatch.context() as patched:
+        _narrowed(patched, stop_at=1)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings(model_folder, folder / "out", public=str(public_file), steps="0", width="0.5"))
+    return folder
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -404,13 +416,10 @@ def test_choosing_channels_goes_on_where_it_was_broken_off(
     ],
 )
 def test_blocks_chosen_under_other_settings_are_chosen_again(
-    model_folder, public_file, tmp_path: Path, monkeypatch, change: dict[str, str]
+    model_folder, public_file, one_block_chosen, tmp_path: Path, change: dict[str, str]
 ) -> None:
     given = {"public": str(public_file), "steps": "0", "width": "0.5"}
-    with monkeypatch.context() as patched:
-        _narrowed(patched, stop_at=1)
-        with pytest.raises(KeyboardInterrupt):
-            run(settings(model_folder, tmp_path / "out", **given))
+    shutil.copytree(one_block_chosen, tmp_path, dirs_exist_ok=True)
     found = run(settings(model_folder, tmp_path / "out", resume=True, **{**given, **change}))
     assert (
         found["package_digest"]

@@ -458,13 +458,10 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("line", REFUSALS)
-def test_refusals_take_one_line_and_leave_nothing(verb, tmp_path, make_package, line):
+def test_refusals_take_one_line_and_leave_nothing(verb, tmp_path, make_package):
     assert verb(f"mark package --recipient {ALICE} --keys keys -o for-alice")[0] == 0
     for name in ("taken", "pickled", "broken"):
         (tmp_path / name).mkdir()
-    if "-o taken" in line:
-        (tmp_path / "taken").rmdir()
     (tmp_path / "taken.owner.json").write_text("{}")
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"xx")
@@ -479,15 +476,18 @@ def test_refusals_take_one_line_and_leave_nothing(verb, tmp_path, make_package, 
     make_package(tmp_path / "foreign")
     make_package(tmp_path / "small", kept=(0, 1, 2, 6, 7))
     shutil.copy(tmp_path / "package.owner.json", tmp_path / "foreign.owner.json")
-    before = _listing(tmp_path)
-    code, message = REFUSALS[line]
-    found, _, shown = verb(line)
-    assert found == code
-    lines = shown.splitlines()
-    assert lines[0].startswith("offsite: error: ")
-    assert message in lines[0]
-    assert len(lines) <= 2
-    assert _listing(tmp_path) == before
+    for line, (code, message) in REFUSALS.items():
+        if "-o taken" in line:  # where a record stands, and no folder
+            (tmp_path / "taken").rmdir()
+        before = _listing(tmp_path)
+        found, _, shown = verb(line)
+        assert found == code, line
+        lines = shown.splitlines()
+        assert lines[0].startswith("offsite: error: "), line
+        assert message in lines[0], line
+        assert len(lines) <= 2, line
+        assert _listing(tmp_path) == before, line
+        (tmp_path / "taken").mkdir(exist_ok=True)
 
 
 def test_a_marked_package_is_opened_tuned_and_plugged_in(verb, full_model, letters_tokenizer, tmp_path, shelve):

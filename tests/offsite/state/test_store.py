@@ -300,7 +300,8 @@ def test_a_head_that_is_looked_for_elsewhere(opened, tmp_path):
     assert "that it was made with" in caught.value.hint
 
 
-def test_the_database_is_flushed_at_each_commit(opened):
+def test_the_database_is_flushed_at_each_commit(opened, monkeypatch):
+    monkeypatch.setattr(sqlite3, "connect", sqlite3.dbapi2.connect)  # the one that waits for the disk
     with opened() as store:
         found = {name: store.rows(f"PRAGMA {name}")[0][0] for name in ("journal_mode", "synchronous", "foreign_keys")}
         assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,29 +21,27 @@ def cheap_keys(monkeypatch):
     monkeypatch.setattr("offsite.keys.files.SCRYPT_COST", 2**4)
 
 
-@pytest.fixture
-def texts(tmp_path):
-    """Three clients' private text, each of its own words, and the owner's held-out text of all of them."""
+def written(folder):
+    """Write three clients' private text, each of its own words, and the owner's held-out text of all of them."""
     words = {"anna": "red apple", "bert": "blue berry", "cora": "green grape"}
     found = {}
     for name, word in words.items():
-        path = tmp_path / f"{name}.jsonl"
+        path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": f"{word} {number % 7} {word}"}) + "\n" for number in range(40)))
         found[name] = str(path)
-    held = tmp_path / "held.jsonl"
+    held = folder / "held.jsonl"
     held.write_text("".join(json.dumps({"text": f"{word} 3 {word}"}) + "\n" for word in words.values()))
     return found, str(held)
 
 
-@pytest.fixture
-def settings(tmp_path, texts, whole_package, llama_folder):
-    """The settings of a federation of three on the whole tiny model, for changes."""
+def settings_in(folder, texts, package, model):
+    """Return a maker of the settings of a federation of three in a folder, for changes."""
     clients, held = texts
     made = {
-        "package": str(whole_package.path),
-        "model": str(llama_folder),
-        "output": str(tmp_path / "result"),
-        "work": str(tmp_path / "work"),
+        "package": str(package.path),
+        "model": str(model),
+        "output": str(folder / "result"),
+        "work": str(folder / "work"),
         "clients": clients,
         "heldout": {"all": held},
         "rounds": 2,
@@ -63,12 +62,32 @@ def settings(tmp_path, texts, whole_package, llama_folder):
     return settings
 
 
-def test_shared(settings, tmp_path):
-    told = run(settings())
-    assert told["plugged_in"]["all"] < told["zero_shot"]["all"]
-    found = json.loads((tmp_path / "result" / "results.json").read_text())
+@pytest.fixture
+def texts(tmp_path):
+    return written(tmp_path)
+
+
+@pytest.fixture
+def settings(tmp_path, texts, whole_package, llama_folder):
+    """The settings of a federation of three on the whole tiny model, for changes."""
+    return settings_in(tmp_path, texts, whole_package, llama_folder)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, whole_package, llama_folder):
+    """A run from end to end: what it told, its settings for changes, and its folder, which stays as it is."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    settings = settings_in(folder, written(folder), whole_package, llama_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("offsite.keys.files.SCRYPT_COST", 2**4)
+        return SimpleNamespace(told=run(settings()), settings=settings, folder=folder)
+
+
+def test_shared(unbroken):
+    assert unbroken.told["plugged_in"]["all"] < unbroken.told["zero_shot"]["all"]
+    found = json.loads((unbroken.folder / "result" / "results.json").read_text())
     assert [sorted(one["used"]) for one in found["rounds"]] == [["anna", "bert", "cora"]] * 2
-    assert (tmp_path / "result" / "adapted" / "model.safetensors").is_file()
+    assert (unbroken.folder / "result" / "adapted" / "model.safetensors").is_file()
 
 
 def test_personal_adapters_are_each_client_s_own(settings, tmp_path):
@@ -93,22 +112,20 @@ def test_every_kind_gets_better(settings, changes):
     assert told["plugged_in"]["all"] < told["zero_shot"]["all"]
 
 
-def test_a_run_that_is_done_is_not_done_again(settings, tmp_path, capsys):
-    first = run(settings())
+def test_a_run_that_is_done_is_not_done_again(unbroken, capsys):
     capsys.readouterr()
-    assert run(settings()) == first
+    assert run(unbroken.settings()) == unbroken.told
     assert "tuning" not in capsys.readouterr().err
 
 
-def test_other_settings_are_another_run(settings):
-    run(settings(rounds=1))
+def test_other_settings_are_another_run(unbroken):
     with pytest.raises(ConfigError, match="begun with other settings: steps differ"):
-        run(settings(rounds=1, steps=7))
+        run(unbroken.settings(steps=7))
 
 
 @pytest.mark.parametrize("point", [point for point in ROUND_POINTS if point != "round-sealed"])  # that is a client's
 @pytest.mark.parametrize("time", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_broken_off_anywhere_it_goes_on_to_the_same_end(settings, tmp_path, point, time, monkeypatch):
+def test_broken_off_anywhere_it_goes_on_to_the_same_end(settings, unbroken, point, time):
     reached = []
 
     def stop(found):
@@ -123,9 +140,7 @@ def test_broken_off_anywhere_it_goes_on_to_the_same_end(settings, tmp_path, poin
             run(settings())
     finally:
         set_hook(None)
-    told = run(settings())
-    whole = run(settings(work=str(tmp_path / "other"), output=str(tmp_path / "other-result")))
-    assert told["plugged_in"] == whole["plugged_in"]
+    assert run(settings())["plugged_in"] == unbroken.told["plugged_in"]
 
 
 def test_a_client_that_fails_is_left_out_with_a_reason(settings, tmp_path):

@@ -636,12 +636,29 @@ def test_an_adapter_on_fewer_modules_is_noticed(dropped_package, full_llama, mak
 # --- opening what was written
 
 
-@pytest.fixture
-def adapted(plug_in, dropped_package, llama_folder, make_bundle, tmp_path):
+@pytest.fixture(scope="module")
+def plugged_in(shelve, dropped_package, llama_folder, make_bundle, tmp_path_factory):
+    """Return where an adapted folder of that form lies, named by it, and what is beside it; never used in place."""
+    made = {}
+
     def make(form):
-        kind = "blocks" if form == "own" else "lora"
-        bundle = make_bundle(tmp_path / "bundle", dropped_package, kind=kind)
-        plug_in(llama_folder, bundle, tmp_path / form, package=dropped_package.path, merge=form == "merged")
+        if form not in made:
+            folder = made[form] = tmp_path_factory.mktemp(form)
+            kind = "blocks" if form == "own" else "lora"
+            bundle = make_bundle(folder / "bundle", dropped_package, kind=kind)
+            named = shelve(bundle.path, dropped_package.path, folder / "shelf")
+            run(PlugConfig(model=str(llama_folder), output=folder / form, merge=form == "merged", **named))
+        return made[form]
+
+    return make
+
+
+@pytest.fixture
+def adapted(plugged_in, tmp_path):
+    def make(form):
+        shutil.copytree(plugged_in(form) / form, tmp_path / form)
+        for beside in plugged_in(form).glob(f"{form}.*"):
+            shutil.copy(beside, tmp_path)
         return tmp_path / form
 
     return make
