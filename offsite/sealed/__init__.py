@@ -1,3 +1,3 @@
-"""The sealed format: its manifest, encryption, recipients, the release record and the replay ledger."""
+"""The sealed format: its manifest, encryption, recipients, the release record and the replay ledger; invitations."""
 
-__all__ = ["config", "encryption", "folder", "ledger", "manifest", "recipients", "release"]
+__all__ = ["config", "encryption", "folder", "invitation", "ledger", "manifest", "recipients", "release"]
