@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +49,12 @@ class Checked:
     median_tokens: int
     longest_tokens: int
     steps: int
+    shapes: tuple[str, ...]
     numbers: Numbers
+
+    def planting(self, num_canaries: int) -> Checked:
+        """Return the same with so many made-up texts planted."""
+        return replace(self, numbers=replace(self.numbers, num_canaries=num_canaries))
 
     def told(self) -> dict[str, object]:
         """Return the numbers, as JSON takes them."""
@@ -58,8 +63,11 @@ class Checked:
         return {name: getattr(self, name) for name in (*names, *more)}
 
 
-def check_data(config: TuneConfig, *, num_canaries: int, writes: bool) -> Checked:
+def check_data(config: TuneConfig, *, writes: bool) -> Checked:
     """Return what these settings of ``offsite tune`` make of the data; it is read and cut as tuning reads and cuts it.
+
+    Args:
+        writes: whether the model writes text, so that rows and secrets can be asked for.
 
     Raises:
         DataError: when a row cannot be read; on a terminal the columns that there are were shown.
@@ -90,13 +98,14 @@ def check_data(config: TuneConfig, *, num_canaries: int, writes: bool) -> Checke
         median_tokens=round(statistics.median(lengths)),
         longest_tokens=lengths[-1],
         steps=steps,
+        shapes=tuple(sorted({_shape(record) for record in rows})),
         numbers=Numbers(
             num_train=train,
             num_aside=aside,
             steps=steps,
             num_drawn=max(1, min(drawn, train)),
             num_asked=num_asked(_distinct(text.rows)) if writes else 0,
-            num_canaries=num_canaries,
+            num_canaries=0,
             writes=writes,
             epsilon=None if dp is None else dp.epsilon or math.inf,
         ),
@@ -105,7 +114,8 @@ def check_data(config: TuneConfig, *, num_canaries: int, writes: bool) -> Checke
 
 def show_check(config: TuneConfig, checked: Checked) -> None:
     """What was found is on stderr in numbers; columns and `NUM_SHOWN` rows are on the terminal, if there is one."""
-    say(f"the data: {checked.num_rows:,} rows, {checked.num_documents:,} documents")
+    shapes = " and ".join(checked.shapes)
+    say(f"the data: {checked.num_rows:,} rows, {checked.num_documents:,} documents, read as {shapes}")
     sides = f"{checked.num_train:,} to train on, {checked.num_validation:,} to choose the best weights by"
     say(f"  {sides}, {checked.num_aside:,} set aside for the audit")
     say(f"  a row has {checked.median_tokens} tokens in the middle, {checked.longest_tokens} at most")
@@ -183,6 +193,17 @@ def _sides(ready: Ready, rows: Sequence[Record]) -> tuple[int, int]:
     read = {record.content for record in (*sides.train, *sides.validation)}
     aside = {record.content for record in sides.audit} - read
     return len({record.content for record in sides.train}), len(aside)
+
+
+def _shape(record: Record) -> str:
+    """Return in words what a row was read as; nothing of what it holds."""
+    if record.rejected is not None:
+        return "pairs of a chosen and a rejected answer"
+    if record.label is not None:
+        return "texts with a label"
+    if record.messages:
+        return "conversations"
+    return "running text" if len(record.segments) == 1 and record.segments[0][1] else "prompts with answers"
 
 
 def _distinct(examples: Sequence[Example]) -> list[Example]:

@@ -150,14 +150,18 @@ def _prepared(config: InvitedConfig, place: Place, opened: Opened) -> tuple[list
             "a bundle of this job has left already, and these are other data or other settings",
             hint="give the same again to hear what became of it; for another bundle ask the owner for another job",
         )
-    first = check_data(settings, num_canaries=0, writes=writes)
-    asks_rows = first.numbers.epsilon is None or first.numbers.epsilon > WEAK_EPSILON
-    share = audit_share(first.num_rows) if asks_rows else 0.0
-    planted = num_canaries(first.num_rows, is_private=config.is_private) if config.canaries is None else config.canaries
+    say("reading the data, as tuning will read it")
+    checked = check_data(settings, writes=writes)
+    asks_rows = checked.numbers.epsilon is None or checked.numbers.epsilon > WEAK_EPSILON
+    more = {**more, "audit_share": audit_share(checked.num_rows) if asks_rows else 0.0}
+    before, settings = settings.audit_share, config.tuning(*where, more)
+    if settings.audit_share != before:
+        checked = check_data(settings, writes=writes)
+    planted = config.canaries
+    if planted is None:
+        planted = num_canaries(checked.num_rows, is_private=config.is_private)
     planted = planted if writes else 0
-    more = {**more, "audit_share": share}
-    settings = config.tuning(*where, more)
-    checked = check_data(settings, num_canaries=planted, writes=writes)
+    checked = checked.planting(planted)
     show_check(settings, checked)
     expected = expected_gates(checked.numbers)
     show_expected(expected)

@@ -117,7 +117,7 @@ def compute(
         stages["canaries"] = Stage("canaries", here, made, out, run)
     tuned = Stage("tune", here, [*tune, *planted, "-o", str(folder / "bundle")], folder / "bundle", run, resumes=True)
     if num_canaries:
-        _drop_used(stages["canaries"], tuned, place)
+        drop_used(stages["canaries"], tuned, place)
         play([stages["canaries"]], place.notes, holding=[place.lock])
         tuned.inputs = {**run, "canaries": str(stages["canaries"].outcome["commitment"])}
     play([tuned], place.notes, holding=[place.lock])
@@ -130,7 +130,7 @@ def compute(
     return {name: stage.outcome for name, stage in stages.items()}
 
 
-def _drop_used(canaries: Stage, tuned: Stage, place: Place) -> None:
+def drop_used(canaries: Stage, tuned: Stage, place: Place) -> None:
     """A set of canaries that went into a bundle is gone, unless that bundle is the one that still counts.
 
     So it is where a run was killed between the bundle and the note of it, or settings changed: a set is for one bundle.

@@ -34,7 +34,7 @@ ROWS = [
     {"question": f"what of ward {number}?", "answer": f" the cough of bed {number % 7} went after {number % 9} days"}
     for number in range(40)
 ]
-QUICK = {"canaries": ["candidates=8", "tokens=16"], "audit": ["secrets_samples=10", "batch_size=64"]}
+QUICK = {"canaries": ["candidates=8", "tokens=16"], "audit": ["secrets_samples=1", "batch_size=64"]}
 """What makes steps short here; join does not say it."""
 
 PASSPHRASE = "of the join's own tests"

@@ -57,7 +57,7 @@ def test_what_was_understood_is_shown_and_asked(players, invitation, capsys, mon
     with pytest.raises(PolicyError, match="nothing was trained, nothing has left"):
         players.join(invitation, yes=False)
     told = capsys.readouterr().err
-    assert "the data: 42 rows, 41 documents" in told
+    assert "the data: 42 rows, 41 documents, read as prompts with answers" in told
     assert "1 rows say what another row says" in told
     assert "rows are longer than the context and are cut" in told
     assert "  question: read as prompt" in told

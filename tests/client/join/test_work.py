@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 
-from client.join.work import taken
+from client.join.work import Place, drop_used, taken
 from offsite.errors import ConfigError
+from offsite.stages import Stage
 
 
 def test_two_joins_do_not_share_a_folder(tmp_path):
@@ -39,3 +41,37 @@ def test_a_folder_of_somebody_elses_is_left_alone(tmp_path):
     with pytest.raises(ConfigError, match="is not a folder"), taken(tmp_path / "file"):
         pass
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+def test_canaries_that_went_into_a_bundle_are_not_used_for_another(tmp_path):
+    """So it is where a run was killed between its bundle and the note of it, or settings changed."""
+    folder = tmp_path / "work"
+    (folder / "notes").mkdir(parents=True)
+    canaries = Stage("canaries", tmp_path, ["canaries"], folder / "canaries", {"run": "a"})
+    tuned = Stage("tune", tmp_path, ["tune"], folder / "bundle", {"run": "a"}, resumes=True)
+    of_bundle = {**tuned.inputs, "canaries": "sha256:1"}
+
+    def note(stage, inputs, outcome):
+        found = {**stage.binding(), "inputs": inputs, "outcome": outcome}
+        (folder / "notes" / f"{stage.name}.json").write_text(json.dumps(found))
+
+    def made(used):
+        for name in ("canaries", "bundle"):
+            (folder / name).mkdir(exist_ok=True)
+        (folder / "canaries" / "used.json").write_text(json.dumps({"bundle": used}))
+        note(canaries, canaries.inputs, {"commitment": "sha256:1"})
+        tuned.inputs = {"run": "a"}
+
+    place = Place(folder, -1)
+    made("sha256:2")
+    note(tuned, of_bundle, {"bundle_digest": "sha256:2"})
+    drop_used(canaries, tuned, place)
+    assert (folder / "canaries").is_dir(), "the bundle that they went into still counts"
+    (folder / "notes" / "tune.json").unlink()
+    made(None)
+    drop_used(canaries, tuned, place)
+    assert (folder / "canaries").is_dir(), "a run that was begun on them goes on"
+    made("sha256:2")
+    drop_used(canaries, tuned, place)
+    assert not (folder / "canaries").exists()
+    assert not (folder / "bundle").exists()
