@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class Stage:
         reused: whether the outcome is that of an earlier run.
         resumes: whether the verb, given these words, goes on with what it left half done: that is kept as long as
             words and inputs are the same.
+        holding: open files that the process holds, too: a lock on one of them outlives whoever plays the stage.
+        hiding: environment variables that the process does not get.
     """
 
     name: str
@@ -48,17 +50,16 @@ class Stage:
     outcome: dict[str, Any] = field(default_factory=dict)
     reused: bool = False
     resumes: bool = False
+    holding: Sequence[int] = ()
+    hiding: Collection[str] = ()
 
     def binding(self) -> dict[str, object]:
         """Return what an earlier run must share for its outcome to be this one's."""
         return {"offsite": __version__, "words": list(self.words), "inputs": self.inputs}
 
 
-def play(stages: Sequence[Stage], notes: Path, *, holding: Sequence[int] = ()) -> None:
+def play(stages: Sequence[Stage], notes: Path) -> None:
     """Every stage has its outcome; those that must be run are run side by side, each in a process of its own.
-
-    Args:
-        holding: open files that the processes hold, too: a lock on one of them outlives whoever calls this.
 
     Raises:
         RunFailed: when one fails; the others are then stopped and have ended.
@@ -70,7 +71,7 @@ def play(stages: Sequence[Stage], notes: Path, *, holding: Sequence[int] = ()) -
         for stage in due:
             _clear(stage, notes)
             say(f"  $ offsite {' '.join(word if ' ' not in word else repr(word) for word in stage.words)}")
-            running[_start(stage, notes, len(due), holding)] = stage
+            running[_start(stage, notes, len(due))] = stage
         while running:
             ended = [process for process in running if process.poll() is not None]
             for process in ended:
@@ -152,11 +153,13 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _start(stage: Stage, notes: Path, num_running: int, holding: Sequence[int]) -> subprocess.Popen[bytes]:
+def _start(stage: Stage, notes: Path, num_running: int) -> subprocess.Popen[bytes]:
     command, environment = _command(stage.words), _environment(num_running)
+    environment = {name: value for name, value in environment.items() if name not in stage.hiding}
+    held = tuple(stage.holding)
     with _printed(stage, notes).open("wb") as out:
         return subprocess.Popen(
-            command, cwd=stage.party, stdin=subprocess.DEVNULL, stdout=out, env=environment, pass_fds=tuple(holding)
+            command, cwd=stage.party, stdin=subprocess.DEVNULL, stdout=out, env=environment, pass_fds=held
         )
 
 

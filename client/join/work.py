@@ -22,6 +22,7 @@ from offsite.audits.canaries import USED_NAME
 from offsite.console import say
 from offsite.digests import joined_digest, sha256_bytes, sha256_file
 from offsite.errors import ConfigError
+from offsite.keys.files import PASSPHRASE_VARIABLE
 from offsite.stages import Stage, play, was_done
 from offsite.staging import remove, staged_file
 
@@ -109,24 +110,27 @@ def compute(
     tune = ["tune", str(folder / "package"), "--job", str(folder / "job"), *texts, *words, "--resume"]
     planted: list[str] = []
     stages = {}
+    given: dict[str, Any] = {"holding": [place.lock], "hiding": {PASSPHRASE_VARIABLE}}
     if num_canaries:
         out = folder / "canaries"
         planted = ["--canaries", str(out)]
         made = ["canaries", str(folder / "package"), "--job", str(folder / "job"), "--count", str(num_canaries)]
         made += ["--secrets", str(NUM_SECRETS), "--device", config.device, "-o", str(out)]
-        stages["canaries"] = Stage("canaries", here, made, out, run)
-    tuned = Stage("tune", here, [*tune, *planted, "-o", str(folder / "bundle")], folder / "bundle", run, resumes=True)
+        stages["canaries"] = Stage("canaries", here, made, out, run, **given)
+    tuned = Stage(
+        "tune", here, [*tune, *planted, "-o", str(folder / "bundle")], folder / "bundle", run, resumes=True, **given
+    )
     if num_canaries:
         drop_used(stages["canaries"], tuned, place)
-        play([stages["canaries"]], place.notes, holding=[place.lock])
+        play([stages["canaries"]], place.notes)
         tuned.inputs = {**run, "canaries": str(stages["canaries"].outcome["commitment"])}
-    play([tuned], place.notes, holding=[place.lock])
+    play([tuned], place.notes)
     stages["tune"] = tuned
     audit = ["audit", "bundle", str(folder / "package"), str(folder / "bundle"), *texts, *planted]
     audit += ["--device", config.device, "--seed", str(config.seed), "-o", str(folder / "audit")]
     inputs = {**tuned.inputs, "bundle": str(tuned.outcome["bundle_digest"])}
-    stages["audit"] = Stage("audit", here, audit, folder / "audit", inputs)
-    play([stages["audit"]], place.notes, holding=[place.lock])
+    stages["audit"] = Stage("audit", here, audit, folder / "audit", inputs, **given)
+    play([stages["audit"]], place.notes)
     return {name: stage.outcome for name, stage in stages.items()}
 
 

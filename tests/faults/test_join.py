@@ -18,7 +18,7 @@ from two_parties import ARCHIVE, PASSPHRASE
 
 from offsite.keys.identity import read_card
 
-TUNE = "steps=40,block_tokens=48,batch_size=4,precision=fp32,checkpoint_every=2"
+TUNE = "steps=24,block_tokens=48,batch_size=4,precision=fp32,checkpoint_every=2"
 
 
 class Sides:
@@ -67,7 +67,7 @@ def killed_once(process: subprocess.Popen[str], is_due) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_client_joins_over_http_and_is_killed_in_the_middle(tmp_path: Path) -> None:
     sides = Sides(tmp_path)
     owner, client = sides.owner, sides.client

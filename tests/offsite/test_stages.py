@@ -239,7 +239,16 @@ def test_a_stage_that_resumes_goes_on_with_what_it_left_half_done(scripts, party
     assert not was_done(stage("a"), tmp_path / "notes")
 
 
+def test_a_process_gets_what_is_not_hidden(scripts, party, tmp_path, monkeypatch):
+    monkeypatch.setenv("A_SECRET", "word")
+    tell = "import json, os; print(json.dumps({'secret': os.environ.get('A_SECRET')}))"
+    for hiding, expected in (((), "word"), ({"A_SECRET"}, None)):
+        stage = Stage("tell", party, [tell], hiding=hiding)
+        play([stage], tmp_path / "notes")
+        assert stage.outcome == {"secret": expected}
+
+
 def test_a_lock_is_held_by_the_processes_too(scripts, party, tmp_path):
     with (tmp_path / "lock").open("w") as held:
-        play([Stage("tell", party, [f"import os; os.fstat({held.fileno()}); print('{{}}')"])], tmp_path / "notes",
-             holding=[held.fileno()])  # fmt: skip
+        tell = f"import os; os.fstat({held.fileno()}); print('{{}}')"
+        play([Stage("tell", party, [tell], holding=[held.fileno()])], tmp_path / "notes")

@@ -8,7 +8,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,8 +70,9 @@ class Players:
         patch.setenv("OFFSITE_PASSPHRASE", PASSPHRASE)
         patch.chdir(self.client)
 
-    def _start(self, stage: Any, notes: Path, _num: int, _holding: Sequence[int]) -> Any:
+    def _start(self, stage: Any, notes: Path, _num: int) -> Any:
         """Run the verb here and return a process that has ended."""
+        assert "OFFSITE_PASSPHRASE" in stage.hiding
         if stage.name == self.stop_before:
             raise KeyboardInterrupt
         out = io.StringIO()
