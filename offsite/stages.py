@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ class Stage:
         inputs: what the outcome depends on beside the words, by name, such as digests of what it reads.
         outcome: the JSON object that the verb printed.
         reused: whether the outcome is that of an earlier run.
+        resumes: whether the verb, given these words, goes on with what it left half done: that is kept as long as
+            words and inputs are the same.
+        holding: open files that the process holds, too: a lock on one of them outlives whoever plays the stage.
+        hiding: environment variables that the process does not get.
     """
 
     name: str
@@ -45,6 +49,9 @@ class Stage:
     inputs: dict[str, str] = field(default_factory=dict)
     outcome: dict[str, Any] = field(default_factory=dict)
     reused: bool = False
+    resumes: bool = False
+    holding: Sequence[int] = ()
+    hiding: Collection[str] = ()
 
     def binding(self) -> dict[str, object]:
         """Return what an earlier run must share for its outcome to be this one's."""
@@ -62,7 +69,7 @@ def play(stages: Sequence[Stage], notes: Path) -> None:
     running: dict[subprocess.Popen[bytes], Stage] = {}
     try:
         for stage in due:
-            _clear(stage)
+            _clear(stage, notes)
             say(f"  $ offsite {' '.join(word if ' ' not in word else repr(word) for word in stage.words)}")
             running[_start(stage, notes, len(due))] = stage
         while running:
@@ -76,8 +83,8 @@ def play(stages: Sequence[Stage], notes: Path) -> None:
         _stop(list(running))
 
 
-def _recall(stage: Stage, notes: Path) -> bool:
-    """Return whether the stage was done before; then it has the outcome of that time."""
+def was_done(stage: Stage, notes: Path) -> bool:
+    """Tell whether the stage was done before, and what it left still stands; then it has the outcome of that time."""
     if stage.leaves is None or not stage.leaves.exists():
         return False
     try:
@@ -88,7 +95,35 @@ def _recall(stage: Stage, notes: Path) -> bool:
     except (OSError, ValueError, TypeError, KeyError):  # no note, or one that was torn
         return False
     stage.reused = True
+    return True
+
+
+def _recall(stage: Stage, notes: Path) -> bool:
+    """Return whether the stage was done before, and say so."""
+    if not was_done(stage, notes):
+        return False
     say(f"  {stage.name}: done before")
+    return True
+
+
+def _begun(stage: Stage, notes: Path) -> Path:
+    """Return where it stands with which words and inputs a stage that resumes was begun."""
+    return notes / f"{stage.name}.begun.json"
+
+
+def _goes_on(stage: Stage, notes: Path) -> bool:
+    """Tell whether what the stage left half done is of the same words and inputs; from now on it is of these."""
+    if not stage.resumes:
+        return False
+    binding = json.loads(json.dumps(stage.binding()))
+    try:
+        same = json.loads(_begun(stage, notes).read_bytes()) == binding
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        _remove_half_done(stage)
+        with staged_file(_begun(stage, notes), replace=True) as note:
+            note.write_text(json.dumps(binding), encoding="utf-8")
     return True
 
 
@@ -96,22 +131,36 @@ def _note(stage: Stage, notes: Path) -> Path:
     return notes / f"{stage.name}.json"
 
 
-def _clear(stage: Stage) -> None:
-    """Nothing of an earlier run of the stage stands in the way of this one."""
+def _clear(stage: Stage, notes: Path) -> None:
+    """Nothing of an earlier run of the stage stands in the way of this one, but what this one goes on with."""
     if stage.leaves is None:
         return
-    folder, name = stage.leaves.parent, stage.leaves.name
-    for path in (stage.leaves, folder / f"{name}.work", *leftovers(stage.leaves)):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    if not _goes_on(stage, notes):
+        _remove_half_done(stage)
+    for path in (stage.leaves, *leftovers(stage.leaves)):
+        _remove(path)
+
+
+def _remove_half_done(stage: Stage) -> None:
+    if stage.leaves is not None:
+        _remove(stage.leaves.parent / f"{stage.leaves.name}.work")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _start(stage: Stage, notes: Path, num_running: int) -> subprocess.Popen[bytes]:
     command, environment = _command(stage.words), _environment(num_running)
+    environment = {name: value for name, value in environment.items() if name not in stage.hiding}
+    held = tuple(stage.holding)
     with _printed(stage, notes).open("wb") as out:
-        return subprocess.Popen(command, cwd=stage.party, stdin=subprocess.DEVNULL, stdout=out, env=environment)
+        return subprocess.Popen(
+            command, cwd=stage.party, stdin=subprocess.DEVNULL, stdout=out, env=environment, pass_fds=held
+        )
 
 
 def _command(words: Sequence[str]) -> list[str]:

@@ -457,6 +457,13 @@ def beginning(rows: Sequence[Example]) -> int:
     return BEGINNINGS[-1]
 
 
+def num_asked(rows: Sequence[Example]) -> int:
+    """Return of how many rows, all of them trained on, an audit would ask for the rest: those that are long enough."""
+    asked = rows[:NUM_VERBATIM]
+    tokens = beginning(asked)
+    return sum(len(_window(row, tokens).input_ids) >= 2 * tokens for row in asked)
+
+
 def _window(row: Example, tokens: int) -> Example:
     """Return the row from so many tokens before its first that counts: what was not trained on cannot come back."""
     first = next((place for place, label in enumerate(row.labels) if label != IGNORED), 0)

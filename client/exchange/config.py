@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from offsite.config import KEYS, LIMITS, NETWORK, OUTPUT, POSITIONAL, USUAL
+from offsite.config import KEYS, LIMITS, NETWORK, OUTPUT, POSITIONAL, USUAL, VerbConfig
 from offsite.keys.config import IdentityConfig
 
 
@@ -68,15 +68,20 @@ class PullConfig(ExchangeConfig):
     )
 
 
-class PushConfig(ExchangeConfig):
+class VerdictSettings(VerbConfig):
+    """Base of verbs that hand something in and wait for what becomes of it."""
+
+    verdict_seconds: float = Field(
+        600.0, ge=0, description="seconds to wait for the owner's verdict", json_schema_extra=NETWORK
+    )
+
+
+class PushConfig(VerdictSettings, ExchangeConfig):
     """Settings of ``offsite exchange push URL SEALED``."""
 
     verb: ClassVar[str] = "exchange push"
 
     sealed: Path = Field(description="sealed bundle folder", json_schema_extra=POSITIONAL)
-    verdict_seconds: float = Field(
-        600.0, ge=0, description="seconds to wait for the owner's verdict", json_schema_extra=NETWORK
-    )
 
 
 class StatusConfig(ExchangeConfig):

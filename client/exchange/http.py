@@ -46,6 +46,10 @@ class WrongOffset(Exception):
         self.offset = offset
 
 
+class NotAccepted(Untrusted):
+    """The exchange answers these keys as it answers anybody: they are not pinned there, or the clocks are far apart."""
+
+
 class _TryAgain(Exception):
     """What went wrong may pass; `pause_seconds` is what the exchange asks for."""
 
@@ -234,7 +238,7 @@ class ExchangeClient:
         if status in _TRANSIENT:
             return _TryAgain(message, _seconds(response.headers.get("retry-after", "")))
         if status == 401:
-            return Untrusted(
+            return NotAccepted(
                 "the exchange does not accept this request", hint=self._clock_hint(response.headers.get("date", ""))
             )
         if status == 409 and problem.reason == "WrongOffset":

@@ -135,6 +135,12 @@ VERBS: dict[str, Verb] = {
         "server.registry.job:run",
         OWNER,
     ),
+    "invite": Verb(
+        "write the file by which a client joins a job",
+        "server.exchange.config:InviteConfig",
+        "server.exchange.invite:run",
+        OWNER,
+    ),
     "exchange certificate": Verb(
         "make a TLS certificate for the exchange",
         "server.exchange.config:CertificateConfig",
@@ -260,6 +266,12 @@ VERBS: dict[str, Verb] = {
         "emulator.distillation.realignconfig:RealignConfig",
         "emulator.distillation.realign:run",
         OWNER,
+    ),
+    "join": Verb(
+        "a client's whole side, from an invitation to a sealed bundle",
+        "client.join.config:InvitedConfig",
+        "client.join.verb:run",
+        CLIENT,
     ),
     "exchange pull": Verb(
         "fetch what the owner sealed for you",

@@ -4,4 +4,4 @@
 in ``server/``. Whatever is shown has its form, is escaped, and is called verified only if it was.
 """
 
-__all__ = ["config", "inspect", "thing", "words"]
+__all__ = ["artefacts", "config", "inspect", "thing", "words"]

@@ -65,6 +65,7 @@ MARKED: dict[str, tuple[str, str]] = {
 
 FILES: dict[str, tuple[str, str]] = {
     "offsite/card/1": ("card", "offsite.inspection.parties:show_card"),
+    "offsite/invitation/1": ("invitation", "offsite.inspection.parties:show_invitation"),
     "offsite/job/1": ("job", "offsite.inspection.artefacts:show_job"),
     "offsite/owner/1": ("owner's record of a package", "offsite.inspection.artefacts:show_owner"),
     "offsite/release/1": ("record of a release", "offsite.inspection.evidence:show_release"),

@@ -10,6 +10,7 @@ from offsite.keys.files import check_folder, read_private
 from offsite.keys.identity import CARD_LIMIT_BYTES, CARD_NAME, PublicKeys, read_card
 from offsite.keys.trust import TrustStore
 from offsite.sealed.folder import RawSealed, check_payload, read_sealed
+from offsite.sealed.invitation import INVITATION_LIMIT_BYTES, parse_invitation
 from offsite.sealed.manifest import (
     SEALED_FORMAT,
     SUITE,
@@ -184,6 +185,34 @@ def show_keys(thing: Thing) -> dict[str, object]:
         ])  # fmt: skip
     states = {fingerprint: peer.state(now=thing.now) for fingerprint, peer in pinned.items()}
     return {"kind": "keys", **told, "private_keys": num_private, "pinned": states, "verified": True, "checked": _CARD}
+
+
+def show_invitation(thing: Thing) -> dict[str, object]:
+    """An invitation is told: by whom, to what, where, until when.
+
+    Raises:
+        ArtefactError: with the subclass of the check that failed; a date that has passed is told, not refused.
+    """
+    found = parse_invitation(read_plain(thing.path, INVITATION_LIMIT_BYTES))
+    stated = found.invitation
+    say(f"invitation {thing.name}; checked: {_CARD}")
+    facts(
+        {
+            "title": stated.title or None,
+            "owner": thing.names.told(found.owner.fingerprint),
+            "on its card": found.owner.name,
+            "job": stated.job_id or "none yet",
+            "client": None if stated.client is None else thing.names.told(stated.client),
+            "package": stated.package_digest,
+            "where": stated.url or "sealed folders beside the invitation",
+            "certificate": None if stated.url is None else "its own, trusted alone" if stated.certificate else "usual",
+            "created": when(stated.created, thing.now),
+            "expires": ends(stated.expires, thing.now),
+        }
+    )
+    told = stated.model_dump(mode="json", exclude={"card", "certificate"})
+    told |= {"owner": found.owner.fingerprint, "expired": thing.now > stated.expires}
+    return {"kind": "invitation", "digest": found.digest, **told, "verified": True, "checked": _CARD}
 
 
 def _card(thing: Thing, keys: PublicKeys) -> dict[str, object]:

@@ -60,6 +60,7 @@ __all__ = [
     "generate",
     "is_sound",
     "load_identity",
+    "make_identity",
     "open_identity",
     "read_card",
     "run",
@@ -347,16 +348,26 @@ def open_identity(config: IdentityConfig) -> Identity:
     return load_identity(config.keys, read_passphrase(config.passphrase_file))
 
 
-def run(config: KeygenConfig) -> dict[str, object]:
-    """Carry out ``offsite keygen``."""
+def make_identity(config: KeygenConfig) -> Identity:
+    """Return new keys, saved in a folder of their own under a passphrase that may be asked for; what it is is said.
+
+    Raises:
+        ConfigError: when something stands at the output, or the passphrase is weak or missing.
+        RunFailed: when it cannot be written.
+    """
     refuse_existing(config.output)
     passphrase = read_passphrase(config.passphrase_file, confirm=True)
     strength = require_strong(passphrase)
     identity = generate(config.name, days=config.days)
     save_identity(config.output, identity, passphrase)
-    public, card = identity.public, config.output / CARD_NAME
     say(f"passphrase: about 10^{strength} guesses by estimate")
-    say(f"fingerprint of {public.name}: {public.fingerprint}")
+    say(f"fingerprint of {identity.public.name}: {identity.public.fingerprint}")
+    return identity
+
+
+def run(config: KeygenConfig) -> dict[str, object]:
+    """Carry out ``offsite keygen``."""
+    public, card = make_identity(config).public, config.output / CARD_NAME
     say(f"send {card} to the other party, and the fingerprint over another channel")
     return {
         "card": str(card),

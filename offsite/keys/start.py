@@ -14,6 +14,8 @@ from offsite.keys.identity import run as keygen
 from offsite.staging import staged_file
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from offsite.keys.config import InitConfig
 
 
@@ -44,6 +46,17 @@ def run(config: InitConfig) -> dict[str, object]:
         told = keygen(
             KeygenConfig(output=keys, name=config.name, days=config.days, passphrase_file=config.passphrase_file)
         )
+    write_project(path)
+    return {**told, "project": str(path)}
+
+
+def write_project(path: Path) -> None:
+    """The project's file stands at `path`, which is new: it names the folders beside it.
+
+    Raises:
+        ConfigError: when something stands there.
+        RunFailed: when it cannot be written.
+    """
     lines = "".join(f'{name} = "{name}"\n' for name in PROJECT_FOLDERS)
     with staged_file(path) as stage:
         stage.write_text(
@@ -51,4 +64,3 @@ def run(config: InitConfig) -> dict[str, object]:
         )
         stage.chmod(0o644)
     say(f"{PROJECT_NAME} is written: no command in this folder needs {' or '.join(f'--{n}' for n in PROJECT_FOLDERS)}")
-    return {**told, "project": str(path)}

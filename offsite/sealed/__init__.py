@@ -1,3 +1,3 @@
-"""The sealed format: its manifest, encryption, recipients, the release record, the replay ledger, and withdrawals."""
+"""The sealed format: manifest, encryption, recipients, release record, replay ledger; invitations and withdrawals."""
 
-__all__ = ["config", "encryption", "folder", "ledger", "manifest", "recipients", "release", "withdrawal"]
+__all__ = ["config", "encryption", "folder", "invitation", "ledger", "manifest", "recipients", "release", "withdrawal"]

@@ -1,4 +1,4 @@
-"""Settings of ``offsite exchange serve`` and ``offsite exchange certificate``."""
+"""Settings of ``offsite exchange serve``, ``offsite exchange certificate`` and ``offsite invite``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from offsite.config import LIMITS, NETWORK, OUTPUT, REPEATED, USUAL, VerbConfig
+from offsite.artefacts.layout import Line
+from offsite.config import LIMITS, NETWORK, OUTPUT, POSITIONAL, REPEATED, USUAL, VerbConfig
+from offsite.keys.config import IdentityConfig
+from offsite.sealed.invitation import URL_PATTERN
 from server.http.config import ListenSettings
 from server.registry.config import OwnRegistryConfig
 
@@ -86,3 +89,49 @@ class CertificateConfig(VerbConfig):
         min_length=1, description="name or address clients use; may be repeated", json_schema_extra=REPEATED
     )
     days: int = Field(365, ge=1, le=3650, description="days it is valid", json_schema_extra=USUAL)
+
+
+class InviteConfig(IdentityConfig):
+    """Settings of ``offsite invite JOB -o INVITATION``."""
+
+    verb: ClassVar[str] = "invite"
+
+    what: Path = Field(
+        description="job folder that job create wrote; or a package folder, for a client whose card is not pinned yet",
+        json_schema_extra=POSITIONAL,
+    )
+    output: Path = Field(
+        description="invitation to write, as invitation.offsite.json; it is signed and holds no secret",
+        json_schema_extra=OUTPUT,
+    )
+    package: Path | None = Field(
+        None,
+        description="the job's package folder: it and the job are sealed for the client beside the invitation",
+        json_schema_extra=USUAL,
+    )
+    title: Line = Field("", description="what it is about, in a line that the client is shown", json_schema_extra=USUAL)
+    url: str | None = Field(
+        None,
+        pattern=URL_PATTERN,
+        description="address of your exchange, as https://owner.example:8443; default: sealed folders go by hand",
+        json_schema_extra=USUAL,
+    )
+    outbox: Path | None = Field(
+        None,
+        description="folder that job and package are sealed into, as the exchange's; default: the invitation's own",
+        json_schema_extra=USUAL,
+    )
+    days: int = Field(
+        30, ge=1, le=3650, description="days that an invitation without a job counts", json_schema_extra=USUAL
+    )
+    certificate: Path | None = Field(
+        None,
+        description="the exchange's TLS certificate, PEM, which the client is to trust alone",
+        json_schema_extra=NETWORK,
+    )
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> InviteConfig:
+        if self.certificate is not None and self.url is None:
+            raise ValueError("--certificate: there is no --url")
+        return self

@@ -12,7 +12,7 @@ import pytest
 
 from offsite import stages as module
 from offsite.errors import RunFailed
-from offsite.stages import Stage, play
+from offsite.stages import Stage, play, was_done
 
 TELL = "import json, os, sys; print('chatter'); print(json.dumps({'n': 1, 'cwd': os.path.basename(os.getcwd())}))"
 MAKE = "import pathlib; pathlib.Path('made').mkdir(); open('count', 'a').write('x'); print('{\"n\": 1}')"
@@ -216,3 +216,39 @@ def test_processes_share_the_cores(monkeypatch):
     assert module._environment(1)["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert module._environment(1)["OMP_NUM_THREADS"] == "5"
+
+
+HALF = (
+    "import os, pathlib, sys; work = pathlib.Path('made.work'); work.mkdir(exist_ok=True)\n"
+    "steps = len(list(work.iterdir())); (work / str(steps)).touch()\n"
+    "sys.exit(1) if steps < 1 else pathlib.Path('made').mkdir(); print('{\"n\": %d}' % steps)"
+)
+
+
+def test_a_stage_that_resumes_goes_on_with_what_it_left_half_done(scripts, party, tmp_path):
+    def stage(model):
+        return Stage("make", party, [HALF], party / "made", {"model": model}, resumes=True)
+
+    for model in ("a", "b"):  # of other inputs nothing is gone on with
+        with pytest.raises(RunFailed):
+            play([stage(model)], tmp_path / "notes")
+    done = stage("b")
+    play([done], tmp_path / "notes")
+    assert done.outcome == {"n": 1}
+    assert was_done(stage("b"), tmp_path / "notes")
+    assert not was_done(stage("a"), tmp_path / "notes")
+
+
+def test_a_process_gets_what_is_not_hidden(scripts, party, tmp_path, monkeypatch):
+    monkeypatch.setenv("A_SECRET", "word")
+    tell = "import json, os; print(json.dumps({'secret': os.environ.get('A_SECRET')}))"
+    for hiding, expected in (((), "word"), ({"A_SECRET"}, None)):
+        stage = Stage("tell", party, [tell], hiding=hiding)
+        play([stage], tmp_path / "notes")
+        assert stage.outcome == {"secret": expected}
+
+
+def test_a_lock_is_held_by_the_processes_too(scripts, party, tmp_path):
+    with (tmp_path / "lock").open("w") as held:
+        tell = f"import os; os.fstat({held.fileno()}); print('{{}}')"
+        play([Stage("tell", party, [tell], holding=[held.fileno()])], tmp_path / "notes")

@@ -84,6 +84,12 @@ def test_ctrl_c_says_what_stays_and_how_to_go_on(parties, monkeypatch):
     assert "offsite: interrupted; what was done is kept in 'out.work'" in parties.told
     assert "the same command with --resume goes on from there" in parties.told
     assert not (parties.client / "out").exists()
+    monkeypatch.setenv("OFFSITE_PLAYED", "1")  # as a stage of a verb that has a way of its own to go on
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_bundle", interrupted)
+        parties.run("client", f"{words} --resume", code=130)
+    assert parties.told.endswith("offsite: interrupted\n")
+    monkeypatch.delenv("OFFSITE_PLAYED")
     assert parties.run("client", f"{words} --resume")["steps"] == 4
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from offsite.artefacts.job import Job, read_job, write_job
 from offsite.console import utc
 from offsite.inspection.inspect import ELSEWHERE, FILES, FOLDERS, MARKED, recognise
 
+INVITATION = Path(__file__).parents[2] / "vectors" / "invitation" / "invitation.offsite.json"
 EVERY = [
     ("owner", "package", "package", True),
     ("client", "bundle", "bundle", True),
@@ -456,3 +458,15 @@ def test_a_packages_figures_stand_in_the_place_of_nothing(parties, tmp_path):
     assert told["digest"] in words
     assert "bottom + " in words
     shutil.rmtree(parties.owner / "renamed")
+
+
+def test_an_invitation_is_told_and_its_card_is_not_shown(parties):
+    told, shown = parties.inspect("owner", INVITATION, "--keys", "keys")
+    assert (told["kind"], told["verified"], told["title"]) == ("invitation", True, "a trial")
+    assert "(owner, these keys)" in shown
+    assert "sealed folders beside the invitation" in shown
+    assert "card" not in told
+    changed = parties.owner / "changed.json"
+    changed.write_text(INVITATION.read_text().replace('"ed25519": "', '"ed25519": "AAAA', 1))
+    _, shown = parties.inspect("owner", changed, code=3)
+    assert "signatures: ed25519" in shown
