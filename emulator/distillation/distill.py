@@ -183,8 +183,7 @@ def _open(config: DistillConfig, processes: Processes) -> _Owned:
 def _public_text(config: DistillConfig, owned: _Owned, own: Path | None) -> PublicText | None:
     if not config.public:
         return None
-    images = isinstance(owned.tokenizer, ImageReader)
-    say(f"reading the public {'images' if images else 'text'}")
+    say(f"reading the public {'images' if (images := isinstance(owned.tokenizer, ImageReader)) else 'text'}")
     return prepare(
         _records(config, config.public, images=images) if own is None else read_files([own]),
         owned.tokenizer,
