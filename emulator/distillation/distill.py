@@ -52,7 +52,7 @@ from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
 from offsite.training.precision import settled, uses_bf16
 from offsite.training.processes import Processes, is_launched, world
-from offsite.vision.reader import ImageReader, Reader
+from offsite.vision.reader import ImageReader, Reader, tokenizer_in
 
 _LARGE = 10**9
 """Parameters of a model that is too large to be held in memory without a word."""
@@ -89,8 +89,8 @@ def run(config: DistillConfig) -> dict[str, object]:
     own = own_text(config) if config.writes_itself else None
     torch.manual_seed(config.seed)
     owned = _open(config, processes)
-    if is_encoder(owned.full) and config.steps and not isinstance(owned.tokenizer, ImageReader):
-        owned = replace(owned, masks=masks_for(config, owned.full, owned.tokenizer))
+    if is_encoder(owned.full) and config.steps:
+        owned = replace(owned, masks=masks_for(config, owned.full, tokenizer_in(owned.tokenizer)))
     text = _public_text(config, owned, own)
     recipe = _recipe(config, text, owned, processes)
     compressed = compress(owned.full, owned.plan, config.method, recipe)
@@ -183,9 +183,9 @@ def _open(config: DistillConfig, processes: Processes) -> _Owned:
 def _public_text(config: DistillConfig, owned: _Owned, own: Path | None) -> PublicText | None:
     if not config.public:
         return None
-    say("reading the public images" if isinstance(owned.tokenizer, ImageReader) else "reading the public text")
+    say(f"reading the public {'images' if (images := isinstance(owned.tokenizer, ImageReader)) else 'text'}")
     return prepare(
-        _records(config, config.public, owned.tokenizer) if own is None else read_files([own]),
+        _records(config, config.public, images=images) if own is None else read_files([own]),
         owned.tokenizer,
         owned.full,
         block_tokens=config.block_tokens,
@@ -198,13 +198,9 @@ def _public_text(config: DistillConfig, owned: _Owned, own: Path | None) -> Publ
     )
 
 
-def _records(config: DistillConfig, paths: Sequence[Path], reader: Reader) -> list[Record]:
+def _records(config: DistillConfig, paths: Sequence[Path], *, images: bool = False) -> list[Record]:
     return read_files(
-        paths,
-        fields=config.fields,
-        document_field=config.document_field,
-        separator=config.separator,
-        images=isinstance(reader, ImageReader),
+        paths, fields=config.fields, document_field=config.document_field, separator=config.separator, images=images
     )
 
 
@@ -219,7 +215,7 @@ def _field_kl(
     if not config.field_text:
         return {}
     text = prepare(
-        _records(config, config.field_text, owned.tokenizer),
+        _records(config, config.field_text),
         owned.tokenizer,
         owned.full,
         block_tokens=config.block_tokens,

@@ -23,6 +23,9 @@ PIXELS = "pixel_values"
 
 VISION_TYPES = ("vit", "dinov2", "clip_vision_model")
 
+MAX_PLACES = 2**14
+"""Most places of an image: attention takes memory of their square, and who opens a package has not chosen them."""
+
 _HOLDING = {"clip": "clip_vision_model"}
 """Architectures of checkpoints that hold such an encoder among other parts."""
 
@@ -52,8 +55,8 @@ def num_places(stated: Mapping[str, Any], size: tuple[int, int]) -> int:
     """Return at how many places the model has states for an image of that size: the patches, and one for the whole.
 
     Raises:
-        UnsupportedModel: when the configuration names no sizes, an image is no whole number of patches, or the model
-            has learnt positions for other images alone.
+        UnsupportedModel: when the configuration names no sizes, an image is no whole number of patches or more than
+            `MAX_PLACES` of them, or the model has learnt positions for other images alone.
     """
     patch = _pair(stated.get("patch_size"))
     if size[0] % patch[0] or size[1] % patch[1]:
@@ -63,7 +66,10 @@ def num_places(stated: Mapping[str, Any], size: tuple[int, int]) -> int:
     own = image_size(stated)
     if stated.get("model_type") != "dinov2" and size != own:  # which interpolates the positions that it has learnt
         raise UnsupportedModel(f"images of {size[0]}x{size[1]} pixels, the model reads {own[0]}x{own[1]} alone")
-    return 1 + (size[0] // patch[0]) * (size[1] // patch[1])
+    found, learnt = (1 + (one[0] // patch[0]) * (one[1] // patch[1]) for one in (size, own))
+    if max(found, learnt) > MAX_PLACES:
+        raise UnsupportedModel(f"images of {max(found, learnt)} patches, at most {MAX_PLACES} are taken")
+    return found
 
 
 def made_up_pixels(config: PreTrainedConfig, num_images: int) -> Tensor:

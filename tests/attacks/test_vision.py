@@ -70,6 +70,7 @@ PACKAGES = {
     "a mean that is no number": (pixels(mean=[1.0, 1.0, "nan"]), None, BadSchema),
     "a filter of another name": (pixels(resample="os.system"), None, BadSchema),
     "a class": (pixels(image_processor_type="ViTImageProcessor"), None, BadSchema),
+    "an image of too many patches": (pixels(shortest=2000, crop=[2000, 2000]), None, BadSchema),
     "no numbers at all": (without_pixels, None, BadSchema),
     "a tokenizer": (smuggled, lambda folder: (folder / "tokenizer.json").write_bytes(b"{}"), WrongNames),
 }
