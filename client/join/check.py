@@ -14,8 +14,7 @@ from client.audit.audit import num_asked
 from client.join.outlook import Expected, Numbers
 from client.join.people import show_privately, show_verdicts
 from client.tuning.data import split_records
-from client.tuning.ready import loop_settings, make_ready, task_for
-from client.tuning.runrecord import read_as, text_settings
+from client.tuning.ready import every_row, loop_settings, make_ready, task_for
 from offsite.console import muted, say
 from offsite.errors import DataError
 from offsite.text.records import Record
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 NUM_SHOWN = 3
 _SHOWN_LETTERS = 160
-_USED = ("text", "prompt", "completion", "messages", "chosen", "rejected", "label")
+_USED = ("text", "prompt", "completion", "messages", "chosen", "rejected", "label", "value", "tokens", "tags", "image")
 
 
 @dataclass(frozen=True)
@@ -176,14 +175,7 @@ def _fit(value: object) -> str:
 def _every_row(ready: Ready) -> list[Record]:
     """Return all rows, as the run reads them."""
     config = ready.config
-    return read_as(
-        config.data,
-        text_settings(config, task_for(config, ready.job)),
-        share_documents=config.by_user,
-        pairs=config.reads_pairs,
-        questions=config.samples_answers,
-        labels=config.labels,
-    )
+    return every_row(config, ready.package, task_for(config, ready.job))
 
 
 def _sides(ready: Ready, rows: Sequence[Record]) -> tuple[int, int]:
@@ -199,6 +191,12 @@ def _shape(record: Record) -> str:
     """Return in words what a row was read as; nothing of what it holds."""
     if record.rejected is not None:
         return "pairs of a chosen and a rejected answer"
+    if record.image is not None:
+        return "images with a label"
+    if record.words:
+        return "words with tags"
+    if record.value is not None:
+        return "texts with a value"
     if record.label is not None:
         return "texts with a label"
     if record.messages:

@@ -37,7 +37,7 @@ from offsite.tasks.read import read_task
 from offsite.tasks.rules import Rules, read_rules
 from offsite.tasks.task import Task
 from offsite.tensors import TensorSpec
-from offsite.text.records import require_files
+from offsite.text.records import Record, require_files
 from offsite.training.checkpoints import require_work
 from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
@@ -146,16 +146,7 @@ def make_ready(config: TuneConfig) -> Ready:
     digests = [sha256_file(path) for path in config.data]
     anchor = anchor_digest(config, digests)
     text = prepare(
-        read_as(
-            config.data,
-            text_settings(config, task),
-            share_documents=config.by_user,
-            pairs=config.reads_pairs,
-            questions=config.samples_answers,
-            labels=config.labels,
-            of_head=config.objective if config.has_head else "",
-            images=package.pixels is not None,
-        ),
+        every_row(config, package, task),
         reader,
         block_tokens=config.block_tokens,
         batch_size=config.batch_size,
@@ -175,6 +166,24 @@ def make_ready(config: TuneConfig) -> Ready:
     config = config.model_copy(update={"precision": _precision(config, device, work)})
     found = (config, package, job, round_, planted, device, text, spec, tuple(digests), anchor, work, rules, task)
     return Ready(*found, reward)
+
+
+def every_row(config: TuneConfig, package: Package, task: Task | None) -> list[Record]:
+    """Return all rows of the data, as the run reads them.
+
+    Raises:
+        DataError, ConfigError: as `read_as`.
+    """
+    return read_as(
+        config.data,
+        text_settings(config, task),
+        share_documents=config.by_user,
+        pairs=config.reads_pairs,
+        questions=config.samples_answers,
+        labels=config.labels,
+        of_head=config.objective if config.has_head else "",
+        images=package.pixels is not None,
+    )
 
 
 def require_answers_alone(config: TuneConfig, package: Package) -> None:
