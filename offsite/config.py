@@ -268,11 +268,13 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2 floats: ``1e-3`` is a number, not a word; and no setting is given twice."""
+        """YAML 1.2 floats: ``1e-3`` is a number, not a word; ``yes`` is a setting's name; and none is given twice."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             seen: set[object] = set()
             for key, _ in node.value:
+                if key.tag == "tag:yaml.org,2002:bool":
+                    key.tag = "tag:yaml.org,2002:str"
                 name = self.construct_object(key)  # type: ignore[no-untyped-call]
                 if isinstance(name, str) and name in seen:
                     raise ConfigError(f"configuration {file.name!r} gives {name!r} twice")

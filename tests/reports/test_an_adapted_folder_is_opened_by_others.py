@@ -126,14 +126,14 @@ def test_offsite_finds_the_full_model_again_or_asks_for_it(form, plug_in, tmp_pa
 def test_a_tokenizer_of_several_templates_comes_along(form, plug_in, monkeypatch):
     from server.plugging import plug
 
-    real = plug.load_tokenizer
+    real = plug.load_reader
 
     def with_two(name):
         tokenizer = real(name)
         tokenizer.chat_template = {"default": "{{ 'a' }}", "rag": "{{ 'b' }}"}
         return tokenizer
 
-    monkeypatch.setattr(plug, "load_tokenizer", with_two)
+    monkeypatch.setattr(plug, "load_reader", with_two)
     folder, _ = plug_in(form)
     load_adapted(folder)
     assert AutoTokenizer.from_pretrained(folder).chat_template == {"default": "{{ 'a' }}", "rag": "{{ 'b' }}"}

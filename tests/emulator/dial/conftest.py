@@ -117,6 +117,7 @@ def world(monkeypatch: pytest.MonkeyPatch, narrow_package: Package) -> World:
     monkeypatch.setattr("offsite.stages._start", made.start)
     monkeypatch.setattr("emulator.dial.verb._look", lambda config: (BASE, Shape(26, 800, 8)))
     monkeypatch.setattr("emulator.dial.verb.open_package", Opened)
+    monkeypatch.setattr("emulator.dial.verb.refuse_encoder", lambda name: None)
     return made
 
 

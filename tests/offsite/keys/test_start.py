@@ -37,7 +37,7 @@ def test_commands_in_and_below_a_project_find_its_folders(project, monkeypatch):
         assert (found.keys, found.registry) == (project / "keys", project / "registry")
         assert found.key_words() == []
     assert build(RegistryListConfig, flags={"keys": "other", "registry": "r"}).key_words() == ["--keys", "other"]
-    words = {"model": "m", "package": "p", "bundle": ["b"], "data": ["d.txt"], "output": "o"}
+    words = {"model": "m", "package": "p", "bundle": ["latest"], "data": ["d.txt"], "output": "o"}
     assert build(EvaluateConfig, flags=words).registry == project / "registry"
 
 
