@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from offsite.staging import leftovers, staged_file
 
 _POLL_SECONDS = 0.05
 _PATIENCE_SECONDS = 10.0
+_STEP_SECONDS = 600.0
+"""How long a verb that resumes may take to end the step that it is in, and to keep what it did."""
 
 
 @dataclass
@@ -80,7 +83,7 @@ def play(stages: Sequence[Stage], notes: Path) -> None:
             if not ended:
                 time.sleep(_POLL_SECONDS)
     finally:
-        _stop(list(running))
+        _stop(running)
 
 
 def was_done(stage: Stage, notes: Path) -> bool:
@@ -199,13 +202,16 @@ def _finish(stage: Stage, code: int, notes: Path) -> None:
         note.write_text(json.dumps({**stage.binding(), "outcome": stage.outcome}), encoding="utf-8")
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Every process has ended: asked to, and made to when it takes too long."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
+def _stop(running: Mapping[subprocess.Popen[bytes], Stage]) -> None:
+    """Every process has ended: asked to, as by Ctrl-C where it resumes, and made to when it takes too long."""
+    for process, stage in running.items():
+        if stage.resumes:
+            process.send_signal(signal.SIGINT)
+        else:
+            process.terminate()
+    for process, stage in running.items():
         try:
-            process.wait(_PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired:
+            process.wait(_STEP_SECONDS if stage.resumes else _PATIENCE_SECONDS)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
             process.kill()
             process.wait()

@@ -45,12 +45,24 @@ def show(audit: BundleAudit, gates: Sequence[Gate], *, num_nonmembers: int) -> N
         limit = "" if gate.limit is None else f" (limit {gate.limit:g})"
         say(f"  {gate.name.ljust(width)}  {gate.verdict.ljust(14)}  {gate.told}{limit}")
     for name in dict.fromkeys(gate.name for gate in gates if gate.verdict == "not measurable"):
-        if name in _HOW:
+        if why := _never(audit, name):
+            say(f"  {name}: {why}; a bundle goes without it by --accept-leakage alone")
+        elif name in _HOW:
             how = _HOW[name].format(rows=f"{MIN_NONMEMBERS:,}", canaries=MIN_CANARIES)
             here = f"; there were {num_nonmembers:,}" if name == "auc" else ""
             say(f"  to measure {name}: {how}{here}")
     if more := _more_canaries(audit):
         say(f"  {more}")
+
+
+def _never(audit: BundleAudit, name: str) -> str:
+    """Return why the gate can be measured of no run of this kind; empty where it can."""
+    head = audit.run.adapter.head
+    if head is not None and name in ("secrets", "epsilon"):
+        return "no made-up text is planted beside rows that a head learns from"
+    return (
+        "an encoder writes nothing, no row can be asked of it" if head and head.encoder and name == "verbatim" else ""
+    )
 
 
 def _more_canaries(audit: BundleAudit) -> str:

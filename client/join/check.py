@@ -62,11 +62,12 @@ class Checked:
         return {name: getattr(self, name) for name in (*names, *more)}
 
 
-def check_data(config: TuneConfig, *, writes: bool) -> Checked:
+def check_data(config: TuneConfig, *, writes: bool, asks: bool) -> Checked:
     """Return what these settings of ``offsite tune`` make of the data; it is read and cut as tuning reads and cuts it.
 
     Args:
-        writes: whether the model writes text, so that rows and secrets can be asked for.
+        writes: whether what is tuned writes text, so that canaries go with it and secrets can be asked for.
+        asks: whether the audit asks the model for the rest of rows, whatever it was tuned for.
 
     Raises:
         DataError: when a row cannot be read; on a terminal the columns that there are were shown.
@@ -103,7 +104,7 @@ def check_data(config: TuneConfig, *, writes: bool) -> Checked:
             num_aside=aside,
             steps=steps,
             num_drawn=max(1, min(drawn, train)),
-            num_asked=num_asked(_distinct(text.rows)) if writes else 0,
+            num_asked=num_asked([side for row in _distinct(text.rows) for side in row.sides]) if asks else 0,
             num_canaries=0,
             writes=writes,
             epsilon=None if dp is None else dp.epsilon or math.inf,

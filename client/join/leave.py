@@ -106,6 +106,7 @@ def leave(
         digest = read_sealed(sealed).digest
         place.note("sealed", {"bundle": bundle.digest, "sealed": digest})
     if exchange is None:
+        place.note("sent", {"bundle": bundle.digest, "sealed": digest})
         say(f"next: give {sealed} to the owner, by any way; they run: offsite intake {shlex.quote(sealed.name)}")
         return Left("sealed", sealed, digest)
     status, _ = hand_in(exchange, sealed, verdict_seconds=config.verdict_seconds)

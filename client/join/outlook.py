@@ -38,7 +38,7 @@ class Numbers:
         num_drawn: rows that these steps draw, at most.
         num_asked: rows that are long enough to be asked for the rest of.
         num_canaries: made-up texts that are planted; 0 for none, and no secrets.
-        writes: whether the model writes text, so that rows and secrets can be asked for.
+        writes: whether what is tuned writes text, so that canaries go with it and secrets can be asked for.
         epsilon: of a differentially private run.
     """
 
@@ -123,7 +123,7 @@ def _secrets(numbers: Numbers) -> Expected:
 
 
 def _verbatim(numbers: Numbers) -> Expected:
-    if not numbers.writes:
+    if not numbers.writes and not numbers.num_asked:
         return Expected("verbatim", "not measurable", "no row is asked for of this kind of model or objective")
     num = round(numbers.num_asked * numbers.drawn_share)
     return _few("verbatim", num, MIN_VERBATIM, "rows, long enough to be asked for, are trained on")

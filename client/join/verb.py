@@ -135,7 +135,8 @@ def _prepared(config: InvitedConfig, place: Place, opened: Opened) -> tuple[list
     settings = config.tuning(*where, more)
     package = opened.package
     apart = package.is_encoder or package.is_seq2seq
-    writes = not apart and not settings.has_head and settings.objective not in ("dpo", "rloo")
+    asks = not apart and settings.objective != "rloo"
+    writes = asks and not settings.has_head and settings.objective != "dpo"
     binding = {
         "data": digest,
         "job": opened.job.digest,
@@ -147,16 +148,17 @@ def _prepared(config: InvitedConfig, place: Place, opened: Opened) -> tuple[list
         return config.tune_words({**more, "audit_share": known["audit_share"]}), known["num_canaries"], digest
     if place.recalled("sent") is not None:
         raise ConfigError(
-            "a bundle of this job has left already, and these are other data or other settings",
-            hint="give the same again to hear what became of it; for another bundle ask the owner for another job",
+            "a bundle of this job has left already, or lies ready to; these are other data or other settings",
+            hint="give the same again to hear what became of it; for another bundle ask the owner for another job, "
+            "or, if it was never handed over, give another --work",
         )
     say("reading the data, as tuning will read it")
-    checked = check_data(settings, writes=writes)
+    checked = check_data(settings, writes=writes, asks=asks)
     asks_rows = checked.numbers.epsilon is None or checked.numbers.epsilon > WEAK_EPSILON
     more = {**more, "audit_share": audit_share(checked.num_rows) if asks_rows else 0.0}
     before, settings = settings.audit_share, config.tuning(*where, more)
     if settings.audit_share != before:
-        checked = check_data(settings, writes=writes)
+        checked = check_data(settings, writes=writes, asks=asks)
     planted = config.canaries
     if planted is None:
         planted = num_canaries(checked.num_rows, is_private=config.is_private)

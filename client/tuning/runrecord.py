@@ -103,9 +103,9 @@ def record_of(
 
 
 def _objective(config: TuneConfig, anchor: str | None, reward: str | None, ended: str | None) -> Objective | None:
-    """Return what the run minimised, and why it ended early, if it did."""
+    """Return what the run minimised, and by which collapse it ended, if by one."""
     found = config.stated(anchor, reward)
-    if found is None or found.rloo is None or ended is None:
+    if found is None or found.rloo is None or ended is None or ended == "patience":
         return found
     rewarded = Rewarded.model_validate({**found.rloo.model_dump(), "ended": ended})
     return found.model_copy(update={"rloo": rewarded})

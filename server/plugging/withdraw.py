@@ -16,7 +16,7 @@ from typing import cast
 from offsite.artefacts.manifest import MANIFEST_NAME
 from offsite.console import say
 from offsite.digests import model_digest, sha256_file
-from offsite.errors import ConfigError, WrongBinding
+from offsite.errors import ConfigError, RunFailed, WrongBinding
 from offsite.keys.identity import open_identity
 from offsite.modelling.load import load_model
 from offsite.sealed.withdrawal import Statement, write_withdrawal
@@ -49,6 +49,7 @@ def run(config: WithdrawConfig) -> dict[str, object]:
         PolicyError: when the bundle was not accepted yet, or a plugging in is under way.
         WrongBinding: when a folder holds another bundle, or `model` is not the one it was plugged into.
         ArtefactError: with its class, when it was refused.
+        RunFailed: when something could not be deleted; nothing is signed then.
         BadKey: when the keys do not open.
     """
     refuse_existing(config.output)
@@ -62,9 +63,11 @@ def run(config: WithdrawConfig) -> dict[str, object]:
         if entry.state in _STANDING:
             _check_model(config.model, registry.job(entry.job_id).base_digest)
         gone = registry.withdraw(entry.id)  # refuses what does not stand
+        _require_gone(registry.bundle_folder(entry.id))
         say(f"{entry.id}: withdrawn; its files are gone, and a server that looks in this registry serves it no longer")
         for folder in folders:
             remove(folder.path)
+            _require_gone(folder.path)
             say(f"{folder.path.name}: deleted")
         job, sums = registry.job(entry.job_id), sums_with(registry, entry)
     statement = Statement(
@@ -89,14 +92,20 @@ def run(config: WithdrawConfig) -> dict[str, object]:
 
 
 def _folders(paths: Sequence[Path], entry: Entry) -> list[_Folder]:
-    """Return the folders that are there and hold the bundle; one that is gone is not missed.
+    """Return the folders that are there and hold the bundle, each once; one that is gone is not missed.
 
     Raises:
+        ConfigError: when one is a link: what it leads to would stay.
         WrongBinding: when one holds another bundle, or does not say which.
         ArtefactError: when one is no adapted folder, or its files do not agree with it.
     """
-    found = []
+    found: list[_Folder] = []
     for path in paths:
+        if path.is_symlink():
+            hint = "name the folder that it leads to"
+            raise ConfigError(f"--adapted {path.name!r} is a link, which would be all that is deleted", hint=hint)
+        if any(path.exists() and path.samefile(one.path) for one in found):
+            continue
         if not path.exists():
             say(f"{path.name}: not there")
             continue
@@ -105,6 +114,18 @@ def _folders(paths: Sequence[Path], entry: Entry) -> list[_Folder]:
             raise WrongBinding(f"{path.name!r} holds another bundle than {entry.id}; nothing was withdrawn")
         found.append(_Folder(path, sha256_file(path / MANIFEST_NAME)))
     return found
+
+
+def _require_gone(path: Path) -> None:
+    """Return only if nothing stands at `path`: what is signed afterwards says that it was deleted.
+
+    Raises:
+        RunFailed: when the disk did not let go of it.
+    """
+    if path.exists():
+        raise RunFailed(
+            f"{path.name!r} is withdrawn, and could not be deleted whole", hint="look why, then the same command again"
+        )
 
 
 def _check_model(model: str | None, base_digest: str) -> None:

@@ -403,6 +403,7 @@ def build_app(
     tenants: Tenants | None = None,
     offset: Offset | None = None,
     stands: Callable[[], bool] | None = None,
+    each_stands: Mapping[str, Callable[[], bool]] | None = None,
     tasks: Sequence[Task] = (),
 ) -> FastAPI:
     """Return the application that serves `model`; its engine is ``app.state.engine``.
@@ -424,6 +425,7 @@ def build_app(
         tenants: whose keys are taken beside `key`.
         offset: an emulator and its adapter that move the model's scores in every answer.
         stands: tells, whenever somebody asks, whether the model may still be served; None, and it always may.
+        each_stands: the same of adapters, by their names in `adapters`.
         tasks: answered at ``/v1/tasks/NAME``.
 
     Raises:
@@ -446,7 +448,7 @@ def build_app(
         fixed[name] = Served(name, engine.rows.put_on(adapter))
     app = FastAPI(title="offsite", openapi_url=None, docs_url=None, redoc_url=None)
     app.state.engine = engine
-    catalogue = Catalogue(engine, fixed, bundles, stands)
+    catalogue = Catalogue(engine, fixed, bundles, stands, each_stands)
     served = ServedTasks(tasks)
     App(engine, catalogue, key=key, tenants=tenants, limit_bytes=limit_bytes, tasks=served).add_routes(app)
     return app

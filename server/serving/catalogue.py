@@ -142,6 +142,7 @@ class Catalogue:
         fixed: what is served for as long as the server runs.
         bundles: of a registry, which come and go.
         stands: tells whether what is fixed may still be served; None, and it always may.
+        each_stands: the same of single names of what is fixed.
     """
 
     def __init__(
@@ -150,8 +151,10 @@ class Catalogue:
         fixed: Mapping[str, Served],
         bundles: Bundles | None = None,
         stands: Callable[[], bool] | None = None,
+        each_stands: Mapping[str, Callable[[], bool]] | None = None,
     ) -> None:
         self._engine, self._fixed, self._bundles, self._stands = engine, dict(fixed), bundles, stands
+        self._each_stands = dict(each_stands or {})
         self._by_id: dict[str, Served] = {}
         self._refused: dict[str, tuple[float, str]] = {}
         self._ways: dict[str, Way] = {}
@@ -171,7 +174,11 @@ class Catalogue:
                 if time.monotonic() - self._looked >= _LOOK_SECONDS:
                     await self._look(self._bundles)
                     self._looked = time.monotonic()
-        return self._named
+        gone = await asyncio.to_thread(self._fallen) if self._each_stands else frozenset[str]()
+        return {name: served for name, served in self._named.items() if name not in gone}
+
+    def _fallen(self) -> frozenset[str]:
+        return frozenset(name for name, stands in self._each_stands.items() if not stands())
 
     async def find(self, name: str) -> Served | None:
         """Return what is served under that name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -31,6 +31,7 @@ from server.http.serve import is_loopback, listen, signals_end, url_of
 from server.plugging.adapted import open_adapted, read_adapter
 from server.plugging.fit import Fitted
 from server.plugging.offset import Offset, load_offset, open_offset
+from server.plugging.plug import accepted
 from server.plugging.ways import OFFSET
 from server.registry.registry import Registry
 from server.serving.app import build_app
@@ -235,6 +236,7 @@ def serve(config: ServeConfig) -> dict[str, object]:
         stands = partial(_stands, registry, bundle_id) if registry is not None and bundle_id is not None else None
         model, tokenizer, model_id = load_served(config)
         offset = load_offset(*checked, model, config.beta) if checked is not None else None
+        each_stands = _each_stands(config, registry) if trunk and registry is not None else {}
         adapters, bundles = _on_trunk(config, model, registry) if trunk else ({}, None)
         if head is not None or embeds:
             app = build_head_app(
@@ -267,6 +269,7 @@ def serve(config: ServeConfig) -> dict[str, object]:
                 tenants=tenants,
                 offset=offset,
                 stands=stands,
+                each_stands=each_stands,
                 tasks=tasks,
             )
         if beside is not None and registry is not None:
@@ -325,6 +328,22 @@ def _on_trunk(
 
 def _stands(registry: Registry, bundle_id: str) -> bool:
     return registry.entry(bundle_id).state in STANDING
+
+
+def _each_stands(config: ServeConfig, registry: Registry) -> dict[str, Callable[[], bool]]:
+    """Return for every named adapter of a bundle that the registry knows what tells whether it stands.
+
+    Raises:
+        PolicyError, ArtefactError: when one was withdrawn, or refused.
+    """
+    known = {entry.id for entry in registry.entries()}
+    found: dict[str, Callable[[], bool]] = {}
+    for name, folder in config.adapter.items():
+        bundle_id = open_adapted(folder).intake
+        if bundle_id is not None and bundle_id in known:
+            accepted(registry, bundle_id)
+            found[name] = partial(_stands, registry, bundle_id)
+    return found
 
 
 def _context(asked: int, model: PreTrainedModel, offset: Offset) -> int:

@@ -72,8 +72,8 @@ def test_row_30_a_correct_private_run_is_not(lab, setting, seeded):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["correct", *BROKEN])
 def test_row_30_over_several_seeds(lab, setting, way):
-    failed = sum(judged(lab, setting, way, seed)[0].verdict == "failed" for seed in range(2, 8))
-    assert failed == 0 if way == "correct" else failed >= 5
+    failed = sum(judged(lab, setting, way, seed)[0].verdict == "failed" for seed in range(2, 6))
+    assert failed <= 1 if way == "correct" else failed >= 3  # at 95 % one of twenty correct runs may be failed
 
 
 def test_row_30_the_committed_benchmark_says_so_of_twenty_seeds():

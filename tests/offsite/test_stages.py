@@ -185,6 +185,29 @@ def test_an_interrupt_stops_them_too(scripts, party, tmp_path, monkeypatch):
         os.kill(int((party / "pid").read_text()), 0)
 
 
+KEEPS = """
+import signal, sys, time, pathlib
+def keep(*_):
+    time.sleep(0.3)
+    pathlib.Path('kept').write_text('x')
+    sys.exit(130)
+signal.signal(signal.SIGINT, keep)
+pathlib.Path('ready').write_text('x')
+time.sleep(60)
+"""
+
+
+def test_one_that_resumes_may_end_its_step_when_it_is_interrupted(scripts, party, tmp_path, monkeypatch):
+    def interrupt(_seconds):
+        if (party / "ready").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        play([Stage("long", party, [KEEPS], party / "made", resumes=True)], tmp_path / "notes")
+    assert (party / "kept").exists()
+
+
 def test_one_that_cannot_be_started_stops_the_ones_that_were(scripts, party, tmp_path, monkeypatch):
     started = []
     popen = module.subprocess.Popen

@@ -30,6 +30,7 @@ SHORT = {
     "steps": ({"steps": 9}, {"inversion": "will fail"}),
     "epochs": ({"num_drawn": 280}, {"secrets": "not measurable", "verbatim": "not measurable"}),
     "text": ({"writes": False, "num_asked": 0}, {"secrets": "not measurable", "verbatim": "not measurable"}),
+    "a head": ({"writes": False, "num_canaries": 0}, {"secrets": "not measurable"}),
 }
 
 

@@ -108,6 +108,16 @@ def test_a_terminal_does_not_pass_a_gate_either(unsealed, monkeypatch):
     assert not (unsealed.work / "bundle.sealed").exists()
 
 
+def test_what_lies_ready_to_be_handed_over_is_not_replaced_unasked(unsealed):
+    first = unsealed.players.join(unsealed.hello, accept_leakage=True)
+    try:
+        with pytest.raises(ConfigError, match="or lies ready to"):
+            unsealed.players.join(unsealed.hello, accept_leakage=True, canaries=9)
+        assert unsealed.players.join(unsealed.hello, accept_leakage=True)["sealed_digest"] == first["sealed_digest"]
+    finally:
+        (unsealed.work / "notes" / "sent.json").unlink()
+
+
 def test_killed_between_the_seal_and_its_record_it_is_sealed_anew(unsealed):
     first = unsealed.players.join(unsealed.hello, accept_leakage=True)
     (unsealed.work / "bundle.sealed.release.json").unlink()

@@ -57,6 +57,13 @@ def steps_of(output):
     return [json.loads(line) for line in output.with_name(f"{output.name}.log.jsonl").read_text().splitlines()]
 
 
+def test_a_run_that_patience_ends_is_no_collapse(dense, rewarded, narrow_package, monkeypatch, tmp_path):
+    monkeypatch.setattr("client.objectives.rollouts.HeldOut.told", lambda self, model: 1.0)
+    told = run(rewarded(narrow_package, steps=10, evaluate_every=1, patience=2, max_new_tokens=2))
+    assert (told["steps"], told["ended"]) == (3, "patience")
+    assert read_run(run_path(tmp_path / "bundle")).objective.rloo.ended is None
+
+
 @pytest.mark.proves("rows", "prompts, for rewards by rules", "rloo")
 def test_a_run_earns_more_and_tells_of_every_step(dense, rewarded, narrow_package, tmp_path, capsys):
     told = run(rewarded(narrow_package, steps=10, evaluate_every=5, rloo_samples=8, max_new_tokens=4))

@@ -12,7 +12,7 @@ import pytest
 
 from offsite import cli
 from offsite.digests import model_digest, sha256_file
-from offsite.errors import BadSchema, BadSignature, ConfigError, PolicyError, WrongBinding
+from offsite.errors import BadSchema, BadSignature, ConfigError, PolicyError, RunFailed, WrongBinding
 from offsite.keys.trust import TrustStore
 from offsite.modelling.load import load_model
 from offsite.sealed.withdrawal import read_withdrawal
@@ -164,9 +164,8 @@ def test_the_client_reads_it_and_one_that_was_changed_is_refused(owner, make_par
         verify(client.identity.public)
 
 
-def test_a_folder_is_served_no_longer_once_its_bundle_is_withdrawn(owner, llama_folder, monkeypatch, tmp_path):
-    named = {"id": owner.id, "registry": owner.registry, "keys": owner.keys}
-    plug_in(PlugConfig(model=str(llama_folder), output=tmp_path / "adapted", **named))
+def asked_while_served(owner, tmp_path, monkeypatch):
+    """What a server lists before and after the bundle is withdrawn, once one was started."""
     found = []
 
     async def models(app):
@@ -186,7 +185,42 @@ def test_a_folder_is_served_no_longer_once_its_bundle_is_withdrawn(owner, llama_
 
     monkeypatch.setattr("server.serving.serve.Process", Asked)
     monkeypatch.setenv("OFFSITE_API_KEY", "a-key")
+    return found
+
+
+def test_a_folder_is_served_no_longer_once_its_bundle_is_withdrawn(owner, llama_folder, monkeypatch, tmp_path):
+    named = {"id": owner.id, "registry": owner.registry, "keys": owner.keys}
+    plug_in(PlugConfig(model=str(llama_folder), output=tmp_path / "adapted", **named))
+    found = asked_while_served(owner, tmp_path, monkeypatch)
     serve(ServeConfig(adapted=tmp_path / "adapted", registry=owner.registry, keys=owner.keys, model_id="m", port=0))
     assert found == [["m"], []]
     with pytest.raises(PolicyError, match="was withdrawn"):
         serve(ServeConfig(adapted=tmp_path / "adapted", registry=owner.registry, keys=owner.keys, port=0))
+
+
+def test_nothing_is_signed_of_what_still_stands(owner, llama_folder, monkeypatch, tmp_path):
+    named = {"id": owner.id, "registry": owner.registry, "keys": owner.keys}
+    plug_in(PlugConfig(model=str(llama_folder), output=tmp_path / "adapted", **named))
+    (tmp_path / "link").symlink_to(tmp_path / "adapted")
+    with pytest.raises(ConfigError, match="is a link"):
+        withdraw(settings(owner, tmp_path, adapted=(tmp_path / "link",)))
+    with monkeypatch.context() as patch:
+        patch.setattr("server.plugging.withdraw.remove", lambda path: None)
+        with pytest.raises(RunFailed, match="could not be deleted whole"):
+            withdraw(settings(owner, tmp_path, adapted=(tmp_path / "adapted",)))
+    assert not (tmp_path / "withdrawal.json").exists()
+    twice = (tmp_path / "adapted", tmp_path / "shelf" / ".." / "adapted")
+    assert len(withdraw(settings(owner, tmp_path, adapted=twice))["removed"]) == 1
+
+
+def test_an_adapter_that_is_named_is_served_no_longer_either(owner, llama_folder, monkeypatch, tmp_path):
+    named = {"id": owner.id, "registry": owner.registry, "keys": owner.keys}
+    plug_in(PlugConfig(model=str(llama_folder), output=tmp_path / "adapted", **named))
+    monkeypatch.setattr("server.serving.catalogue._LOOK_SECONDS", 0)
+    found = asked_while_served(owner, tmp_path, monkeypatch)
+    common = {"adapted": llama_folder, "adapter": {"x": tmp_path / "adapted"}, "port": 0, "model_id": "m"}
+    serve(ServeConfig(registry=owner.registry, keys=owner.keys, **common))
+    assert [name for name in found[0] if name in ("m", "x")] == ["m", "x"]
+    assert found[1] == ["m"]
+    with pytest.raises(PolicyError, match="was withdrawn"):
+        serve(ServeConfig(registry=owner.registry, keys=owner.keys, **common))
