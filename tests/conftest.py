@@ -9,7 +9,9 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,6 +42,10 @@ from offsite.tensors import read_header
 # A test that reaches for a hub fails at once, here and in what it spawns.
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Whoever starts a suite in the background of a script has Ctrl-C ignored, and what is spawned inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 gc.disable()  # until everything is imported
 

@@ -345,7 +345,7 @@ HEAVY = frozenset(
             "evaluate",
         ),
         *("task baseline", "audit plugged-in", "serve", "realign", "canaries", "tune", "audit bundle"),
-        *("exchange certificate", "exchange serve"),
+        *("exchange certificate", "exchange serve", "withdraw"),
         *("federate simulate", "federate serve", "federate join", "federate node"),
     )
 )
