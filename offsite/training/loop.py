@@ -242,6 +242,10 @@ class _Run:
                 self.state.before_loss = self._measured(self.evaluate)
             except EndOfRun as end:
                 self._end(end)
+        try:
+            self._require_patience()  # of a run that was interrupted in the very step in which it was to end
+        except EndOfRun as end:
+            self._end(end)
         began, earlier = time.monotonic(), self.state.seconds
         with self._journal() as log, self._progress() as bar, stop_on_interrupt() as stop:
             while self.state.step < self.config.steps and self.ended is None:

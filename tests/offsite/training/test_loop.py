@@ -432,6 +432,18 @@ def test_patience_ends_a_run_and_one_that_is_resumed_ends_alike(tmp_path, capsys
     with pytest.raises(Kill):
         patiently(tmp_path / "killed", losses, loss=KillAt(9))  # the newest checkpoint is of step 6
     assert_same(patiently(tmp_path / "killed", losses[3:], resume=True), whole)
+
+    class Interrupted(Scripted):
+        def __call__(self) -> float:
+            if self.calls == 4:  # in the very step in which the run is to end
+                signal.raise_signal(signal.SIGINT)
+            return super().__call__()
+
+    model, config = Tiny(), settings(patience=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "late", model=model, evaluate=Interrupted(model, losses), config=config)
+    assert (tmp_path / "late" / "checkpoint-10").is_dir()
+    assert_same(patiently(tmp_path / "late", [], resume=True), whole)
     more = patiently(tmp_path / "patient", losses, patience=4)
     assert (more.steps, more.best_step, more.ended) == (12, 12, None)
     assert "patience" not in settings().binding()  # a checkpoint of before knows of none
