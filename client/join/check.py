@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -148,7 +149,7 @@ def _of_file(path: Path, named: dict[str, str], document: str | None) -> list[st
     try:
         if file_kind(path) == ".txt":
             return [f"{path.name}: plain text, documents between blank lines"]
-        for number, row in zip(range(NUM_SHOWN), read_rows(path), strict=False):
+        for number, row in enumerate(islice(read_rows(path), NUM_SHOWN)):
             if number == 0:
                 lines.append(f"{path.name}: columns, by its first row:")
                 lines += [f"  {_fit(name)}: {_taken_for(name, named, document)}" for name in row.values]

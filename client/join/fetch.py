@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from client.exchange.http import ExchangeClient, NotAccepted
 from client.exchange.verbs import fetch_offer
@@ -144,12 +145,11 @@ def _require_invited(opened: OpenedJob, invitation: Invitation, joining: Joining
             raise WrongBinding(f"job {job.job_id[:12]} was opened here with other terms than {folder.name!r} has")
 
 
-class _Source:
+class _Source(Protocol):
     """Where sealed folders come from."""
 
     def sealed(self, kind: Kind, is_meant: Callable[[OfferSummary | SealedManifest], bool]) -> Path:
         """Return the newest sealed folder of the kind that may be meant; NotYet when there is none."""
-        raise NotImplementedError
 
 
 class _Folder(_Source):

@@ -268,7 +268,7 @@ VERBS: dict[str, Verb] = {
         OWNER,
     ),
     "join": Verb(
-        "a client's whole side, from an invitation to a sealed bundle",
+        "from an invitation to a sealed bundle, step by step",
         "client.join.config:InvitedConfig",
         "client.join.verb:run",
         CLIENT,
