@@ -41,7 +41,7 @@ from offsite.encoders.trunk import is_encoder
 from offsite.errors import ConfigError
 from offsite.modelling.causal import refuse_uncausal
 from offsite.modelling.dtypes import main_dtype, stored_in
-from offsite.modelling.load import is_encoder_name, is_seq2seq_name, is_vision_name, load_model, load_reader
+from offsite.modelling.load import is_encoder_name, is_seq2seq_name, load_model, load_reader
 from offsite.modelling.split import Plan, make_plan
 from offsite.seq2seq.models import is_seq2seq, require_start
 from offsite.seq2seq.refusals import refuse_settings
@@ -52,7 +52,7 @@ from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
 from offsite.training.precision import settled, uses_bf16
 from offsite.training.processes import Processes, is_launched, world
-from offsite.vision.reader import ImageReader, Reader, tokenizer_in
+from offsite.vision.reader import ImageReader, Reader
 
 _LARGE = 10**9
 """Parameters of a model that is too large to be held in memory without a word."""
@@ -78,7 +78,7 @@ def run(config: DistillConfig) -> dict[str, object]:
         return in_processes(config)
     say(f"loading {Path(config.model).name!r}")
     if is_encoder_name(config.model):
-        require_no_text(config, is_vision=is_vision_name(config.model))
+        require_no_text(config)
     _require_stacks(config)
     began, terms = time.monotonic(), read_terms(config.terms)
     processes = replace(world(), device=choose_device(config.device))
@@ -90,7 +90,7 @@ def run(config: DistillConfig) -> dict[str, object]:
     torch.manual_seed(config.seed)
     owned = _open(config, processes)
     if is_encoder(owned.full) and config.steps:
-        owned = replace(owned, masks=masks_for(config, owned.full, tokenizer_in(owned.tokenizer)))
+        owned = replace(owned, masks=masks_for(config, owned.full, owned.tokenizer))
     text = _public_text(config, owned, own)
     recipe = _recipe(config, text, owned, processes)
     compressed = compress(owned.full, owned.plan, config.method, recipe)

@@ -25,6 +25,7 @@ from offsite.training.config import LoopConfig
 from offsite.training.loop import Outcome, train
 from offsite.training.precision import uses_bf16
 from offsite.training.processes import Processes, world
+from offsite.vision.models import PIXELS
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def distill(
         resume: go on from the newest checkpoint in `work`.
         binding: what a resumed run must share with the run it goes on from, besides settings and text.
         cache_bytes: most that what the full model gives on text may take in `work`, to be computed once, in one
-            process; see `emulator.distillation.kept`.
+            process; see `emulator.distillation.kept`. Of images nothing is kept.
 
     Raises:
         ConfigError: `work` holds another run, or a run of other settings; nothing is held out.
@@ -139,7 +140,8 @@ def _keeps(
     limit_bytes: int,
 ) -> bool:
     """What the full model gives on text that the run comes to again is kept from now on. Returns whether any is."""
-    head = before_head(pair.full, row, real_tokens(row)) if limit_bytes else None
+    keeps = limit_bytes and PIXELS not in row  # states are found again by a row's tokens, which of images are zeros
+    head = before_head(pair.full, row, real_tokens(row)) if keeps else None
     if head is None or isinstance(head, Tensor):
         return False
     per_epoch = text.train.num_steps_per_epoch

@@ -2,7 +2,8 @@
 
 An encoder is held as its trunk, which has no scores. Where its checkpoint has the head that it was pretrained with,
 both trunks go through that one, frozen, at the masked positions: KL(full || emulator) of the masked token. Hidden
-states are compared at every position of the same text. The head is the owner's, and no part of the package.
+states are compared at every position of the same text; of images there is nothing else to compare. The head is the
+owner's, and no part of the package.
 
 Shapes: B rows, T tokens, V vocabulary, N chosen positions, D width.
 
@@ -26,12 +27,13 @@ from torch import Tensor, nn
 from emulator.compression.activations import Batch, real_tokens
 from emulator.distillation.config import DistillConfig
 from offsite.console import say
-from offsite.encoders.outputs import outputs
+from offsite.encoders.outputs import outputs_of
 from offsite.encoders.trunk import is_encoder
 from offsite.errors import ConfigError
 from offsite.modelling.head import Before
 from offsite.modelling.load import load_masked_head
 from offsite.text.batches import Batches, Example
+from offsite.vision.reader import ImageReader, Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -144,8 +146,11 @@ class Masks:
     head: MaskedHead
 
 
-def masks_for(config: DistillConfig, full: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Masks | None:
+def masks_for(config: DistillConfig, full: PreTrainedModel, tokenizer: Reader) -> Masks | None:
     """Return them for the encoder that is distilled; None, and what is lacking is said, where it has not both."""
+    if isinstance(tokenizer, ImageReader):
+        say("distill: hidden states alone are matched: the model reads images")
+        return None
     masking = Masking.of(tokenizer, full, seed=config.seed)
     model = None if masking is None else load_masked_head(config.model)
     if masking is None or model is None:
@@ -155,20 +160,12 @@ def masks_for(config: DistillConfig, full: PreTrainedModel, tokenizer: PreTraine
     return Masks(masking, MaskedHead(model))
 
 
-def require_no_text(config: DistillConfig, *, is_vision: bool = False) -> None:
+def require_no_text(config: DistillConfig) -> None:
     """Return only if nothing is asked of an encoder that needs scores of next tokens: it has none.
-
-    Args:
-        is_vision: the encoder reads images, and is not trained on them to imitate.
 
     Raises:
         ConfigError: naming the setting.
     """
-    if is_vision and config.steps:
-        raise ConfigError(
-            f"model {Path(config.model).name!r} is a vision encoder: --steps above 0 goes with models that read text",
-            hint="make its package without training: --steps 0 with --method width, drop or keep-all",
-        )
     needs = {
         "--public self": config.writes_itself,
         "--field-text": bool(config.field_text),
@@ -226,7 +223,7 @@ def scored(masks: Masks | None, models: Sequence[PreTrainedModel]) -> Iterator[N
 
 def _before(trunk: PreTrainedModel, head: MaskedHead | None) -> Any:
     def before(batch: Mapping[str, Tensor], chosen_BT: Tensor) -> Before:
-        states_BTD = outputs(trunk, batch["input_ids"], batch.get("attention_mask"))
+        states_BTD = outputs_of(trunk, batch)
         hidden_ND = states_BTD[chosen_BT]
         if head is None:
             return Before(hidden_ND, _no_scores, 1, learns=False)

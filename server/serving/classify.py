@@ -11,20 +11,21 @@ vectors are is told in ``offsite/evaluation/embeddings.py``.
 POST /v1/rerank, of a reward model, takes ``{"model", "query", "documents": [TEXT or {"text": TEXT}, ...]}``,
 with ``top_n`` and ``return_documents`` where wanted. It gives in ``results`` the documents' places, most rewarded
 first, each with its ``relevance_score``: the logistic function of the number that the head gives the query with the
-document behind it, as one text, or as the chat template writes both where the query is messages. GET /v1/models and
-/health are as of any model that is served. Texts are never logged.
+document behind it, as one text, or as the chat template writes both where the query is messages.
+
+Of a classifier of images ``input`` is base64 of a PNG or JPEG, a ``data:`` URL of one, or a list of these; a place of
+an image counts as a token. GET /v1/models and /health are as of any model that is served. Texts and images are never
+logged.
 
 Shapes: N texts, L labels, D width.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -34,180 +35,30 @@ from torch import Tensor
 
 from offsite.artefacts.bundle import Head
 from offsite.encoders.trunk import is_encoder_config
-from offsite.errors import DataError
-from offsite.evaluation.embeddings import embeddings_of
-from offsite.evaluation.heads import scores_of
-from offsite.evaluation.tags import tag_scores, targets_of
+from offsite.evaluation.tags import targets_of
 from offsite.modelling.head import causal_lm
-from offsite.text.batches import Example, answered_ids, encode, pad_id
-from offsite.text.calls import encoded
-from offsite.text.headrows import Label
-from offsite.text.records import Record
-from server.batching.generate import context_length, embedding_table
+from offsite.vision.reader import ImageReader, Reader, tokenizer_in
 from server.serving.app import App
 from server.serving.catalogue import Catalogue, Served
-from server.serving.engine import Counts, Engine
+from server.serving.engine import Engine
 from server.serving.jobs import Job
-from server.serving.protocol import ApiError, ClassifyAsk, EmbeddingAsk, Prompt, RerankAsk, parse
+from server.serving.protocol import ApiError, ClassifyAsk, EmbeddingAsk, RerankAsk, parse
+from server.serving.scoring import ImageScorer, Scorer, Waiting
 from server.serving.tasks import ServedTasks
 from server.tenants.store import Tenant, Tenants
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-_ROWS = 8
-
-_NO_LIMIT = 2**31
-
-Given = TypeVar("Given")
 Result = TypeVar("Result")
 
 
-class Scorer:
-    """A model that reads whole texts, and the queue before it: one request at a time, in a thread of its own.
+class ScoredApp(App):
+    """What the routes of models that write no text have in common.
 
     Args:
-        model: with a head, or an encoder, in eval mode.
-        tokenizer: its own.
-        context: most tokens of a text; 0 for what the model was made for.
-        limit_waiting: requests that may wait behind the one being answered.
-    """
-
-    batch = None
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, context: int, limit_waiting: int
-    ) -> None:
-        self._model, self._tokenizer, self._limit_waiting = model, tokenizer, limit_waiting
-        self.context = context_length(model, tokenizer, context)
-        self._num_vocabulary = int(embedding_table(model).shape[0])
-        self.counts, self.num_inside = Counts(), 0
-        self._lock, self._stopping = asyncio.Lock(), False
-
-    def stop(self) -> None:
-        """What waits is refused; the request that is computed comes to its end."""
-        self._stopping = True
-
-    def tokens(self, texts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-        """Return the tokens of every text, as its tokenizer gives them by itself; of tokens those.
-
-        Raises:
-            ApiError: 400; the tokenizer fails on one, it is longer than the context, or a token is unknown.
-        """
-
-        def read(text: Prompt) -> Sequence[int]:
-            return encoded(self._tokenizer, text, what="it") if isinstance(text, str) else text
-
-        return [self._read("input", number, partial(read, text)) for number, text in enumerate(texts)]
-
-    def answered(self, ask: RerankAsk) -> list[tuple[int, ...]]:
-        """Return the tokens of the query with each document behind it, as a reward model's pairs were read.
-
-        Raises:
-            ApiError: 400; the tokenizer or its chat template fails on one, or it is longer than the context.
-        """
-        text = ((ask.query, False),) if isinstance(ask.query, str) else ()
-        said = [] if isinstance(ask.query, str) else [one.for_template for one in ask.query]
-        messages = tuple((one["role"], one["content"]) for one in said)
-        query = Record(text, "", 0, messages=messages, place="the query", num_given=len(messages))
-        return [
-            self._read("documents", number, partial(answered_ids, query, document, self._tokenizer))
-            for number, document in enumerate(ask.documents)
-        ]
-
-    def _read(self, name: str, number: int, work: Callable[[], Sequence[int]]) -> tuple[int, ...]:
-        where = f"{name}.{number}"
-        try:
-            ids = tuple(work())
-        except DataError as error:
-            raise ApiError(400, f"{name} {number}: {error}", param=where) from None
-        if not all(0 <= token < self._num_vocabulary for token in ids):
-            raise ApiError(400, f"{name} {number}: token ids are 0 to {self._num_vocabulary - 1}", param=where)
-        if not 1 <= len(ids) <= self.context:
-            message = f"{name} {number} has {len(ids)} tokens, 1 to {self.context} are read"
-            raise ApiError(400, message, param=where, code="context_length_exceeded")
-        return ids
-
-    async def scores(self, rows: list[tuple[int, ...]]) -> list[list[float]]:
-        """Return the head's scores of every text, (N, L).
-
-        Raises:
-            ApiError: 429 when too many wait, 503 when the server stops.
-            RunFailed: when a score is not finite.
-        """
-        return await self._in_turn(self._scores, rows)
-
-    def worded(self, texts: Sequence[str]) -> list[Example]:
-        """Return the tokens of every text, each word's first with the word's number for a label.
-
-        Raises:
-            ApiError: 400; the tokenizer fails on one, it is longer than the context, or no word has a token.
-        """
-        found = []
-        for number, text in enumerate(texts):
-            words = tuple(text.split())
-            numbers = tuple(Label(place, "") for place in range(len(words)))
-            record = Record(((" ".join(words), True),), "", number, place="it", words=words, tags=numbers)
-            one: list[Example] = []
-
-            def read(record: Record = record, one: list[Example] = one) -> Sequence[int]:
-                one += encode([record], self._tokenizer, context=_NO_LIMIT, ended=False).examples
-                return one[0].input_ids
-
-            self._read("input", number, read)
-            found += one
-        return found
-
-    async def tags(self, rows: list[Example]) -> list[Tensor]:
-        """Return the head's scores of the words of every text, (W, L) each.
-
-        Raises:
-            ApiError, RunFailed: as `scores`.
-        """
-
-        def work(examples: list[Example]) -> list[Tensor]:
-            return tag_scores(self._model, examples, batch_size=_ROWS, pad_id=pad_id(self._tokenizer))
-
-        return await self._in_turn(work, rows)
-
-    async def embeddings(self, rows: list[tuple[int, ...]]) -> Tensor:
-        """Return the vector of every text, (N, D) float32, of an encoder.
-
-        Raises:
-            ApiError, RunFailed: as `scores`.
-        """
-        return await self._in_turn(self._embeddings, rows)
-
-    async def _in_turn(self, work: Callable[[list[Given]], Result], rows: list[Given]) -> Result:
-        if self.num_inside > self._limit_waiting:
-            raise ApiError(429, f"{self.num_inside} requests are inside already", kind="rate_limit_error")
-        self.num_inside += 1
-        try:
-            async with self._lock:
-                if self._stopping:
-                    raise ApiError(503, "the server is shutting down", kind="server_error", code="shutting_down")
-                return await asyncio.to_thread(work, rows)
-        finally:
-            self.num_inside -= 1
-
-    def _scores(self, rows: list[tuple[int, ...]]) -> list[list[float]]:
-        examples = [Example(list(row), list(row)) for row in rows]
-        scores_NL = scores_of(self._model, examples, batch_size=_ROWS, pad_id=pad_id(self._tokenizer))
-        found: list[list[float]] = scores_NL.tolist()
-        return found
-
-    def _embeddings(self, rows: list[tuple[int, ...]]) -> Tensor:
-        examples = [Example(list(row), list(row)) for row in rows]
-        return embeddings_of(self._model, examples, batch_size=_ROWS, pad_id=pad_id(self._tokenizer))
-
-
-class HeadApp(App):
-    """The routes of a model with a head, or of an encoder.
-
-    Args:
-        scorer: the model.
+        waiting: the queue before the model.
         head: what it answers; None of an encoder without one.
-        embeds: whether it is an encoder, whose embeddings can be asked for.
         model_id: the name clients ask for.
         key, tenants, limit_bytes: as `App` takes them.
         stands: as `Catalogue` takes it.
@@ -215,26 +66,90 @@ class HeadApp(App):
 
     def __init__(
         self,
-        scorer: Scorer,
+        waiting: Waiting,
         head: Head | None,
         *,
-        embeds: bool,
         model_id: str,
         key: str | None,
         tenants: Tenants | None,
         limit_bytes: int,
         stands: Callable[[], bool] | None = None,
     ) -> None:
-        engine = cast(Engine, scorer)  # of which the routes that are added read counts, and what is inside
+        engine = cast(Engine, waiting)  # of which the routes that are added read counts, and what is inside
         catalogue = Catalogue(engine, {model_id: Served(model_id)}, stands=stands)
         super().__init__(engine, catalogue, key=key, tenants=tenants, limit_bytes=limit_bytes, tasks=ServedTasks())
-        self._scorer, self._head, self._embeds = scorer, head, embeds
+        self._counts, self._head = waiting.counts, head
 
     def routes(self) -> APIRouter:
-        """The addresses that answer under /v1."""
+        """The addresses that answer under /v1, of any such model."""
         router = APIRouter(prefix="/v1", dependencies=[Depends(self.authorise)])
         router.add_api_route("/models", self.models, methods=["GET"])
         router.add_api_route("/models/{model_id:path}", self.model, methods=["GET"])
+        return router
+
+    async def _computed(
+        self,
+        request: Request,
+        served: Served,
+        rows: list[tuple[int, ...]],
+        work: Callable[[list[tuple[int, ...]]], Awaitable[Result]],
+    ) -> tuple[Result, int]:
+        """Return what `work` makes of the rows, within the tenant's limits, and how many tokens it read."""
+        tenant: Tenant | None = request.state.tenant
+        job = Job(tuple(rows), (), frozenset(), continues=False)
+        with self._at_once(tenant), self._metered(tenant, served, job):
+            found = await work(rows)
+        self._counts.num_prompt_tokens += job.num_prompt_tokens
+        return found, job.num_prompt_tokens
+
+    def _told(self, scores: list[float]) -> dict[str, Any]:
+        labels = self._head.labels if self._head is not None else ()
+        if not labels:
+            name = "value" if self._head is not None and self._head.task == "regress" else "score"
+            return {name: scores[0]}
+        probs = _softmax(scores)
+        return {"label": labels[probs.index(max(probs))], "probs": probs, "num_classes": len(labels)}
+
+
+class ImageApp(ScoredApp):
+    """The routes of a classifier of images; the arguments are those of `ScoredApp`."""
+
+    def __init__(self, scorer: ImageScorer, head: Head, **given: Any) -> None:
+        super().__init__(scorer, head, **given)
+        self._scorer = scorer
+
+    def routes(self) -> APIRouter:
+        """The addresses that answer under /v1."""
+        router = super().routes()
+        router.add_api_route("/classify", self.classify, methods=["POST"], response_model=None)
+        return router
+
+    async def classify(self, request: Request) -> Response:
+        """Classify images."""
+        ask = parse(await self._body(request), ClassifyAsk)
+        served = await self._find(request, ask.model)
+        rows = self._scorer.places(len(ask.input))
+        scores, num = await self._computed(request, served, rows, lambda _: self._scorer.scores(ask.input))
+        return _classified(served, [self._told(one) for one in scores], num)
+
+
+class HeadApp(ScoredApp):
+    """The routes of a model of texts with a head, or of an encoder.
+
+    Args:
+        scorer: the model.
+        head: what it answers; None of an encoder without one.
+        embeds: whether it is an encoder, whose embeddings can be asked for.
+        given: as `ScoredApp` takes it.
+    """
+
+    def __init__(self, scorer: Scorer, head: Head | None, *, embeds: bool, **given: Any) -> None:
+        super().__init__(scorer, head, **given)
+        self._scorer, self._embeds = scorer, embeds
+
+    def routes(self) -> APIRouter:
+        """The addresses that answer under /v1."""
+        router = super().routes()
         if self._head is not None:
             router.add_api_route("/classify", self.classify, methods=["POST"], response_model=None)
             router.add_api_route("/rerank", self.rerank, methods=["POST"], response_model=None)
@@ -251,17 +166,7 @@ class HeadApp(App):
         else:
             scores, num = await self._computed(request, served, self._scorer.tokens(ask.input), self._scorer.scores)
             data = [self._told(one) for one in scores]
-        usage = {"prompt_tokens": num, "total_tokens": num, "completion_tokens": 0}
-        return JSONResponse(
-            {
-                "id": f"classify-{secrets.token_hex(12)}",
-                "object": "list",
-                "created": int(time.time()),
-                "model": served.name,
-                "data": [{"index": number} | one for number, one in enumerate(data)],
-                "usage": usage,
-            }
-        )
+        return _classified(served, data, num)
 
     async def rerank(self, request: Request) -> Response:
         """Order documents by how much each is rewarded behind the query."""
@@ -310,28 +215,19 @@ class HeadApp(App):
             found.append({"words": words, "tags": tags})
         return found, num
 
-    async def _computed(
-        self,
-        request: Request,
-        served: Served,
-        rows: list[tuple[int, ...]],
-        work: Callable[[list[tuple[int, ...]]], Awaitable[Result]],
-    ) -> tuple[Result, int]:
-        """Return what `work` makes of the rows, within the tenant's limits, and how many tokens it read."""
-        tenant: Tenant | None = request.state.tenant
-        job = Job(tuple(rows), (), frozenset(), continues=False)
-        with self._at_once(tenant), self._metered(tenant, served, job):
-            found = await work(rows)
-        self._scorer.counts.num_prompt_tokens += job.num_prompt_tokens
-        return found, job.num_prompt_tokens
 
-    def _told(self, scores: list[float]) -> dict[str, Any]:
-        labels = self._head.labels if self._head is not None else ()
-        if not labels:
-            name = "value" if self._head is not None and self._head.task == "regress" else "score"
-            return {name: scores[0]}
-        probs = _softmax(scores)
-        return {"label": labels[probs.index(max(probs))], "probs": probs, "num_classes": len(labels)}
+def _classified(served: Served, data: Sequence[dict[str, Any]], num_tokens: int) -> Response:
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0}
+    return JSONResponse(
+        {
+            "id": f"classify-{secrets.token_hex(12)}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": served.name,
+            "data": [{"index": number} | one for number, one in enumerate(data)],
+            "usage": usage,
+        }
+    )
 
 
 def _softmax(scores: list[float]) -> list[float]:
@@ -350,7 +246,7 @@ def _as_base64(vector_D: Tensor) -> str:
 
 def build_head_app(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    reader: Reader,
     head: Head | None,
     *,
     model_id: str,
@@ -365,21 +261,19 @@ def build_head_app(
 
     Args:
         model: in eval mode.
+        reader: its tokenizer, or what reads images for it, which then has a head.
         head: the model's; None of an encoder without one.
         key, limit_waiting, limit_bytes, tenants, stands: as `server.serving.app.build_app` takes them.
     """
-    scorer = Scorer(model, tokenizer, context=context, limit_waiting=limit_waiting)
     app = FastAPI(title="offsite", openapi_url=None, docs_url=None, redoc_url=None)
+    given = {"model_id": model_id, "key": key, "tenants": tenants, "limit_bytes": limit_bytes, "stands": stands}
+    if isinstance(reader, ImageReader) and head is not None:
+        shown = ImageScorer(model, reader, limit_waiting=limit_waiting)
+        app.state.engine = shown
+        ImageApp(shown, head, **given).add_routes(app)
+        return app
+    scorer = Scorer(model, tokenizer_in(reader), context=context, limit_waiting=limit_waiting)
     app.state.engine = scorer
     embeds = is_encoder_config(causal_lm(model).config)
-    HeadApp(
-        scorer,
-        head,
-        embeds=embeds,
-        model_id=model_id,
-        key=key,
-        tenants=tenants,
-        limit_bytes=limit_bytes,
-        stands=stands,
-    ).add_routes(app)
+    HeadApp(scorer, head, embeds=embeds, **given).add_routes(app)
     return app

@@ -25,8 +25,7 @@ from offsite.errors import ConfigError
 from offsite.modelling.context import context_of
 from offsite.modelling.load import is_encoder_name, is_vision_name
 from offsite.tasks.task import Task
-from offsite.vision.models import VISION_TYPES
-from offsite.vision.reader import tokenizer_in
+from offsite.vision.reader import Reader, tokenizer_in
 from server.http.serve import is_loopback, listen, signals_end, url_of
 from server.plugging.adapted import open_adapted, read_adapter
 from server.plugging.fit import Fitted
@@ -42,7 +41,7 @@ from server.serving.engine import Engine
 from server.tenants.store import Tenants
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 KEY_VARIABLE = "OFFSITE_API_KEY"
 
@@ -96,8 +95,8 @@ def read_key(key_file: Path | None) -> tuple[str, bool]:
     return key, False
 
 
-def load_served(config: ServeConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """Return the model on its device in eval mode, its tokenizer, and the name it is served under.
+def load_served(config: ServeConfig) -> tuple[PreTrainedModel, Reader, str]:
+    """Return the model on its device in eval mode, what reads for it, and the name it is served under.
 
     Raises:
         ConfigError: the device does not exist; told before anything is loaded.
@@ -115,16 +114,16 @@ def load_served(config: ServeConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
         if name in config.adapter:
             raise ConfigError(f"--adapter {name}: the model itself has that name", hint="give it another: --model-id")
         source = str(config.adapted)
-        model, tokenizer = load_model(source, encoders=is_plain_encoder(config)), load_tokenizer(source)
+        reader: Reader = load_tokenizer(source)
+        model = load_model(source, encoders=is_plain_encoder(config))
         model.requires_grad_(False)
     else:
         from server.plugging.adapted import load_adapted
 
         model, reader = load_adapted(config.adapted, base=config.base, mix=config.mix)
-        tokenizer = tokenizer_in(reader)
     model.to(device)  # type: ignore[arg-type]
     model.eval()
-    return model, tokenizer, name
+    return model, reader, name
 
 
 def is_trunk(config: ServeConfig) -> bool:
@@ -168,22 +167,18 @@ def is_plain_encoder(config: ServeConfig) -> bool:
 
 
 def _refuse_images(config: ServeConfig) -> None:
-    """Return only if what is served reads text.
+    """Return only if what is served reads text, or tells images apart.
 
     Raises:
-        ConfigError: when it reads images.
+        ConfigError: when it is a vision encoder without a head.
     """
-    folder, is_vision = config.adapted, False
-    if (folder / "offsite.json").is_file():
-        from server.plugging.adapted import encoder_in, open_adapted
-
-        is_vision = encoder_in(open_adapted(folder).adapter) in VISION_TYPES
-    elif (folder / "config.json").is_file():
-        is_vision = is_vision_name(str(folder))
-    if is_vision:
+    folder = config.adapted
+    if (folder / "offsite.json").is_file() or not (folder / "config.json").is_file():
+        return
+    if is_vision_name(str(folder)):
         raise ConfigError(
-            f"{folder.name!r} reads images: serve answers requests of text",
-            hint="transformers opens it: AutoModelForImageClassification.from_pretrained",
+            f"{folder.name!r} reads images and has no head to tell them apart by",
+            hint="serve the folder that plug-in wrote of a classifier on it",
         )
 
 
@@ -234,14 +229,14 @@ def serve(config: ServeConfig) -> dict[str, object]:
         if beside is not None and registry is not None:
             bundle_id = registry.named(beside[1]).id
         stands = partial(_stands, registry, bundle_id) if registry is not None and bundle_id is not None else None
-        model, tokenizer, model_id = load_served(config)
+        model, reader, model_id = load_served(config)
         offset = load_offset(*checked, model, config.beta) if checked is not None else None
         each_stands = _each_stands(config, registry) if trunk and registry is not None else {}
         adapters, bundles = _on_trunk(config, model, registry) if trunk else ({}, None)
         if head is not None or embeds:
             app = build_head_app(
                 model,
-                tokenizer,
+                reader,
                 head,
                 model_id=model_id,
                 key=key,
@@ -254,7 +249,7 @@ def serve(config: ServeConfig) -> dict[str, object]:
         else:
             app = build_app(
                 model,
-                tokenizer,
+                tokenizer_in(reader),
                 model_id=model_id,
                 key=key,
                 context=config.context if offset is None else _context(config.context, model, offset),

@@ -23,7 +23,7 @@ from offsite.keys.identity import read_card
 from offsite.text.batches import collate, encode
 from offsite.text.records import read_files
 from server.plugging.adapted import load_adapted
-from server.serving.classify import Scorer
+from server.serving.scoring import Scorer
 
 LABELS = ("card", "transfer", "loan")
 

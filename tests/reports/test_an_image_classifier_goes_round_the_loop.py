@@ -6,6 +6,7 @@ comes out is opened by transformers and peft alone, images and all.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from io import BytesIO
@@ -26,6 +27,9 @@ from offsite.text.batches import collate
 from offsite.text.forms import encode_images
 from offsite.text.records import read_files
 from server.plugging.adapted import load_adapted
+from server.serving.config import ServeConfig
+from server.serving.scoring import ImageScorer
+from server.serving.serve import load_served
 
 
 @pytest.mark.proves("rows", "images with a label, on a vision encoder", "classify")
@@ -86,6 +90,13 @@ def test_a_classifier_is_tuned_sealed_taken_in_plugged_in_and_measured(name, tmp
             logits = model.eval()(pixel_values=batches[0]["pixel_values"]).logits
             torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
     assert theirs[0].config.id2label == dict(enumerate(LABELS))
+
+    for folder in ("plugged", "joined"):
+        settings = ServeConfig(adapted=both.owner / folder, base=str(both.owner / "eye"), device="cpu")
+        model, reader, _ = load_served(settings)
+        scorer = ImageScorer(model, reader, limit_waiting=0)
+        said = asyncio.run(scorer.scores([row["image"] for row in rows]))
+        torch.testing.assert_close(torch.tensor(said, dtype=torch.float32), wanted, atol=1e-4, rtol=1e-4)
 
     data = "--registry registry --keys keys --data heldout.jsonl --device cpu -o measured"
     found = both.run("owner", f"evaluate eye --package trunk --bundle {taken['id']} {data}")

@@ -29,7 +29,7 @@ CLASSIFY = f"{TUNE} --objective classify --labels red,green,blue"
 HERE = "--registry registry --keys keys"
 EVALUATE = f"evaluate eye --package package --bundle ID {HERE} --device cpu -o out"
 REFUSALS = {
-    f"distill eye {CUT} --steps 4 -o out": "'eye' is a vision encoder: --steps above 0 goes with models that read",
+    f"distill eye {CUT} --steps 4 --elevate 0.1 -o out": "is an encoder: --elevate would need scores of next tokens",
     f"distill eye {CUT} --steps 0 --refit-jacobian 1 -o out": "--refit-jacobian would need scores of next tokens",
     f"distill eye {CUT} --explore -o out": "model 'eye' is an encoder: it writes no text",
     f"distill eye {CUT.replace('images.jsonl', 'public.txt')} --steps 0 -o out": "expected rows of an image",
@@ -46,8 +46,7 @@ REFUSALS = {
     "task baseline task.yaml --model package -o out": "writes no text: task baseline goes with models that do",
     "task baseline task.yaml --model eye -o out": "model 'eye' is an encoder: it writes no text",
     "export adapted --to vllm -o out": "vLLM loads adapters for text, this one is for classify",
-    "serve adapted --device cpu --port 0": "'adapted' reads images: serve answers requests of text",
-    "serve eye --device cpu --port 0": "'eye' reads images: serve answers requests of text",
+    "serve eye --device cpu --port 0": "'eye' reads images and has no head to tell them apart by",
     f"plug-in eye ID {HERE} --spare public.txt -o out": "--spare: it goes by text, this model reads images",
     f"{EVALUATE} --data public.txt": "public.txt: plain text, expected rows of an image",
     f"{EVALUATE} --data images.jsonl --prompt hello": "--task and --prompt: an encoder writes no text and ranks none",

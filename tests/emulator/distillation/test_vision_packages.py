@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from vision_lab import picture, pixels, saved, write_rows
 
+import emulator.distillation.imitation as module
 from offsite import cli
 from offsite.artefacts.package import open_package
 from offsite.encoders.outputs import outputs_of
 from offsite.encoders.trunk import is_encoder
+from offsite.errors import RunFailed
 from offsite.modelling.load import load_model, load_reader
 from offsite.vision.reader import ImageReader
 
@@ -31,7 +35,8 @@ def states(model, values):
 
 def distil(checkpoint, out, public, *words):
     stated = ["--public", str(public), "--batch-size", "4", "--device", "cpu", "--bottom", "1", "--top", "1"]
-    return cli.run(["distill", str(checkpoint), "-o", str(out), "--steps", "0", *stated, *words])
+    steps = () if "--steps" in words else ("--steps", "0")
+    return cli.run(["distill", str(checkpoint), "-o", str(out), *steps, *stated, *words])
 
 
 def test_what_a_client_opens_is_what_was_made(eye, tmp_path, capsys):
@@ -62,3 +67,48 @@ def test_blocks_are_dropped_by_every_choice(choice, eye, tmp_path, capsys):
     package = open_package(tmp_path / "package")
     assert package.layout.num_middle == 2
     assert states(package.load_model(), pixels()).shape == (2, 17, 32)
+
+
+DISTILLED = "--method drop --blocks 2 --holdout 0.25 --steps 24 --learning-rate 3e-3 --warmup-steps 2".split()
+
+
+def test_an_emulator_learns_the_states_of_images(eye, tmp_path, capsys):
+    """What is learnt holds on images that no one saw, and says of what it is the error: there are no tokens."""
+    checkpoint, public, values = eye
+    full = states(load_model(str(checkpoint), encoders=True), values)
+    assert distil(checkpoint, tmp_path / "cut", public, *DISTILLED[:4]) == 0
+    words = (*DISTILLED, "--precision", "fp32", "--evaluate-every", "8")
+    assert distil(checkpoint, tmp_path / "learnt", public, *words) == 0, capsys.readouterr().err
+    out, err = capsys.readouterr()
+    told = json.loads(out.splitlines()[-1])
+    assert "hidden states alone are matched: the model reads images" in err
+    assert told["best_loss"] == told["held_out_hidden_error"] < told["evaluations"][0][1]
+    package = open_package(tmp_path / "learnt")
+    stated = {"distillation_steps", "distillation_tokens", "held_out_hidden_error"}
+    assert set(package.manifest.figures) == stated
+    cut, learnt = (open_package(tmp_path / name).load_model() for name in ("cut", "learnt"))
+    assert float((states(learnt, values) - full).norm()) < 0.9 * float((states(cut, values) - full).norm())
+
+
+def test_a_run_on_images_goes_on_as_it_was(eye, tmp_path, monkeypatch, capsys):
+    """Also with a cache for states, which of images are never taken from one: every row has the same tokens."""
+    checkpoint, public, _ = eye
+    words = (*DISTILLED, "--precision", "fp32", "--checkpoint-every", "8", "--cache-bytes", "100000000")
+    assert distil(checkpoint, tmp_path / "whole", public, *words) == 0, capsys.readouterr().err
+    train, calls = module.train, []
+
+    def killed(pair, trainable, batches, loss, loop, **given):
+        def counted(pair, batch):
+            calls.append(1)
+            if len(calls) == 13:
+                raise RunFailed("killed")
+            return loss(pair, batch)
+
+        return train(pair, trainable, batches, counted, loop, **given)
+
+    monkeypatch.setattr(module, "train", killed)
+    assert distil(checkpoint, tmp_path / "again", public, *words) == 5
+    monkeypatch.setattr(module, "train", train)
+    assert distil(checkpoint, tmp_path / "again", public, *words, "--resume") == 0, capsys.readouterr().err
+    one, two = (open_package(tmp_path / name) for name in ("whole", "again"))
+    assert one.digest == two.digest
