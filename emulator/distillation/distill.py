@@ -74,12 +74,12 @@ def run(config: DistillConfig) -> dict[str, object]:
     refuse_existing(config.output)
     require_files(() if config.writes_itself else config.public)
     require_files(config.field_text)
-    if config.launch > 1 and not is_launched():
-        return in_processes(config)
-    say(f"loading {Path(config.model).name!r}")
     if is_encoder_name(config.model):
         require_no_text(config)
     _require_stacks(config)
+    if config.launch > 1 and not is_launched():
+        return in_processes(config)
+    say(f"loading {Path(config.model).name!r}")
     began, terms = time.monotonic(), read_terms(config.terms)
     processes = replace(world(), device=choose_device(config.device))
     if processes.is_main:  # before it writes anything there itself
@@ -135,7 +135,8 @@ def _require_stacks(config: DistillConfig) -> None:
             raise ConfigError(f"--stacks: model {Path(config.model).name!r} has no encoder beside its decoder")
         return
     needs = {
-        "--steps above 0": config.steps > 0,
+        "--elevate": config.elevate > 0,
+        "--launch": config.launch > 1,
         "--public self": config.writes_itself,
         "--field-text": bool(config.field_text),
         f"--method {config.method}": config.method not in ("keep-all", "drop", "width"),
@@ -148,7 +149,7 @@ def _require_stacks(config: DistillConfig) -> None:
     refuse_settings(
         f"model {Path(config.model).name!r}",
         needs,
-        "make its package without training: --steps 0 with --method width, drop or keep-all",
+        "make its package by --method width, drop or keep-all; --steps N goes on from there, in one process",
     )
 
 

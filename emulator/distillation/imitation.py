@@ -21,6 +21,7 @@ from offsite.errors import ConfigError
 from offsite.modelling.blocks import block_list
 from offsite.modelling.head import before_head
 from offsite.modelling.split import Plan
+from offsite.seq2seq.inputs import SOURCE
 from offsite.training.config import LoopConfig
 from offsite.training.loop import Outcome, train
 from offsite.training.precision import uses_bf16
@@ -70,7 +71,7 @@ def distill(
         resume: go on from the newest checkpoint in `work`.
         binding: what a resumed run must share with the run it goes on from, besides settings and text.
         cache_bytes: most that what the full model gives on text may take in `work`, to be computed once, in one
-            process; see `emulator.distillation.kept`. Of images nothing is kept.
+            process; see `emulator.distillation.kept`. Of images and of encoder-decoders nothing is kept.
 
     Raises:
         ConfigError: `work` holds another run, or a run of other settings; nothing is held out.
@@ -97,7 +98,8 @@ def distill(
     if processes.size == 1:
         with autocast():
             row = {name: tensor[:1].to(processes.device) for name, tensor in text.train.batch(0).items()}
-            pair.share_bottom(plan, row)
+            if plan.encoder is None:  # otherwise what enters the decoder's bottom hangs on the encoder's middle
+                pair.share_bottom(plan, row)
             if _keeps(pair, row, text, loop, work / FOLDER, {**(binding or {}), "bf16": str(bf16)}, cache_bytes):
                 arithmetic = {"the full model's hidden states": "bfloat16"}
     measured: list[Fidelity] = []
@@ -140,7 +142,8 @@ def _keeps(
     limit_bytes: int,
 ) -> bool:
     """What the full model gives on text that the run comes to again is kept from now on. Returns whether any is."""
-    keeps = limit_bytes and PIXELS not in row  # states are found again by a row's tokens, which of images are zeros
+    # states are found again by a row's tokens: of images those are zeros, of encoder-decoders not all that is read
+    keeps = limit_bytes and PIXELS not in row and SOURCE[0] not in row
     head = before_head(pair.full, row, real_tokens(row)) if keeps else None
     if head is None or isinstance(head, Tensor):
         return False
@@ -173,19 +176,19 @@ def _masters(emulator: PreTrainedModel, plan: Plan) -> dict[str, nn.Parameter]:
     """The middle's weights are float32 copies that require a gradient. Returns them by their names in `emulator`."""
     found = {}
     for name, parameter in emulator.named_parameters():
-        if _number(name, plan) in _middle(emulator, plan):
+        if any(_number(name, side) in _middle(emulator, side) for side in plan.sides):
             parameter.data = parameter.data.to(torch.float32, copy=True)
             parameter.requires_grad_(True)
             found[name] = parameter
     return found
 
 
-def _middle(emulator: PreTrainedModel, plan: Plan) -> range:
-    return range(plan.num_bottom, plan.num_bottom + len(middle_blocks(emulator, plan)))
+def _middle(emulator: PreTrainedModel, side: Plan) -> range:
+    return range(side.num_bottom, side.num_bottom + len(middle_blocks(emulator, side)))
 
 
 def _number(name: str, plan: Plan) -> int:
-    """Return the number of the block that a parameter of that name is in, -1 for none."""
+    """Return the number of the block of this stack that a parameter of that name is in, -1 for none."""
     prefix = plan.stack.name + "."
     return int(name.removeprefix(prefix).split(".", 1)[0]) if name.startswith(prefix) else -1
 

@@ -22,6 +22,7 @@ from offsite.encoders.trunk import is_encoder
 from offsite.errors import RunFailed
 from offsite.modelling.head import Before, Divergence, before_head, values_at
 from offsite.modelling.split import Plan
+from offsite.seq2seq.inputs import SOURCE
 from offsite.training.processes import Processes
 
 _TINY = 1e-12  # keeps a hidden state of zeros from dividing by zero; any other is larger by far
@@ -60,11 +61,19 @@ class Pair(nn.Module):
         """Align `emulator`, whose i-th block is or stands from block ``kept[i]`` of `full` on."""
         super().__init__()
         self.full, self.emulator = full, emulator
-        self.aligned = align(kept, plan)
+        kept_of = plan.by_stack(emulator, kept)
+        self.aligned = align(kept_of[plan.stack], plan)
         self._lowest = plan.num_bottom - 1  # the last block of the bottom, if there is one
         wanted = {*self.aligned.values(), *([self._lowest] if plan.num_bottom else [])}
         self._full_blocks = _numbered(full, plan, sorted(wanted))
         self._emulator_blocks = _numbered(emulator, plan, self.aligned)
+        self._beside: dict[int, int] = {}  # as `aligned`, of an encoder-decoder's encoder
+        self._full_beside: dict[int, nn.Module] = {}
+        self._emulator_beside: dict[int, nn.Module] = {}
+        if plan.encoder is not None:
+            self._beside = align(kept_of[plan.encoder.stack], plan.encoder)
+            self._full_beside = _numbered(full, plan.encoder, self._beside.values())
+            self._emulator_beside = _numbered(emulator, plan.encoder, self._beside)
         self._bottom: Bottom | None = None
         self._kept: KeptStates | None = None
         self._head: Before | None = None
@@ -131,7 +140,8 @@ class Pair(nn.Module):
         *hidden*: for every block of the emulator's middle, ``|e - f|^2 / |f|^2`` per token, where f is the hidden
         state that the full model has just before the block that the emulator's next one stands for; the mean over
         blocks. Each token is measured against its own size: over one size for the whole batch, a few tokens of
-        massive activation would be all that counts. *kl*: KL(full || emulator) of the next token through the top
+        massive activation would be all that counts. An encoder-decoder's blocks are those of both middles, the
+        encoder's measured at the tokens of the prompt. *kl*: KL(full || emulator) of the next token through the top
         end and the head, on the share `kl_share` of positions, drawn from torch's generator and scaled up to all
         tokens; 0 leaves it out. Padding does not count in either. Of encoders KL is of the masked tokens, all of them
         (`emulator.distillation.masked`).
@@ -140,15 +150,24 @@ class Pair(nn.Module):
         """
         real_BT = real_tokens(batch)
         drawn_BT = self._drawn(batch, real_BT, kl_share)
-        full_states, before = self._given(batch, drawn_BT)
+        with hidden_after(self._full_beside) as full_beside:
+            full_states, before = self._given(batch, drawn_BT)
         over = nullcontext() if self._bottom is None else self._bottom.passed_over(full_states[self._lowest])
-        with over, hidden_after(self._emulator_blocks) as emulator_states:
+        inside = hidden_after(self._emulator_blocks), hidden_after(self._emulator_beside)
+        with over, inside[0] as emulator_states, inside[1] as emulator_beside:
             kl_N = values_at(self.emulator, batch, drawn_BT, Divergence(before))
         errors = [
             relative_error(emulator_states[mine], full_states[theirs])[real_BT].sum()
             for mine, theirs in self.aligned.items()
         ]
         num_tokens = real_BT.sum()
+        if self._beside:
+            source_BS = batch[SOURCE[1]].bool()
+            each = num_tokens / source_BS.sum()  # of the mean over its prompts' tokens as often as there are others
+            errors += [
+                relative_error(emulator_beside[mine], full_beside[theirs])[source_BS].sum() * each
+                for mine, theirs in self._beside.items()
+            ]
         kl = torch.zeros((), device=real_BT.device)
         if len(kl_N):
             kl = kl_N.sum() * (num_tokens / len(kl_N))

@@ -1,4 +1,6 @@
-"""A causal language model that goes on from prompts token by token: the one loop under serving, audits and answers.
+"""A model that writes, token by token: the one loop under serving, audits and answers.
+
+A causal language model goes on from prompts; an encoder-decoder reads them once, and answers from its start token on.
 
 What a model needs beside the tokens (positions, which cache under which name, what to leave out after the first step)
 differs from architecture to architecture. transformers knows it in `prepare_inputs_for_generation` and
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from offsite.console import say
 from offsite.modelling.precision import in_float32
+from offsite.seq2seq.models import is_seq2seq, start_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +35,8 @@ class Steps:
     """Prompts and what was added to them; `logits` scores what comes next, `add` takes what was chosen.
 
     Args:
-        model: a causal language model in evaluation mode, or a PEFT model around one; not changed.
+        model: a causal language model or an encoder-decoder in evaluation mode, or a PEFT model around one; not
+            changed.
         prompts_BT: at least one token each, all equally long, so that nothing is padded; int64, on the model's device.
         cached: keep the past in the model's cache, so that a step forwards one token; see `cache_is_right`.
     """
@@ -40,6 +44,10 @@ class Steps:
     def __init__(self, model: PreTrainedModel, prompts_BT: Tensor, *, cached: bool) -> None:
         self._model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self._ids_BT, self._cached, self._is_first = prompts_BT, cached, True
+        self._ids_name, self._is_pair = "input_ids", is_seq2seq(self._model)
+        if self._is_pair:
+            self._read(prompts_BT)
+            return
         known = inspect.signature(self._model.forward).parameters
         self._given: dict[str, Any] = {"use_cache": cached, "attention_mask": torch.ones_like(prompts_BT)}
         if "logits_to_keep" in known:  # a long prompt's scores would be gigabytes
@@ -49,6 +57,19 @@ class Steps:
             self._given["position_ids"] = positions_T.expand_as(prompts_BT)
         if cached:
             self._given |= empty_cache(self._model)
+
+    def _read(self, prompts_BS: Tensor) -> None:
+        """The encoder has read the prompts, and the decoder stands at its start token."""
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        mask_BS = torch.ones_like(prompts_BS)
+        with torch.no_grad():
+            read = self._model.get_encoder()(input_ids=prompts_BS, attention_mask=mask_BS, return_dict=True)
+        self._given = {"use_cache": self._cached, "attention_mask": mask_BS, "encoder_outputs": read}
+        if self._cached:
+            self._given["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        self._ids_BT = prompts_BS.new_full((len(prompts_BS), 1), start_token(self._model.config))
+        self._ids_name = "decoder_input_ids"
 
     def logits(self) -> Tensor:
         """Return the scores of each next token: (B, V) float32, storage of its own. To be called once per token."""
@@ -62,15 +83,17 @@ class Steps:
                     **given,
                 )
             else:
-                given = {**given, "input_ids": ids_BT}
+                given = {**given, self._ids_name: ids_BT}
             output = self._model(**given, return_dict=True)
-            self._given = self._model._update_model_kwargs_for_generation(output, self._given)
+            self._given = self._model._update_model_kwargs_for_generation(
+                output, self._given, is_encoder_decoder=self._is_pair
+            )
             self._is_first = False
             logits_BV: Tensor = output.logits[:, -1]
             return logits_BV.float().clone()
 
     def add(self, tokens_B: Tensor) -> None:
-        """Every prompt is one token longer."""
+        """Every prompt, or what is written of an encoder-decoder's answer, is one token longer."""
         self._ids_BT = torch.cat([self._ids_BT, tokens_B[:, None].to(self._ids_BT)], dim=1)
 
 
@@ -112,13 +135,9 @@ def _deviation(model: PreTrainedModel, num_rows: int = 1) -> float:
     generator = torch.Generator().manual_seed(0)
     num_tokens = _PROBE_TOKENS + _PROBE_STEPS
     ids_BT = torch.randint(table_VH.shape[0], (num_rows, num_tokens), generator=generator).to(table_VH.device)
-    plain = [_next_logits(model, ids_BT[:, :upto]) for upto in range(_PROBE_TOKENS, num_tokens + 1)]
+    plain = _walked(model, ids_BT, cached=False)
     try:
-        steps = Steps(model, ids_BT[:, :_PROBE_TOKENS], cached=True)
-        found = [steps.logits()]
-        for place in range(_PROBE_TOKENS, num_tokens):
-            steps.add(ids_BT[:, place])
-            found.append(steps.logits())
+        found = _walked(model, ids_BT, cached=True)
     except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return torch.inf  # transformers names no error for a cache that an architecture does not bear
     expected_BV, found_BV = torch.cat(plain).double(), torch.cat(found).double()
@@ -129,5 +148,10 @@ def _deviation(model: PreTrainedModel, num_rows: int = 1) -> float:
     return difference / float(scale) if scale else difference
 
 
-def _next_logits(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    return Steps(model, ids_BT, cached=False).logits()
+def _walked(model: PreTrainedModel, ids_BT: Tensor, *, cached: bool) -> list[Tensor]:
+    steps = Steps(model, ids_BT[:, :_PROBE_TOKENS], cached=cached)
+    found = [steps.logits()]
+    for place in range(_PROBE_TOKENS, ids_BT.shape[1]):
+        steps.add(ids_BT[:, place])
+        found.append(steps.logits())
+    return found

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from offsite.errors import ConfigError, UnsupportedModel
 
 _WHAT_GOES = (
-    "encoder-decoders go through distill --steps 0 (keep-all, drop, width), tune on rows of a prompt and an answer, "
-    "seal, intake, plug-in and evaluate"
+    "encoder-decoders go through distill (keep-all, drop, width), tune on rows of a prompt and an answer, seal, "
+    "intake, plug-in, evaluate and serve of what was plugged in"
 )
 
 

@@ -14,6 +14,7 @@ import torch
 
 from offsite.modelling.precision import in_float32
 from offsite.modelling.steps import TOLERANCE, Steps
+from offsite.seq2seq.models import is_seq2seq
 from server.batching.batch import Beside, keeps_logits, next_logits
 from server.batching.cache import RowCache, padded
 from server.batching.rows import Rows
@@ -33,6 +34,8 @@ def cost_of(model: PreTrainedModel) -> tuple[int, int] | str:
     from transformers.cache_utils import DynamicLayer
 
     plain: Any = model
+    if is_seq2seq(plain):
+        return "it is an encoder-decoder"
     if "forward" in vars(plain):
         return "it is several passes, whose scores are put together"
     if not plain._supports_default_dynamic_cache():

@@ -1,4 +1,4 @@
-"""Text from a causal language model, one token at a time.
+"""Text from a causal language model or an encoder-decoder, one token at a time.
 
 Nothing here knows of HTTP. `generate` yields one `Piece` per token; the pieces' texts, joined, are the
 answer, so that a streamed answer and a whole one cannot differ. Text is handed out only when it is final:
@@ -20,6 +20,7 @@ from torch import Tensor
 from offsite.errors import ConfigError, DataError
 from offsite.modelling.context import context_of
 from offsite.modelling.steps import Steps
+from offsite.seq2seq.models import is_seq2seq
 from offsite.text.calls import quietly
 from server.batching.sampling import Constraint, Likely, Sampler, Settings
 
@@ -265,7 +266,9 @@ def generate(
         RunFailed: the model's scores hold NaN.
     """
     answer = Answer(tokenizer, prompt_ids, settings, end_ids=end_ids, continues=continues)
-    sampler = Sampler(settings, prompt_ids, grammar)
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    said = () if is_seq2seq(plain) else prompt_ids  # what penalties count beside the answer: its decoder's text alone
+    sampler = Sampler(settings, said, grammar)
     for token in next_tokens(model, prompt_ids, settings, cached=cached, sampler=sampler):
         piece = answer.push(token, sampler.likely)
         yield piece

@@ -31,6 +31,7 @@ from offsite.evaluation.heads import SCORE
 from offsite.evaluation.results import SPARE_PATTERN, WAY_PATTERN
 from offsite.modelling.dtypes import cast_model, finer, stored_in
 from offsite.modelling.load import load_model, load_reader
+from offsite.seq2seq.models import is_seq2seq
 from offsite.staging import make_readable
 from offsite.strictjson import Sparse
 from offsite.tensors import TensorSpec, read_tensors, torch_dtype
@@ -172,6 +173,8 @@ def load_adapted(
             raise BadDigest(f"the tensors of {path.name!r} are not those that were merged")
     else:
         require_base(model, found, manifest.base_digest, f"adapter {path.name!r}")
+        if mix != 1 and is_seq2seq(model):
+            raise ConfigError(f"--mix: {path.name!r} is for an encoder-decoder, which is not mixed")
         fitted = read_stored(path, manifest)
         model = plain_model(plug(model, fitted)) if mix == 1 else plug_mixed(model, fitted, mix)
     if dtype != "auto":

@@ -125,8 +125,6 @@ class Card:
     def _use(self) -> str:
         base, name = self.base.name, self.name
         if self.form == "own":
-            if self.is_seq2seq or self._sees:
-                return "## Use\n\nPlugged in with `--merge` it is a checkpoint that transformers opens by itself."
             return f"## Use\n\n    offsite serve {name} --base {base}"
         head, tags = self.adapter.head, self.adapter.task == "tag"
         if self._sees and head is not None:
@@ -154,7 +152,7 @@ class Card:
         served = f"vllm serve {base} --enable-lora --lora-modules {name}={name}" if self.form == "peft" else ""
         served = "" if self.adapter.kind == "dora" else served
         served = f"vllm serve {name}" if self.form == "merged" else served
-        served = "" if self.is_seq2seq else served
+        served = f"offsite serve {name}" if self.is_seq2seq else served
         return f"## Use\n\n```python\n{code}\n```" + (f"\n\n```sh\n{served}\n```" if served else "")
 
     def _use_on_images(self, head: Head) -> str:
@@ -170,7 +168,7 @@ class Card:
             lines.append(f'model = PeftModel.from_pretrained(base, "{name}")')
         else:
             lines.append(f'model = {make}.from_pretrained("{name}")')
-        return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+        return "## Use\n\n```python\n" + "\n".join(lines) + f"\n```\n\n```sh\noffsite serve {name}\n```"
 
 
 def require_results(

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from offsite.errors import DataError
-from offsite.text.calls import quietly
+from offsite.seq2seq.models import is_seq2seq
+from offsite.text.calls import encoded, quietly
 from offsite.text.prompts import prompt_ids
 from server.batching.generate import context_length, embedding_table, end_of_turn_tokens, end_tokens
 from server.batching.rows import RowAdapter
@@ -64,6 +65,8 @@ class Jobs:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, context: int, limit_tokens: int
     ) -> None:
         self._tokenizer, self._limit_tokens = tokenizer, limit_tokens
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self._is_pair = is_seq2seq(plain)
         self.context = context_length(model, tokenizer, context)
         self._num_vocabulary = int(embedding_table(model).shape[0])
         self._end_ids = end_tokens(model, tokenizer)
@@ -95,14 +98,18 @@ class Jobs:
         )
         is_chat = isinstance(ask, ChatAsk)
         end_ids = self._end_ids | (self._turn_ids if is_chat else frozenset())
-        return Job(prompts, settings, end_ids, not is_chat, adapter, tenant, num_answers)
+        continues = not is_chat and not self._is_pair
+        return Job(prompts, settings, end_ids, continues, adapter, tenant, num_answers)
 
     def _settings(self, ask: CompletionAsk | ChatAsk, num_prompt: int, num_wanted: int | None) -> Settings:
         if any(token >= self._num_vocabulary for token, _ in ask.logit_bias):
             raise ApiError(400, f"logit_bias: token ids are 0 to {self._num_vocabulary - 1}", param="logit_bias")
         room = self.context - num_prompt
+        if self._is_pair:  # either text has a context of its own
+            room = self.context if num_prompt <= self.context else 0
         if room < 1:
-            message = f"the prompt has {num_prompt} tokens; the context is {self.context}, the answer's first included"
+            message = f"the prompt has {num_prompt} tokens; the context is {self.context}"
+            message += "" if self._is_pair else ", the answer's first included"
             raise ApiError(
                 400, message, param="messages" if isinstance(ask, ChatAsk) else "prompt", code="context_length_exceeded"
             )
@@ -127,7 +134,10 @@ class Jobs:
                 raise ApiError(400, f"prompt: token ids are 0 to {self._num_vocabulary - 1}", param="prompt")
             return prompt
         try:
-            ids = tuple(prompt_ids(self._tokenizer, prompt))
+            if self._is_pair:  # whose prompts are read as the tokenizer closes them, as they are when it is tuned
+                ids = tuple(encoded(self._tokenizer, prompt, what="the prompt"))
+            else:
+                ids = tuple(prompt_ids(self._tokenizer, prompt))
         except DataError as error:
             raise ApiError(400, str(error), param="prompt", code="tokenizer_failed") from None
         if ids:

@@ -120,7 +120,7 @@ def load_served(config: ServeConfig) -> tuple[PreTrainedModel, Reader, str]:
     else:
         from server.plugging.adapted import load_adapted
 
-        model, reader = load_adapted(config.adapted, base=config.base, mix=config.mix)
+        model, reader = load_adapted(config.adapted, base=config.base, mix=config.mix, seq2seq=True)
     model.to(device)  # type: ignore[arg-type]
     model.eval()
     return model, reader, name

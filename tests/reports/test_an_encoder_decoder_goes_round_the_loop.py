@@ -19,7 +19,7 @@ from two_parties import TwoParties
 from client.tuning.tune import attach_to_package
 from offsite.artefacts.bundle import open_bundle
 from offsite.artefacts.package import open_package
-from offsite.errors import UnsupportedModel
+from offsite.errors import ConfigError, UnsupportedModel
 from offsite.keys.identity import read_card
 from offsite.modelling.load import refuse_encoder
 from offsite.seq2seq.inputs import inputs_of
@@ -29,6 +29,8 @@ from offsite.text.batches import collate
 from offsite.text.forms import encode_answers
 from offsite.text.records import read_files
 from server.plugging.adapted import load_adapted
+from server.serving.config import ServeConfig
+from server.serving.serve import load_served
 
 CUT = "--steps 0 --bottom 1 --top 1 --block-tokens 40 --batch-size 4 --device cpu"
 RUN = "--steps 16 --batch-size 8 --learning-rate 3e-3 --block-tokens 40 --device cpu --precision fp32"
@@ -104,6 +106,11 @@ def test_an_adapter_is_tuned_sealed_taken_in_plugged_in_and_measured(tmp_path, m
     assert torch.equal(logits(ours, batch), emulator)  # nothing of the middle was dropped
     for model in theirs:
         torch.testing.assert_close(logits(model, batch), emulator, atol=2e-3, rtol=1e-3)
+
+    settings = ServeConfig(adapted=both.owner / "plugged", base=str(both.owner / "t5"), device="cpu")
+    assert torch.equal(logits(load_served(settings)[0], batch), emulator)
+    with pytest.raises(ConfigError, match="'plugged' is for an encoder-decoder, which is not mixed"):
+        load_served(settings.model_copy(update={"mix": 0.5}))
 
     data = "--registry registry --keys keys --data heldout.jsonl --block-tokens 40 --device cpu --precision fp32"
     measured = f"evaluate t5 --package whole --bundle {taken['id']} {data}"

@@ -9,14 +9,18 @@ import torch
 from seq2seq_lab import closing_tokenizer, logits, rows, saved, seq2seq
 from transformers import AutoModelForSeq2SeqLM
 
+import emulator.distillation.imitation as module
+from emulator.distillation.config import DistillConfig
+from emulator.distillation.distill import run
+from emulator.distillation.objective import Pair
 from emulator.marking.mark import carriers
 from offsite import cli
 from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.artefacts.package import open_package
 from offsite.artefacts.rebuild import empty_model
-from offsite.errors import BadSchema, UnsupportedModel
+from offsite.errors import BadSchema, ConfigError, RunFailed, UnsupportedModel
 from offsite.modelling.blocks import text_stacks
-from offsite.modelling.split import extract
+from offsite.modelling.split import extract, make_plan
 from offsite.seq2seq.inputs import inputs_of
 from offsite.seq2seq.models import start_token
 from offsite.text.batches import collate
@@ -145,7 +149,8 @@ def test_answers_are_learnt_behind_the_token_they_are_written_behind(tmp_path, p
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--steps", "5", "--refit-jacobian", "1"), "--steps above 0 and --refit-jacobian"),
+        (("--steps", "5", "--refit-jacobian", "1"), "--refit-jacobian"),
+        (("--steps", "5", "--elevate", "0.1"), "--elevate"),
         (("--method", "low-rank"), "--method low-rank"),
         (("--method", "drop", "--blocks", "2", "--choice", "crash", "--pack", "int8"), "--pack and --choice crash"),
     ],
@@ -156,5 +161,79 @@ def test_what_does_not_work_yet_is_refused_before_a_weight_is_read(tmp_path, pub
     assert distil(checkpoint, tmp_path / "package", public, *words) == 2
     said = capsys.readouterr().err
     assert f"model 't5' is an encoder-decoder: {told} cannot be had with it" in said
-    assert "--steps 0 with --method width, drop or keep-all" in said
+    assert "--method width, drop or keep-all" in said
     assert not (tmp_path / "package").exists()
+
+
+def test_the_loss_is_that_of_two_whole_passes():
+    """Hidden states of both middles, the encoder's at its prompts' tokens; KL of the answers' next tokens."""
+    full = seq2seq("bart")
+    plan = make_plan(full, num_bottom=1, num_top=1)
+    encoder, decoder = (side.stack.name for side in plan.sides)
+    emulator = extract(full, {encoder: (0, 1, 3, 4), decoder: (0, 2, 3)})
+    source, target = torch.randint(3, 259, (2, 7)), torch.randint(3, 259, (2, 5))
+    masks = torch.ones_like(source), torch.ones_like(target)
+    masks[0][1, 4:], masks[1][0, 3:] = 0, 0
+    batch = {"input_ids": target, "attention_mask": masks[1], "source_ids": source, "source_mask": masks[0]}
+    terms = Pair(full, emulator, plan, (0, 1, 3, 4, 0, 2, 3))(batch, 1.0)
+    given = {**inputs_of(batch), "output_hidden_states": True}
+    with torch.no_grad():
+        theirs, mine = full(**given), emulator(**given)
+    states = [("encoder_hidden_states", masks[0], [(2, 3), (3, 4)]), ("decoder_hidden_states", masks[1], [(2, 3)])]
+    errors = []
+    for name, mask, aligned in states:  # counted from the embeddings on; the last one has a block behind it
+        for one, other in aligned:
+            found, wanted = getattr(mine, name)[one], getattr(theirs, name)[other]
+            errors.append(((found - wanted).square().sum(-1) / wanted.square().sum(-1))[mask.bool()].mean())
+    real = masks[1].bool()
+    logs = [one.logits.log_softmax(-1)[real] for one in (theirs, mine)]
+    kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).sum()
+    torch.testing.assert_close(terms.hidden, torch.stack(errors).mean() * real.sum(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms.kl, kl, rtol=1e-4, atol=1e-5)
+
+
+def test_several_processes_are_refused_before_they_start(tmp_path, public):
+    checkpoint = saved(tmp_path / "t5", "t5")
+    config = DistillConfig(model=str(checkpoint), output=tmp_path / "out", public=(public,), steps=5, launch=2)
+    with pytest.raises(ConfigError, match="'t5' is an encoder-decoder: --launch cannot be had with it"):
+        run(config)
+
+
+DISTILLED = "--method drop --blocks 2 --holdout 0.25 --learning-rate 3e-3 --warmup-steps 2 --precision fp32".split()
+
+
+@pytest.mark.parametrize(("name", "stacks"), [("t5", "both"), ("bart", "encoder")])
+def test_an_emulator_learns_in_both_stacks_or_the_one_that_is_cut(name, stacks, tmp_path, public, capsys):
+    checkpoint = saved(tmp_path / name, name)
+    words = (*DISTILLED, "--stacks", stacks, "--evaluate-every", "8")
+    assert distil(checkpoint, tmp_path / "cut", public, *DISTILLED[:4], "--stacks", stacks) == 0
+    assert distil(checkpoint, tmp_path / "learnt", public, *words, "--steps", "24") == 0, capsys.readouterr().err
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["best_loss"] == told["held_out_kl"] < 0.8 * told["evaluations"][0][1]
+    cut, learnt = (open_package(tmp_path / one).load_model(seq2seq=True).state_dict() for one in ("cut", "learnt"))
+    moved = {key.rpartition(".block.")[0] or key.partition(".layers.")[0] for key in cut
+             if not torch.equal(cut[key], learnt[key])}  # fmt: skip
+    assert moved == {"encoder", "decoder"} if stacks == "both" else {"model.encoder"}
+
+
+def test_a_run_goes_on_as_it_was(tmp_path, public, monkeypatch, capsys):
+    """Also where states could be kept: a prompt with two answers has two, which the answer alone would not tell."""
+    checkpoint = saved(tmp_path / "t5", "t5")
+    words = (*DISTILLED, "--checkpoint-every", "8", "--cache-bytes", "100000000", "--steps", "20")
+    assert distil(checkpoint, tmp_path / "whole", public, *words) == 0, capsys.readouterr().err
+    train, calls = module.train, []
+
+    def killed(pair, trainable, batches, loss, loop, **given):
+        def counted(pair, batch):
+            calls.append(1)
+            if len(calls) == 13:
+                raise RunFailed("killed")
+            return loss(pair, batch)
+
+        return train(pair, trainable, batches, counted, loop, **given)
+
+    monkeypatch.setattr(module, "train", killed)
+    assert distil(checkpoint, tmp_path / "again", public, *words) == 5
+    monkeypatch.setattr(module, "train", train)
+    assert distil(checkpoint, tmp_path / "again", public, *words, "--resume") == 0, capsys.readouterr().err
+    assert open_package(tmp_path / "whole").digest == open_package(tmp_path / "again").digest

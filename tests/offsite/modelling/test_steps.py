@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from seq2seq_lab import seq2seq
 
 from offsite.modelling.steps import TOLERANCE, Steps, cache_is_right
 
@@ -20,6 +21,23 @@ def test_every_step_scores_what_a_whole_forward_scores(tiny_model, name, cached)
         found = steps.logits()
         with torch.no_grad():
             whole = model(input_ids=ids, use_cache=False).logits[:, -1]
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-4)
+        chosen = whole.argmax(-1)
+        steps.add(chosen)
+        ids = torch.cat([ids, chosen[:, None]], 1)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", ["t5", "gated-t5", "bart"])
+def test_an_encoder_decoder_answers_what_a_whole_pass_does(name, cached, capsys):
+    model = seq2seq(name)
+    assert cache_is_right(model)
+    assert capsys.readouterr().err == ""
+    steps, ids = Steps(model, PROMPTS, cached=cached), torch.full((3, 1), model.config.decoder_start_token_id)
+    for _ in range(5):
+        found = steps.logits()
+        with torch.no_grad():
+            whole = model(input_ids=PROMPTS, decoder_input_ids=ids, use_cache=False).logits[:, -1]
         torch.testing.assert_close(found, whole, rtol=0, atol=1e-4)
         chosen = whole.argmax(-1)
         steps.add(chosen)
