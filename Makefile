@@ -12,18 +12,22 @@ OUT := demo-out$(if $(SHORT),-short)$(if $(DP),-dp$(DP))$(if $(TASK),-$(notdir $
 FUZZ_SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slow fuzz demo bench clean
+.PHONY: help setup check site test test-slow fuzz demo bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 setup: $(READY) ## make the virtual environment and install everything into it
 
-check: $(READY) ## ruff, mypy, import contract
+check: $(READY) ## ruff, mypy, import contract, the pages' links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/site/build.py build/site
+
+site: $(READY) ## the documentation as a site, in build/site
+	$(BIN)/python docs/site/build.py build/site
 
 test: $(READY) ## fast tests, a process for each of up to four cores
 	$(PYTEST) -m "not slow" -n auto --maxprocesses 4 --dist worksteal
