@@ -12,10 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from offsite import __version__
@@ -64,11 +67,37 @@ class Stage:
 def play(stages: Sequence[Stage], notes: Path) -> None:
     """Every stage has its outcome; those that must be run are run side by side, each in a process of its own.
 
+    A signal that ends this process (SIGTERM, SIGHUP) ends theirs first.
+
     Raises:
         RunFailed: when one fails; the others are then stopped and have ended.
     """
     notes.mkdir(parents=True, exist_ok=True)
     due = [stage for stage in stages if not _recall(stage, notes)]
+    if due:
+        with _ended_by_signals():
+            _run(due, notes)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside, signals that would end this process at once raise SystemExit, with the code that shells give them."""
+    theirs: list[tuple[int, Any]] = []
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        known = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+        theirs = [(one, signal.signal(one, end)) for one in known if signal.getsignal(one) == signal.SIG_DFL]
+    try:
+        yield
+    finally:
+        for number, handler in theirs:
+            signal.signal(number, handler)
+
+
+def _run(due: Sequence[Stage], notes: Path) -> None:
     running: dict[subprocess.Popen[bytes], Stage] = {}
     try:
         for stage in due:
@@ -212,6 +241,6 @@ def _stop(running: Mapping[subprocess.Popen[bytes], Stage]) -> None:
     for process, stage in running.items():
         try:
             process.wait(_STEP_SECONDS if stage.resumes else _PATIENCE_SECONDS)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        except (subprocess.TimeoutExpired, KeyboardInterrupt, SystemExit):  # or somebody is in a hurry
             process.kill()
             process.wait()

@@ -39,7 +39,7 @@ def run(config: InvitedConfig) -> dict[str, object]:
     """
     try:
         return _joined(config)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         say(f"what was done is kept in {config.work.name!r}: the same command goes on from there")
         raise
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -206,6 +207,26 @@ def test_one_that_resumes_may_end_its_step_when_it_is_interrupted(scripts, party
     with pytest.raises(KeyboardInterrupt):
         play([Stage("long", party, [KEEPS], party / "made", resumes=True)], tmp_path / "notes")
     assert (party / "kept").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_this_process_ends_theirs_first(number, scripts, party, tmp_path, monkeypatch):
+    """As a service manager, or a terminal that is closed, sends it: to whoever plays the stage alone."""
+
+    def end(_seconds):
+        if (party / "ready").exists():
+            os.kill(os.getpid(), number)
+
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=end))
+        with pytest.raises(SystemExit) as caught:
+            play([Stage("long", party, [KEEPS], party / "made", resumes=True)], tmp_path / "notes")
+        assert caught.value.code == 128 + number
+        assert (party / "kept").exists()
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_one_that_cannot_be_started_stops_the_ones_that_were(scripts, party, tmp_path, monkeypatch):
