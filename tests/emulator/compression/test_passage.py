@@ -3,11 +3,12 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from seq2seq_lab import rows, seq2seq
 
 from emulator.compression.activations import forward, hidden_after, seen_by
 from emulator.compression.passage import Passage
 from offsite.errors import ConfigError
-from offsite.modelling.blocks import block_list, decoder_stack, hidden_of
+from offsite.modelling.blocks import block_list, decoder_stack, hidden_of, text_stacks
 
 
 @torch.no_grad()
@@ -56,6 +57,42 @@ def test_every_block_is_given_what_the_whole_model_gives_it(tiny, batches, archi
     assert all(torch.equal(one, expected[i][0]) for i, one in enumerate(again))
     for i, batch in enumerate(batches):  # and the model is as it was
         assert torch.equal(whole(model, [batch])[0][5], expected[i][5])
+
+
+@pytest.mark.parametrize("name", ["t5", "gated-t5", "bart"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_encoder_decoder_is_carried_too_and_its_encoder_runs_once(name, side, tmp_path):
+    """T5's first block makes the positions of all others; a decoder's blocks read what the encoder gives."""
+    model = seq2seq(name)
+    stack = text_stacks(model)[side]
+    blocks = list(block_list(model, stack))
+    given = [{key.replace("decoder_", ""): tensor for key, tensor in rows(padded=one).items() if "decoder" in key} | {
+        "source_ids": rows(padded=one)["input_ids"], "source_mask": rows(padded=one)["attention_mask"]
+    } for one in (True, False)]  # fmt: skip
+    expected = []
+    for batch in given:
+        with hidden_after(dict(enumerate(blocks))) as hidden, torch.no_grad():
+            forward(model, batch)
+        expected.append(hidden)
+    passage, ran = Passage(model, given, stack=stack, folder=tmp_path / "carried", limit_bytes=1), []
+    counted = [one.register_forward_hook(lambda module, *_: ran.append(module)) for one in model.get_encoder().modules()
+               if isinstance(one, torch.nn.Linear)]  # fmt: skip
+    for number in (1, 3, 2):
+        found = []
+
+        def see(_which, _before, output, into=found):
+            into.append(hidden_of(output))
+
+        passage.run(blocks[number], lambda _batch, number=number, see=see: seen_by([blocks[number]], see))
+        assert all(torch.equal(one, expected[i][number]) for i, one in enumerate(found))
+    assert passage.is_carried
+    if side:
+        num_probes = 2 if name == "bart" else 3
+        assert len(ran) == (num_probes + 2) * len(counted)  # each batch once, though block 2 begins anew
+    for one in counted:
+        one.remove()
+    passage.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_states_past_the_limit_are_on_disk_and_gone_at_the_end(tiny, batches, tmp_path):
