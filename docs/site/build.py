@@ -32,7 +32,7 @@ ALONE = {HOME: "index.md", "README.md": "start.md"}
 NAV = {
     "Start": ["start.md"],  # under another name than its own, which is the site's
     "Walk-throughs": ["client.md", "owner.md", "auditor.md", "federation.md", "tasks.md"],
-    "How to": ["serving.md", "flower.md", "python.md"],
+    "How to": ["serving.md", "deploy.md", "flower.md", "python.md"],
     "Look up": ["reference/index.md", "kinds.md", "glossary.md", "format.md", "CHANGELOG.md"],
     "Why": ["SECURITY.md", "security.md", "privacy.md", "results.md", "architecture.md", "decisions/index.md"],
 }
