@@ -48,6 +48,12 @@ class InvitedConfig(
         description="folder for all that is opened and made; the same command goes on from what is there",
         json_schema_extra=USUAL,
     )
+    round: int = Field(
+        1,
+        ge=1,
+        description="round of the job that the bundle is for; what another round made is left as it is",
+        json_schema_extra=USUAL,
+    )
     yes: bool = Field(
         False,
         description="answer yes where join would ask; neither a fingerprint nor a gate that did not pass is",

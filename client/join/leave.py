@@ -50,9 +50,9 @@ def verdict(place: Place) -> tuple[Bundle, tuple[Gate, ...]]:
         WrongBinding: when the audit is of another bundle.
         ArtefactError: when either is unsound.
     """
-    bundle, (audit, _) = open_bundle(place.folder / "bundle"), read_audit(place.folder / "audit")
+    bundle, (audit, _) = open_bundle(place.made / "bundle"), read_audit(place.made / "audit")
     if not isinstance(audit, BundleAudit) or audit.run.bundle_digest != bundle.digest:
-        raise WrongBinding(f"the audit in {place.folder.name!r} is not of its bundle", hint="delete both")
+        raise WrongBinding(f"the audit in {place.made.name!r} is not of its bundle", hint="delete both")
     gates = bundle_gates(audit)
     say("the verdict:")
     show_verdicts([(gate.name, gate.verdict, gate.told) for gate in gates])
@@ -87,7 +87,7 @@ def leave(
         ArtefactError: when the owner refuses it, naming the check.
         RunFailed: when the exchange cannot be reached; the same command goes on.
     """
-    sealed = place.folder / "bundle.sealed"
+    sealed = place.made / "bundle.sealed"
     digest = _sealed_before(sealed, bundle, place)
     if digest is None:
         size = sum(path.stat().st_size for path in bundle.path.iterdir())
@@ -99,10 +99,8 @@ def leave(
         remove(sealed)
         release_path(sealed).unlink(missing_ok=True)
         settings: dict[str, Any] = {"keys": joining.keys, "accept_leakage": config.accept_leakage}
-        audit, job = place.folder / "audit", place.folder / "job"
-        seal_run(
-            SealConfig(input=bundle.path, output=sealed, job=job, audit=audit, **settings), identity=joining.identity
-        )
+        settings |= {"job": place.folder / "job", "audit": place.made / "audit", "round": place.round}
+        seal_run(SealConfig(input=bundle.path, output=sealed, **settings), identity=joining.identity)
         digest = read_sealed(sealed).digest
         place.note("sealed", {"bundle": bundle.digest, "sealed": digest})
     if exchange is None:

@@ -7,6 +7,7 @@ canaries, tuning, audit, verdict, seal, hand over. Nothing but signed requests l
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from client.exchange.http import ExchangeClient
@@ -74,7 +75,13 @@ def _with(
         require_nothing_missing(missing, invited.invitation)
         return _wait(place, joining, missing)
     clear_fetched(place.folder)
+    rounds = opened.job.job.rounds
+    if config.round > rounds:
+        told = "one round, the first" if rounds == 1 else f"rounds 1 to {rounds}"
+        raise ConfigError(f"--round {config.round}: the job allows {told}", hint="ask the owner for another job")
     _agree_to_terms(config, place, joining, opened)
+    place = replace(place, round=config.round)
+    place.made.mkdir(mode=0o700, exist_ok=True)
     words, planted, data = _prepared(config, place, opened)
     done = compute(config, place, opened, words, data=data, num_canaries=planted)
     bundle, gates = verdict(place)
@@ -88,6 +95,7 @@ def _with(
         "bundle_digest": bundle.digest,
         "sealed_digest": left.sealed_digest,
         "id": left.id,
+        "round": place.round,
         "gates": {gate.name: gate.verdict for gate in gates},
         "passed": passed(gates),
         "accepted_leakage": config.accept_leakage and not passed(gates),
@@ -131,7 +139,7 @@ def _prepared(config: InvitedConfig, place: Place, opened: Opened) -> tuple[list
 
     digest, job, folder = data_digest(config), opened.job.job, place.folder
     more: dict[str, object] = {} if job.adapter.head is None else {"objective": job.adapter.task}
-    where = (folder / "package", folder / "job", folder / "unmade")
+    where = (folder / "package", folder / "job", place.made / "unmade")
     settings = config.tuning(*where, more)
     package = opened.package
     apart = package.is_encoder or package.is_seq2seq
@@ -148,9 +156,11 @@ def _prepared(config: InvitedConfig, place: Place, opened: Opened) -> tuple[list
         return config.tune_words({**more, "audit_share": known["audit_share"]}), known["num_canaries"], digest
     if place.recalled("sent") is not None:
         raise ConfigError(
-            "a bundle of this job has left already, or lies ready to; these are other data or other settings",
-            hint="give the same again to hear what became of it; for another bundle ask the owner for another job, "
-            "or, if it was never handed over, give another --work",
+            f"a bundle of this job's round {place.round} has left already, or lies ready to; "
+            "these are other data or other settings",
+            hint="give the same again to hear what became of it; for another bundle "
+            + (f"say --round {place.round + 1}, " if place.round < job.rounds else "ask the owner for another job, ")
+            + "or, if it was never handed over, give another --work",
         )
     say("reading the data, as tuning will read it")
     checked = check_data(settings, writes=writes, asks=asks)

@@ -31,15 +31,26 @@ _LOCK = "join.lock"
 
 @dataclass(frozen=True)
 class Place:
-    """The work folder, whose lock this process and every process that it starts hold."""
+    """The work folder, whose lock this process and every process that it starts hold.
+
+    Args:
+        folder: what was opened lies here, the same for every round of the job.
+        round: that the bundle is for. The first one's is made here, too, another's in a folder of its own.
+    """
 
     folder: Path
     lock: int
+    round: int = 1
+
+    @property
+    def made(self) -> Path:
+        """Where what is made for this round lies: canaries, bundle, audit, and what is sealed."""
+        return self.folder if self.round == 1 else self.folder / f"round-{self.round}"
 
     @property
     def notes(self) -> Path:
-        """Where notes of what was done lie."""
-        return self.folder / "notes"
+        """Where notes of what was done for this round lie."""
+        return self.made / "notes"
 
     def recalled(self, name: str) -> dict[str, Any] | None:
         """Return what was noted under that name; None where nothing was, or the note was torn."""
@@ -103,7 +114,7 @@ def compute(
     Raises:
         RunFailed: when one of them fails; its own message is above.
     """
-    folder, here = place.folder, Path.cwd()
+    folder, made, here = place.folder, place.made, Path.cwd()
     texts = [word for path in config.data for word in ("--data", str(path))]
     joined = {"package": opened.package.digest, "job": opened.job.digest, "data": data}
     run = {**joined, "run": sha256_bytes(json.dumps(list(words)).encode())}
@@ -112,24 +123,24 @@ def compute(
     stages = {}
     given: dict[str, Any] = {"holding": [place.lock], "hiding": {PASSPHRASE_VARIABLE}}
     if num_canaries:
-        out = folder / "canaries"
+        out = made / "canaries"
         planted = ["--canaries", str(out)]
-        made = ["canaries", str(folder / "package"), "--job", str(folder / "job"), "--count", str(num_canaries)]
-        made += ["--secrets", str(NUM_SECRETS), "--device", config.device, "-o", str(out)]
-        stages["canaries"] = Stage("canaries", here, made, out, run, **given)
-    tuned = Stage(
-        "tune", here, [*tune, *planted, "-o", str(folder / "bundle")], folder / "bundle", run, resumes=True, **given
-    )
+        count = ["--count", str(num_canaries), "--secrets", str(NUM_SECRETS)]
+        words_of = ["canaries", str(folder / "package"), "--job", str(folder / "job"), *count]
+        words_of += ["--device", config.device, "-o", str(out)]
+        stages["canaries"] = Stage("canaries", here, words_of, out, run, **given)
+    bundle = made / "bundle"
+    tuned = Stage("tune", here, [*tune, *planted, "-o", str(bundle)], bundle, run, resumes=True, **given)
     if num_canaries:
         drop_used(stages["canaries"], tuned, place)
         play([stages["canaries"]], place.notes)
         tuned.inputs = {**run, "canaries": str(stages["canaries"].outcome["commitment"])}
     play([tuned], place.notes)
     stages["tune"] = tuned
-    audit = ["audit", "bundle", str(folder / "package"), str(folder / "bundle"), *texts, *planted]
-    audit += ["--device", config.device, "--seed", str(config.seed), "-o", str(folder / "audit")]
+    audit = ["audit", "bundle", str(folder / "package"), str(bundle), *texts, *planted]
+    audit += ["--device", config.device, "--seed", str(config.seed), "-o", str(made / "audit")]
     inputs = {**tuned.inputs, "bundle": str(tuned.outcome["bundle_digest"])}
-    stages["audit"] = Stage("audit", here, audit, folder / "audit", inputs, **given)
+    stages["audit"] = Stage("audit", here, audit, made / "audit", inputs, **given)
     play([stages["audit"]], place.notes)
     return {name: stage.outcome for name, stage in stages.items()}
 
@@ -147,5 +158,5 @@ def drop_used(canaries: Stage, tuned: Stage, place: Place) -> None:
     if used.is_file() and not was_done(tuned, place.notes) and json.loads(used.read_bytes()).get("bundle"):
         say("the canaries went into a bundle that does not count any more: others are made")
         remove(out)
-        remove(place.folder / "bundle")
-        (place.folder / "bundle.run.json").unlink(missing_ok=True)
+        remove(place.made / "bundle")
+        (place.made / "bundle.run.json").unlink(missing_ok=True)

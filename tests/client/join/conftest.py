@@ -173,7 +173,7 @@ def whole_path(tmp_path_factory, key_ring, dropped_package, module_patch) -> Sim
     hello = players.invitation("hello.offsite.json")
     told = [players.join(hello, name="Example Hospital", fingerprint=players.owner.public.fingerprint)]
     client = players.pin_client()
-    players.job(client, folder / "owner" / "job")
+    players.job(client, folder / "owner" / "job", rounds=2)
     players.seal(folder / "owner" / "job", "job.sealed")
     players.seal(dropped_package.path, "package.sealed", folder / "owner" / "job")
     err, stopped = io.StringIO(), []

@@ -130,8 +130,39 @@ def test_what_left_already_is_not_computed_again_with_other_settings(unsealed):
     note = unsealed.work / "notes" / "sent.json"
     note.write_text("{}")
     try:
-        with pytest.raises(ConfigError, match="a bundle of this job has left already"):
+        with pytest.raises(ConfigError, match="a bundle of this job's round 1 has left already"):
             unsealed.players.join(unsealed.hello, accept_leakage=True, canaries=9)
     finally:
         note.unlink()
     assert unsealed.players.played == []
+
+
+# rounds
+
+
+def test_another_round_has_a_bundle_of_its_own_and_leaves_the_first_alone(whole_path):
+    players, work = whole_path.players, whole_path.work
+    before = (work / "bundle.sealed" / "manifest.json").read_bytes()
+    other = players.client / "other.jsonl"
+    other.write_text(players.data.read_text().replace("cough", "fever"))
+    given = {"data": [str(other)], "round": 2, "accept_leakage": True}
+    told = players.join(whole_path.hello, **given)
+    assert players.played == ["canaries", "tune", "audit"]
+    assert (told["state"], told["round"]) == ("sealed", 2)
+    assert (
+        told["bundle_digest"] == open_bundle(work / "round-2" / "bundle").digest != whole_path.told[1]["bundle_digest"]
+    )
+    sealed = [
+        json.loads((folder / "bundle.sealed" / "manifest.json").read_bytes()) for folder in (work, work / "round-2")
+    ]
+    assert [one["round"] for one in sealed] == [1, 2]
+    assert sealed[0]["job_id"] == sealed[1]["job_id"]
+    assert (work / "bundle.sealed" / "manifest.json").read_bytes() == before
+    assert players.join(whole_path.hello, **given)["sealed_digest"] == told["sealed_digest"]
+    assert players.played == []
+
+
+def test_a_round_that_the_job_does_not_allow(whole_path):
+    with pytest.raises(ConfigError, match="--round 3: the job allows rounds 1 to 2"):
+        whole_path.players.join(whole_path.hello, round=3)
+    assert not (whole_path.work / "round-3").exists()
