@@ -99,6 +99,25 @@ def server_context(certificate: Path, private_key: Path) -> ssl.SSLContext:
     return context
 
 
+def certificate_facts(certificate: Path) -> tuple[tuple[str, ...], str]:
+    """Return the names and addresses that a certificate is for, and its SHA-256 in hex pairs, as browsers show it.
+
+    Raises:
+        ConfigError: when it cannot be read.
+    """
+    try:
+        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+        alternatives = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (OSError, ValueError, x509.ExtensionNotFound):
+        raise ConfigError(
+            f"{certificate.name!r} is not a certificate in PEM that says for which names it is",
+            hint="offsite exchange certificate makes one",
+        ) from None
+    names = alternatives.get_values_for_type(x509.DNSName)
+    addresses = alternatives.get_values_for_type(x509.IPAddress)
+    return (*names, *(str(one) for one in addresses)), found.fingerprint(hashes.SHA256()).hex(":").upper()
+
+
 def _no_password() -> str:
     return ""
 

@@ -1,0 +1,76 @@
+"""``offsite owner up`` as a process: two addresses, TLS on both, one end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from offsite import cli
+from offsite.errors import ConfigError, RunFailed
+from server.dashboard.up import run
+from server.http.certificates import write_certificate
+
+
+def test_without_a_certificate_nothing_is_served(desk):
+    with pytest.raises(ConfigError, match="no --certificate"):
+        run(desk.settings())
+    with pytest.raises(ConfigError, match="can be reached from other machines"):
+        run(desk.settings(host="0.0.0.0"))
+
+
+@pytest.mark.slow
+def test_two_addresses_in_one_process_and_neither_leads_to_the_other(tmp_path, monkeypatch, capfd, llama_like):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OFFSITE_PASSPHRASE", "correct horse battery staple")
+    assert cli.run(["owner", "init", str(llama_like)]) == 0
+    token = re.search(r"shown this once: (\S+)", capfd.readouterr().err)[1]
+    words = [sys.executable, "-m", "offsite", "owner", "up", "--port", "0", "--dashboard-port", "0"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        said = ""
+        while "Ctrl-C ends both" not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        exchange, board = re.findall(r"https://127\.0\.0\.1:\d+", said)
+        assert token not in said, "a token that is there is not shown again"
+        trusted = ssl.create_default_context(cafile=tmp_path / "tls" / "certificate.pem")
+        with httpx.Client(verify=trusted) as browser:
+            for url, path, status in (
+                (board, "/login", 200), (board, "/", 303), (board, "/v1/sealed", 303),
+                (exchange, "/login", 404), (exchange, "/", 404), (exchange, "/v1/sealed", 401),
+            ):  # fmt: skip
+                assert browser.get(url + path).status_code == status, (url, path)
+            with pytest.raises(httpx.TransportError):
+                browser.get(board.replace("https", "http") + "/login")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, err
+    told = json.loads(out.splitlines()[-1])
+    assert (told["exchange"], told["dashboard"], told["num_denied"]) == (exchange, board, 1)
+
+
+def test_a_port_that_is_taken_is_said_before_the_keys_are_opened(desk, tmp_path):
+    write_certificate(tmp_path / "tls", ("127.0.0.1",), days=1)
+    tls = {
+        "certificate": tmp_path / "tls" / "certificate.pem",
+        "certificate_key": tmp_path / "tls" / "certificate-key.pem",
+    }
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = desk.settings(port=0, dashboard_port=taken.getsockname()[1], passphrase_file=tmp_path / "none", **tls)
+        with pytest.raises(RunFailed, match="is in use"):
+            run(config)
