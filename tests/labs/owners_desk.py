@@ -98,10 +98,13 @@ class Desk:
         with self.registry() as registry:
             return registry.entry(bundle_id).state
 
+    def begin(self, **changes: Any) -> None:
+        """Open the dashboard, as `board`."""
+        self.board = self._held.enter_context(opened_dashboard(self.settings(**changes), self.owner.identity))
+
     def open(self, **changes: Any) -> Browser:
         """Open the dashboard; nobody is logged in."""
-        board = self._held.enter_context(opened_dashboard(self.settings(**changes), self.owner.identity))
-        self.board = board
+        self.begin(**changes)
         return self.browser()
 
     def browser(self, **given: Any) -> Browser:
