@@ -105,6 +105,18 @@ VERBS: dict[str, Verb] = {
         "offsite.privacyreport.config:PrivacyReportConfig",
         "offsite.privacyreport.issue:run",
     ),
+    "owner init": Verb(
+        "what an owner needs: keys, registry, certificate",
+        "server.dashboard.config:OwnerInitConfig",
+        "server.dashboard.begin:run",
+        OWNER,
+    ),
+    "owner up": Verb(
+        "serve the exchange, and a dashboard to decide on",
+        "server.dashboard.config:OwnerUpConfig",
+        "server.dashboard.up:run",
+        OWNER,
+    ),
     "distill": Verb(
         "make a package (emulator, ends) of a model",
         "emulator.dial.config:DialConfig",
@@ -127,18 +139,6 @@ VERBS: dict[str, Verb] = {
         "play a client first, to see what comes back",
         "server.evaluation.rehearseconfig:RehearseConfig",
         "server.evaluation.rehearse:run",
-        OWNER,
-    ),
-    "owner init": Verb(
-        "what an owner needs: keys, registry, certificate",
-        "server.dashboard.config:OwnerInitConfig",
-        "server.dashboard.begin:run",
-        OWNER,
-    ),
-    "owner up": Verb(
-        "serve the exchange, and a dashboard to decide on",
-        "server.dashboard.config:OwnerUpConfig",
-        "server.dashboard.up:run",
         OWNER,
     ),
     "job create": Verb(

@@ -51,7 +51,7 @@ class Actions:
                 "The client is told that it was refused.",
             ), self.refuse),
             Verdict("withdraw", "Withdraw this bundle?", (
-                "Its files are deleted, and adapted folders that are ticked below. That cannot be undone.",
+                "Its files are deleted, and so are adapted folders that you name. That cannot be undone.",
                 "Its round stays taken. A server that looks in this registry serves it no longer.",
                 "Your keys sign a statement that says so, for the client; it is listed under Log.",
                 "What others have copied, and sums of a federation that hold it, cannot be taken back.",

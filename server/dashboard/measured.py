@@ -75,7 +75,7 @@ def results_table(name: str, results: Results) -> Measured:
         for key, row in results.rows.items()
     )  # fmt: skip
     return Measured(
-        f"Before and after, on held-out text: {shown(name, NAME_CHARACTERS)}",
+        f"On held-out text: {shown(name, NAME_CHARACTERS)}",
         f"Measured by offsite evaluate on {results.data.num_tokens:,} tokens of "
         f"{shown(results.data.name, NAME_CHARACTERS)}. "
         f"Of {figure} lower is better. If the client's copy comes close to your model with the adapter, the package "

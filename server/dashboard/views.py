@@ -15,7 +15,6 @@ from offsite.config import project_folders
 from offsite.console import utc
 from offsite.digests import sha256_file
 from offsite.inspection.words import adapter_words, ends, shown, when
-from offsite.keys.config import DEFAULT_KEYS
 from offsite.keys.identity import PublicKeys
 from offsite.report.numbers import NONE, number, size
 from offsite.sealed.invitation import fingerprint_words
@@ -262,15 +261,13 @@ class Views:
         ]  # fmt: skip
 
     def _command(self, *words: object) -> str:
-        given = shlex.join(["offsite", *(str(word) for word in words)])
+        """Return a command as it is typed in the project's folder; registry and keys are named where no file does."""
         flags: list[str] = []
-        if words[0] in ("plug-in", "evaluate", "job", "serve") and not self._is_project():
-            flags = ["--registry", str(self._config.registry)]
-            if words[0] != "serve" and self._config.keys != DEFAULT_KEYS.expanduser():
-                flags += ["--keys", str(self._config.keys)]
-        elif words[0] == "serve":
-            flags = ["--registry", str(self._config.registry)]
-        return shown(" ".join([given, shlex.join(flags)]).strip(), TEXT_CHARACTERS)
+        if words[0] == "serve" or (words[0] in ("plug-in", "evaluate", "job") and not self._is_project()):
+            flags += ["--registry", str(self._config.registry)]
+        if words[0] not in ("audit", "serve") and not self._is_project():
+            flags += ["--keys", str(self._config.keys)]
+        return shown(shlex.join(["offsite", *(str(word) for word in words), *flags]), TEXT_CHARACTERS)
 
     def _is_project(self) -> bool:
         """Whether commands that are typed in the project's folder find keys and registry by themselves."""

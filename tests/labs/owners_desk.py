@@ -28,7 +28,7 @@ class Browser:
 
     def __init__(self, application: Any, *, address: str = "127.0.0.1") -> None:
         self._runner = asyncio.Runner()
-        transport = httpx.ASGITransport(application, client=(address, 50_000))
+        transport = httpx.ASGITransport(application, client=(address, 50_000), raise_app_exceptions=False)
         self._client = httpx.AsyncClient(transport=transport, base_url=f"https://{HOST}")
         self.cookies = self._client.cookies
 

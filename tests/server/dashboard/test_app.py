@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import re
+import shlex
 import shutil
 
-from owners_desk import HOST, submit
+import pytest
+from owners_desk import HOST, Browser, submit
 from page_lab import EVIL, Outline
+from two_parties import PASSPHRASE, TwoParties
 
+from offsite import cli
 from offsite.artefacts.manifest import read_manifest
+from offsite.config import flag_name
 from offsite.errors import BadDigest
+from offsite.evaluation.results import read_results
+from offsite.keys.identity import load_identity
 from offsite.keys.trust import TrustStore
+from offsite.privacyreport.record import parse_report
+from offsite.report.numbers import number
 from offsite.sealed.invitation import read_invitation
 from offsite.sealed.withdrawal import read_withdrawal
+from server.dashboard.access import make_token
+from server.dashboard.config import OwnerUpConfig
 from server.dashboard.guard import HEADERS
+from server.dashboard.up import opened_dashboard
 from server.plugging.adapted import ADAPTED_FORMAT, AdaptedManifest
 
 BIDI = "\N{RIGHT-TO-LEFT OVERRIDE}"
@@ -74,7 +87,11 @@ def test_accept_is_asked_confirmed_and_what_the_verb_does(desk, arrived):
     assert submit(browser, confirm, confirm).status_code == 303, "again changes nothing"
     page = browser.get(f"/submissions/{arrived}?done=accept").text
     assert "Accepted." in page
-    assert "offsite plug-in" in page
+    commands = [shlex.split(html.unescape(one)) for one in re.findall(r"<code>(offsite [^<]*)</code></pre>", page)]
+    assert [words[1] for words in commands] == ["plug-in", "evaluate", "serve"]
+    for words in commands:
+        fields = cli._resolve(cli.VERBS[words[1]].settings).model_fields
+        assert {word for word in words if word.startswith("--")} <= {flag_name(name) for name in fields}, words
 
 
 def test_refuse_deletes_its_files_and_a_verbs_refusal_is_told(desk, arrived):
@@ -217,3 +234,55 @@ def test_pages_of_packages_federations_reports_and_the_log(desk, arrived):
     database = desk.folder / "registry" / "registry.log"
     database.write_bytes(database.read_bytes().replace(b'"event":"job"', b'"event":"jib"'))
     assert submit(browser, "/invitations", "/log/verify").status_code == 409
+
+
+def test_a_fault_of_the_dashboard_is_a_plain_page(desk, monkeypatch, caplog):
+    browser = desk.logged_in()
+
+    def broken(_):
+        raise RuntimeError("a secret of this machine")
+
+    monkeypatch.setattr("server.dashboard.views.Views.federations", broken)
+    answer = browser.get("/federations")
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert all(answer.headers.get(name) == value for name, value in HEADERS.items())
+
+
+@pytest.fixture
+def after_one_loop(tmp_path, monkeypatch, capsys):
+    """The dashboard of an owner whose client tuned, reported and was plugged in, all by the verbs."""
+    both = TwoParties(tmp_path / "both", monkeypatch, capsys)
+    shutil.copytree(both.client / "privacy", both.owner / "privacy")
+    token = make_token(both.owner / "keys")
+    config = OwnerUpConfig(
+        registry=both.owner / "registry", keys=both.owner / "keys", home=both.owner, outbox=both.owner, model="model"
+    )
+    with opened_dashboard(config, load_identity(both.owner / "keys", PASSPHRASE.encode())) as board:
+        browser = Browser(board.application([HOST]))
+        assert submit(browser, "/login", "/login", token=token).status_code == 303
+        yield both, browser
+        browser.close()
+
+
+def test_what_the_verbs_left_is_shown_and_withdrawn(after_one_loop):
+    both, browser = after_one_loop
+    results = read_results(both.owner / "results")
+    (arrived,) = set(re.findall(r'href="/submissions/([0-9a-f]{16})"', browser.get("/submissions").text))
+    page = browser.get(f"/submissions/{arrived}").text
+    for row in ("zero_shot", "emulator_tuned", "plugged_in"):
+        assert f"<bdi>{number(results.rows[row].perplexity.mean)}</bdi>" in page
+    assert "From the privacy report privacy, of the client." in page
+    reported = browser.get("/reports").text
+    report = parse_report((both.owner / "privacy" / "report.json").read_bytes())
+    assert html.escape(report.headline)[:200] in reported
+    assert arrived in reported
+    for gate in report.gates.bundle:
+        assert gate.name.replace("_", " ") in page
+    assert f"{sum(gate.verdict == 'failed' for gate in report.gates.every)} failed" in reported
+    (folder,) = re.findall(r'name="adapted" value="([^"]+)"', browser.get(f"/submissions/{arrived}/withdraw").text)
+    there = f"/submissions/{arrived}/withdraw"
+    assert submit(browser, there, there, adapted=folder).status_code == 303
+    assert not (both.owner / "adapted").exists()
+    (written,) = (both.owner / "withdrawals").iterdir()
+    assert both.run("client", f"inspect {written} --keys keys")["verified"] is True
