@@ -60,7 +60,7 @@ def run(config: OwnerUpConfig) -> dict[str, object]:
         for sock in (outside, inside):
             sock.listen(min(config.limit_connections, 1024))
         urls = url_of(outside, "https"), url_of(inside, "https")
-        say(f"the exchange is at {urls[0]}, for clients")
+        say(f"the exchange is at {config.url or urls[0]}, for clients; it listens at {urls[0]}")
         whom = (
             "for this machine alone"
             if is_loopback(config.dashboard_host)

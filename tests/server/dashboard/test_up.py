@@ -43,7 +43,7 @@ def test_two_addresses_in_one_process_and_neither_leads_to_the_other(tmp_path, m
             line = process.stderr.readline()
             assert line, said
             said += line
-        exchange, board = re.findall(r"https://127\.0\.0\.1:\d+", said)
+        exchange, board = re.findall(r"https://127\.0\.0\.1:\d+(?!.*; it listens)", said)
         assert token not in said, "a token that is there is not shown again"
         trusted = ssl.create_default_context(cafile=tmp_path / "tls" / "certificate.pem")
         with httpx.Client(verify=trusted) as browser:
