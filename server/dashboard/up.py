@@ -7,6 +7,7 @@ loop: no address of the exchange leads to the dashboard.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import threading
 import time
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from server.http.serve import is_loopback, listen, signals_end, url_of
 from server.registry.registry import Registry
 
 _LOG_LINES, _LOG_SECONDS = 20, 60.0
-_WAIT_SECONDS = 0.05
+_WARN_DAYS = 30
 
 
 def run(config: OwnerUpConfig) -> dict[str, object]:
@@ -47,7 +48,7 @@ def run(config: OwnerUpConfig) -> dict[str, object]:
     if tls is None or config.certificate is None:
         message = "there is no --certificate, and the token is sent with TLS alone"
         raise ConfigError(message, hint="offsite owner init MODEL makes one")
-    names, digest = certificate_facts(config.certificate)
+    certificate = certificate_facts(config.certificate)
     with contextlib.ExitStack() as held:
         outside = held.enter_context(listen(config.host, config.port))
         inside = held.enter_context(listen(config.dashboard_host, config.dashboard_port))
@@ -55,7 +56,7 @@ def run(config: OwnerUpConfig) -> dict[str, object]:
         exchange = held.enter_context(opened_exchange(config, identity))
         board = held.enter_context(opened_dashboard(config, identity))
         port = inside.getsockname()[1]
-        process = process_of(board.application(hosts_of(names, config.dashboard_host, port)), config, tls)
+        process = process_of(board.application(hosts_of(certificate.names, config.dashboard_host, port)), config, tls)
         other = server_process(exchange, config, tls)
         for sock in (outside, inside):
             sock.listen(min(config.limit_connections, 1024))
@@ -67,7 +68,8 @@ def run(config: OwnerUpConfig) -> dict[str, object]:
             else "for whoever reaches it and has the token"
         )
         say(f"the dashboard is at {urls[1]}, {whom}; a browser asks once about its certificate, whose SHA-256 is")
-        say(f"  {digest}")
+        say(f"  {certificate.sha256}")
+        _warn_of_end(certificate.ends)
         say("Ctrl-C ends both")
         with signals_end(process), _beside(other, outside, process):
             process.run(sockets=[inside])
@@ -120,6 +122,14 @@ class LoginLog:
             if verdict != "right" and self._num_lines > _LOG_LINES:
                 return
         self._registry.log("dashboard-login", verdict=verdict, address=address)
+
+
+def _warn_of_end(ends: datetime.datetime) -> None:
+    """It is said when the certificate ends soon: clients who pinned it need the next one before."""
+    days = (ends - datetime.datetime.now(datetime.UTC)).days
+    if days < _WARN_DAYS:
+        what = "has ended" if days < 0 else f"ends in {days} day(s)"
+        say(f"warning: the certificate {what}; offsite exchange certificate makes another, which new invitations carry")
 
 
 def hosts_of(names: tuple[str, ...], host: str, port: int) -> list[str]:

@@ -44,7 +44,7 @@ from server.registry import federations
 from server.registry.registry import Registry
 from server.registry.rows import Entry
 
-LOG_LINES = 100
+LOG_LINES, MOST_ARRIVALS = 100, 200
 
 STATES = {
     "received": "came, and is being verified",
@@ -156,12 +156,18 @@ class Views:
     def submissions(self) -> dict[str, object]:
         """Return what the list of arrivals shows."""
         names, packages = self._registry.client_names(), self._shelf.packages()
-        arrivals = [self._arrival(entry, names, packages) for entry in reversed(self._registry.entries())]
+        entries = self._registry.entries()
+        arrivals = [self._arrival(entry, names, packages) for entry in reversed(entries[-MOST_ARRIVALS:])]
         refused = [
             Refusal(one.id, shown(one.reason_class or "", NAME_CHARACTERS), shown(one.message, LINE_CHARACTERS))
             for one in self._registry.refusals()
         ]
-        return {"arrivals_found": arrivals, "refused": refused, "states": list(STATES.items())}
+        return {
+            "arrivals_found": arrivals,
+            "refused": refused,
+            "states": list(STATES.items()),
+            "more": max(len(entries) - MOST_ARRIVALS, 0),
+        }
 
     def _arrival(self, entry: Entry, names: Mapping[str, str], packages: Mapping[str, HeldPackage]) -> Arrival:
         package = packages.get(self._registry.job(entry.job_id).package_digest)

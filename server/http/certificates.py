@@ -6,6 +6,7 @@ import datetime
 import ipaddress
 import ssl
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
@@ -99,8 +100,17 @@ def server_context(certificate: Path, private_key: Path) -> ssl.SSLContext:
     return context
 
 
-def certificate_facts(certificate: Path) -> tuple[tuple[str, ...], str]:
-    """Return the names and addresses that a certificate is for, and its SHA-256 in hex pairs, as browsers show it.
+@dataclass(frozen=True)
+class CertificateFacts:
+    """Names and addresses that a certificate is for, its SHA-256 in hex pairs, as browsers show it, and its end."""
+
+    names: tuple[str, ...]
+    sha256: str
+    ends: datetime.datetime
+
+
+def certificate_facts(certificate: Path) -> CertificateFacts:
+    """Return what a certificate in a file says of itself.
 
     Raises:
         ConfigError: when it cannot be read.
@@ -115,7 +125,8 @@ def certificate_facts(certificate: Path) -> tuple[tuple[str, ...], str]:
         ) from None
     names = alternatives.get_values_for_type(x509.DNSName)
     addresses = alternatives.get_values_for_type(x509.IPAddress)
-    return (*names, *(str(one) for one in addresses)), found.fingerprint(hashes.SHA256()).hex(":").upper()
+    every = (*names, *(str(one) for one in addresses))
+    return CertificateFacts(every, found.fingerprint(hashes.SHA256()).hex(":").upper(), found.not_valid_after_utc)
 
 
 def _no_password() -> str:

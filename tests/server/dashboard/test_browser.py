@@ -35,6 +35,7 @@ EARLIER = Path(__file__).parents[2] / "vectors" / "loop" / "parties.tar.gz"
 
 @pytest.fixture(scope="module")
 def chromium():
+    assert Path(CHROMIUM).exists(), "these tests need Chromium: apt-get install chromium"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 
 from offsite import cli
 from offsite.errors import ConfigError, RunFailed
+from server.dashboard import up
 from server.dashboard.up import run
 from server.http.certificates import write_certificate
 
@@ -74,3 +76,10 @@ def test_a_port_that_is_taken_is_said_before_the_keys_are_opened(desk, tmp_path)
         config = desk.settings(port=0, dashboard_port=taken.getsockname()[1], passphrase_file=tmp_path / "none", **tls)
         with pytest.raises(RunFailed, match="is in use"):
             run(config)
+
+
+def test_a_certificate_that_ends_soon_is_told(capsys):
+    for days, told in ((40, ""), (12, "ends in 12 day(s)"), (-3, "has ended")):
+        up._warn_of_end(datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days, hours=1))
+        said = capsys.readouterr().err
+        assert (told in said) and bool(said) == bool(told)
