@@ -143,7 +143,7 @@ def _take_from_project(cls: type[BaseModel], values: dict[str, Any]) -> None:
                     hint=f"offsite {cls.verb} --help tells its settings",
                 )
             is_path = isinstance(value, str) and _holds_path(cls.model_fields[name].annotation)
-            values.setdefault(name, str(place / value) if is_path else value)
+            values.setdefault(name, str(_in_project(place, value)) if is_path else value)
 
 
 def project_file(folder: Path | None = None) -> Path | None:
@@ -161,10 +161,7 @@ def project_folders(folder: Path | None = None) -> dict[str, Path]:
         ConfigError: as `_read_project`.
     """
     path, values = _read_project(folder)
-    try:
-        return {name: path.parent / Path(values[name]).expanduser() for name in PROJECT_FOLDERS if name in values}
-    except RuntimeError:  # nobody of that name has a home here
-        raise ConfigError(f"{PROJECT_NAME} names the home of somebody unknown", hint='as: keys = "keys"') from None
+    return {name: _in_project(path.parent, values[name]) for name in PROJECT_FOLDERS if name in values}
 
 
 def project_table(name: str, folder: Path | None = None) -> tuple[Path, dict[str, Any]]:
@@ -213,6 +210,14 @@ def _read_project(folder: Path | None) -> tuple[Path, dict[str, Any]]:
         if not isinstance(value, str) or not value or "\0" in value:
             raise ConfigError(f"{PROJECT_NAME}: {name} is not the path of a folder", hint=f'as: {name} = "{name}"')
     return path, values
+
+
+def _in_project(place: Path, value: str) -> Path:
+    """Return a path of the project's file, which is relative to the file's folder."""
+    try:
+        return place / Path(value).expanduser()
+    except RuntimeError:  # nobody of that name has a home here
+        raise ConfigError(f"{PROJECT_NAME} names the home of somebody unknown", hint='as: keys = "keys"') from None
 
 
 def _holds_path(kind: Any) -> bool:

@@ -6,7 +6,7 @@ import json
 
 from offsite.artefacts.job import Job
 from offsite.audits.gates import Gate
-from offsite.audits.record import PackageAudit
+from offsite.audits.record import Membership, PackageAudit
 from offsite.evaluation.results import Results, whole_figure
 from offsite.inspection.words import shown
 from offsite.report.numbers import number, percent
@@ -108,9 +108,30 @@ def update_figures(entry: Entry, job: Job) -> list[Fact]:
     return facts
 
 
+def membership_table(found: tuple[Membership, ...]) -> list[Measured]:
+    """Return the table of attacks that tell rows that were trained on from others; none where none was run."""
+    if not found:
+        return []
+    lines = tuple(
+        (
+            shown(one.signal, NAME_CHARACTERS),
+            number(one.auc.value),
+            f"{number(one.auc.low)} to {number(one.auc.high)}",
+            f"{one.num_members:,} and {one.num_nonmembers:,}",
+        )
+        for one in found
+    )
+    about = (
+        "How well an attack tells rows that were trained on from others: 0.5 is a guess, 1 is every row. "
+        "The interval covers 95%."
+    )
+    return [Measured("Who was in the data", about, ("attack by", "AUC", "interval", "rows in and out"), lines)]
+
+
 def gate_fact(gate: Gate) -> Fact:
     """Return one gate of a client's audit, with its verdict."""
     css = {"passed": "passed", "failed": "failed"}.get(gate.verdict, "open")
-    return Fact(
-        shown(gate.name, NAME_CHARACTERS).replace("_", " "), gate.verdict, shown(gate.told, LINE_CHARACTERS), css
-    )
+    named = {"found": gate.found, "limit": gate.limit}
+    figures = [f"{name} {number(value) if value else 0}" for name, value in named.items() if value is not None]
+    told = f"{gate.verdict} ({', '.join(figures)})" if figures else gate.verdict
+    return Fact(shown(gate.name, NAME_CHARACTERS).replace("_", " "), told, shown(gate.told, LINE_CHARACTERS), css)

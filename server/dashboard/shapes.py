@@ -96,6 +96,9 @@ class Arrived:
     tables: list[Measured]
     gates: list[Fact]
     gates_told: str
+    headline: str
+    attacks: list[Measured]
+    plugged: list[tuple[str, list[Fact]]]
     actions: list[Action]
     commands: list[Fact]
     terms: str = ""

@@ -17,7 +17,7 @@ from offsite.artefacts.job import OpenedJob, read_job
 from offsite.artefacts.layout import PackageManifest
 from offsite.artefacts.manifest import read_manifest
 from offsite.artefacts.package import PACKAGE_FORMAT
-from offsite.audits.record import PackageAudit, read_audit
+from offsite.audits.record import PackageAudit, PluggedAudit, read_audit
 from offsite.console import muted
 from offsite.digests import sha256_bytes
 from offsite.errors import OffsiteError
@@ -112,6 +112,18 @@ class Shelf:
             except OffsiteError:
                 continue
             if isinstance(audit, PackageAudit) and audit.package_digest == package_digest:
+                found.append((path.name, audit))
+        return found
+
+    def plugged_audits(self, bundle_digest: str) -> list[tuple[str, PluggedAudit]]:
+        """Return name and content of the audits of that bundle in the full model."""
+        found = []
+        for path in self._of("audit"):
+            try:
+                audit, _ = read_audit(path)
+            except OffsiteError:
+                continue
+            if isinstance(audit, PluggedAudit) and audit.bundle_digest == bundle_digest:
                 found.append((path.name, audit))
         return found
 

@@ -11,15 +11,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from offsite.artefacts.job import Job
+from offsite.audits.gates import plugged_gates
 from offsite.config import project_folders
 from offsite.console import utc
 from offsite.digests import sha256_file
 from offsite.inspection.words import adapter_words, ends, shown, when
 from offsite.keys.identity import PublicKeys
+from offsite.privacyreport.record import PrivacyReport
 from offsite.report.numbers import NONE, number, size
 from offsite.sealed.invitation import fingerprint_words
 from server.dashboard.config import OwnerUpConfig
-from server.dashboard.measured import audit_tables, gate_fact, gives_away, results_table, update_figures
+from server.dashboard.measured import (
+    audit_tables,
+    gate_fact,
+    gives_away,
+    membership_table,
+    results_table,
+    update_figures,
+)
 from server.dashboard.shapes import (
     LINE_CHARACTERS,
     NAME_CHARACTERS,
@@ -201,7 +210,8 @@ class Views:
             Fact("adapter", adapter_words(job.adapter), "What was tuned, as the job asks for it."),
             Fact("sealed bundle", entry.digest, "The bytes as they came; its first digits are the id.", "digest"),
         ]
-        gates, told = self._gates(entry, now)
+        report, told = self._report_of(entry, now)
+        audit = None if report is None else report.audits.bundle
         return Arrived(
             id=entry.id,
             state=entry.state,
@@ -212,8 +222,11 @@ class Views:
             checks=CHECKS if entry.bundle_digest is not None else (),
             why=shown(f"{entry.reason}: {entry.message}", LINE_CHARACTERS) if entry.reason else "",
             tables=self._measured(entry),
-            gates=gates,
+            gates=[] if report is None else [gate_fact(gate) for gate in report.gates.bundle],
             gates_told=told,
+            headline="" if report is None else shown(report.headline, LINE_CHARACTERS),
+            attacks=[] if audit is None else membership_table(audit.membership),
+            plugged=self._plugged(entry),
             actions=self._actions(entry),
             commands=self._next(entry, package),
             terms=shown(job.terms, TEXT_CHARACTERS),
@@ -226,15 +239,24 @@ class Views:
             return []
         return [results_table(name, found) for name, found in self._shelf.results(entry.bundle_digest)]
 
-    def _gates(self, entry: Entry, now: int) -> tuple[list[Fact], str]:
-        """Return the gates of the client's own audit, where a verified report of this very bundle is here."""
+    def _report_of(self, entry: Entry, now: int) -> tuple[PrivacyReport | None, str]:
+        """Return the verified privacy report of this very bundle, if one is here, and whose it is."""
         for held in self._shelf.reports(now):
             report = held.report
             if report is not None and entry.bundle_digest is not None and report.digests.bundle == entry.bundle_digest:
                 who = "the client" if report.issuer == entry.client else "another party than the client"
-                told = f"From the privacy report {shown(held.name, NAME_CHARACTERS)}, of {who}."
-                return [gate_fact(gate) for gate in report.gates.bundle], told
-        return [], "No privacy report of this bundle is here: ask the client for one (offsite report privacy)."
+                return report, f"From the privacy report {shown(held.name, NAME_CHARACTERS)}, of {who}."
+        return None, "No privacy report of this bundle is here: ask the client for one (offsite report privacy)."
+
+    def _plugged(self, entry: Entry) -> list[tuple[str, list[Fact]]]:
+        """Return the gates of the owner's own audits of the bundle in the full model."""
+        if entry.bundle_digest is None:
+            return []
+        audits = self._shelf.plugged_audits(entry.bundle_digest)
+        return [
+            (shown(name, NAME_CHARACTERS), [gate_fact(gate) for gate in plugged_gates(audit, None)])
+            for name, audit in audits
+        ]
 
     def _actions(self, entry: Entry) -> list[Action]:
         here = f"/submissions/{entry.id}"
@@ -258,9 +280,10 @@ class Views:
         if entry.state not in ("accepted", "plugged-in", "served"):
             return []
         model, path = self._config.model or "MODEL", "PACKAGE" if package is None else package.path
-        adapted = f"adapted-{entry.id}"
+        made = next(iter(self._shelf.adapted(entry.id).values()), None)
+        adapted = f"adapted-{entry.id}" if made is None else made.name
         return [
-            Fact("plug in", self._command("plug-in", model, entry.id, "-o", adapted)),
+            Fact("plug in", self._command("plug-in", model, entry.id, "-o", f"adapted-{entry.id}")),
             Fact("measure", self._command("evaluate", model, "--package", path, "--bundle", entry.id,
                                           "--data", "FILE", "-o", f"results-{entry.id}")),
             Fact("serve", self._command("serve", adapted), "Ctrl-C stops it. What you withdraw, it serves no longer."),

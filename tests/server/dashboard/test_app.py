@@ -273,12 +273,16 @@ def test_what_the_verbs_left_is_shown_and_withdrawn(after_one_loop):
     for row in ("zero_shot", "emulator_tuned", "plugged_in"):
         assert f"<bdi>{number(results.rows[row].perplexity.mean)}</bdi>" in page
     assert "From the privacy report privacy, of the client." in page
+    assert "offsite serve adapted --registry" in page
     reported = browser.get("/reports").text
     report = parse_report((both.owner / "privacy" / "report.json").read_bytes())
     assert html.escape(report.headline)[:200] in reported
     assert arrived in reported
     for gate in report.gates.bundle:
         assert gate.name.replace("_", " ") in page
+        assert html.escape(gate.told)[:100] in page
+    for attack in report.audits.bundle.membership:
+        assert f"<bdi>{number(attack.auc.value)}</bdi>" in page
     assert f"{sum(gate.verdict == 'failed' for gate in report.gates.every)} failed" in reported
     (folder,) = re.findall(r'name="adapted" value="([^"]+)"', browser.get(f"/submissions/{arrived}/withdraw").text)
     there = f"/submissions/{arrived}/withdraw"
