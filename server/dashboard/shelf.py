@@ -24,6 +24,7 @@ from offsite.errors import OffsiteError
 from offsite.evaluation.results import Results, read_results
 from offsite.folders import read_plain
 from offsite.inspection.inspect import recognise
+from offsite.keys.trust import TRUST_NAME
 from offsite.privacyreport.config import ReportVerifyConfig
 from offsite.privacyreport.record import PrivacyReport
 from offsite.privacyreport.verify import verify
@@ -70,7 +71,7 @@ class Shelf:
     def __init__(self, home: Path, keys: Path, packages: Callable[[], list[Path]]) -> None:
         self._home, self._keys, self._packages = home, keys, packages
         self._kinds: dict[Path, tuple[tuple[int, int], str]] = {}
-        self._reports: dict[Path, tuple[tuple[int, int], HeldReport]] = {}
+        self._reports: dict[Path, tuple[tuple[int, ...], HeldReport]] = {}
 
     @property
     def invitations_folder(self) -> Path:
@@ -155,10 +156,13 @@ class Shelf:
         return found
 
     def reports(self, now: int) -> list[HeldReport]:
-        """Return the privacy reports, each verified as ``offsite report verify`` does, once as long as it stays."""
+        """Return the privacy reports, each verified as ``offsite report verify`` does.
+
+        That is done once, as long as the report and the pinned cards stay as they are.
+        """
         found = []
         for path in self._of("privacy report"):
-            stamp = _stamp(path / "report.json")
+            stamp = (*_stamp(path / "report.json"), *_stamp(self._keys / TRUST_NAME))  # whom it counts from may change
             known = self._reports.get(path)
             if known is None or known[0] != stamp:
                 known = (stamp, self._verified(path, now))
@@ -224,6 +228,7 @@ class Shelf:
             except OSError:
                 continue
             yield from (real / name for name in names if not name.startswith("."))
+        yield from self._packages()  # also one of more things than are looked at
 
     def _kind(self, path: Path) -> str:
         """Return what lies there, empty for nothing of offsite's; looked at again when it changes."""

@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from offsite.artefacts.job import Job
 from offsite.audits.gates import plugged_gates
@@ -49,6 +50,7 @@ from server.dashboard.shapes import (
     Round,
 )
 from server.dashboard.shelf import HeldPackage, HeldReport, Shelf
+from server.http.serve import is_loopback
 from server.registry import federations
 from server.registry.registry import Registry
 from server.registry.rows import Entry
@@ -322,6 +324,7 @@ class Views:
             "written": written,
             "options": self.invitable(),
             "url": self._config.url or "",
+            "is_reached": not is_loopback(urlsplit(self._config.url or "").hostname or "localhost"),
             "fingerprint": self._own.fingerprint,
             "words": " ".join(fingerprint_words(self._own.fingerprint)),
             "trust_command": self._command("trust", "add", "CARD"),

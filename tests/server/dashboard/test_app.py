@@ -284,6 +284,9 @@ def test_what_the_verbs_left_is_shown_and_withdrawn(after_one_loop):
     for attack in report.audits.bundle.membership:
         assert f"<bdi>{number(attack.auc.value)}</bdi>" in page
     assert f"{sum(gate.verdict == 'failed' for gate in report.gates.every)} failed" in reported
+    (reporter,) = TrustStore(both.owner / "keys").peers()
+    TrustStore(both.owner / "keys").revoke(reporter.keys.fingerprint)
+    assert "It does not count: <bdi>Untrusted" in browser.get("/reports").text, "and not only after a restart"
     (folder,) = re.findall(r'name="adapted" value="([^"]+)"', browser.get(f"/submissions/{arrived}/withdraw").text)
     there = f"/submissions/{arrived}/withdraw"
     assert submit(browser, there, there, adapted=folder).status_code == 303

@@ -97,11 +97,12 @@ def test_sessions_end_idle_old_and_by_number():
 
 def test_logout_ends_the_session_for_whoever_copied_the_cookie(desk):
     browser = desk.logged_in()
-    copied = browser.cookies[SESSION_COOKIE]
+    copied, other = browser.cookies[SESSION_COOKIE], desk.browser()
+    other.cookies.set(SESSION_COOKIE, copied)
+    assert other.get("/").status_code == 200
     token = Hidden(browser.get("/").text).found["form_token"]
     assert browser.post("/logout", data={"form_token": token}).headers["location"] == "/login"
-    browser.cookies.set(SESSION_COOKIE, copied)
-    assert browser.get("/").status_code == 303
+    assert other.get("/").status_code == 303
 
 
 def test_forms_of_another_session_or_page_do_nothing(desk, arrived):
