@@ -53,6 +53,9 @@ PROJECT_NAME = "offsite.toml"
 PROJECT_FOLDERS = ("keys", "registry")
 """The project's file, and the settings that it may hold."""
 
+PROJECT_TABLES = ("owner",)
+"""Tables of the project's file: settings of the verbs whose `VerbConfig.project_table` names one."""
+
 _PROJECT_LIMIT_BYTES = 64 * 2**10
 
 _IN_ORDER: tuple[JsonDict, ...] = (
@@ -79,6 +82,7 @@ class VerbConfig(BaseModel):
         defer_build=True,  # --help needs no validator, and a base never does
     )
     verb: ClassVar[str]
+    project_table: ClassVar[str] = ""
 
 
 Config = TypeVar("Config", bound=VerbConfig)
@@ -130,6 +134,16 @@ def _take_from_project(cls: type[BaseModel], values: dict[str, Any]) -> None:
     missing = [name for name in wanted if name not in values]
     if missing:
         values |= {name: str(path) for name, path in project_folders().items() if name in missing}
+    if issubclass(cls, VerbConfig) and cls.project_table:
+        place, stated = project_table(cls.project_table)
+        for name, value in stated.items():
+            if name not in cls.model_fields:
+                raise ConfigError(
+                    f"{PROJECT_NAME}: [{cls.project_table}] names {name[:40]!r}{meant(name, cls.model_fields)}",
+                    hint=f"offsite {cls.verb} --help tells its settings",
+                )
+            is_path = isinstance(value, str) and _holds_path(cls.model_fields[name].annotation)
+            values.setdefault(name, str(_in_project(place, value)) if is_path else value)
 
 
 def project_file(folder: Path | None = None) -> Path | None:
@@ -143,6 +157,26 @@ def project_file(folder: Path | None = None) -> Path | None:
 def project_folders(folder: Path | None = None) -> dict[str, Path]:
     """Return the folders that the nearest project file names, absolute, by their settings; none where there is none.
 
+    Raises:
+        ConfigError: as `_read_project`.
+    """
+    path, values = _read_project(folder)
+    return {name: _in_project(path.parent, values[name]) for name in PROJECT_FOLDERS if name in values}
+
+
+def project_table(name: str, folder: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of the nearest project file, and the settings in that table of it; none where there is none.
+
+    Raises:
+        ConfigError: as `_read_project`.
+    """
+    path, values = _read_project(folder)
+    return path.parent, values.get(name, {})
+
+
+def _read_project(folder: Path | None) -> tuple[Path, dict[str, Any]]:
+    """Return the nearest project file and what it holds; of none, where it would be and nothing.
+
     Who can write it can have commands use other keys, so that one which others may write or own is refused.
 
     Raises:
@@ -150,7 +184,7 @@ def project_folders(folder: Path | None = None) -> dict[str, Path]:
     """
     path = project_file(folder)
     if path is None:
-        return {}
+        return (Path.cwd() if folder is None else folder.absolute()) / PROJECT_NAME, {}
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode):
@@ -169,14 +203,25 @@ def project_folders(folder: Path | None = None) -> dict[str, Path]:
     except (ValueError, RecursionError):  # what is not UTF-8 or not TOML
         raise ConfigError(f"{PROJECT_NAME} is not valid TOML", hint='as: keys = "keys"') from None
     for name, value in values.items():
+        if name in PROJECT_TABLES and isinstance(value, dict):
+            continue
         if name not in PROJECT_FOLDERS:
             raise ConfigError(f"{PROJECT_NAME} names {name[:40]!r}, expected some of: {', '.join(PROJECT_FOLDERS)}")
         if not isinstance(value, str) or not value or "\0" in value:
             raise ConfigError(f"{PROJECT_NAME}: {name} is not the path of a folder", hint=f'as: {name} = "{name}"')
+    return path, values
+
+
+def _in_project(place: Path, value: str) -> Path:
+    """Return a path of the project's file, which is relative to the file's folder."""
     try:
-        return {name: path.parent / Path(value).expanduser() for name, value in values.items()}
+        return place / Path(value).expanduser()
     except RuntimeError:  # nobody of that name has a home here
         raise ConfigError(f"{PROJECT_NAME} names the home of somebody unknown", hint='as: keys = "keys"') from None
+
+
+def _holds_path(kind: Any) -> bool:
+    return kind is Path or any(_holds_path(part) for part in get_args(kind))
 
 
 def flag_name(field_name: str) -> str:

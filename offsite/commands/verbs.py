@@ -105,6 +105,18 @@ VERBS: dict[str, Verb] = {
         "offsite.privacyreport.config:PrivacyReportConfig",
         "offsite.privacyreport.issue:run",
     ),
+    "owner init": Verb(
+        "what an owner needs: keys, registry, certificate",
+        "server.dashboard.config:OwnerInitConfig",
+        "server.dashboard.begin:run",
+        OWNER,
+    ),
+    "owner up": Verb(
+        "serve the exchange, and a dashboard to decide on",
+        "server.dashboard.config:OwnerUpConfig",
+        "server.dashboard.up:run",
+        OWNER,
+    ),
     "distill": Verb(
         "make a package (emulator, ends) of a model",
         "emulator.dial.config:DialConfig",
@@ -345,7 +357,7 @@ HEAVY = frozenset(
             "evaluate",
         ),
         *("task baseline", "audit plugged-in", "serve", "realign", "canaries", "tune", "audit bundle"),
-        *("exchange certificate", "exchange serve", "withdraw"),
+        *("exchange certificate", "exchange serve", "owner init", "owner up", "withdraw"),
         *("federate simulate", "federate serve", "federate join", "federate node"),
     )
 )
@@ -358,6 +370,7 @@ GROUPS: dict[str, str] = {
     "federate": "one adapter of many clients, over rounds",
     "job": "the terms for one client",
     "log": "the registry's log",
+    "owner": "begin as an owner; the exchange and a dashboard",
     "registry": "what arrived: list, show, accept, refuse",
     "report": "a page, or a signed privacy report and its check",
     "task": "a task in one file: check it, measure models on it",

@@ -76,6 +76,7 @@ FILES: dict[str, tuple[str, str]] = {
 ELSEWHERE: dict[str, tuple[str, str]] = {
     "offsite/trust/1": ("the pinned parties of a keys folder", "offsite trust list"),
     "offsite/marks/1": ("an owner's marks", "offsite trace"),
+    "offsite/dashboard/1": ("the hash of a dashboard's token", "offsite owner up"),
     "offsite/exploration/1": (
         "an exploration of sizes; it is JSON that a person can read",
         "offsite distill --explore",

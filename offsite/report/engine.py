@@ -26,24 +26,25 @@ from offsite.report.drawing import px
 _BREAK = re.compile(r"\s*\n\s*")
 
 
-def render(template: str, values: Mapping[str, object]) -> str:
+def render(template: str, values: Mapping[str, object], *, package: str = "offsite.report") -> str:
     """Return the page that the template makes of the values: the same values, the same text.
 
     Args:
         template: a name under ``templates/``, with ``/`` between folders.
+        package: in whose folder ``templates/`` is.
 
     Raises:
         jinja2.UndefinedError: when the template uses a name that is not among the values.
         TypeError: when it puts in what has no text of its own, such as None.
     """
-    return environment().get_template(template).render(values)
+    return environment(package).get_template(template).render(values)
 
 
 @cache
-def environment() -> Environment:
-    """Return the engine, which reads templates of this package alone."""
+def environment(package: str = "offsite.report") -> Environment:
+    """Return the engine, which reads templates of that package alone."""
     made = Environment(
-        loader=PackageLoader("offsite.report", "templates"),
+        loader=PackageLoader(package, "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_escaped,

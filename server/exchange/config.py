@@ -91,7 +91,18 @@ class CertificateConfig(VerbConfig):
     days: int = Field(365, ge=1, le=3650, description="days it is valid", json_schema_extra=USUAL)
 
 
-class InviteConfig(IdentityConfig):
+class AddressSettings(VerbConfig):
+    """Base of verbs that tell clients where the exchange is."""
+
+    url: str | None = Field(
+        None,
+        pattern=URL_PATTERN,
+        description="address of your exchange, as https://owner.example:8443; default: sealed folders go by hand",
+        json_schema_extra=USUAL,
+    )
+
+
+class InviteConfig(IdentityConfig, AddressSettings):
     """Settings of ``offsite invite JOB -o INVITATION``."""
 
     verb: ClassVar[str] = "invite"
@@ -110,12 +121,6 @@ class InviteConfig(IdentityConfig):
         json_schema_extra=USUAL,
     )
     title: Line = Field("", description="what it is about, in a line that the client is shown", json_schema_extra=USUAL)
-    url: str | None = Field(
-        None,
-        pattern=URL_PATTERN,
-        description="address of your exchange, as https://owner.example:8443; default: sealed folders go by hand",
-        json_schema_extra=USUAL,
-    )
     outbox: Path | None = Field(
         None,
         description="folder that job and package are sealed into, as the exchange's; default: the invitation's own",

@@ -24,8 +24,11 @@ from offsite.strictjson import parse_strict
 from server.exchange.config import InviteConfig
 
 
-def run(config: InviteConfig) -> dict[str, object]:
+def run(config: InviteConfig, *, identity: Identity | None = None) -> dict[str, object]:
     """Carry out ``offsite invite``. What is sealed stands before the invitation does.
+
+    Args:
+        identity: the keys, where they are open already.
 
     Raises:
         ConfigError: when the output exists, or a setting does not go with what is invited to.
@@ -34,7 +37,7 @@ def run(config: InviteConfig) -> dict[str, object]:
         ArtefactError: when job or package is unsound, or the client is not pinned.
     """
     refuse_existing(config.output)
-    now, identity = int(time.time()), open_identity(config)
+    now, identity = int(time.time()), identity or open_identity(config)
     opened = read_job(config.what) if (config.what / JOB_NAME).exists() else None
     stated = _of_package(config, now) if opened is None else _of_job(config, opened, identity, now)
     invitation = Invitation(

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from offsite.console import say
 from offsite.errors import ConfigError, RunFailed
@@ -113,7 +114,12 @@ def opened_exchange(config: ServeExchangeConfig, identity: Identity) -> Iterator
 
 
 def server_process(exchange: Exchange, config: ServeExchangeConfig, tls: ssl.SSLContext | None) -> uvicorn.Server:
-    """Return the server around the exchange; its parser is the one that ``server/http/connections.py`` limits."""
+    """Return the server around the exchange."""
+    return process_of(exchange.application(), config, tls)
+
+
+def process_of(application: ASGIApp, config: ServeExchangeConfig, tls: ssl.SSLContext | None) -> uvicorn.Server:
+    """Return a server around the application; its parser is the one that ``server/http/connections.py`` limits."""
     protocol = guarded(
         limit_connections=config.limit_connections,
         head_seconds=config.head_seconds,
@@ -121,7 +127,7 @@ def server_process(exchange: Exchange, config: ServeExchangeConfig, tls: ssl.SSL
     )
     return uvicorn.Server(
         uvicorn.Config(
-            exchange.application(),
+            application,
             http=protocol,
             loop="asyncio",
             ws="none",

@@ -6,6 +6,7 @@ import datetime
 import ipaddress
 import ssl
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
@@ -97,6 +98,35 @@ def server_context(certificate: Path, private_key: Path) -> ssl.SSLContext:
             hint="offsite exchange certificate makes both",
         ) from None
     return context
+
+
+@dataclass(frozen=True)
+class CertificateFacts:
+    """Names and addresses that a certificate is for, its SHA-256 in hex pairs, as browsers show it, and its end."""
+
+    names: tuple[str, ...]
+    sha256: str
+    ends: datetime.datetime
+
+
+def certificate_facts(certificate: Path) -> CertificateFacts:
+    """Return what a certificate in a file says of itself.
+
+    Raises:
+        ConfigError: when it cannot be read.
+    """
+    try:
+        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+        alternatives = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (OSError, ValueError, x509.ExtensionNotFound):
+        raise ConfigError(
+            f"{certificate.name!r} is not a certificate in PEM that says for which names it is",
+            hint="offsite exchange certificate makes one",
+        ) from None
+    names = alternatives.get_values_for_type(x509.DNSName)
+    addresses = alternatives.get_values_for_type(x509.IPAddress)
+    every = (*names, *(str(one) for one in addresses))
+    return CertificateFacts(every, found.fingerprint(hashes.SHA256()).hex(":").upper(), found.not_valid_after_utc)
 
 
 def _no_password() -> str:

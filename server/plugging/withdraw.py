@@ -17,7 +17,7 @@ from offsite.artefacts.manifest import MANIFEST_NAME
 from offsite.console import say
 from offsite.digests import model_digest, sha256_file
 from offsite.errors import ConfigError, RunFailed, WrongBinding
-from offsite.keys.identity import open_identity
+from offsite.keys.identity import Identity, open_identity
 from offsite.modelling.load import load_model
 from offsite.sealed.withdrawal import Statement, write_withdrawal
 from offsite.staging import refuse_existing, remove, require_place, staged_file
@@ -39,10 +39,13 @@ class _Folder:
     digest: str
 
 
-def run(config: WithdrawConfig) -> dict[str, object]:
+def run(config: WithdrawConfig, *, identity: Identity | None = None) -> dict[str, object]:
     """Carry out ``offsite withdraw``: everything is checked first, then the registry, then the folders.
 
     A run that was killed in between is repeated: what is gone already is not missed.
+
+    Args:
+        identity: the keys, where they are open already.
 
     Raises:
         ConfigError: when the output exists, or no bundle or folder is there under that name.
@@ -56,7 +59,7 @@ def run(config: WithdrawConfig) -> dict[str, object]:
     require_place(config.output)
     if config.id == "latest":
         raise ConfigError("withdraw needs an id: the latest may be another by now", hint="offsite registry list")
-    identity = open_identity(config)
+    identity = identity or open_identity(config)
     with Registry.open(config.registry, config.keys) as registry:
         entry = registry.named(config.id)
         folders = _folders(config.adapted, entry) if entry.state in _STANDING else []

@@ -159,3 +159,35 @@ class FederationStore:
             "SELECT round, content FROM finished WHERE federation_id = ? ORDER BY round", (self.id,)
         )
         return [Finished(row["round"], json.loads(row["content"])) for row in rows]
+
+
+@dataclass(frozen=True)
+class Known:
+    """A federation as its registry knows it: what it was begun with, its finished rounds, and the last one drawn."""
+
+    name: str
+    id: str
+    begun: int
+    content: Mapping[str, Any]
+    finished: tuple[Finished, ...]
+    last_drawn: int
+
+
+def known(registry: Registry) -> list[Known]:
+    """Return every federation, who was begun first comes first."""
+    found = []
+    for row in registry.store.rows("SELECT * FROM federations ORDER BY begun, federation_id"):
+        key = (row["federation_id"],)
+        rounds = registry.store.rows("SELECT round, content FROM finished WHERE federation_id = ? ORDER BY round", key)
+        drawn = registry.store.rows("SELECT coalesce(max(round), 0) FROM drawn WHERE federation_id = ?", key)
+        found.append(
+            Known(
+                name=row["name"],
+                id=row["federation_id"],
+                begun=row["begun"],
+                content=json.loads(row["content"]),
+                finished=tuple(Finished(one["round"], json.loads(one["content"])) for one in rounds),
+                last_drawn=drawn[0][0],
+            )
+        )
+    return found

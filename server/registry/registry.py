@@ -208,6 +208,16 @@ class Registry:
         """
         return KnownFiles(self._hashed, trusted=trusted)
 
+    def packages(self) -> dict[str, Path]:
+        """Return where each package stood when its last job was made, by its digest; the first registered first."""
+        rows = self._store.rows("SELECT package_digest, path FROM packages ORDER BY registered, rowid")
+        return {row["package_digest"]: Path(row["path"]) for row in rows}
+
+    def jobs(self) -> list[Job]:
+        """Return all jobs, the one that ends last first."""
+        rows = self._store.rows("SELECT content FROM jobs ORDER BY expires DESC, job_id")
+        return [Job.model_validate_json(row["content"]) for row in rows]
+
     # --- bundles
 
     def verdict(self, digest: str) -> Verdict | None:
