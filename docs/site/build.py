@@ -29,6 +29,9 @@ HOME, GLOSSARY = "docs/site/index.md", "docs/glossary.md"
 ALONE = {HOME: "index.md", "README.md": "start.md"}
 """Pages that have another place on the site than in the repository."""
 
+WRITTEN = {"docs/decisions": "decisions/index.md", "offsite/commands/verbs.py": "reference/index.md"}
+"""What a page on the site is written from; a link to it leads to that page."""
+
 NAV = {
     "Start": ["start.md"],  # under another name than its own, which is the site's
     "Walk-throughs": ["client.md", "owner.md", "auditor.md", "federation.md", "tasks.md"],
@@ -188,7 +191,9 @@ def _rewritten(text: str, source: str, place: str, known: set[str], copied: set[
         name = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
         if f"{name}/README.md" in known:
             name = f"{name}/README.md"
-        if name in known:
+        if name in WRITTEN:
+            target = WRITTEN[name]
+        elif name in known:
             target = ALONE.get(name, name.removeprefix("docs/"))
         elif (ROOT / name).is_file() and (ROOT / name).stat().st_size <= LIMIT_BYTES:
             copied.add(name)
