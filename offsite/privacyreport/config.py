@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,23 @@ class PrivacyReportConfig(IdentityConfig, PackageGates):
         json_schema_extra=USUAL,
     )
     job: Path | None = Field(None, description="folder of the job that all of it belongs to", json_schema_extra=USUAL)
+    format: Literal["html", "sacro", "board"] = Field(
+        "html",
+        description="html: the signed report's folder; sacro: with what output checkers of research environments load; "
+        "board: with one page for a board; both hold the signed report in REPORT/report",
+        json_schema_extra=USUAL,
+    )
+    scores: Path | None = Field(
+        None,
+        description="with --format sacro: what offsite audit bundle --keep-scores wrote",
+        json_schema_extra=USUAL,
+    )
+
+    @model_validator(mode="after")
+    def _scores_for_sacro(self) -> PrivacyReportConfig:
+        if (self.format == "sacro") != (self.scores is not None):
+            raise ValueError("--format sacro and --scores are given together or not at all")
+        return self
 
 
 class ReportVerifyConfig(KeysConfig):
@@ -56,6 +73,11 @@ class ReportVerifyConfig(KeysConfig):
     )
     page: Path | None = Field(
         None, description="page to write once all checks passed: the report as HTML", json_schema_extra=USUAL
+    )
+    board: Path | None = Field(
+        None,
+        description="sheet to write once all checks passed: for a board, one page to print",
+        json_schema_extra=USUAL,
     )
 
     @model_validator(mode="after")

@@ -98,7 +98,7 @@ def page(report: PrivacyReport) -> str:
         "plugged_in": plugged_in(report.audits.plugged_in),
         "private": _private(report),
         "report": report,
-        "unmeasured": list(_unmeasured(report)),
+        "unmeasured": list(unmeasured(report)),
     }
     return render("privacy/page.html.jinja", values)
 
@@ -183,7 +183,7 @@ def _constants(claim: Claim, not_accounted: str) -> list[tuple[str, str]]:
     ]
 
 
-def _unmeasured(report: PrivacyReport) -> Iterator[str]:
+def unmeasured(report: PrivacyReport) -> Iterator[str]:
     """What no audit in the report measured, a sentence each."""
     bundle, plugged, sent = report.audits.bundle, report.audits.plugged_in, report.audits.package
     if bundle is None and (plugged is not None or report.release is not None):

@@ -21,6 +21,7 @@ from offsite.folders import kind_of, listed, names_in
 from offsite.keys.files import read_limited
 from offsite.keys.identity import CARD_LIMIT_BYTES, CARD_NAME, PublicKeys, read_card
 from offsite.keys.trust import MAX_SKEW_SECONDS, Peer, TrustStore
+from offsite.privacyreport.board import board
 from offsite.privacyreport.config import ReportVerifyConfig
 from offsite.privacyreport.issue import show, told
 from offsite.privacyreport.page import page
@@ -45,16 +46,20 @@ def run(config: ReportVerifyConfig) -> dict[str, object]:
     """Carry out ``offsite report verify``.
 
     Raises:
-        ConfigError: when ``--page`` exists, there are no keys, or epsilon cannot be recomputed here.
+        ConfigError: when ``--page`` or ``--board`` exists, there are no keys, or epsilon cannot be recomputed here.
         ArtefactError: with the subclass of the check that failed; nothing is written then.
     """
-    if config.page is not None:
-        refuse_existing(config.page)
+    for out in (config.page, config.board):
+        if out is not None:
+            refuse_existing(out)
     now = int(time.time())
     report, digest = verify(config, now=now)
     if config.page is not None:
         with staged_file(config.page) as stage:
             stage.write_text(page(report), encoding="utf-8")
+    if config.board is not None:
+        with staged_file(config.board) as stage:
+            stage.write_text(board(report, digest), encoding="utf-8")
     show(report)
     return {**told(report, digest), "verified": True}
 
