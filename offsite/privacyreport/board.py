@@ -15,9 +15,11 @@ from offsite.privacyreport.page import unmeasured
 from offsite.privacyreport.record import PrivacyReport
 from offsite.privacyreport.words import not_accounted, released, unit, upper, upper_delta
 from offsite.report.engine import render
-from offsite.report.numbers import number, whole
+from offsite.report.numbers import whole
 
 BOARD_NAME = "board.html"
+MANY = 8
+"""So many gates stand on the sheet as large as its other words; more of them, and all of it is a little smaller."""
 
 _QUESTIONS = {
     "audit": "Was the adapter examined before it left?",
@@ -35,7 +37,7 @@ _QUESTIONS = {
     "verbatim": "Do rows come back word for word?",
     "withheld": "How far does the copy stay behind the model after tuning?",
 }
-_SCOPES = {"bundle": "", "plugged_in": "in the full model", "package": "the model's copy"}
+_SCOPES = {"bundle": "", "plugged_in": "in the full model", "package": ""}
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Sheet:
     bounds: tuple[str, ...]
     tried: tuple[Tried, ...]
     counts: str
+    is_dense: bool
 
 
 def board(report: PrivacyReport, digest: str) -> str:
@@ -79,6 +82,7 @@ def board(report: PrivacyReport, digest: str) -> str:
         bounds=tuple(_bounds(report)),
         tried=tried,
         counts=_counts(tried),
+        is_dense=len(tried) > MANY,
     )
     values = {"digest": digest, "report": report, "sheet": sheet, "unmeasured": list(unmeasured(report))}
     return render("privacy/board.html.jinja", values)
@@ -122,7 +126,7 @@ def _bounds(report: PrivacyReport) -> list[str]:
         "Differential privacy, as claimed: what anybody can conclude from the adapter is nearly the same whether or "
         f"not any one {unit(claim)} was in the data. How nearly is epsilon, {upper(claim.epsilon)} at delta "
         f"{upper_delta(claim.delta)}; smaller is better, and above 10 it promises next to nothing.",
-        f"Spent by {runs}: {upper(claim.epsilon_total)} of a budget of {number(claim.budget)}. The figure follows from "
+        f"Spent by {runs}: {upper(claim.epsilon_total)} of a budget of {claim.budget:.3f}. The figure follows from "
         "constants in the report and can be worked out anew; that the software kept to them cannot be seen from it.",
         not_accounted(claim),
     ]
