@@ -8,6 +8,7 @@ from pathlib import Path
 
 from offsite import __version__
 from offsite.artefacts.job import read_job
+from offsite.attestation.evidence import NoAttestation
 from offsite.audits.gates import Gate
 from offsite.audits.keptscores import read_scores
 from offsite.audits.record import BundleAudit, PackageAudit, PluggedAudit, read_audit
@@ -15,7 +16,7 @@ from offsite.config import flag_name
 from offsite.console import say
 from offsite.digests import sha256_bytes
 from offsite.errors import BadSchema, ConfigError, WrongBinding
-from offsite.keys.identity import open_identity
+from offsite.keys.identity import Identity, open_identity
 from offsite.privacyreport.board import BOARD_NAME, board
 from offsite.privacyreport.config import PrivacyReportConfig
 from offsite.privacyreport.page import page
@@ -69,20 +70,28 @@ def run(config: PrivacyReportConfig) -> dict[str, object]:
         limits=limits,
         recomputed=recomputed,
         versions={"offsite": __version__},
+        attestation=NoAttestation(),
     )
-    raw = report_raw(report)
-    beside = _beside(config, report, sha256_bytes(raw))
+    beside = _beside(config, report, sha256_bytes(report_raw(report)))
     with staged_folder(config.output) as stage:
         folder = stage / REPORT_FOLDER if beside else stage
         folder.mkdir(exist_ok=True)
-        (folder / REPORT_NAME).write_bytes(raw)
-        (folder / SIGNATURES_NAME).write_bytes(write_signatures(issuer, identity.sign(SIGN_PURPOSE, raw)))
-        (folder / PAGE_NAME).write_text(page(report), encoding="utf-8")
+        raw = write_report(folder, report, identity)
         for name, content in beside.items():
             (stage / name).write_bytes(content)
     show(report)
     _say_where(config, beside)
     return {**told(report, sha256_bytes(raw)), "report": config.output.name, "files": sorted(beside)}
+
+
+def write_report(folder: Path, report: PrivacyReport, identity: Identity) -> bytes:
+    """The report, its signatures and its page stand in `folder`; return the bytes that were signed."""
+    raw = report_raw(report)
+    (folder / REPORT_NAME).write_bytes(raw)
+    signatures = write_signatures(identity.public.fingerprint, identity.sign(SIGN_PURPOSE, raw))
+    (folder / SIGNATURES_NAME).write_bytes(signatures)
+    (folder / PAGE_NAME).write_text(page(report), encoding="utf-8")
+    return raw
 
 
 def _beside(config: PrivacyReportConfig, report: PrivacyReport, digest: str) -> dict[str, bytes]:
@@ -125,6 +134,7 @@ def told(report: PrivacyReport, digest: str) -> dict[str, object]:
     figures = ("epsilon", "epsilon_rdp", "delta", "epsilon_total", "delta_total", "budget", "num_runs", "unit")
     return {
         "accepted_leakage": report.accepted_leakage,
+        "attestation": None if report.attestation is None else report.attestation.kind,
         "claim": None if claim is None else {name: getattr(claim, name) for name in figures},
         "created": report.created,
         "digest": digest,

@@ -29,6 +29,11 @@ _ROLES = {
     "owner": "The owner of the model reports on what it sent or received",
 }
 
+_ATTESTATIONS = {
+    "none": "none: whose keys signed is known, not on which machine or by which program",
+    "tpm2-quote": "a TPM 2.0 quote about this report; it counts once it is verified against a policy of the reader's",
+}
+
 
 @dataclass(frozen=True)
 class Head:
@@ -233,6 +238,8 @@ def _about(report: PrivacyReport) -> list[Fact]:
     facts += [Fact(f"audit: {_SCOPES[kind]}", digest, "digest") for kind, digest in digests.audits.items()]
     for kind, audit in report.audits.given.items():
         facts.append(Fact(f"software, audit: {_SCOPES[kind]}", _versions(audit.versions), "said"))
+    if report.attestation is not None:
+        facts.append(Fact("attestation", _ATTESTATIONS[report.attestation.kind]))
     return [*facts, Fact("software, this report", _versions(report.versions), "said")]
 
 
