@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from offsite.audits.membership import membership_of
 from offsite.audits.record import BundleAudit, Digest, Estimate, Membership, SignalName
+from offsite.console import say
 from offsite.errors import ArtefactError, BadSchema, ConfigError, TooLarge, WrongBinding
 from offsite.staging import staged_file
 from offsite.strictjson import Strict, parse_strict, write_compact
@@ -56,24 +57,23 @@ class KeptScores(Strict):
 def kept_scores(
     out: Path | None, attacks: Mapping[SignalName, NDArray[np.float64]], num_members: int, *, audit: str
 ) -> Iterator[None]:
-    """The scores stand at `out`, readable by its owner alone, once the block has ended well; nothing where it is None.
+    """The scores stand at `out`, readable by its owner alone, once the block has ended well.
+
+    Nothing stands there where no row was scored, which is said: the audit is worth keeping without them.
 
     Args:
         attacks: scores of the rows, members first, in the order of the data; they are written in another.
         audit: digest of the ``audit.json`` that they are of.
 
     Raises:
-        ConfigError: when no row was scored, or `out` exists.
+        ConfigError: when `out` exists.
         RunFailed: when the disk is full.
     """
-    if out is None:
+    if out is None or not attacks:
+        if out is not None:
+            say(f"no row was scored: {out.name} is not written")
         yield
         return
-    if not attacks:
-        raise ConfigError(
-            "--keep-scores: no row was scored, there is nothing to keep",
-            hint="rows of both sides are needed; see --rows",
-        )
     num_rows = len(next(iter(attacks.values())))
     inside, outside = _shuffled(range(num_members)), _shuffled(range(num_members, num_rows))
     kept = KeptScores(

@@ -38,7 +38,10 @@ def run(config: ReportAttestConfig) -> dict[str, object]:
     nonce = nonce_of(report)
     if config.output is None or config.quote is None or config.quote_signature is None:
         say(f"a quote about this report holds the nonce {nonce.hex()}")
-        say("for example: tpm2_quote -c AK -l sha256:0,2,4,7 -g sha256 -q NONCE -m quote.msg -s quote.sig")
+        say(
+            "it tells whoever reads the report the TPM's clock, resets and firmware, and a name of its key; for example:"
+        )
+        say(f"  tpm2_quote -c AK -l sha256:0,2,4,7 -g sha256 -q {nonce.hex()} -m quote.msg -s quote.sig")
         name = shlex.quote(config.report.name)
         say(f"then: offsite report attest {name} --quote quote.msg --quote-signature quote.sig -o NEW-REPORT")
         return {"digest": digest, "nonce": nonce.hex()}

@@ -88,7 +88,11 @@ def _target(report: PrivacyReport, audit: BundleAudit) -> dict[str, Any]:
     """What SACRO-ML's loader looks for; a model that it could run is not handed over."""
     run = audit.run
     params: dict[str, Any] = {
-        **{name: value for name, value in run.adapter.model_dump(mode="json").items() if isinstance(value, str | int)},
+        **{
+            name: value
+            for name, value in run.adapter.model_dump(mode="json").items()
+            if isinstance(value, str | int | float)
+        },
         **{"steps": run.steps, "batch_size": run.batch_size, "learning_rate": run.learning_rate},
         "differentially_private": run.claim is not None,
         "bundle_digest": run.bundle_digest,

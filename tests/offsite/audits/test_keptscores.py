@@ -51,8 +51,13 @@ def test_nothing_stands_when_the_audit_could_not_be_written(attacks, tmp_path):
     with pytest.raises(RunFailed), kept_scores(tmp_path / "scores", attacks, MEMBERS, audit=DIGEST):
         raise RunFailed("full")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ConfigError, match="no row was scored"), kept_scores(tmp_path / "s", {}, 0, audit=DIGEST):
-        pass
+
+
+def test_where_no_row_was_scored_the_audit_is_kept_and_that_is_said(tmp_path, capsys):
+    with kept_scores(tmp_path / "scores.json", {}, 0, audit=DIGEST):
+        (tmp_path / "audit").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["audit"]
+    assert "no row was scored: scores.json is not written" in capsys.readouterr().err
 
 
 def swapped(stated):

@@ -14,6 +14,8 @@ from offsite import cli
 from offsite.audits.keptscores import kept_scores
 from offsite.audits.membership import membership_of
 from offsite.audits.record import write_audit
+from offsite.errors import ArtefactError
+from offsite.exchange.verbs import read_content
 from offsite.privacyreport.record import audit_digest
 
 
@@ -81,6 +83,10 @@ def test_no_raw_score_no_order_and_no_path_is_handed_over(desk, tmp_path):
         assert not any(repr(score).encode() in written for score in by.tolist())
     assert str(tmp_path).encode() not in written
     train = np.loadtxt(tmp_path / "out" / "proba_train.csv")
+    for kept in (tmp_path / "out", tmp_path / "scores.json"):
+        with pytest.raises(ArtefactError):  # none of it can be sealed, and so none of it crosses
+            read_content(kept)
+    assert read_content(tmp_path / "out" / "report").kind == "report"
     assert (train.argsort() != desk.attacks["min-k"][:MEMBERS].argsort()).any()
 
 
