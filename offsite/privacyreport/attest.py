@@ -38,9 +38,7 @@ def run(config: ReportAttestConfig) -> dict[str, object]:
     nonce = nonce_of(report)
     if config.output is None or config.quote is None or config.quote_signature is None:
         say(f"a quote about this report holds the nonce {nonce.hex()}")
-        say(
-            "it tells whoever reads the report the TPM's clock, resets and firmware, and a name of its key; for example:"
-        )
+        say("it tells whoever reads the report the TPM's clock, resets, firmware and a name of its key; for example:")
         say(f"  tpm2_quote -c AK -l sha256:0,2,4,7 -g sha256 -q {nonce.hex()} -m quote.msg -s quote.sig")
         name = shlex.quote(config.report.name)
         say(f"then: offsite report attest {name} --quote quote.msg --quote-signature quote.sig -o NEW-REPORT")
