@@ -35,6 +35,7 @@ from offsite.audits.canaries import CanarySet, read_canaries
 from offsite.audits.canaryaudit import CanaryScores, audit_canaries, canary_examples, read_out, score_canaries
 from offsite.audits.extraction import verbatim
 from offsite.audits.gates import bundle_gates, passed
+from offsite.audits.keptscores import kept_scores
 from offsite.audits.membership import membership_of
 from offsite.audits.record import (
     BundleAudit,
@@ -43,13 +44,14 @@ from offsite.audits.record import (
     Membership,
     Run,
     ScanFigures,
+    SignalName,
     Verbatim,
     quoted,
     read_run,
     run_path,
     write_audit,
 )
-from offsite.audits.scores import RowScores, beginning_of, score_heads, score_pairs, score_rows, signals
+from offsite.audits.scores import Floats, RowScores, beginning_of, score_heads, score_pairs, score_rows, signals
 from offsite.audits.statistics import require_extra
 from offsite.console import progress, say, say_next
 from offsite.digests import sha256_file
@@ -58,6 +60,7 @@ from offsite.errors import ConfigError, DataError, WrongBinding
 from offsite.evaluation.heads import SCORE
 from offsite.modelling.context import context_of
 from offsite.modelling.head import causal_lm
+from offsite.privacyreport.record import audit_digest
 from offsite.seq2seq.models import is_seq2seq, start_token
 from offsite.staging import refuse_existing, scratch_folder
 from offsite.text.batches import IGNORED, Example, pad_id
@@ -110,13 +113,16 @@ def run(config: AuditBundleConfig) -> dict[str, object]:
     """
     began = time.monotonic()
     refuse_existing(config.output)
+    if config.keep_scores is not None:
+        refuse_existing(config.keep_scores)
     require_files(config.data)
     require_files(config.nonmembers)
     require_extra()
     given = _open(config)
     with scratch_folder(config.output) as scratch:
-        audit, rows = _measure(config, given, scratch)
-    digest = write_audit(config.output, audit)
+        audit, rows, attacks = _measure(config, given, scratch)
+    with kept_scores(config.keep_scores, attacks, len(rows.members), audit=audit_digest(audit)):
+        digest = write_audit(config.output, audit)
     gates = bundle_gates(audit)
     show(audit, gates, num_nonmembers=rows.num_available)
     say(f"audit: {config.output.name} is written; offsite seal asks its gates")
@@ -243,7 +249,9 @@ def _canaries(config: AuditBundleConfig, record: Run) -> CanarySet | None:
     return canaries
 
 
-def _measure(config: AuditBundleConfig, given: _Given, scratch: Path) -> tuple[BundleAudit, Rows]:
+def _measure(
+    config: AuditBundleConfig, given: _Given, scratch: Path
+) -> tuple[BundleAudit, Rows, dict[SignalName, Floats]]:
     tokenizer = given.package.load_reader()
     device = choose_device(config.device)
     attached = attach_to_package(given.package, given.run.adapter, device=device, round_=given.round)
@@ -288,7 +296,7 @@ def _measure(config: AuditBundleConfig, given: _Given, scratch: Path) -> tuple[B
         scan=_scan(config, given),
         versions=versions(),
     )
-    return audit, rows
+    return audit, rows, _attacks(before, after)
 
 
 _WORDS = {"set aside": "set aside for this", "validation": "validated on", "file": "from --nonmembers"}
@@ -420,13 +428,18 @@ def _told(total: int, label: str) -> Iterator[Any]:
         yield lambda done, _: bar.update(done)
 
 
+def _attacks(before: _Found, after: _Found) -> dict[SignalName, Floats]:
+    """Return the scores of the rows by each attack, members first; none where no row was scored."""
+    return {} if before.rows is None or after.rows is None else signals(after.rows, before.rows)
+
+
 def _membership(
     before: _Found, after: _Found, started: RowScores | None, num_members: int
 ) -> tuple[tuple[Membership, ...], Membership | None]:
     """Return the attacks, and the loss of a model that read no row as one: it should tell nothing."""
     if before.rows is None or after.rows is None:
         return (), None
-    attacks = signals(after.rows, before.rows)
+    attacks = _attacks(before, after)
     found = tuple(membership_of(name, by[:num_members], by[num_members:]) for name, by in attacks.items())
     if started is None:  # an encoder's, which says nothing of a text
         return found, None

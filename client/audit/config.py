@@ -40,6 +40,11 @@ class AuditBundleConfig(CacheSettings, DeviceSettings, SeedSettings):
     canaries: Path | None = Field(
         None, description="folder of the canaries that the run trained on", json_schema_extra=USUAL
     )
+    keep_scores: Path | None = Field(
+        None,
+        description="file to write, for an output checker: every row's score, in no order of the data; keep it here",
+        json_schema_extra=USUAL,
+    )
     tokens_per_row: int = Field(
         128, ge=2, description="tokens of a row that are scored, at most, from its first", json_schema_extra=MEASURING
     )

@@ -7,6 +7,7 @@ __all__ = [
     "config",
     "extraction",
     "gates",
+    "keptscores",
     "lowerbound",
     "membership",
     "noise",

@@ -105,6 +105,11 @@ VERBS: dict[str, Verb] = {
         "offsite.privacyreport.config:PrivacyReportConfig",
         "offsite.privacyreport.issue:run",
     ),
+    "report attest": Verb(
+        "add a TPM's quote to a signed privacy report",
+        "offsite.privacyreport.config:ReportAttestConfig",
+        "offsite.privacyreport.attest:run",
+    ),
     "owner init": Verb(
         "what an owner needs: keys, registry, certificate",
         "server.dashboard.config:OwnerInitConfig",

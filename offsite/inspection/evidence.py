@@ -158,6 +158,9 @@ def _claim(claim: Claim | None) -> str:
     return f"epsilon {claim.epsilon:.3g} {per} claimed, {claim.epsilon_total:.3g} of all runs"
 
 
+_ATTESTED = {"none": "none", "tpm2-quote": "a TPM's quote, not verified here"}
+
+
 def show_report(thing: Thing) -> dict[str, object]:
     """A privacy report is told: what its issuer says. Nothing of it is verified; ``offsite report verify`` does that.
 
@@ -169,6 +172,7 @@ def show_report(thing: Thing) -> dict[str, object]:
     say(f"privacy report {thing.name}; checked: {checked}")
     claim = None if report.privacy is None else report.privacy.claim
     released = report.accepted_leakage
+    attestation = None if report.attestation is None else report.attestation.kind
     grounds = "with leakage accepted" if released else "after every gate passed"
     facts(
         {
@@ -181,6 +185,7 @@ def show_report(thing: Thing) -> dict[str, object]:
             "base model": report.digests.base,
             "claims": _claim(claim) if report.audits.bundle is not None else None,
             "released": None if released is None else grounds,
+            "attestation": None if attestation is None else _ATTESTED[attestation],
             "not claimed": f"{len(report.non_claims)} things, in {REPORT_NAME}" if report.non_claims else None,
         }
     )
@@ -196,6 +201,7 @@ def show_report(thing: Thing) -> dict[str, object]:
         "base_digest": report.digests.base,
         "epsilon": None if claim is None else claim.epsilon,
         "accepted_leakage": released,
+        "attestation": attestation,
         "gates": gates(report.gates.every),
         "verified": False,
         "checked": checked,

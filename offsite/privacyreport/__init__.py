@@ -1,3 +1,3 @@
 """The signed privacy report: its record, how it is issued and verified, and its page."""
 
-__all__ = ["config", "issue", "record", "verify"]
+__all__ = ["attest", "config", "issue", "record", "verify"]

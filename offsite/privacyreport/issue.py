@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from offsite import __version__
 from offsite.artefacts.job import read_job
+from offsite.attestation.evidence import NoAttestation
 from offsite.audits.gates import Gate
+from offsite.audits.keptscores import read_scores
 from offsite.audits.record import BundleAudit, PackageAudit, PluggedAudit, read_audit
 from offsite.config import flag_name
 from offsite.console import say
 from offsite.digests import sha256_bytes
 from offsite.errors import BadSchema, ConfigError, WrongBinding
-from offsite.keys.identity import open_identity
+from offsite.keys.identity import Identity, open_identity
+from offsite.privacyreport.board import BOARD_NAME, board
 from offsite.privacyreport.config import PrivacyReportConfig
 from offsite.privacyreport.page import page
 from offsite.privacyreport.recompute import Recomputed, recompute, require_claim
@@ -30,10 +34,14 @@ from offsite.privacyreport.record import (
     conclude,
     report_raw,
 )
+from offsite.privacyreport.sacro import READ_NAME, sacro_files
 from offsite.privacyreport.words import released
 from offsite.sealed.manifest import write_signatures
 from offsite.sealed.release import read_release
 from offsite.staging import refuse_existing, staged_folder
+
+REPORT_FOLDER = "report"
+"""Where the signed report stands in a folder that holds more than that."""
 
 
 def run(config: PrivacyReportConfig) -> dict[str, object]:
@@ -62,15 +70,51 @@ def run(config: PrivacyReportConfig) -> dict[str, object]:
         limits=limits,
         recomputed=recomputed,
         versions={"offsite": __version__},
+        attestation=NoAttestation(),
     )
-    raw = report_raw(report)
+    beside = _beside(config, report, sha256_bytes(report_raw(report)))
     with staged_folder(config.output) as stage:
-        (stage / REPORT_NAME).write_bytes(raw)
-        (stage / SIGNATURES_NAME).write_bytes(write_signatures(issuer, identity.sign(SIGN_PURPOSE, raw)))
-        (stage / PAGE_NAME).write_text(page(report), encoding="utf-8")
+        folder = stage / REPORT_FOLDER if beside else stage
+        folder.mkdir(exist_ok=True)
+        raw = write_report(folder, report, identity)
+        for name, content in beside.items():
+            (stage / name).write_bytes(content)
     show(report)
-    say(f"{config.output.name}: signed; open {PAGE_NAME} in a browser, or send the folder with offsite seal")
-    return {**told(report, sha256_bytes(raw)), "report": config.output.name}
+    _say_where(config, beside)
+    return {**told(report, sha256_bytes(raw)), "report": config.output.name, "files": sorted(beside)}
+
+
+def write_report(folder: Path, report: PrivacyReport, identity: Identity) -> bytes:
+    """The report, its signatures and its page stand in `folder`; return the bytes that were signed."""
+    raw = report_raw(report)
+    (folder / REPORT_NAME).write_bytes(raw)
+    signatures = write_signatures(identity.public.fingerprint, identity.sign(SIGN_PURPOSE, raw))
+    (folder / SIGNATURES_NAME).write_bytes(signatures)
+    (folder / PAGE_NAME).write_text(page(report), encoding="utf-8")
+    return raw
+
+
+def _beside(config: PrivacyReportConfig, report: PrivacyReport, digest: str) -> dict[str, bytes]:
+    """Return the files that stand beside the signed report's own folder; none where it is all that is written."""
+    if config.format == "board":
+        return {BOARD_NAME: board(report, digest).encode()}
+    if config.scores is None:
+        return {}
+    audit = report.audits.bundle
+    if audit is None:
+        raise ConfigError("--format sacro: no audit of a bundle is among --audit", hint="offsite audit bundle makes it")
+    return sacro_files(report, audit, read_scores(config.scores, audit, report.digests.audits["bundle"]))
+
+
+def _say_where(config: PrivacyReportConfig, beside: Mapping[str, bytes]) -> None:
+    name = config.output.name
+    if not beside:
+        say(f"{name}: signed; open {PAGE_NAME} in a browser, or send the folder with offsite seal")
+        return
+    say(f"{name}: {', '.join(sorted(beside))}")
+    say(f"{name}/{REPORT_FOLDER}: signed, as ever; offsite report verify and offsite seal take this folder")
+    if config.format == "sacro":
+        say(f"{READ_NAME} says what stays with the output checker: all but {REPORT_FOLDER}")
 
 
 def show(report: PrivacyReport) -> None:
@@ -90,6 +134,7 @@ def told(report: PrivacyReport, digest: str) -> dict[str, object]:
     figures = ("epsilon", "epsilon_rdp", "delta", "epsilon_total", "delta_total", "budget", "num_runs", "unit")
     return {
         "accepted_leakage": report.accepted_leakage,
+        "attestation": None if report.attestation is None else report.attestation.kind,
         "claim": None if claim is None else {name: getattr(claim, name) for name in figures},
         "created": report.created,
         "digest": digest,

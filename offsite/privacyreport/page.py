@@ -29,6 +29,11 @@ _ROLES = {
     "owner": "The owner of the model reports on what it sent or received",
 }
 
+_ATTESTATIONS = {
+    "none": "none: whose keys signed is known, not on which machine or by which program",
+    "tpm2-quote": "a TPM 2.0 quote about this report; it counts once it is verified against a policy of the reader's",
+}
+
 
 @dataclass(frozen=True)
 class Head:
@@ -98,7 +103,7 @@ def page(report: PrivacyReport) -> str:
         "plugged_in": plugged_in(report.audits.plugged_in),
         "private": _private(report),
         "report": report,
-        "unmeasured": list(_unmeasured(report)),
+        "unmeasured": list(unmeasured(report)),
     }
     return render("privacy/page.html.jinja", values)
 
@@ -183,7 +188,7 @@ def _constants(claim: Claim, not_accounted: str) -> list[tuple[str, str]]:
     ]
 
 
-def _unmeasured(report: PrivacyReport) -> Iterator[str]:
+def unmeasured(report: PrivacyReport) -> Iterator[str]:
     """What no audit in the report measured, a sentence each."""
     bundle, plugged, sent = report.audits.bundle, report.audits.plugged_in, report.audits.package
     if bundle is None and (plugged is not None or report.release is not None):
@@ -233,6 +238,8 @@ def _about(report: PrivacyReport) -> list[Fact]:
     facts += [Fact(f"audit: {_SCOPES[kind]}", digest, "digest") for kind, digest in digests.audits.items()]
     for kind, audit in report.audits.given.items():
         facts.append(Fact(f"software, audit: {_SCOPES[kind]}", _versions(audit.versions), "said"))
+    if report.attestation is not None:
+        facts.append(Fact("attestation", _ATTESTATIONS[report.attestation.kind]))
     return [*facts, Fact("software, this report", _versions(report.versions), "said")]
 
 

@@ -16,6 +16,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from offsite.artefacts.job import JOB_ID_PATTERN
 from offsite.artefacts.layout import Key, Line
+from offsite.attestation.evidence import Attestation, TpmQuote, nonce_for
+from offsite.attestation.policy import require_bound
 from offsite.audits.gates import Gate, Release, bundle_gates, package_gates, passed, plugged_gates, unmeasured
 from offsite.audits.record import (
     AUDIT_NAME,
@@ -135,12 +137,15 @@ class Privacy(Strict):
     not_accounted: Sentence
 
 
-class PrivacyReport(Strict):
+class PrivacyReport(Sparse):
     """The content of ``report.json``. Times are seconds since 1970, UTC.
 
     ``accepted_leakage`` is None where no release record was given; ``privacy`` is None where no run with a claim is
-    quoted.
+    quoted. ``attestation`` says nothing of the machine that issued the report, or quotes evidence about this very
+    report; it is None in reports of earlier versions.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"attestation"})
 
     headline: Sentence
     format: Literal["offsite/privacy-report/1"]
@@ -157,6 +162,7 @@ class PrivacyReport(Strict):
     non_claims: tuple[Sentence, ...]
     audits: Audits
     versions: dict[Key, Line]
+    attestation: Attestation | None = None
 
 
 def conclude(
@@ -169,6 +175,7 @@ def conclude(
     limits: Limits,
     recomputed: Recomputed | None,
     versions: Mapping[str, str],
+    attestation: Attestation | None = None,
 ) -> PrivacyReport:
     """Return the report that these audits make: everything in it that follows from the rest is worked out here.
 
@@ -208,10 +215,41 @@ def conclude(
         limits=limits,
         release=release,
         privacy=private,
-        non_claims=non_claims(audits.bundle, audits.plugged_in, audits.package),
+        non_claims=non_claims(
+            audits.bundle, audits.plugged_in, audits.package, attested=isinstance(attestation, TpmQuote)
+        ),
         audits=audits,
         versions=dict(versions),
+        attestation=attestation,
     )
+
+
+def with_quote(report: PrivacyReport, quote: TpmQuote) -> PrivacyReport:
+    """Return the report with evidence in place of what it stated of attestation, and with what it then does not say."""
+    return report.model_copy(update={"attestation": quote, "non_claims": _attested(report)})
+
+
+def nonce_of(report: PrivacyReport) -> bytes:
+    """Return what evidence about this report must hold: a digest of all it says when it has that evidence, but for it.
+
+    It is the same before the evidence is there and afterwards.
+    """
+    body = report.model_copy(update={"attestation": None, "non_claims": _attested(report)})
+    return nonce_for(report_raw(body))
+
+
+def require_about(report: PrivacyReport) -> None:
+    """Return only if the evidence in the report, where there is any, is about this report. It is not verified by that.
+
+    Raises:
+        BadSchema, WrongBinding: when it is not.
+    """
+    require_bound(report.attestation, nonce_of(report))
+
+
+def _attested(report: PrivacyReport) -> tuple[str, ...]:
+    audits = report.audits
+    return non_claims(audits.bundle, audits.plugged_in, audits.package, attested=True)
 
 
 def audit_digest(audit: Audit) -> str:

@@ -1,8 +1,9 @@
 """``offsite report verify``: whether a privacy report is its issuer's, and says no more than its own figures give.
 
 In this order: the folder holds what it may; the issuer is trusted; both signatures over the bytes as received; schema;
-date; what follows from the audits, worked out anew; epsilon, recomputed from the claim's constants; the page, made
-anew; and the bundle and package that were given. The first check that fails is named in one line.
+date; what follows from the audits, worked out anew; what is stated of the machine; epsilon, recomputed from the claim's
+constants; the page, made anew; and the bundle and package that were given. The first check that fails is named in one
+line.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from offsite import __version__
 from offsite.artefacts.bundle import Bundle
 from offsite.artefacts.inspect import inspect_artefact
+from offsite.attestation.evidence import TpmQuote
+from offsite.attestation.policy import read_policy, require_trusted
 from offsite.console import say
 from offsite.digests import sha256_bytes
 from offsite.errors import ArtefactError, BadDigest, Expired, Untrusted, WrongBinding, WrongNames
@@ -21,6 +24,7 @@ from offsite.folders import kind_of, listed, names_in
 from offsite.keys.files import read_limited
 from offsite.keys.identity import CARD_LIMIT_BYTES, CARD_NAME, PublicKeys, read_card
 from offsite.keys.trust import MAX_SKEW_SECONDS, Peer, TrustStore
+from offsite.privacyreport.board import board
 from offsite.privacyreport.config import ReportVerifyConfig
 from offsite.privacyreport.issue import show, told
 from offsite.privacyreport.page import page
@@ -34,8 +38,10 @@ from offsite.privacyreport.record import (
     SIGNATURES_NAME,
     PrivacyReport,
     conclude,
+    nonce_of,
     parse_report,
     read_file,
+    require_about,
 )
 from offsite.sealed.manifest import read_signatures
 from offsite.staging import refuse_existing, staged_file
@@ -45,18 +51,23 @@ def run(config: ReportVerifyConfig) -> dict[str, object]:
     """Carry out ``offsite report verify``.
 
     Raises:
-        ConfigError: when ``--page`` exists, there are no keys, or epsilon cannot be recomputed here.
+        ConfigError: when ``--page`` or ``--board`` exists, there are no keys, or epsilon cannot be recomputed here.
         ArtefactError: with the subclass of the check that failed; nothing is written then.
     """
-    if config.page is not None:
-        refuse_existing(config.page)
+    for out in (config.page, config.board):
+        if out is not None:
+            refuse_existing(out)
     now = int(time.time())
     report, digest = verify(config, now=now)
     if config.page is not None:
         with staged_file(config.page) as stage:
             stage.write_text(page(report), encoding="utf-8")
+    if config.board is not None:
+        with staged_file(config.board) as stage:
+            stage.write_text(board(report, digest), encoding="utf-8")
     show(report)
-    return {**told(report, digest), "verified": True}
+    attested = config.attestation_policy is not None  # which is held against it, or there is no result
+    return {**told(report, digest), "attestation_verified": attested, "verified": True}
 
 
 def verify(config: ReportVerifyConfig, *, now: int) -> tuple[PrivacyReport, str]:
@@ -85,6 +96,7 @@ def verify(config: ReportVerifyConfig, *, now: int) -> tuple[PrivacyReport, str]
         raise Expired(f"this report is dated {report.created - now} seconds in the future")
     _passed("schema", f"{PRIVACY_FORMAT}, every interval in order, of {_date(report.created)}")
     _require_conclusions(report)
+    _require_attestation(config, report)
     _require_epsilon(report)
     _require_page(folder, names, report)
     _require_artefacts(config, report)
@@ -160,6 +172,7 @@ def _require_conclusions(report: PrivacyReport) -> None:
         limits=report.limits,
         recomputed=_stated(report),
         versions=report.versions,
+        attestation=report.attestation,
     )
     _passed("about", f"audits quoted: {len(report.audits.given)}; all of one bundle, package and base model")
     for name in PrivacyReport.model_fields:
@@ -170,6 +183,23 @@ def _require_conclusions(report: PrivacyReport) -> None:
 
 def _stated(report: PrivacyReport) -> Recomputed | None:
     return None if report.privacy is None else report.privacy.recomputed
+
+
+def _require_attestation(config: ReportVerifyConfig, report: PrivacyReport) -> None:
+    """What the report states of its machine is about this report; with a policy, it is verified against that."""
+    if config.attestation_policy is None:
+        require_about(report)
+        if isinstance(report.attestation, TpmQuote):
+            say("--  attestation  a TPM's quote about this report, NOT VERIFIED: give --attestation-policy")
+        else:
+            _passed("attestation", "none is given, and none is claimed")
+        return
+    policy = read_policy(config.attestation_policy)
+    quote = require_trusted(report.attestation, nonce_of(report), policy)
+    _passed(
+        "attestation",
+        f"by the policy's TPM, about this report; PCRs {', '.join(map(str, quote.pcrs))} as the policy states",
+    )
 
 
 def _require_epsilon(report: PrivacyReport) -> None:

@@ -98,13 +98,27 @@ def released(release: Release | None, quoted: str | None) -> str:
     return f"Released although {told.replace('others gates', 'others')}{where}: --accept-leakage was given."
 
 
+_NOT_ATTESTED = (
+    "No trusted hardware and no attestation: signatures show whose keys were used, not which program ran or on "
+    "which machine. Figures are as the issuer states them; what follows from others was worked out again."
+)
+_ATTESTED = (
+    "A TPM's quote is given. It counts once it is verified against a policy of the reader's own, and says then in what "
+    "state the machine was that quoted this report. Not that tuning or audits ran there, nor which program made the "
+    "figures: they are as the issuer states them; what follows from others was worked out again."
+)
+
+
 def non_claims(
-    bundle: BundleAudit | None, plugged: PluggedAudit | None, package: PackageAudit | None
+    bundle: BundleAudit | None, plugged: PluggedAudit | None, package: PackageAudit | None, *, attested: bool = False
 ) -> tuple[str, ...]:
-    """Return what the report does not say, a sentence each."""
+    """Return what the report does not say, a sentence each.
+
+    Args:
+        attested: whether the report quotes evidence of the machine that issued it.
+    """
     found = [
-        "No trusted hardware and no attestation: signatures show whose keys were used, not which program ran or on "
-        "which machine. Figures are as the issuer states them; what follows from others was worked out again.",
+        _ATTESTED if attested else _NOT_ATTESTED,
         "An attack that found nothing proves nothing: a better one may find more.",
     ]
     if bundle is not None:

@@ -22,6 +22,7 @@ from offsite import cli
 from offsite.artefacts.bundle import AdapterSpec, write_bundle
 from offsite.audits.canaries import CanarySet, CanaryText, Secret, write_canaries
 from offsite.audits.gates import bundle_gates
+from offsite.audits.keptscores import read_scores
 from offsite.audits.record import AUDIT_NAME, quoted, read_audit, read_run, run_path, write_run
 from offsite.audits.wordlist import WORDS
 from offsite.digests import sha256_file
@@ -87,10 +88,12 @@ def words(tuned, tmp_path):
 
 
 def test_a_bundle_that_knows_its_text_by_heart_is_found_out(words, tmp_path, capsys, tuned):
-    assert cli.run(words()) == 0
+    kept = tmp_path / "scores.json"
+    assert cli.run(words(**{"keep-scores": kept})) == 0
     out, err = capsys.readouterr()
     told = json.loads(out.splitlines()[-1])
     audit, digest = read_audit(tmp_path / "audit")
+    assert read_scores(kept, audit, digest).signals.keys() == {one.signal for one in audit.membership}
     assert (told["audit"], told["audit_digest"]) == ("audit", digest)
     assert told["bundle_digest"] == audit.run.bundle_digest
     record = read_run(run_path(tuned.folder / "bundle"))
@@ -119,7 +122,7 @@ def test_a_bundle_that_knows_its_text_by_heart_is_found_out(words, tmp_path, cap
     assert "auc    " in err
     written = (tmp_path / "audit" / AUDIT_NAME).read_text()
     said = "\n".join(line for line in err.splitlines() if not line.startswith("next: "))  # that repeats what was typed
-    for text in (out, said, written):
+    for text in (out, said, written, kept.read_text()):
         assert not any(word in text for word in (*WARDS, "lorem", "the code is", "private-notes", str(tmp_path.parent)))
     assert sha256_file(tuned.data) not in written
 

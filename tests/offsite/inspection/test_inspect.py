@@ -255,6 +255,7 @@ def test_a_privacy_report_is_what_its_issuer_says(parties):
     assert told["headline"] == stated["headline"]
     assert f"it says      {stated['headline']}" in words
     assert "offsite report verify privacy" in words
+    assert told["attestation"] == stated.get("attestation", {"kind": None})["kind"]
     assert utc(stated["created"]) in words
     assert f"{stated['issuer']} (client, these keys), the client" in words
 

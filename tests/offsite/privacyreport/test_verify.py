@@ -209,7 +209,7 @@ def test_a_sound_report_passes_every_check(bench, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith("ok  ") for line in lines)
     assert [line.split()[1] for line in lines] == (
-        "folder issuer signatures schema about conclusions epsilon page bundle package".split()
+        "folder issuer signatures schema about conclusions attestation epsilon page bundle package".split()
     )
 
 
