@@ -173,6 +173,10 @@ class TuneConfig(
             problems.append("--adapter dora: no federation adds up its updates")
         if self.sealed_off and self.launch > 1:
             problems.append("--launch: --sealed-off runs in one process, several must connect to each other")
+        if self.sealed_off and "wandb" in self.report_to:
+            problems.append(
+                "--report-to wandb: it starts a process, which --sealed-off denies; tensorboard and mlflow do not"
+            )
         if self.task is not None and (self.compares_answers or self.samples_answers or self.has_head):
             problems.append(
                 f"--task: its rows are prompts and answers, --objective {self.objective} learns from others"

@@ -45,6 +45,7 @@ from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
 from offsite.training.precision import Settled, settled
 from offsite.training.processes import is_launched, world
+from offsite.training.trackers import require_trackers
 
 _PASSES_OF_STEP = 3
 _FEWEST_VALIDATIONS, _MOST_VALIDATIONS = 3, 10
@@ -114,6 +115,7 @@ def make_ready(config: TuneConfig) -> Ready:
     require_files(config.data)
     require_files(config.eval)
     rules = read_rules(config.rules or RuleSettings()) if config.samples_answers else None
+    require_trackers(config.report_to)
     if config.dp is not None:
         require_extra()
     if config.launch > 1 and not is_launched():
@@ -343,6 +345,7 @@ def loop_settings(config: TuneConfig, text: TrainingText) -> LoopConfig:
         evaluate_every=config.evaluate_every or _steps_between(config, text, steps),
         patience=config.patience,
         tensorboard=config.tensorboard,
+        report=config.report(config.output, is_sealed=config.sealed_off),
     )
 
 

@@ -196,6 +196,9 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
     board = config.tensorboard
     more: dict[str, object] = {"seed": start_seed(seed, ready.round)}
     more |= {} if board is None or not several else {"tensorboard": board / work.name}
+    report = config.report(config.output, is_sealed=config.sealed_off)
+    if report is not None and several:
+        more["report"] = report.model_copy(update={"folder": report.folder / work.name})
     if config.resume and config.dp is None:  # before anything of this run is written
         require_resumable(work, loop_settings(config, text).model_copy(update=more), binding)
     if _may_hold(config) and uses_bf16(config.precision, ready.device):
@@ -210,6 +213,7 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
         if private is not None:
             binding["run"] = private.account.run
             config = config.model_copy(update={"steps": private.steps})
+            more |= _spending_told(loop_settings(config, text).model_copy(update=more), private)
         learning = learning_for(
             config.model_copy(update={"seed": seed}),
             attached,
@@ -257,6 +261,13 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
     losses = [outcome.first_loss, outcome.final_loss, *(loss for _, loss in outcome.evaluations)]
     losses += [] if outcome.before_loss is None else [outcome.before_loss]
     return Done(config, ready.spec, {**outcome.tensors, **begun.frozen}, outcome, losses, guarantee, told=told)
+
+
+def _spending_told(settings: LoopConfig, private: PrivateRun) -> dict[str, object]:
+    """Return what a private run's curves are told beside the rest: the epsilon that it was charged."""
+    if settings.report is None:
+        return {}
+    return {"report": settings.report.model_copy(update={"epsilon": private.guarantee.spent.epsilon})}
 
 
 def _may_hold(config: TuneConfig) -> bool:

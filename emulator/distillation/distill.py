@@ -384,6 +384,7 @@ def _loop(config: DistillConfig) -> LoopConfig:
         checkpoint_every=config.checkpoint_every,
         evaluate_every=config.evaluate_every,
         tensorboard=config.tensorboard,
+        report=config.report(config.output),
     )
 
 
