@@ -98,7 +98,7 @@ def arm(given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from offsite.modelling.load import load_model, load_tokenizer
-    from server.batching.sampling import Settings
+    from offsite.generation.sampling import Settings
     from server.plugging.fit import plain_model, plug
     from server.serving.engine import Engine
     from server.serving.jobs import Job

@@ -38,12 +38,12 @@ from offsite.errors import DataError
 from offsite.evaluation.embeddings import embeddings_of
 from offsite.evaluation.heads import scores_of
 from offsite.evaluation.tags import tag_scores, targets_of
+from offsite.generation.generate import context_length, embedding_table
 from offsite.modelling.head import causal_lm
 from offsite.text.batches import Example, answered_ids, encode, pad_id
 from offsite.text.calls import encoded
 from offsite.text.headrows import Label
 from offsite.text.records import Record
-from server.batching.generate import context_length, embedding_table
 from server.serving.app import App
 from server.serving.catalogue import Catalogue, Served
 from server.serving.engine import Counts, Engine
