@@ -52,6 +52,7 @@ from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
 from offsite.training.precision import settled, uses_bf16
 from offsite.training.processes import Processes, is_launched, world
+from offsite.training.trackers import require_trackers
 from offsite.vision.reader import ImageReader, Reader, tokenizer_in
 
 _LARGE = 10**9
@@ -74,6 +75,7 @@ def run(config: DistillConfig) -> dict[str, object]:
     refuse_existing(config.output)
     require_files(() if config.writes_itself else config.public)
     require_files(config.field_text)
+    require_trackers(config.report_to)
     if config.launch > 1 and not is_launched():
         return in_processes(config)
     say(f"loading {Path(config.model).name!r}")

@@ -135,8 +135,9 @@ class EventFile:
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError:
             raise ConfigError("tensorboard is not installed", hint="pip install tensorboard, or leave it out") from None
-        now = time.time()
-        name = f"events.out.tfevents.{int(now):010d}.offsite.{os.getpid()}.{time.monotonic_ns() % 10**9}"
+        seconds, rest_ns = divmod(time.time_ns(), 10**9)
+        now = float(seconds)
+        name = f"events.out.tfevents.{seconds:010d}.offsite.{rest_ns:09d}.{os.getpid()}"  # read in this order
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._writer = RecordWriter((folder / name).open("xb"))
@@ -145,8 +146,7 @@ class EventFile:
             raise ConfigError(f"--tensorboard: cannot write in {folder.name!r}: {why}", hint="name a folder") from None
         self._event, self._summary = Event, Summary
         self._put(Event(wall_time=now, file_version="brain.Event:2"))
-        if step:
-            self._put(Event(wall_time=now, step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._put(Event(wall_time=now, step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """The figures stand in the file."""

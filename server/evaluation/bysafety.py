@@ -51,7 +51,8 @@ class BySafety:
         is_chat = bool(tokenizer.chat_template)
         prompts = [ids_of(one, tokenizer) for one in in_words([one.prompt for one in self.requests], chat=is_chat)]
         require_context(model, max(map(len, prompts)) + self.num_new, "a request and its answer")
-        ends = end_tokens(model, tokenizer) | (end_of_turn_tokens(tokenizer) if is_chat else frozenset())
+        turns = end_of_turn_tokens(tokenizer) if is_chat else frozenset()
+        ends = end_tokens(model, tokenizer) | turns
         with progress(len(prompts), f"{label}: safety") as bar:
             answers = continuations(
                 model,
@@ -60,6 +61,7 @@ class BySafety:
                 batch_size=batch_size,
                 precision="bf16" if bf16 else "fp32",
                 progress=lambda done, _: bar.update(done),
+                end=next(iter(turns), tokenizer.eos_token_id),  # type: ignore[arg-type]
             )
         said = [next((ids[:at] for at, one in enumerate(ids) if one in ends), ids) for ids in answers]
         refused = [is_refusal(decoded(tokenizer, ids, what="an answer", skip_special=True)) for ids in said]

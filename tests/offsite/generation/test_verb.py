@@ -104,11 +104,12 @@ def test_answers_to_a_file_go_on_after_a_kill(told, model_folder, tmp_path, monk
     assert out.stat().st_mode & 0o077 == 0
 
 
-def test_a_package_is_asked_with_a_bundle_and_without(told, dropped_package, letters_tokenizer, tmp_path):
-    spec = AdapterSpec(kind="bitfit", placement="2+2", dtype="float32")
+@pytest.mark.parametrize("kind", ["bitfit", "lora"])
+def test_a_package_is_asked_with_a_bundle_and_without(told, dropped_package, letters_tokenizer, tmp_path, kind):
+    spec = AdapterSpec(kind=kind, placement="2+2", dtype="float32")
     attached = attach_to_package(dropped_package, spec, device=choose_device("cpu"))
     names = declared(spec, dropped_package.layout, dropped_package.block_tensors())
-    tensors = {name: tensor * (1 + 0.5 * number) for number, (name, tensor) in enumerate(attached.tensors().items())}
+    tensors = {name: tensor * (1 + 0.5 * at) + 0.2 for at, (name, tensor) in enumerate(attached.tensors().items())}
     write_bundle(tmp_path / "bundle", package=dropped_package, spec=spec, tensors=tensors, expected=names)
     attached.load(tensors)
     ids = letters_tokenizer("ward")["input_ids"][:4]

@@ -77,6 +77,21 @@ def test_tensorboard(logged):
     assert not [word for word in private_words() if word.encode() in everything_in(folder)]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside the tensorboard package at import
+def test_what_a_new_run_in_an_old_folder_says_replaces_the_old(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for loss, first, last in ((5.0, 0, 3), (4.0, 1, 3), (3.0, 0, 2)):
+        tracker = module.EventFile(tmp_path, step=first)
+        for step in range(first + 1, last + 1):
+            tracker.write(step, {"loss": loss})
+        tracker.close()
+        found = EventAccumulator(str(tmp_path)).Reload()
+        kept = {event.step: event.value for event in found.Scalars("loss")}
+        assert kept == {step: loss if step > first else 5.0 for step in range(1, last + 1)}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # inside the wandb package
 def test_wandb_offline(logged, monkeypatch, capfd):
     pytest.importorskip("wandb")
