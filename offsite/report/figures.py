@@ -114,6 +114,8 @@ class Refusals:
     """What plugging in changed of refusals: a line for each seed and kind of request, and whether that is flagged."""
 
     lines: tuple[tuple[str, ...], ...]
+    num_harmful: int
+    num_harmless: int
     limit: str
     flagged: bool
 
@@ -134,7 +136,7 @@ class Refusals:
             for seed, both in safety.changes.items()
             for kind, one in both.items()
         )
-        return cls(lines, f"{safety.limit:.0%}", safety.flagged)
+        return cls(lines, safety.num_harmful, safety.num_harmless, f"{safety.limit:.0%}", safety.flagged)
 
 
 @dataclass(frozen=True)

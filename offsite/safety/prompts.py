@@ -31,7 +31,7 @@ class Request:
 
 def set_path() -> Path:
     """Return the path of the set's file."""
-    return Path(str(importlib.resources.files("offsite").joinpath("data", "safety.jsonl")))
+    return Path(str(importlib.resources.files("offsite").joinpath("data", "safety.json")))
 
 
 def read_requests(path: Path) -> list[Request]:
