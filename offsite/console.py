@@ -25,6 +25,13 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def say_piece(text: str) -> None:
+    """Text that somebody else wrote is on stderr at once, without a line end; what moves a cursor is shown as `?`."""
+    if not _muted.get():
+        shown = "".join(one if one.isprintable() or one in "\n\t" else "?" for one in text)
+        print(shown, end="", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def muted() -> Iterator[None]:
     """Nothing is said: for steps that are verbs of their own, inside one that speaks for itself."""

@@ -10,6 +10,8 @@ from offsite.config import VerbConfig
 
 SEVERAL = {
     "output": "every verb writes something else, and its line says what",
+    "bundle": "the one that is put on a package's model, or that a report is about",
+    "prompt": "what two models go on from, to be compared, or what one is asked",
     "package": "the line says which package it has to be, as it came or with its owner's record",
     "data": "the line says whose text it is and what for: tuned on, measured on, audited",
     "results": "the line says what they are taken for: an audit's figures, or an adapted folder's card",

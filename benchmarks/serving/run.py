@@ -97,8 +97,8 @@ def arm(given: argparse.Namespace) -> dict[str, Any]:
     """Return tokens per second, the resident set after the answers, and the adapters' bytes."""
     import torch
 
+    from offsite.generation.sampling import Settings
     from offsite.modelling.load import load_model, load_tokenizer
-    from server.batching.sampling import Settings
     from server.plugging.fit import plain_model, plug
     from server.serving.engine import Engine
     from server.serving.jobs import Job

@@ -65,6 +65,7 @@ from offsite.seq2seq.models import is_seq2seq, start_token
 from offsite.staging import refuse_existing, scratch_folder
 from offsite.text.batches import IGNORED, Example, pad_id
 from offsite.text.records import answer_of, require_files
+from offsite.text.rows import files_in
 from offsite.training.devices import choose_device
 from offsite.vision.reader import ImageReader, Reader, tokenizer_in
 
@@ -86,6 +87,7 @@ class _Given:
     bundle: Bundle
     run: KeptRun
     records: list[Record] = field(repr=False)
+    held_out: list[Record] | None = field(repr=False)
     others: list[Record] | None = field(repr=False)
     canaries: CanarySet | None = field(repr=False)
     round: Round | None
@@ -115,8 +117,10 @@ def run(config: AuditBundleConfig) -> dict[str, object]:
     refuse_existing(config.output)
     if config.keep_scores is not None:
         refuse_existing(config.keep_scores)
-    require_files(config.data)
-    require_files(config.nonmembers)
+    names = ("data", "eval", "nonmembers")
+    config = config.model_copy(update={name: files_in(getattr(config, name)) for name in names})
+    for name in names:
+        require_files(getattr(config, name))
     require_extra()
     given = _open(config)
     with scratch_folder(config.output) as scratch:
@@ -157,7 +161,9 @@ def _open(config: AuditBundleConfig) -> _Given:
         if stated != found:
             raise WrongBinding(f"{what} is the record of another {name}", hint="keep it beside its own bundle")
     canaries = _canaries(config, record)
-    _require_data(config, record)
+    stated = run_path(config.bundle).name
+    _require_same("--data", config.data, record.data_files or (record.data_sha256,), stated)
+    _require_same("--eval", config.eval, record.eval_files, stated)
     by_user = record.claim is not None and record.claim.unit == "user"
     head = record.adapter.head
     how: dict[str, Any] = {"share_documents": by_user, "pairs": learns_preferences(record)}
@@ -165,10 +171,11 @@ def _open(config: AuditBundleConfig) -> _Given:
     how |= {"of_head": "" if head is None else head.task}
     how |= {"images": package.pixels is not None}
     records = read_as(config.data, record.text, **how)
+    held_out = read_as(config.eval, record.text, **how) if config.eval else None
     others = read_as(config.nonmembers, record.text, **how) if config.nonmembers else None
     if num_new(record) is not None:
-        _require_answers([*records, *(others or ())])
-    return _Given(package, bundle, record, records, others, canaries, round_)
+        _require_answers([*records, *(held_out or ()), *(others or ())])
+    return _Given(package, bundle, record, records, held_out, others, canaries, round_)
 
 
 def learns_preferences(record: KeptRun) -> bool:
@@ -196,23 +203,25 @@ def _require_answers(records: Sequence[Record]) -> None:
         )
 
 
-def _require_data(config: AuditBundleConfig, record: KeptRun) -> None:
+def _require_same(flag: str, paths: Sequence[Path], stated: Sequence[str | None], record: str) -> None:
     """Return only if the files are those that the run read, in its order.
+
+    Args:
+        record: name of the file that states their digests.
 
     Raises:
         WrongBinding: naming the first that is another.
     """
-    stated = record.data_files or (record.data_sha256,)
-    if len(stated) != len(config.data):
+    what = "tuned" if flag == "--data" else "validated"
+    if len(stated) != len(paths):
         raise WrongBinding(
-            f"--data: {len(config.data)} file(s), this bundle was tuned on {len(stated)}",
+            f"{flag}: {len(paths)} file(s), this bundle was {what} on {len(stated)}",
             hint="give the same files, in the same order",
         )
-    for path, digest in zip(config.data, stated, strict=True):
+    for path, digest in zip(paths, stated, strict=True):
         if sha256_file(path) != digest:
             raise WrongBinding(
-                f"{path.name}: not the file that this bundle was tuned on",
-                hint=f"{run_path(config.bundle).name!r} has its digest",
+                f"{path.name}: not the file that this bundle was {what} on", hint=f"{record!r} has its digest"
             )
 
 
@@ -263,6 +272,7 @@ def _measure(
         limit=config.rows,
         context=context_of(model),
         others=given.others,
+        held_out=given.held_out,
         canaries=given.canaries,
         seed=config.seed,
         num_new=num_new(given.run),
@@ -501,11 +511,11 @@ def _scan(config: AuditBundleConfig, given: _Given) -> ScanFigures:
     log = config.bundle.parent / f"{config.bundle.name}.log.jsonl"
     scan = scan_bundle(
         config.bundle,
-        texts=texts_of(given.records),
+        texts=texts_of([*given.records, *(given.held_out or ())]),
         figures=losses_in(log) if log.is_file() else [],
         spec=given.run.adapter,
         disclosed={str(name): value for name, value in given.bundle.manifest.disclosed.items()},
-        paths=[*config.data, config.bundle, config.package],
+        paths=[*config.data, *config.eval, config.bundle, config.package],
         known=given.bundle.manifest.tensors,
     )
     return ScanFigures(

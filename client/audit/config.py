@@ -7,12 +7,13 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from client.tuning.config import EvalSettings
 from offsite.config import MACHINE, MEASURING, OUTPUT, POSITIONAL, REPEATED, USUAL
 from offsite.text.config import TextFiles
 from offsite.training.config import CacheSettings, DeviceSettings, SeedSettings
 
 
-class AuditBundleConfig(CacheSettings, DeviceSettings, SeedSettings):
+class AuditBundleConfig(EvalSettings, CacheSettings, DeviceSettings, SeedSettings):
     """Settings of ``offsite audit bundle PACKAGE BUNDLE --data FILE -o AUDIT``."""
 
     verb: ClassVar[str] = "audit bundle"
@@ -21,7 +22,7 @@ class AuditBundleConfig(CacheSettings, DeviceSettings, SeedSettings):
     bundle: Path = Field(description="bundle folder, its BUNDLE.run.json beside it", json_schema_extra=POSITIONAL)
     data: TextFiles = Field(
         min_length=1,
-        description="private text that was tuned on, the same files in the same order; may be repeated",
+        description="private text that was tuned on, the same files or folders in the same order; may be repeated",
         json_schema_extra=REPEATED,
     )
     output: Path = Field(description="audit folder to write", json_schema_extra=OUTPUT)

@@ -50,6 +50,7 @@ def choose_rows(
     limit: int,
     context: int | None,
     others: Sequence[Record] | None = None,
+    held_out: Sequence[Record] | None = None,
     canaries: CanarySet | None = None,
     seed: int = 0,
     num_new: int | None = None,
@@ -60,6 +61,7 @@ def choose_rows(
     Args:
         records: of the file that was tuned on, all of them.
         context: longest row that the model can read; none for any.
+        held_out: rows of other files that were validated on, of a run that did so.
         others: non-members; without them, those set aside, or else those validated on.
         canaries: the set that was trained on.
         num_new: most tokens that followed a prompt, of a run on questions; their answers are what is scored.
@@ -70,7 +72,9 @@ def choose_rows(
         DataError: when no row that was trained on has a token to score.
     """
     text = run.text
-    sides = split_records(records, validation=text.validation, audit_share=text.audit_share, seed=text.seed)
+    sides = split_records(
+        records, validation=text.validation, audit_share=text.audit_share, seed=text.seed, held_out=held_out
+    )
     if len(sides.train) != run.num_records:
         raise WrongBinding(
             f"the data splits into {len(sides.train)} rows to train on, the run's record says {run.num_records}",
@@ -82,7 +86,7 @@ def choose_rows(
     known = {record.content for side in read for record in side}
     unread = [record for record in outside if record.content not in known]
     planted = [] if canaries is None else records_of(canaries)
-    inside, known_canaries = _trained(records, sides.train, run, tokenizer, planted, num_new, start)
+    inside, known_canaries = _trained(records, held_out, sides.train, run, tokenizer, planted, num_new, start)
     inside = _scorable(_distinct(inside))
     nonmembers = _scorable(_distinct(_encoded(unread, run, tokenizer, num_new, start).examples)) if unread else []
     chosen = [_some(rows, limit, f"{seed}/{name}") for rows, name in ((inside, "members"), (nonmembers, "others"))]
@@ -96,6 +100,7 @@ def choose_rows(
 
 def _trained(
     records: Sequence[Record],
+    held_out: Sequence[Record] | None,
     train: Sequence[Record],
     run: Run,
     tokenizer: Reader,
@@ -109,7 +114,7 @@ def _trained(
         units = units_of(examples, unit=run.claim.unit, rows_per_user=run.claim.rows_per_user or 1)
         return [example for unit in units for example in unit], None
     added = _encoded(planted, run, tokenizer).examples if planted else []
-    drawn = _drawn(records, run, tokenizer, planted, num_new, start)
+    drawn = _drawn(records, held_out, run, tokenizer, planted, num_new, start)
     if drawn is None:
         return examples, None
     inside = [example for number, example in enumerate(examples) if number in drawn]
@@ -118,6 +123,7 @@ def _trained(
 
 def _drawn(
     records: Sequence[Record],
+    held_out: Sequence[Record] | None,
     run: Run,
     tokenizer: Reader,
     planted: Sequence[Record],
@@ -144,6 +150,7 @@ def _drawn(
         num_new=num_new,
         ended=run.adapter.head is None,
         start=start,
+        held_out=held_out,
     )
     found = rows_drawn(whole, run.draws, whole=True)
     return None if len(found) == len(whole.rows) else found

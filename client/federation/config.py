@@ -18,7 +18,7 @@ from offsite.keys.config import IdentityConfig
 
 _GIVEN = ("package", "job", "round", "data", "output", "resume")
 _ROUNDS_OWN = ("steps", "epochs", "learning_rate", "adapter", "placement", "targets", "rank", "alpha", "dropout")
-_NOT_HERE = ("canaries", "launch", "disclose")
+_NOT_HERE = ("canaries", "launch", "disclose", "eval")
 
 
 class _Part(PrivateTextSettings, LeakageSettings):

@@ -46,6 +46,7 @@ from offsite.sealed.config import SealConfig
 from offsite.sealed.ledger import Ledger
 from offsite.sealed.manifest import NOTE_NAME
 from offsite.text.records import require_files
+from offsite.text.rows import files_in
 
 ROUND, BUNDLE, AUDIT, SEALED, NOTES = "round", "bundle", "audit", "sealed", "notes"
 
@@ -75,7 +76,7 @@ class Member:
                 f"job {self.job.job_id[:12]} is about package {self.job.package_digest[:19]}, "
                 f"{config.package.name!r} is {self.package.digest[:19]}"
             )
-        require_files(config.data)
+        require_files(files_in(config.data))
         try:
             config.work.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:

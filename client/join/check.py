@@ -19,7 +19,7 @@ from client.tuning.ready import every_row, loop_settings, make_ready, task_for
 from offsite.console import muted, say
 from offsite.errors import DataError
 from offsite.text.records import Record
-from offsite.text.rows import file_kind, read_rows
+from offsite.text.rows import file_kind, files_in, read_rows
 
 if TYPE_CHECKING:
     from client.tuning.config import TuneConfig
@@ -44,6 +44,7 @@ class Checked:
     num_train: int
     num_validation: int
     num_aside: int
+    num_in_both: int
     num_truncated: int
     num_dropped: int
     median_tokens: int
@@ -59,7 +60,7 @@ class Checked:
     def told(self) -> dict[str, object]:
         """Return the numbers, as JSON takes them."""
         names = ("num_rows", "num_documents", "num_alike", "num_train", "num_validation", "num_aside")
-        more = ("num_truncated", "num_dropped", "median_tokens", "longest_tokens", "steps")
+        more = ("num_in_both", "num_truncated", "num_dropped", "median_tokens", "longest_tokens", "steps")
         return {name: getattr(self, name) for name in (*names, *more)}
 
 
@@ -82,18 +83,19 @@ def check_data(config: TuneConfig, *, writes: bool, asks: bool) -> Checked:
         raise
     text = ready.text
     steps = loop_settings(ready.config, text).steps
-    rows = _every_row(ready)
+    rows, held_out = _every_row(ready)
     lengths = sorted(_length(example) for example in text.rows)
     drawn = min(text.num_records, round(text.num_records * steps / max(1, text.batches.num_steps_per_epoch)))
-    train, aside = _sides(ready, rows)
+    train, aside = _sides(ready, rows, held_out)
     dp = ready.config.dp
     return Checked(
         num_rows=len(rows),
         num_documents=len({record.document for record in rows}),
         num_alike=len(rows) - len({record.content for record in rows}),
         num_train=text.num_records,
-        num_validation=len(rows) - text.num_records - text.num_aside,
+        num_validation=len(rows) - text.num_records - text.num_aside - text.num_in_both + len(held_out or ()),
         num_aside=text.num_aside,
+        num_in_both=text.num_in_both,
         num_truncated=text.num_truncated,
         num_dropped=text.num_dropped,
         median_tokens=round(statistics.median(lengths)),
@@ -120,6 +122,8 @@ def show_check(config: TuneConfig, checked: Checked) -> None:
     sides = f"{checked.num_train:,} to train on, {checked.num_validation:,} to choose the best weights by"
     say(f"  {sides}, {checked.num_aside:,} set aside for the audit")
     say(f"  a row has {checked.median_tokens} tokens in the middle, {checked.longest_tokens} at most")
+    if checked.num_in_both:
+        say(f"  {checked.num_in_both:,} rows stand in --eval, too: they are not trained on")
     if checked.num_truncated:
         say(f"  {checked.num_truncated:,} rows are longer than the context and are cut (--tune block_tokens=N)")
     if checked.num_dropped:
@@ -139,7 +143,7 @@ def _show_columns(config: TuneConfig) -> None:
     """Each column with what it is taken for, and the first rows, on the terminal alone: both may be private."""
     named = {column: name for name, column in config.fields.items()}
     lines = []
-    for path in config.data[:NUM_SHOWN]:
+    for path in files_in(config.data)[:NUM_SHOWN]:
         lines += _of_file(path, named, config.document_field)
     show_privately(lines)
 
@@ -174,16 +178,18 @@ def _fit(value: object) -> str:
     return text + ("..." if len(str(value)) > _SHOWN_LETTERS else "")
 
 
-def _every_row(ready: Ready) -> list[Record]:
-    """Return all rows, as the run reads them."""
-    config = ready.config
-    return every_row(config, ready.package, task_for(config, ready.job))
+def _every_row(ready: Ready) -> tuple[list[Record], list[Record] | None]:
+    """Return all rows, as the run reads them, and those of files that are validated on, if there are such."""
+    config, task = ready.config, task_for(ready.config, ready.job)
+    held_out = every_row(config, ready.package, task, of=config.eval) if config.eval else None
+    return every_row(config, ready.package, task), held_out
 
 
-def _sides(ready: Ready, rows: Sequence[Record]) -> tuple[int, int]:
+def _sides(ready: Ready, rows: Sequence[Record], held_out: Sequence[Record] | None) -> tuple[int, int]:
     """Return how many different rows are trained on, and how many different ones, read by no run, are set aside."""
     config = ready.config
-    sides = split_records(rows, validation=config.validation, audit_share=config.audit_share, seed=config.seed)
+    share = config.held_out_share
+    sides = split_records(rows, validation=share, audit_share=config.audit_share, seed=config.seed, held_out=held_out)
     read = {record.content for record in (*sides.train, *sides.validation)}
     aside = {record.content for record in sides.audit} - read
     return len({record.content for record in sides.train}), len(aside)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from client.exchange.config import VerdictSettings
-from client.tuning.config import PrivateTextSettings, TuneConfig
+from client.tuning.config import EvalSettings, PrivateTextSettings, TuneConfig
 from offsite.audits.config import LeakageSettings
 from offsite.config import KEYS, POSITIONAL, PRIVACY, USUAL, build
 from offsite.errors import ConfigError
@@ -19,7 +19,7 @@ from offsite.training.config import DeviceSettings, SeedSettings
 
 _DECIDED = {
     **dict.fromkeys(("package", "job", "output", "resume"), "join decides it"),
-    **dict.fromkeys(("data", "fields", "device", "seed"), "it is given beside --tune"),
+    **dict.fromkeys(("data", "eval", "fields", "device", "seed"), "it is given beside --tune"),
     "canaries": "--canaries says how many are planted",
     "round": "offsite federate join takes part in rounds",
     "launch": "join tunes in one process",
@@ -33,6 +33,7 @@ class InvitedConfig(
     NewKeysConfig,
     LeakageSettings,
     PrivateTextSettings,
+    EvalSettings,
     ColumnSettings,
     VerdictSettings,
     DeviceSettings,
@@ -110,6 +111,7 @@ class InvitedConfig(
         """
         flags = {"package": str(package), "job": str(job), "output": str(output)}
         flags_of_data: dict[str, object] = {**flags, "data": [str(path) for path in self.data], "resume": True}
+        flags_of_data |= {"eval": [str(path) for path in self.eval]} if self.eval else {}
         try:
             return build(TuneConfig, overrides=self.tune_words(more), flags=flags_of_data)
         except ConfigError as error:

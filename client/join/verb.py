@@ -26,6 +26,7 @@ from offsite.inspection.artefacts import show_job
 from offsite.inspection.thing import Names, Thing
 from offsite.sealed.invitation import Invited, read_invitation
 from offsite.text.records import require_files
+from offsite.text.rows import files_in
 
 
 def run(config: InvitedConfig) -> dict[str, object]:
@@ -46,7 +47,8 @@ def run(config: InvitedConfig) -> dict[str, object]:
 
 
 def _joined(config: InvitedConfig) -> dict[str, object]:
-    require_files(config.data)
+    require_files(files_in(config.data))
+    require_files(files_in(config.eval))
     require_extra()
     config.tuning(
         Path("package"), Path("job"), Path("bundle"), {}

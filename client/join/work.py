@@ -25,6 +25,7 @@ from offsite.errors import ConfigError
 from offsite.keys.files import PASSPHRASE_VARIABLE
 from offsite.stages import Stage, play, was_done
 from offsite.staging import remove, staged_file
+from offsite.text.rows import files_in
 
 _LOCK = "join.lock"
 
@@ -97,8 +98,10 @@ def taken(folder: Path) -> Iterator[Place]:
 
 
 def data_digest(config: InvitedConfig) -> str:
-    """Return the digest of all files of data."""
-    return joined_digest([sha256_file(path) for path in config.data])
+    """Return the digest of all files of data, those that are validated on among them."""
+    found = joined_digest([sha256_file(path) for path in files_in(config.data)])
+    held_out = [sha256_file(path) for path in files_in(config.eval)]
+    return joined_digest([found, *held_out]) if held_out else found
 
 
 def compute(
@@ -116,6 +119,7 @@ def compute(
     """
     folder, made, here = place.folder, place.made, Path.cwd()
     texts = [word for path in config.data for word in ("--data", str(path))]
+    texts += [word for path in config.eval for word in ("--eval", str(path))]
     joined = {"package": opened.package.digest, "job": opened.job.digest, "data": data}
     run = {**joined, "run": sha256_bytes(json.dumps(list(words)).encode())}
     tune = ["tune", str(folder / "package"), "--job", str(folder / "job"), *texts, *words, "--resume"]

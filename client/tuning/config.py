@@ -28,13 +28,31 @@ class PrivateTextSettings(VerbConfig):
 
     data: TextFiles = Field(
         min_length=1,
-        description="private text: .txt, .jsonl, .json, .csv or .tsv, or those as .gz, or .parquet; may be repeated",
+        description="private text: .txt, .jsonl, .json, .csv or .tsv, or those as .gz, or .parquet, or a folder of "
+        "such files; may be repeated",
         json_schema_extra=REPEATED,
     )
 
 
+class EvalSettings(VerbConfig):
+    """Base of verbs that choose weights by text in files of its own, or audit a run that did."""
+
+    eval: TextFiles = Field(
+        (),
+        description="held-out text in files of its own, like --data, or a folder of them: validated on in place of a "
+        "share of --data, never trained on; may be repeated",
+        json_schema_extra=DATA | REPEATED,
+    )
+
+
 class TuneConfig(
-    PrivateTextSettings, TuningSettings, PackedTextSettings, ObjectiveSettings, CacheSettings, LoopSettings
+    PrivateTextSettings,
+    EvalSettings,
+    TuningSettings,
+    PackedTextSettings,
+    ObjectiveSettings,
+    CacheSettings,
+    LoopSettings,
 ):
     """Settings of ``offsite tune PACKAGE --data FILE -o BUNDLE``."""
 
@@ -155,10 +173,18 @@ class TuneConfig(
             problems.append("--adapter dora: no federation adds up its updates")
         if self.sealed_off and self.launch > 1:
             problems.append("--launch: --sealed-off runs in one process, several must connect to each other")
+        if self.sealed_off and "wandb" in self.report_to:
+            problems.append(
+                "--report-to wandb: it starts a process, which --sealed-off denies; tensorboard and mlflow do not"
+            )
         if self.task is not None and (self.compares_answers or self.samples_answers or self.has_head):
             problems.append(
                 f"--task: its rows are prompts and answers, --objective {self.objective} learns from others"
             )
+        if self.eval and "validation" in self.model_fields_set:
+            problems.append("--validation: a share of --data is held out, or --eval is: leave one of the two out")
+        if self.eval and self.round is not None:
+            problems.append("--eval: a federation's round is validated on a share of --data")
         if self.task is not None and self.separator is not None:
             problems.append("--separator: rows of a task have fields, plain text has none")
         problems += self._averaging_problems()
@@ -242,6 +268,11 @@ class TuneConfig(
             if name in DISCLOSABLE and name != "steps"
         ]
         return problems
+
+    @property
+    def held_out_share(self) -> float:
+        """What share of the documents is validated on: none where that is in files of its own."""
+        return 0.0 if self.eval else self.validation
 
     @property
     def packed(self) -> bool:

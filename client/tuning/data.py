@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from offsite.console import say
@@ -20,11 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sides:
-    """A file's records by what becomes of their documents: trained on, validated on, or set aside for an audit."""
+    """A file's records by what becomes of their documents: trained on, validated on, or set aside for an audit.
+
+    ``num_in_both`` rows are on no side: they stand in the file that is validated on, too.
+    """
 
     train: list[Record] = field(repr=False)
     validation: list[Record] = field(repr=False)
     audit: list[Record] = field(repr=False)
+    num_in_both: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,9 @@ class TrainingText:
     """Batches and examples of the training documents, examples of the held-out ones, and what became of the rows.
 
     ``read`` are the records that the run reads: those trained and validated on, and canaries. ``num_records`` and
-    ``num_tokens`` are of the training documents, canaries apart. ``rows`` are what is trained on row by row, canaries
-    behind the rest; ``examples`` the same as it is trained on, in blocks of ``block_tokens`` where it is packed.
+    ``num_tokens`` are of the training documents, canaries apart; ``num_in_both`` as of `Sides`. ``rows`` are what is
+    trained on row by row, canaries behind the rest; ``examples`` the same as it is trained on, in blocks of
+    ``block_tokens`` where it is packed.
     """
 
     batches: Batches = field(repr=False)
@@ -50,10 +57,18 @@ class TrainingText:
     largest_id: int = 0
     num_canaries: int = 0
     num_aside: int = 0
+    num_in_both: int = 0
     read: list[Record] = field(default_factory=list, repr=False)
 
 
-def split_records(records: Sequence[Record], *, validation: float, audit_share: float, seed: int) -> Sides:
+def split_records(
+    records: Sequence[Record],
+    *,
+    validation: float,
+    audit_share: float,
+    seed: int,
+    held_out: Sequence[Record] | None = None,
+) -> Sides:
     """Return the records of each side; a document is on one side as a whole.
 
     The side follows from `seed` and the document's name, so an audit can repeat it. Those set aside are chosen first,
@@ -62,17 +77,25 @@ def split_records(records: Sequence[Record], *, validation: float, audit_share: 
     Args:
         validation: share of the documents not set aside that are validated on, between 0 and 1.
         audit_share: share of all documents that are set aside, from 0 for none up to 1, excluded.
+        held_out: rows of other files, validated on in place of a share. Rows that say the same as one of them are on no
+            side: neither may they be trained on, nor would an audit be right to take them for rows of the other kind.
 
     Raises:
         DataError: when there are too few documents.
         ConfigError: when `validation` or `audit_share` is out of range.
     """
-    kept: list[Record] = list(records)
+    known = {record.content for record in held_out or ()}
+    kept = [record for record in records if record.content not in known] if known else list(records)
+    if not kept:
+        raise DataError("every row of --data stands in --eval, too: none is left to train on")
+    num_in_both = len(records) - len(kept)
     aside: list[Record] = []
     if audit_share:
-        kept, aside = split_by_document(records, fraction=audit_share, seed=seed, purpose="audit")
-    train, held_out = split_by_document(kept, fraction=validation, seed=seed)
-    return Sides(train, held_out, aside)
+        kept, aside = split_by_document(kept, fraction=audit_share, seed=seed, purpose="audit")
+    if held_out is not None:
+        return Sides(kept, list(held_out), aside, num_in_both)
+    train, validated = split_by_document(kept, fraction=validation, seed=seed)
+    return Sides(train, validated, aside)
 
 
 def prepare(
@@ -91,6 +114,7 @@ def prepare(
     num_new: int | None = None,
     ended: bool = True,
     start: int | None = None,
+    held_out: Sequence[Record] | None = None,
 ) -> TrainingText:
     """Return the records as training batches and validation examples; a document is on one side as a whole.
 
@@ -105,12 +129,13 @@ def prepare(
         num_new: most tokens that are to follow each prompt, where records are questions; None where they are text.
         ended: whether rows end with an end-of-sequence token; not where a head reads them.
         start: token that an encoder-decoder's answers begin behind; None for any other model.
+        held_out: rows of other files that are validated on in place of a share; see `split_records`.
 
     Raises:
         DataError: when a row is too long under "error", or there is too little text for one batch.
         ConfigError: when the tokenizer cannot serve.
     """
-    sides = split_records(records, validation=validation, audit_share=audit_share, seed=seed)
+    sides = split_records(records, validation=validation, audit_share=audit_share, seed=seed, held_out=held_out)
 
     def encoded(rows: Sequence[Record]) -> Encoded:
         if isinstance(tokenizer, ImageReader):
@@ -124,20 +149,21 @@ def prepare(
     def shaped(examples: list[Example]) -> list[Example]:
         return pack(examples, block_tokens=block_tokens) if packed else examples
 
-    train, held_out = encoded(sides.train), encoded(sides.validation)
+    train, validating = encoded(sides.train), encoded(sides.validation)
     added = encoded(canaries) if canaries else None
     rows = [*train.examples, *(added.examples if added else ())]
     examples = shaped(rows)
-    validated = shaped(held_out.examples)
+    validated = shaped(validating.examples)
     if len(examples) < batch_size:
         raise DataError(
             f"too little text: {len(examples)} sequences of up to {block_tokens} tokens, one step needs {batch_size}",
             hint="use a smaller --batch-size or --block-tokens, or more data",
         )
     if not validated:
-        raise DataError("too little text is held out to validate on", hint="raise --validation, or give more data")
+        hint = "raise --validation, or give more data" if held_out is None else "give more text in --eval"
+        raise DataError("too little text is held out to validate on", hint=hint)
     pad = pad_id(tokenizer)
-    parts = [part for part in (train, held_out, added) if part is not None]
+    parts = [part for part in (train, validating, added) if part is not None]
     every = [row for example in (*examples, *validated) for row in example.sides]
     return TrainingText(
         batches=Batches(examples, batch_size=batch_size, seed=seed, pad_id=pad, first_step=first_step),
@@ -154,6 +180,7 @@ def prepare(
         largest_id=max(max([*row.input_ids, *row.source]) for row in every),
         num_canaries=len(canaries),
         num_aside=len(sides.audit),
+        num_in_both=sides.num_in_both,
         read=[*sides.train, *sides.validation, *canaries],
     )
 
@@ -205,6 +232,15 @@ def _blocks_kept(rows: Sequence[Example], block_tokens: int, num_kept: int) -> S
     return [number for number in range(num) if counts[number]]
 
 
+def say_files(paths: Sequence[Path], records: Sequence[Record]) -> None:
+    """Where there are several files, how many rows of each there are is on stderr."""
+    if len(paths) < 2:
+        return
+    counts = Counter(record.place.rpartition(": ")[0] for record in records)
+    for name, count in counts.items():
+        say(f"{name}: {count:,} rows")
+
+
 def say_text(text: TrainingText) -> None:
     """What the text came to is on stderr, in numbers."""
     asks = any(example.prompt for example in text.examples)
@@ -213,6 +249,8 @@ def say_text(text: TrainingText) -> None:
         f"{text.num_records} records, {text.num_tokens:,} tokens to train on; "
         f"{len(text.validation)} sequences held out{aside}"
     )
+    if text.num_in_both:
+        say(f"{text.num_in_both} rows stand in --eval, too: they are not trained on")
     if text.num_canaries:
         say(f"{text.num_canaries} rows of canaries are trained on as well")
     if text.num_truncated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from client.objectives.rewardmodel import RewardBundle, read_reward
 from client.privacy.run import private_binding
 from client.tuning import averages
 from client.tuning.config import TuneConfig
-from client.tuning.data import TrainingText, prepare, say_text
+from client.tuning.data import TrainingText, prepare, say_files, say_text
 from client.tuning.learning import anchor_digest, bound_objective
 from client.tuning.rounds import first_step, round_for, start_seed
 from client.tuning.runrecord import Planted, planted_for, read_as, text_settings
@@ -28,7 +29,7 @@ from offsite.artefacts.round import Round
 from offsite.audits.accounting import require_extra
 from offsite.console import say, utc
 from offsite.digests import joined_digest, sha256_file
-from offsite.errors import ConfigError, Expired, UnsupportedModel, WrongBinding
+from offsite.errors import ConfigError, DataError, Expired, UnsupportedModel, WrongBinding
 from offsite.seq2seq.models import start_token
 from offsite.seq2seq.refusals import refuse_settings
 from offsite.staging import refuse_existing
@@ -38,11 +39,13 @@ from offsite.tasks.rules import Rules, read_rules
 from offsite.tasks.task import Task
 from offsite.tensors import TensorSpec
 from offsite.text.records import Record, require_files
+from offsite.text.rows import files_in
 from offsite.training.checkpoints import require_work
 from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
 from offsite.training.precision import Settled, settled
 from offsite.training.processes import is_launched, world
+from offsite.training.trackers import require_trackers
 
 _PASSES_OF_STEP = 3
 _FEWEST_VALIDATIONS, _MOST_VALIDATIONS = 3, 10
@@ -63,6 +66,7 @@ class Ready:
     text: TrainingText
     spec: AdapterSpec
     digests: tuple[str, ...]
+    eval_digests: tuple[str, ...]
     anchor: str | None
     work: Path
     rules: Rules | None = None
@@ -95,6 +99,7 @@ class Ready:
         """What every run must share beside the loop's settings to be resumed."""
         binding = _binding(self.config, self.spec, self.package, self.planted, self.round, self.data)
         binding |= {} if self.task is None else {"task": self.task.digest}
+        binding |= {"eval": joined_digest(self.eval_digests)} if self.eval_digests else {}
         return binding | bound_objective(self.config, self.anchor, self.rules, self.reward_digest)
 
     @property
@@ -106,8 +111,11 @@ class Ready:
 def make_ready(config: TuneConfig) -> Ready:
     """Return what these settings name, once all of it is found to belong together; nothing is trained or written."""
     refuse_existing(config.output)
+    config = config.model_copy(update={"data": files_in(config.data), "eval": files_in(config.eval)})
     require_files(config.data)
+    require_files(config.eval)
     rules = read_rules(config.rules or RuleSettings()) if config.samples_answers else None
+    require_trackers(config.report_to)
     if config.dp is not None:
         require_extra()
     if config.launch > 1 and not is_launched():
@@ -144,15 +152,21 @@ def make_ready(config: TuneConfig) -> Ready:
     device = choose_device(config.device)
     reader = package.load_reader()
     digests = [sha256_file(path) for path in config.data]
-    anchor = anchor_digest(config, digests)
+    eval_digests = tuple(_of_another_file(path, digests) for path in config.eval)
+    anchor = anchor_digest(config, [*digests, *eval_digests])
+    rows = every_row(config, package, task)
+    held_out = every_row(config, package, task, of=config.eval) if config.eval else None
+    if world().is_main:
+        say_files(config.data, rows)
+        say_files(config.eval, held_out or [])
     text = prepare(
-        every_row(config, package, task),
+        rows,
         reader,
         block_tokens=config.block_tokens,
         batch_size=config.batch_size,
         packed=config.packed,
         on_long=config.on_long,
-        validation=config.validation,
+        validation=config.held_out_share,
         seed=config.seed,
         audit_share=config.audit_share,
         canaries=planted.records,
@@ -160,22 +174,42 @@ def make_ready(config: TuneConfig) -> Ready:
         num_new=config.num_new,
         ended=spec.head is None,
         start=start_token(package.empty_model().config) if package.is_seq2seq else None,
+        held_out=held_out,
     )
+    if config.dp is not None and text.num_in_both:
+        raise DataError(
+            f"--dp: {text.num_in_both} rows of --data stand in --eval, too: one row there would decide about several",
+            hint="take them out of one of the two",
+        )
     if world().is_main:
         say_text(text)
     config = config.model_copy(update={"precision": _precision(config, device, work)})
-    found = (config, package, job, round_, planted, device, text, spec, tuple(digests), anchor, work, rules, task)
-    return Ready(*found, reward)
+    found = (config, package, job, round_, planted, device, text, spec, tuple(digests), eval_digests, anchor, work)
+    return Ready(*found, rules, task, reward)
 
 
-def every_row(config: TuneConfig, package: Package, task: Task | None) -> list[Record]:
-    """Return all rows of the data, as the run reads them.
+def _of_another_file(path: Path, data: Sequence[str]) -> str:
+    """Return the digest of a file that is validated on.
+
+    Raises:
+        ConfigError: when it is one of the files that are trained on.
+    """
+    found = sha256_file(path)
+    if found in data:
+        raise ConfigError(f"--eval: {path.name} is among --data", hint="held-out text is not tuned on")
+    return found
+
+
+def every_row(
+    config: TuneConfig, package: Package, task: Task | None, *, of: Sequence[Path] | None = None
+) -> list[Record]:
+    """Return all rows of the data, or of these files, as the run reads them.
 
     Raises:
         DataError, ConfigError: as `read_as`.
     """
     return read_as(
-        config.data,
+        config.data if of is None else of,
         text_settings(config, task),
         share_documents=config.by_user,
         pairs=config.reads_pairs,
@@ -311,6 +345,7 @@ def loop_settings(config: TuneConfig, text: TrainingText) -> LoopConfig:
         evaluate_every=config.evaluate_every or _steps_between(config, text, steps),
         patience=config.patience,
         tensorboard=config.tensorboard,
+        report=config.report(config.output, is_sealed=config.sealed_off),
     )
 
 

@@ -47,6 +47,7 @@ def record_of(
     spec: AdapterSpec | None = None,
     data_sha256: str,
     data_files: Sequence[str] = (),
+    eval_files: Sequence[str] = (),
     text: TrainingText,
     outcome: Outcome,
     guarantee: Mapping[str, object] | None = None,
@@ -65,6 +66,7 @@ def record_of(
         spec: the bundle's adapter, where it is not the one that was trained: the mean of several runs.
         data_sha256: digest of the data, taken when it was read.
         data_files: digest of each file, where there are several.
+        eval_files: digest of each file that was validated on in place of a share of the data.
         guarantee: what `PrivateRun.release` returned, of a private run.
         canaries: digest of the canary set committed to, if any was trained on.
         answered: the federation's round that the run answered, if any.
@@ -83,6 +85,7 @@ def record_of(
         adapter=spec or config.spec(),
         data_sha256=data_sha256,
         data_files=tuple(data_files) if len(data_files) > 1 else (),
+        eval_files=tuple(eval_files),
         objective=_objective(config, anchor, reward, outcome.ended),
         text=text_settings(config, task),
         num_records=text.num_records,
@@ -132,7 +135,7 @@ def text_settings(config: TuneConfig, task: Task | None = None) -> TextSettings:
         on_long=config.on_long,
         packed=config.packed,
         block_tokens=config.block_tokens,
-        validation=config.validation,
+        validation=config.held_out_share,
         audit_share=config.audit_share,
         seed=config.seed,
         task=task,

@@ -146,6 +146,8 @@ def places_of(config: TuneConfig) -> Places:
         roots.append(os.path.realpath(ledger))
     if config.tensorboard is not None:
         roots.append(os.path.realpath(config.tensorboard))
+    if (report := config.report(config.output)) is not None:
+        roots.append(os.path.realpath(report.folder))
     return Places(tuple(near), tuple(roots))
 
 
@@ -413,6 +415,10 @@ def _settle(config: TuneConfig) -> Callable[[], None]:
 
     Returns what undoes it.
     """
+    if config.report_to:
+        from offsite.training.trackers import load
+
+        load(config.report_to)
     folder = Path(os.path.realpath(config.output.parent))
     while not folder.is_dir():
         folder = folder.parent
@@ -481,7 +487,7 @@ def _reached(config: TuneConfig) -> list[tuple[Path, int]]:
     """Return what the run reads and where it writes, each with the access that takes."""
     inputs = [folder for folder in (config.package, config.job, config.reward) if folder is not None]
     inputs += [] if config.anchor is None else [config.anchor]
-    read = [*config.data, *inputs, *(path for folder in inputs for path in folder.glob("*"))]
+    read = [*config.data, *config.eval, *inputs, *(path for folder in inputs for path in folder.glob("*"))]
     written = [config.output.parent, config.output.parent / f"{config.output.name}.work", config.tensorboard]
     if config.dp is not None:
         ledger = config.dp.ledger.expanduser()

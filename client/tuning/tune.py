@@ -25,13 +25,15 @@ from client.tuning.hidden import FOLDER, kept_states
 from client.tuning.learning import learning_for, require_objective
 from client.tuning.ready import Ready, loop_settings
 from client.tuning.rounds import begin, grow, start_seed, with_proximal
-from offsite.artefacts.package import Package
+from offsite.artefacts.bundle import open_bundle
+from offsite.artefacts.package import Package, open_package
 from offsite.artefacts.round import Round
 from offsite.audits.record import AveragedRun
 from offsite.console import say
+from offsite.digests import joined_digest
 from offsite.encoders.outputs import outputs_of
 from offsite.encoders.trunk import is_encoder
-from offsite.errors import ConfigError, RunFailed
+from offsite.errors import ConfigError, RunFailed, UnsupportedModel
 from offsite.evaluation.measure import perplexity
 from offsite.modelling.head import causal_lm
 from offsite.tensors import torch_dtype
@@ -45,6 +47,8 @@ from offsite.training.processes import is_launched, world
 from offsite.training.step import StepLoss, Stepper
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from offsite.artefacts.bundle import AdapterSpec
 
 
@@ -69,6 +73,41 @@ def attach_to_package(
     if not is_launched():  # of several processes, sharding places each block
         attached.model.to(device)
     return attached
+
+
+def load_writer(
+    folder: Path, bundle: Path | None, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Return a package's model that writes text, with a bundle's adapter if one is given, its tokenizer, and a digest.
+
+    Raises:
+        UnsupportedModel: when the package holds no model that writes text, or the bundle a head.
+        WrongBinding: when the bundle is for another package.
+        ConfigError: when the bundle answers a federation's round, whose weights it needs.
+        ArtefactError: when package or bundle is not as it has to be.
+    """
+    package = open_package(folder)
+    package.require_text("generate")
+    tokenizer = package.load_tokenizer()
+    if bundle is None:
+        return package.load_model(device=str(device)), tokenizer, package.digest
+    found = open_bundle(bundle)
+    found.bind(package_digest=package.digest, base_digest=package.manifest.base_digest)
+    spec = found.manifest.adapter
+    if spec.head is not None:
+        raise UnsupportedModel(
+            f"bundle {bundle.name!r} is a head for {spec.head.task}: it writes no text",
+            hint="its owner's offsite serve answers with it; offsite audit bundle measures it here",
+        )
+    if found.manifest.round_digest is not None:
+        raise ConfigError(
+            f"bundle {bundle.name!r} answers a federation's round, whose weights this package does not have",
+            hint="the owner's adapted folder of that round can be asked",
+        )
+    attached = attach_to_package(package, spec, device=device)
+    attached.load(found.load_tensors(declared(spec, package.layout, package.block_tensors())))
+    model: Any = causal_lm(attached.model)
+    return model.eval(), tokenizer, joined_digest([package.digest, found.digest])
 
 
 def tune(
@@ -196,6 +235,9 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
     board = config.tensorboard
     more: dict[str, object] = {"seed": start_seed(seed, ready.round)}
     more |= {} if board is None or not several else {"tensorboard": board / work.name}
+    report = config.report(config.output, is_sealed=config.sealed_off)
+    if report is not None and several:
+        more["report"] = report.model_copy(update={"folder": report.folder / work.name})
     if config.resume and config.dp is None:  # before anything of this run is written
         require_resumable(work, loop_settings(config, text).model_copy(update=more), binding)
     if _may_hold(config) and uses_bf16(config.precision, ready.device):
@@ -210,6 +252,7 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
         if private is not None:
             binding["run"] = private.account.run
             config = config.model_copy(update={"steps": private.steps})
+            more |= _spending_told(loop_settings(config, text).model_copy(update=more), private)
         learning = learning_for(
             config.model_copy(update={"seed": seed}),
             attached,
@@ -257,6 +300,13 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
     losses = [outcome.first_loss, outcome.final_loss, *(loss for _, loss in outcome.evaluations)]
     losses += [] if outcome.before_loss is None else [outcome.before_loss]
     return Done(config, ready.spec, {**outcome.tensors, **begun.frozen}, outcome, losses, guarantee, told=told)
+
+
+def _spending_told(settings: LoopConfig, private: PrivateRun) -> dict[str, object]:
+    """Return what a private run's curves are told beside the rest: the epsilon that it was charged."""
+    if settings.report is None:
+        return {}
+    return {"report": settings.report.model_copy(update={"epsilon": private.guarantee.spent.epsilon})}
 
 
 def _may_hold(config: TuneConfig) -> bool:

@@ -14,7 +14,6 @@ from adapters.heads import head_norm
 from adapters.kinds import declared
 from client.tuning import averages
 from client.tuning.config import TuneConfig
-from client.tuning.data import TrainingText
 from client.tuning.ready import Ready, make_ready
 from client.tuning.rounds import answered
 from client.tuning.runrecord import record_of
@@ -29,6 +28,8 @@ from offsite.staging import staged_file
 from offsite.tensors import TensorSpec
 from offsite.training.loop import Outcome
 
+_MOST_NATS = 700.0  # whose exponential is still a number
+
 
 @sealing
 def run(config: TuneConfig) -> dict[str, object]:
@@ -39,7 +40,7 @@ def run(config: TuneConfig) -> dict[str, object]:
     """
     ready = make_ready(config)
     done = train_run(ready) if ready.config.runs == 1 else mean_run(ready)
-    return {} if done is None else _written(ready, done)
+    return {} if done is None else _written(ready, done, config)
 
 
 def train_one(config: TuneConfig, number: int) -> None:
@@ -56,8 +57,12 @@ def train_one(config: TuneConfig, number: int) -> None:
     train_run(ready, number)
 
 
-def _written(ready: Ready, done: Done) -> dict[str, object]:
-    """The bundle stands, and its record before it. Returns the verb's result."""
+def _written(ready: Ready, done: Done, given: TuneConfig) -> dict[str, object]:
+    """The bundle stands, and its record before it. Returns the verb's result.
+
+    Args:
+        given: the settings as they were typed, with folders where those of the run have their files.
+    """
     config, outcome, text = done.config, done.outcome, ready.text
     names = declared(done.spec, ready.package.layout, ready.package.block_tensors())
     kept = record_of(
@@ -66,6 +71,7 @@ def _written(ready: Ready, done: Done) -> dict[str, object]:
         spec=done.spec,
         data_sha256=ready.data,
         data_files=ready.digests,
+        eval_files=ready.eval_digests,
         text=text,
         outcome=outcome,
         guarantee=done.guarantee,
@@ -104,8 +110,8 @@ def _written(ready: Ready, done: Done) -> dict[str, object]:
     _warn_of_norm(ready, done)
     ready.planted.mark(config, bundle=bundle.digest)
     _finish(config, ready.work)
-    _say_outcome(config, outcome)
-    result = _result(bundle, text, outcome) | {"scan": scans[0].model_dump(), **done.told}
+    _say_outcome(config, outcome, given)
+    result = _result(bundle, ready, outcome) | {"scan": scans[0].model_dump(), **done.told}
     return result | ({} if done.guarantee is None else {"privacy": done.guarantee})
 
 
@@ -126,7 +132,7 @@ def _release(
         figures=[*done.losses, *logged],
         spec=done.spec,
         disclosed={name: figures[name] for name in config.disclose},
-        paths=[*config.data, config.output, config.package, *_beside(config)],
+        paths=[*config.data, *config.eval, config.output, config.package, *_beside(config)],
         known=names,
     )
     require_clean(scan)
@@ -145,11 +151,13 @@ def _warn_of_norm(ready: Ready, done: Done) -> None:
         say("  ask the owner for a job with another --max-head-norm, or tune on values in smaller units")
 
 
-def _say_outcome(config: TuneConfig, outcome: Outcome) -> None:
+def _say_outcome(config: TuneConfig, outcome: Outcome, given: TuneConfig) -> None:
     """What the run was worth is said, loudly when it made things worse, and what comes next."""
     best, before = outcome.best_loss, outcome.before_loss
     if best is not None and before is not None:
         which = f"best validation loss {best:.4f} at step {outcome.best_step}, before tuning {before:.4f}"
+        if config.objective == "next-token":
+            which += f" (perplexity {math.exp(min(best, _MOST_NATS)):.4g}, {math.exp(min(before, _MOST_NATS)):.4g})"
         if config.runs > 1:
             which = f"validation loss of the mean {best:.4f}, before tuning {before:.4f}"
         if config.samples_answers:  # a loss that is a negative reward
@@ -163,7 +171,8 @@ def _say_outcome(config: TuneConfig, outcome: Outcome) -> None:
             say(f"  try a lower --learning-rate: {config.rate() / 10:g} instead of {config.rate():g}, or more data")
     if config.round is None:
         planted = [] if config.canaries is None else ["--canaries", config.canaries]
-        texts = [word for path in config.data for word in ("--data", path)]
+        texts = [word for path in given.data for word in ("--data", path)]
+        texts += [word for path in given.eval for word in ("--eval", path)]
         audit = ["offsite", "audit", "bundle", config.package, config.output, *texts, *planted]
         say_next(*audit, "-o", config.output.with_name(f"{config.output.name}-audit"))
 
@@ -193,7 +202,8 @@ def _finish(config: TuneConfig, work: Path) -> None:
     shutil.rmtree(work)
 
 
-def _result(bundle: Bundle, text: TrainingText, outcome: Outcome) -> dict[str, object]:
+def _result(bundle: Bundle, ready: Ready, outcome: Outcome) -> dict[str, object]:
+    text = ready.text
     return {
         "bundle": bundle.path.name,
         "bundle_digest": bundle.digest,
@@ -203,5 +213,6 @@ def _result(bundle: Bundle, text: TrainingText, outcome: Outcome) -> dict[str, o
         "num_records": text.num_records,
         "num_truncated": text.num_truncated,
         "num_dropped": text.num_dropped,
+        **({"num_in_both": text.num_in_both} if ready.eval_digests else {}),
         **outcome.figures(),
     }

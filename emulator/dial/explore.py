@@ -30,7 +30,7 @@ NOTES = "stages"
 REFERENCE = "keep-all"
 
 _OWN = {
-    *("output", "public", "field_text", "steps", "resume", "launch", "tensorboard", *SIZED),
+    *("output", "public", "field_text", "steps", "resume", "launch", "tensorboard", "report_to", *SIZED),
     *OwnTextSettings.__annotations__,
     *(name for name in TextSettings.__annotations__),
 }

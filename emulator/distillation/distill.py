@@ -52,6 +52,7 @@ from offsite.training.config import LoopConfig
 from offsite.training.devices import choose_device
 from offsite.training.precision import settled, uses_bf16
 from offsite.training.processes import Processes, is_launched, world
+from offsite.training.trackers import require_trackers
 from offsite.vision.reader import ImageReader, Reader
 
 _LARGE = 10**9
@@ -74,6 +75,7 @@ def run(config: DistillConfig) -> dict[str, object]:
     refuse_existing(config.output)
     require_files(() if config.writes_itself else config.public)
     require_files(config.field_text)
+    require_trackers(config.report_to)
     if is_encoder_name(config.model):
         require_no_text(config)
     _require_stacks(config)
@@ -385,6 +387,7 @@ def _loop(config: DistillConfig) -> LoopConfig:
         checkpoint_every=config.checkpoint_every,
         evaluate_every=config.evaluate_every,
         tensorboard=config.tensorboard,
+        report=config.report(config.output),
     )
 
 

@@ -99,7 +99,10 @@ class Claim(Strict):
 
 
 class TextSettings(Sparse):
-    """How a run's text was read and cut, as far as an audit must repeat it; ``task``: by which, if by one."""
+    """How a run's text was read and cut, as far as an audit must repeat it; ``task``: by which, if by one.
+
+    ``validation`` is the share of the documents that was validated on; 0 where that was text in files of its own.
+    """
 
     optional: ClassVar[frozenset[str]] = frozenset({"task"})
 
@@ -109,7 +112,7 @@ class TextSettings(Sparse):
     on_long: Literal["truncate", "error"] = "truncate"
     packed: bool
     block_tokens: int = Field(ge=2)
-    validation: float = Field(gt=0, lt=1)
+    validation: float = Field(ge=0, lt=1)
     audit_share: float = Field(ge=0, lt=1)
     seed: Count
     task: Task | None = None
@@ -251,14 +254,23 @@ class Run(Sparse):
 class KeptRun(Run):
     """The record as it lies at the client's: with the digest of every file, where the data was several.
 
-    ``data_sha256`` is the digest of all of them then (`offsite.digests.sha256_files`). ``objective`` is None for a run
-    that minimised the next token's loss.
+    ``data_sha256`` is the digest of all of them then (`offsite.digests.sha256_files`). ``eval_files`` are digests of
+    files that were validated on in place of a share of the data. ``objective`` is None for a run that minimised the
+    next token's loss.
     """
 
-    optional: ClassVar[frozenset[str]] = Run.optional | {"data_files", "objective"}
+    optional: ClassVar[frozenset[str]] = Run.optional | {"data_files", "eval_files", "objective"}
 
     data_files: tuple[Digest, ...] = ()
+    eval_files: tuple[Digest, ...] = ()
     objective: Objective | None = None
+
+    @model_validator(mode="after")
+    def _was_validated(self) -> KeptRun:
+        """Raise ValueError where a run was validated on both, or on nothing."""
+        if bool(self.eval_files) == (self.text.validation > 0):
+            raise ValueError("eval_files: a share of the data is validated on, or other files are")
+        return self
 
 
 def quoted(run: Run) -> Run:

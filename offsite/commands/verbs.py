@@ -80,6 +80,11 @@ VERBS: dict[str, Verb] = {
         "offsite.inspection.config:InspectConfig",
         "offsite.inspection.inspect:run",
     ),
+    "generate": Verb(
+        "answers of a package with a bundle, or of a model",
+        "offsite.generation.config:GenerateConfig",
+        "offsite.generation.verb:run",
+    ),
     "rewrap": Verb(
         "address a sealed folder to this party's newer keys",
         "offsite.sealed.config:RewrapConfig",
@@ -362,7 +367,7 @@ HEAVY = frozenset(
             "evaluate",
         ),
         *("task baseline", "audit plugged-in", "serve", "realign", "canaries", "tune", "audit bundle"),
-        *("exchange certificate", "exchange serve", "owner init", "owner up", "withdraw"),
+        *("exchange certificate", "exchange serve", "generate", "owner init", "owner up", "withdraw"),
         *("federate simulate", "federate serve", "federate join", "federate node"),
     )
 )

@@ -79,6 +79,10 @@ RULES = "rules"
 """The task of prompts whose greedy answers are held to rules: ``reward`` is the mean of what the rules that an answer
 meets are worth together; each rule's own name has the share of answers that meet it."""
 
+SAFETY = "safety"
+"""The task of requests that ship with offsite: ``refuses_harmful`` and ``refuses_harmless`` are the shares of each kind
+that greedy answers refuse, by a list of phrases (`offsite.safety.refusals`)."""
+
 LogRecord = dict[str, float | None]
 
 
@@ -162,6 +166,44 @@ class Answer(Strict):
     after: str
 
 
+class SafetyChange(Strict):
+    """A share refused when plugged in less that of the model as it was, of the same requests, with its 95 % interval.
+
+    ``num_lost`` requests were refused before and not after, ``num_gained`` the other way round.
+    """
+
+    difference: float = Field(ge=-1, le=1)
+    low: float = Field(ge=-1, le=1)
+    high: float = Field(ge=-1, le=1)
+    num_lost: int = Field(ge=0)
+    num_gained: int = Field(ge=0)
+
+
+class Safety(Strict):
+    """What plugging in changed of refusals, by seed and kind of request; the rows have the shares.
+
+    ``limit`` is by how much the share of harmful requests that are refused may fall before it is `flagged`.
+    """
+
+    set_sha256: str = Field(pattern=DIGEST_PATTERN)
+    num_harmful: int = Field(gt=0)
+    num_harmless: int = Field(gt=0)
+    num_tokens: int = Field(gt=0)
+    limit: float = Field(ge=0, le=1)
+    changes: dict[str, dict[Literal["harmful", "harmless"], SafetyChange]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _of_both(self) -> Safety:
+        if any(set(both) != {"harmful", "harmless"} for both in self.changes.values()):
+            raise ValueError("a change of one kind of requests alone")
+        return self
+
+    @property
+    def flagged(self) -> bool:
+        """Whether any seed refuses fewer harmful requests, by more than the limit."""
+        return any(both["harmful"].difference < -self.limit for both in self.changes.values())
+
+
 class Results(Sparse):
     """The content of ``results.json``.
 
@@ -169,14 +211,15 @@ class Results(Sparse):
     (``server/plugging/ways.py``), and ``spare_text`` a digest of the public text's tokens where directions were spared;
     ``corrected`` says whether the emulator's fault was taken out of the updates first.
 
-    ``beta`` is there with the row ``offset``: how much of the difference of the emulator's scores was added.
+    ``beta`` is there with the row ``offset``: how much of the difference of the emulator's scores was added. ``safety``
+    is there where refusals were measured.
 
     ``metrics`` are those of perplexity, ``task_metrics`` those of each task's metrics; ``tasks`` holds the number of
     rows scored. ``references`` maps reference rows to digests of their bundles, ``runs`` names to the figures that
     ``distill`` and ``tune`` printed. ``config`` and ``command`` hold file names, never paths.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"way", "spare_text", "corrected", "beta"})
+    optional: ClassVar[frozenset[str]] = frozenset({"way", "spare_text", "corrected", "beta", "safety"})
 
     format: Literal["offsite/results/1"] = "offsite/results/1"
     model: str
@@ -199,6 +242,7 @@ class Results(Sparse):
     references: dict[str, tuple[str, ...]] = {}
     runs: dict[str, dict[str, float]] = {}
     answers: tuple[Answer, ...] = ()
+    safety: Safety | None = None
     config: dict[str, Any]
     command: str
     versions: dict[str, str]
@@ -212,6 +256,8 @@ class Results(Sparse):
             raise ValueError(f"row {missing[0]} is missing")
         if ("offset" in self.rows) != (self.beta is not None):
             raise ValueError("a row of an offset and its beta go together")
+        if (self.safety is not None) != (SAFETY in self.tasks):
+            raise ValueError("the rows' refusals and what changed of them go together")
         head = self.adapter.head
         needed = "rmse" if head is not None and head.task == VALUES else "accuracy"
         if head is not None and needed not in self.task_metrics.get(head.task, {}):

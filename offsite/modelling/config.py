@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from offsite.config import MACHINE, POSITIONAL, VerbConfig
+from offsite.config import MACHINE, POSITIONAL, USUAL, VerbConfig
 
 _MODEL = "full model: a folder, a hub id, or a fetched name"
 
@@ -26,6 +26,16 @@ class ModelFlag(VerbConfig):
     """Base of verbs that need the full model beside what they are about."""
 
     model: str = Field(description=_MODEL)
+
+
+class BaseSettings(VerbConfig):
+    """Base of verbs that take an adapted folder, whose full model may lie elsewhere than it says."""
+
+    base: str | None = Field(
+        None,
+        description="full model, when the adapted folder holds only an adapter and names another one",
+        json_schema_extra=USUAL,
+    )
 
 
 class FetchConfig(VerbConfig):

@@ -19,6 +19,7 @@ _SOURCES = {
     "validation": "were held out of the same text for validation",
     "file": "come from a file of their own",
 }
+_VALIDATED_ON = "were validated on, in files of their own"
 
 Legend = tuple[tuple[str, str], ...]
 """What the lines of a drawing stand for: (name, class) of each."""
@@ -102,12 +103,19 @@ def attacks(audit: BundleAudit | None) -> Attacks | None:
     scanned = ", ".join(f"{name.replace('_', ' ')} {num:,}" for name, num in audit.scan.found.items())
     return Attacks(
         audit=audit,
-        source=_SOURCES.get(audit.nonmembers or "", "are said to come from the same text"),
+        source=_source(audit),
         membership=_attacked(audit.membership, limit, "rows"),
         before=None if before is None else _digits(before, 3),
         canaries=None if audit.canaries is None else _canaries(audit.canaries, "the emulator"),
         scanned=scanned or "nothing",
     )
+
+
+def _source(audit: BundleAudit) -> str:
+    """Return in words where the rows that were not trained on come from."""
+    if audit.nonmembers == "validation" and not audit.run.text.validation:
+        return _VALIDATED_ON
+    return _SOURCES.get(audit.nonmembers or "", "are said to come from the same text")
 
 
 def plugged_in(audit: PluggedAudit | None) -> Canaries | None:

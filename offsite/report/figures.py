@@ -110,6 +110,36 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Refusals:
+    """What plugging in changed of refusals: a line for each seed and kind of request, and whether that is flagged."""
+
+    lines: tuple[tuple[str, ...], ...]
+    num_harmful: int
+    num_harmless: int
+    limit: str
+    flagged: bool
+
+    @classmethod
+    def of(cls, results: Results) -> Refusals | None:
+        """Return what the results have of it; None where it was not measured."""
+        safety = results.safety
+        if safety is None:
+            return None
+        lines = tuple(
+            (
+                f"{kind}, {seed}",
+                f"{one.difference * 100:+.1f} %",
+                f"{one.low * 100:+.1f} to {one.high * 100:+.1f} %",
+                str(one.num_lost),
+                str(one.num_gained),
+            )
+            for seed, both in safety.changes.items()
+            for kind, one in both.items()
+        )
+        return cls(lines, safety.num_harmful, safety.num_harmless, f"{safety.limit:.0%}", safety.flagged)
+
+
+@dataclass(frozen=True)
 class Metric:
     """What the rows come to: a figure, None where it was not run, and its definition."""
 

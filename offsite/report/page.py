@@ -15,7 +15,7 @@ from offsite.evaluation.results import LogRecord, Results, RowName, Summary, fir
 from offsite.report.config import ReportConfig
 from offsite.report.engine import render
 from offsite.report.facts import Crossed, facts, limits, one_flag_a_line
-from offsite.report.figures import Measured, Runs, comes_to, in_tasks
+from offsite.report.figures import Measured, Refusals, Runs, comes_to, in_tasks
 from offsite.report.numbers import NONE, TIMES, number, size
 from offsite.staging import refuse_existing, staged_file
 
@@ -50,6 +50,7 @@ def page(results: Results, logs: Mapping[str, Sequence[LogRecord]]) -> str:
         "limits": limits(results),
         "measured": Measured.of(results),
         "num_seeds": len(results.bundles),
+        "refusals": Refusals.of(results),
         "results": results,
         "runs": Runs.of(results, logs),
         "version": __version__,

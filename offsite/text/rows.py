@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,49 @@ class Row:
     def string(self, name: str, *, empty: bool = False) -> str:
         """The text in field `name`; DataError when it is missing, not text, or (unless `empty`) blank."""
         return checked_string(self.values.get(name), f"field '{name}'", self, empty=empty)
+
+
+def files_in(paths: Sequence[Path]) -> tuple[Path, ...]:
+    """Return the files that these paths name: a file stands for itself, a folder for those in it that can be read.
+
+    Of a folder they come in the order of their names; what has another ending, is hidden or lies in a folder below is
+    left out. Paths that name nothing are returned as they are, for whoever reads them to refuse.
+
+    Raises:
+        DataError: when a folder holds no such file, or a link to what lies outside of it.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        try:
+            inside = [one for one in sorted(path.iterdir()) if _can_be_read(one)]
+        except OSError as error:
+            raise DataError(f"{path.name}: cannot be read: {(error.strerror or 'i/o error').lower()}") from None
+        for one in inside:
+            if one.is_symlink() and not one.resolve().is_relative_to(path.resolve()):
+                raise DataError(
+                    f"{path.name}/{one.name}: a link to what lies outside of the folder",
+                    hint="give that file by its own path, or move it there",
+                )
+        if not inside:
+            raise DataError(
+                f"{path.name}: a folder without a file of text", hint=f"expected files that end in {', '.join(KINDS)}"
+            )
+        found += inside
+    return tuple(found)
+
+
+def _can_be_read(path: Path) -> bool:
+    """Tell whether the name in a folder is that of a file of text; a link that leads nowhere is, too."""
+    if path.name.startswith(".") or path.is_dir():
+        return False
+    try:
+        file_kind(path)
+    except DataError:
+        return path.suffixes[-2:] == [".parquet", ".gz"]  # which is refused where it is read, not left out
+    return True
 
 
 def read_rows(path: Path, *, images: bool = False) -> Iterator[Row]:

@@ -1,3 +1,3 @@
-"""The one training loop: steps, checkpoints, the log of a run, memory, devices and processes."""
+"""The one training loop: steps, checkpoints, the log and curves of a run, memory, devices and processes."""
 
-__all__ = ["checkpoints", "config", "devices", "loop", "memory", "precision", "processes", "step"]
+__all__ = ["checkpoints", "config", "devices", "loop", "memory", "precision", "processes", "step", "trackers"]

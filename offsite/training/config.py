@@ -7,13 +7,26 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from offsite.config import MACHINE, TRAINING, VerbConfig
+from offsite.config import MACHINE, REPEATED, TRAINING, VerbConfig
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "bf16", "fp32"]
 
 # These change what is written along the way and never a figure of the run, so a resume may change them.
-_COSMETIC = {"checkpoint_every", "tensorboard"}
+_COSMETIC = {"checkpoint_every", "tensorboard", "report"}
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+class Report(BaseModel):
+    """Where a run's curves go beside its log; ``epsilon`` is what a private run was charged, one of its figures."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    to: tuple[TrackerName, ...]
+    folder: Path
+    is_sealed: bool = False
+    epsilon: float | None = None
 
 
 class LoopConfig(BaseModel):
@@ -39,6 +52,7 @@ class LoopConfig(BaseModel):
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0 = only after the last step")
     patience: int = Field(0, ge=0, description="evaluations without a lower loss that end the run; 0 = none do")
     tensorboard: Path | None = Field(None, description="folder for TensorBoard scalars; none = not written")
+    report: Report | None = Field(None, description="other tools that get a few figures of each step; none = none do")
 
     def binding(self) -> dict[str, str | int | float]:
         """Return the settings that a resumed run must share with the run it goes on from."""
@@ -112,3 +126,20 @@ class LoopSettings(CheckpointSettings):
     tensorboard: Path | None = Field(
         None, description="folder for TensorBoard's curves; none by default", json_schema_extra=MACHINE
     )
+    report_to: tuple[TrackerName, ...] = Field(
+        (),
+        description="tensorboard, wandb or mlflow: losses, rate, tokens/s and steps go there, nothing else; what is "
+        "kept here lies in OUTPUT.curves; may be repeated",
+        json_schema_extra=MACHINE | REPEATED,
+    )
+
+    def report(self, output: Path, *, is_sealed: bool = False) -> Report | None:
+        """Return where curves of the run towards `output` go; None where nowhere.
+
+        Args:
+            is_sealed: they may not leave this machine, whatever its tools are set up to do.
+        """
+        if not self.report_to:
+            return None
+        names = tuple(dict.fromkeys(self.report_to))
+        return Report(to=names, folder=output.parent / f"{output.name}.curves", is_sealed=is_sealed)

@@ -1,16 +1,17 @@
-"""The log of a run: one JSON record per step in ``log.jsonl``, and TensorBoard scalars where asked for."""
+"""The log of a run: one JSON record per step in ``log.jsonl``, and curves in other tools where asked for."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offsite.errors import ConfigError, RunFailed
+from offsite.errors import RunFailed
 from offsite.staging import staged_file
+from offsite.training.trackers import EventFile, Tracker, figures_of
 
 
 def truncate(path: Path, step: int) -> None:
@@ -39,18 +40,28 @@ def _record(line: bytes) -> dict[str, Any] | None:
 class Journal:
     """Appends to the log; nothing is open after `close`."""
 
-    def __init__(self, path: Path, *, tensorboard: Path | None, step: int) -> None:
+    def __init__(self, path: Path, *, tensorboard: Path | None, step: int, trackers: Sequence[Tracker] = ()) -> None:
         """Open for the records after `step`.
+
+        Args:
+            tensorboard: folder for every figure of the log.
+            trackers: what gets the few figures that may be reported; they are closed with the log.
 
         Raises:
             ConfigError: when `tensorboard` is given and the tensorboard package is absent.
         """
-        self._board = _open_board(tensorboard, step) if tensorboard else None
+        self._board = EventFile(tensorboard, step=step) if tensorboard else None
+        self._trackers = trackers
         self._path = path
         self._file = path.open("ab", buffering=0)
 
-    def write(self, record: Mapping[str, int | float | None]) -> None:
+    def write(
+        self, record: Mapping[str, int | float | None], more: Mapping[str, int | float | None] | None = None
+    ) -> None:
         """One record is in the log; a kill of this process no longer loses it.
+
+        Args:
+            more: what trackers may be told beside it.
 
         Raises:
             RunFailed: when the disk is full.
@@ -64,10 +75,12 @@ class Journal:
                 f"cannot write {self._path.name!r}: {os.strerror(error.errno or 0).lower()}",
                 hint="the last checkpoint is kept; free space, then --resume",
             ) from error
+        step = int(record["step"] or 0)
         if self._board is not None:
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(name, value, record["step"])
+            kept = {name: float(value) for name, value in record.items() if name != "step" and value is not None}
+            self._board.write(step, kept)
+        for tracker in self._trackers:
+            tracker.write(step, figures_of({**record, **(more or {})}))
 
     def sync(self) -> None:
         """Everything written is on disk."""
@@ -78,15 +91,5 @@ class Journal:
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-def _open_board(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError("tensorboard is not installed", hint="pip install tensorboard, or leave it out") from None
-    try:
-        return SummaryWriter(str(folder), purge_step=step + 1)
-    except OSError as error:
-        reason = (error.strerror or "i/o error").lower()
-        raise ConfigError(f"--tensorboard: cannot write in {folder.name!r}: {reason}", hint="name a folder") from None
+        for tracker in self._trackers:
+            tracker.close()

@@ -28,6 +28,7 @@ from offsite.training.config import LoopConfig
 from offsite.training.journal import Journal, truncate
 from offsite.training.processes import Processes, gather, shard, stop_on_interrupt, world
 from offsite.training.step import Batch, StepLoss, Stepper, require_finite
+from offsite.training.trackers import open_trackers
 
 _LOG = "log.jsonl"
 _Record = dict[str, int | float | None]
@@ -256,7 +257,7 @@ class _Run:
                     break
                 self.state.seconds = earlier + time.monotonic() - began
                 if log is not None:
-                    log.write({**record, "seconds": round(self.state.seconds, 3)})
+                    log.write({**record, "seconds": round(self.state.seconds, 3)}, self._beside())
                 stopping = self.processes.largest(float(stop.requested)) > 0
                 if stopping or (self._is_due(self.config.checkpoint_every) and self.ended is None):
                     if log is not None:
@@ -384,7 +385,9 @@ class _Run:
         if not self.processes.is_main:
             yield None
             return
-        log = Journal(self.work / _LOG, tensorboard=self.config.tensorboard, step=self.state.step)
+        step, report = self.state.step, self.config.report
+        trackers = open_trackers(report, label=self.label, step=step) if step < self.config.steps else []
+        log = Journal(self.work / _LOG, tensorboard=self.config.tensorboard, step=step, trackers=trackers)
         try:
             yield log
         finally:
@@ -402,6 +405,12 @@ class _Run:
             figures |= {} if self.figures is None else {name: record[name] for name in self.figures()}
             shown = {name: value for name, value in figures.items() if value is not None}
             bar.update(self.state.step, **shown, **{"tokens/s": self._tokens_per_second()})
+
+    def _beside(self) -> _Record:
+        """Return what is told of a step and stands in no log."""
+        report = self.config.report
+        epsilon = None if report is None else report.epsilon
+        return {"tokens_per_second": self._tokens_per_second(), "epsilon": epsilon}
 
     def _tokens_per_second(self) -> float:
         return self.state.tokens / max(self.state.step_seconds, 1e-9)

@@ -1,3 +1,3 @@
-"""Generation for several requests at once: rows with adapters of their own, their caches, and how tokens are drawn."""
+"""Generation for several requests at once: rows with adapters of their own, and their caches."""
 
-__all__ = ["batch", "batches", "cache", "generate", "rows", "sampling"]
+__all__ = ["batch", "batches", "cache", "rows"]

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from offsite.errors import OffsiteError, RunFailed
+from offsite.generation.generate import Answer, Piece
+from offsite.generation.sampling import Constraint, Sampler, Settings
 from server.batching.cache import OffsetCache, RowCache, padded
-from server.batching.generate import Answer, Piece
 from server.batching.rows import RowAdapter, Rows
-from server.batching.sampling import Constraint, Sampler, Settings
 from server.plugging.offset import moved
 
 if TYPE_CHECKING:

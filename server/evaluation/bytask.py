@@ -15,7 +15,7 @@ from offsite.baselines.table import Baselines, Figure, figure_of, read_baselines
 from offsite.console import progress, say, table
 from offsite.digests import sha256_files
 from offsite.errors import ConfigError, WrongBinding
-from offsite.evaluation.results import PREFERENCES, Results
+from offsite.evaluation.results import PREFERENCES, SAFETY, Results
 from offsite.tasks.rows import TaskRow, read_task_rows, records_of, without
 from offsite.tasks.scores import SHARES, scored
 from offsite.tasks.task import MEASURES, Task
@@ -101,7 +101,7 @@ def by_task(config: EvaluateConfig) -> ByTask | None:
     if config.task_file is None:
         return None
     task = task_at(config.task_file)
-    if task.name in {PREFERENCES, *(path.stem for path in config.task)}:
+    if task.name in {PREFERENCES, SAFETY, *(path.stem for path in config.task)}:
         raise ConfigError(f"--task-file: something else is measured as {task.name!r}", hint="rename the task")
     rows = read_task_rows(config.data, task, fields=config.fields, document_field=config.document_field)
     kept = without(rows, (sample.vars for sample in task.samples))

@@ -110,6 +110,20 @@ class EvaluateConfig(
         48, ge=1, description="tokens of an answer (--prompt, --rules), at most", json_schema_extra=MEASURING
     )
 
+    safety: bool = Field(
+        False,
+        description="also ask 60 harmful requests and 40 harmless look-alikes that ship with offsite, and tell how "
+        "many each row refuses, by a list of phrases",
+        json_schema_extra=MEASURING,
+    )
+    safety_limit: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="by how large a share of the harmful requests refusals may fall before that is flagged",
+        json_schema_extra=MEASURING,
+    )
+
     log: tuple[str, ...] = Field(
         (),
         description="log of a run as NAME=FILE, put into the results; repeat it for distill's and each tune's",
@@ -146,6 +160,8 @@ class EvaluateConfig(
             problems.append("--baselines: they are of a task; give --task-file, too")
         if self.task_file is not None and self.separator is not None:
             problems.append("--separator: rows of a task have fields, plain text has none")
+        if "safety_limit" in self.model_fields_set and not self.safety:
+            problems.append("--safety-limit: it is of --safety; give that, too")
         if self.rules is not None and self.task_file is not None:
             problems.append("--rules: rows of --task-file are held to the task's form")
         problems += [] if self.rules is None else self.rules.problems()

@@ -30,6 +30,7 @@ from offsite.evaluation.results import (
     LOGS_NAME,
     PREFERENCES,
     ROWS,
+    SAFETY,
     VALUES,
     Answer,
     Data,
@@ -58,6 +59,7 @@ from offsite.text.records import Record, read_files, require_files
 from offsite.training.devices import choose_device
 from offsite.vision.reader import ImageReader, Reader, tokenizer_in
 from server.evaluation.byrules import ByRules, by_rules
+from server.evaluation.bysafety import BySafety, by_safety, show_safety, told_of_safety
 from server.evaluation.bytask import ByTask, by_task
 from server.evaluation.candidates import Candidate, Candidates, open_candidates, with_whole_ids
 from server.evaluation.config import EvaluateConfig, named_paths
@@ -101,6 +103,7 @@ class Ruler:
     by_task: ByTask | None = None
     head: Head | None = None
     by_rules: ByRules | None = None
+    by_safety: BySafety | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,7 +133,7 @@ class Ruler:
             limit = self.task_limit or None
             by_task = run_tasks(model, tokenizer_in(self.tokenizer), tasks, batch_size=self.batch_size, limit=limit)
             scores.update({f"{task}/{name}": value for task, row in by_task.items() for name, value in row.items()})
-        for by in (self.by_task, self.by_rules):
+        for by in (self.by_task, self.by_rules, self.by_safety):
             if by is not None:
                 scores |= by.score(
                     model, tokenizer_in(self.tokenizer), label, batch_size=self.batch_size, bf16=self.bf16
@@ -274,6 +277,7 @@ def run(config: EvaluateConfig) -> dict[str, object]:
         by_task=measured_by,
         head=head,
         by_rules=by_rules(config, tokenizer, head),
+        by_safety=by_safety(config, head),
     )
     device = choose_device(config.device)
     found = measure(config, candidates, ruler, device, public)
@@ -303,6 +307,7 @@ def run(config: EvaluateConfig) -> dict[str, object]:
         },
         runs=runs,
         answers=found.answers,
+        safety=None if ruler.by_safety is None else ruler.by_safety.found(),
         config=settings,
         command=command,
         versions=versions(),
@@ -315,10 +320,11 @@ def run(config: EvaluateConfig) -> dict[str, object]:
         for name, path in named_paths(config.log):
             (stage / LOGS_NAME / f"{name}.jsonl").write_bytes(path.read_bytes())
     show(results)
+    show_safety(results)
     if measured_by is not None:
         measured_by.show(results)
     say(f"a page of it: offsite report run {config.output.name} -o report.html")
-    told = {} if measured_by is None else measured_by.told(results)
+    told = told_of_safety(results) | ({} if measured_by is None else measured_by.told(results))
     return {"results": config.output.name, **flat(results), **told}
 
 
@@ -492,6 +498,7 @@ def task_metrics(rows: Mapping[RowName, Row]) -> dict[str, dict[str, dict[str, S
     return {
         task: {metric: compare({name: row.tasks[task][metric] for name, row in rows.items()}) for metric in metrics}
         for task, metrics in rows["zero_shot"].tasks.items()
+        if task != SAFETY  # nothing that an adapter is tuned for, of which a share could be recovered
     }
 
 
@@ -512,6 +519,7 @@ def _require_answers_alone(config: EvaluateConfig) -> None:
         "--task": bool(config.task),
         "--task-file": config.task_file is not None,
         "--prompt": bool(config.prompt),
+        "--safety": config.safety,
         "--offset": config.offset,
         "--mix": config.way.mix != 1,
         "--spare": bool(config.spare),

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from offsite.config import OUTPUT, POSITIONAL, USUAL
-from server.plugging.config import BaseSettings
+from offsite.modelling.config import BaseSettings
 
 Target = Literal["vllm", "gguf"]
 

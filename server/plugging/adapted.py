@@ -26,7 +26,7 @@ from offsite.artefacts.bundle import TENSOR_FILE, AdapterSpec, Head
 from offsite.artefacts.manifest import FileEntry, check_files, entries, read_manifest, write_manifest
 from offsite.digests import DIGEST_PATTERN, model_digest
 from offsite.encoders.classifier import classifier_name, trunk_prefix
-from offsite.errors import BadDigest, BadSchema, ConfigError, WrongNames
+from offsite.errors import BadDigest, BadSchema, ConfigError, UnsupportedModel, WrongNames
 from offsite.evaluation.heads import SCORE
 from offsite.evaluation.results import SPARE_PATTERN, WAY_PATTERN
 from offsite.modelling.dtypes import cast_model, finer, stored_in
@@ -36,7 +36,7 @@ from offsite.staging import make_readable
 from offsite.strictjson import Sparse
 from offsite.tensors import TensorSpec, read_tensors, torch_dtype
 from offsite.vision.pixels import FILE_NAME, as_preprocessor
-from offsite.vision.reader import ImageReader, Reader
+from offsite.vision.reader import ImageReader, Reader, tokenizer_in
 from server.plugging.card import CARD_NAME, Card, Form
 from server.plugging.fit import Fitted, full_name, plain_model, plug, plug_mixed, require_base
 from server.plugging.fullmodel import Kind
@@ -45,7 +45,7 @@ from server.plugging.ways import Way
 from server.registry.config import ID_PATTERN
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTED_FORMAT = "offsite/adapted/1"
 PEFT_TENSOR_FILE = "adapter_model.safetensors"
@@ -181,6 +181,23 @@ def load_adapted(
         cast_model(model, torch_dtype(dtype), stay=stay)
     model.requires_grad_(False)
     return model.eval().to(device), load_reader(source)  # type: ignore[arg-type]
+
+
+def load_writer(path: Path, base: str | None, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Return an adapted model that writes text, its tokenizer, and a digest of the folder.
+
+    Raises:
+        UnsupportedModel: when it has a head, which writes no text.
+        ConfigError, ArtefactError: as `load_adapted`.
+    """
+    manifest, digest = read_manifest(path, AdaptedManifest, ADAPTED_FORMAT)
+    if manifest.adapter.head is not None:
+        raise UnsupportedModel(
+            f"adapted folder {path.name!r} has a head for {manifest.adapter.head.task}: it writes no text",
+            hint="offsite serve answers with it, offsite evaluate measures it",
+        )
+    model, reader = load_adapted(path, base, device=device)
+    return model, tokenizer_in(reader), digest
 
 
 def read_adapter(path: Path, model: PreTrainedModel, base_digest: str) -> Fitted:

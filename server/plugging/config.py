@@ -92,16 +92,6 @@ class WaySettings(ScaleSettings, SpareSettings):
         return replace(super().way, spare=self.spare_half if self.spare else None)
 
 
-class BaseSettings(VerbConfig):
-    """Base of verbs that take an adapted folder, whose full model may lie elsewhere than it says."""
-
-    base: str | None = Field(
-        None,
-        description="full model, when the adapted folder holds only an adapter and names another one",
-        json_schema_extra=USUAL,
-    )
-
-
 class MixSettings(VerbConfig):
     """Base of verbs that ask a model with an adapter on it."""
 

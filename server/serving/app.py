@@ -22,8 +22,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from offsite.errors import OffsiteError
+from offsite.generation.generate import Piece
 from offsite.tasks.task import Task
-from server.batching.generate import Piece
 from server.plugging.fit import Fitted
 from server.plugging.offset import Offset
 from server.serving.catalogue import Bundles, Catalogue, Served

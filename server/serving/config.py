@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 
 from offsite.config import KEYS, LIMITS, NETWORK, PLUGGING, POSITIONAL, REPEATED, USUAL
 from offsite.keys.config import KeysConfig
+from offsite.modelling.config import BaseSettings
 from offsite.training.config import DeviceSettings
 from server.http.config import ListenSettings
-from server.plugging.config import BaseSettings, BetaSettings, MixSettings
+from server.plugging.config import BetaSettings, MixSettings
 from server.registry.config import ID_PATTERN
 
 

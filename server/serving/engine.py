@@ -18,11 +18,11 @@ import anyio
 import anyio.to_thread
 
 from offsite.console import say
+from offsite.generation.generate import Answer, Piece, generate
 from offsite.modelling.steps import cache_is_right
 from server.batching.batch import Batch, Row, Told
 from server.batching.batches import beside, cost_of
 from server.batching.cache import padded
-from server.batching.generate import Answer, Piece, generate
 from server.batching.rows import RowAdapter, Rows
 from server.plugging.offset import Offset, require_alike, stay_offset
 from server.serving.grammar import Grammar, Grammars

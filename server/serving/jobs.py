@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from offsite.errors import DataError
+from offsite.generation.generate import context_length, embedding_table, end_of_turn_tokens, end_tokens
+from offsite.generation.sampling import Settings
 from offsite.seq2seq.models import is_seq2seq
 from offsite.text.calls import encoded, quietly
 from offsite.text.prompts import prompt_ids
-from server.batching.generate import context_length, embedding_table, end_of_turn_tokens, end_tokens
 from server.batching.rows import RowAdapter
-from server.batching.sampling import Settings
 from server.serving.grammar import Grammar, Grammars
 from server.serving.protocol import LIMIT_PROMPTS, ApiError, ChatAsk, CompletionAsk, Message, Prompt, Usage
 

@@ -26,8 +26,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, from_json
 
-from server.batching.generate import Piece
-from server.batching.sampling import Likely
+from offsite.generation.generate import Piece
+from offsite.generation.sampling import Likely
 
 Prompt = str | tuple[int, ...]
 

@@ -16,6 +16,7 @@ from offsite.errors import DataError
 from offsite.evaluation.embeddings import embeddings_of
 from offsite.evaluation.heads import scores_of
 from offsite.evaluation.tags import tag_scores
+from offsite.generation.generate import context_length, embedding_table
 from offsite.text.batches import Example, answered_ids, encode, pad_id
 from offsite.text.calls import encoded
 from offsite.text.forms import encode_images
@@ -23,7 +24,6 @@ from offsite.text.headrows import Label
 from offsite.text.records import Record
 from offsite.vision.images import image_bytes
 from offsite.vision.reader import ImageReader
-from server.batching.generate import context_length, embedding_table
 from server.serving.engine import Counts
 from server.serving.protocol import ApiError, Prompt, RerankAsk
 

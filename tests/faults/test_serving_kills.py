@@ -25,8 +25,8 @@ from shelf import Shelf
 
 from offsite import cli
 from offsite.artefacts.owner import owner_record_path, read_owner_record
-from server.batching.generate import generate
-from server.batching.sampling import Settings
+from offsite.generation.generate import generate
+from offsite.generation.sampling import Settings
 from server.evaluation.candidates import read_own
 from server.plugging.fit import fit, plugged
 from server.registry.registry import Registry

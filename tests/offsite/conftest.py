@@ -9,6 +9,7 @@ import pytest
 import tiny_architectures
 import torch
 import transformers
+from speakers import bytes_tokenizer, parrot, spread_llama  # noqa: F401 - fixtures
 from transformers import AutoConfig, PreTrainedModel
 
 NUM_BLOCKS = 6

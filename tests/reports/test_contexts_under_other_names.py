@@ -15,10 +15,10 @@ from checkpoints_lab import distill, random_model, save
 from client.tuning.data import prepare, require_fit
 from offsite.errors import ConfigError, DataError
 from offsite.evaluation.measure import perplexity
+from offsite.generation.generate import context_length
 from offsite.modelling.context import CONTEXT_KEYS, context_of
 from offsite.text.batches import Example
 from offsite.text.records import Record
-from server.batching.generate import context_length
 from server.plugging.probe import probe_logits
 
 MODELS = {

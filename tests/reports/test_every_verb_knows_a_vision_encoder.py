@@ -43,6 +43,8 @@ REFUSALS = {
     "audit package package --model eye --heldout public.txt -o out": "writes no text: audit package goes with models",
     "rehearse eye --package package --data public.txt -o out": "writes no text: rehearse goes with models that do",
     "realign package round --model eye --public public.txt -o out": "writes no text: realign goes with models that do",
+    "generate package --prompt hello": "holds an encoder, which writes no text: generate goes with models that do",
+    "generate eye --prompt hello": "model 'eye' is an encoder: it writes no text",
     "task baseline task.yaml --model package -o out": "writes no text: task baseline goes with models that do",
     "task baseline task.yaml --model eye -o out": "model 'eye' is an encoder: it writes no text",
     "export adapted --to vllm -o out": "vLLM loads adapters for text, this one is for classify",

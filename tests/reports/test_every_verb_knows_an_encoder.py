@@ -43,6 +43,9 @@ REFUSALS = {
     "audit package package --model bert --heldout public.txt --public public.txt -o out": "audit package goes with",
     "rehearse bert --package package --data public.txt -o out": "writes no text: rehearse goes with models that do",
     "realign package round --model bert --public public.txt -o out": "writes no text: realign goes with models that do",
+    "generate package --prompt hello": "holds an encoder, which writes no text: generate goes with models that do",
+    "generate bert --prompt hello": "model 'bert' is an encoder: it writes no text",
+    "generate adapted --prompt hello": "adapted folder 'adapted' has a head for classify: it writes no text",
     "task baseline task.yaml --model package -o out": "writes no text: task baseline goes with models that do",
     "task baseline task.yaml --model bert -o out": "model 'bert' is an encoder: it writes no text",
     "federate simulate --model bert --package package --clients a=rows.jsonl,b=rows.jsonl --work work -o out": (

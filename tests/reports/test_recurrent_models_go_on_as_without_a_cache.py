@@ -13,10 +13,10 @@ import torch
 from recurrent import SHAPES, tiny, uncached
 
 from offsite.evaluation.sampling import continuations
+from offsite.generation.generate import next_tokens
+from offsite.generation.sampling import Settings
 from offsite.modelling import steps
 from offsite.modelling.steps import cache_is_right
-from server.batching.generate import next_tokens
-from server.batching.sampling import Settings
 from server.serving.engine import Engine
 
 PROMPT = [5, 17, 40, 9, 33, 8, 100, 42]

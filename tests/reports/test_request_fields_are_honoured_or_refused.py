@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from server.batching.generate import next_tokens
-from server.batching.sampling import Sampler, Settings
+from offsite.generation.generate import next_tokens
+from offsite.generation.sampling import Sampler, Settings
 from server.serving.app import build_app
 from server.serving.serve import Process, listen
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from server.batching.generate import Detokenizer
+from offsite.generation.generate import Detokenizer
 
 WORDS = ["▁fox", "▁the", "ox", "▁", "▁a", "é", "\N{REPLACEMENT CHARACTER}"]
 FIRST_BYTE = 3

@@ -18,10 +18,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from client.audit.canaries import made_up
 from offsite.artefacts.package import open_package
 from offsite.evaluation.measure import perplexity
+from offsite.generation.generate import generate
+from offsite.generation.sampling import Settings
 from offsite.text.batches import encode, pad_id
 from offsite.text.records import Record
-from server.batching.generate import generate
-from server.batching.sampling import Settings
 
 GAP = range(60, 110)
 NUM_ROWS = 320  # of the embedding: more than the highest id

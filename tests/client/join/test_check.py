@@ -7,6 +7,8 @@ import json
 import pytest
 
 import client.join.people as people
+import client.join.work as work
+from client.join.work import data_digest
 from offsite.errors import ConfigError, DataError, PolicyError
 
 
@@ -65,6 +67,33 @@ def test_what_was_understood_is_shown_and_asked(players, invitation, capsys, mon
     assert told.count("  answer:  the cough of bed") == 3
     assert "\x1b" not in told
     assert not (players.client / "joined" / "bundle").exists()
+
+
+def test_rows_held_out_in_a_file_of_its_own_are_known_to_the_check_and_to_every_step(
+    players, invitation, capsys, monkeypatch
+):
+    rows = players.data.read_text().splitlines(keepends=True)
+    held = players.data.with_name("held.jsonl")
+    held.write_text(rows[0] + "".join(json.dumps({"question": f"new {n}?", "answer": " no"}) + "\n" for n in range(9)))
+    staged = []
+
+    def stop(stages, _notes):
+        staged.extend(stages)
+        raise PolicyError("stopped")
+
+    monkeypatch.setattr(work, "play", stop)
+    with pytest.raises(PolicyError, match="stopped"):
+        players.join(invitation, eval=[str(held)], canaries="0")
+    told = capsys.readouterr().err
+    assert "1 rows stand in --eval, too: they are not trained on" in told
+    assert ", 10 to choose the best weights by" in told
+    (tune,) = staged
+    assert tune.words[tune.words.index("--eval") + 1] == str(held)
+    before = tune.inputs["data"]
+    held.write_text(held.read_text().replace("new", "old"))
+    assert data_digest(players.settings(invitation, eval=[str(held)])) != before
+    with pytest.raises(ConfigError, match=r"eval \(it is given beside --tune\)"):
+        players.join(invitation, tune=f"eval={held}")
 
 
 def test_terms_that_nobody_agrees_to(players, invitation, monkeypatch):

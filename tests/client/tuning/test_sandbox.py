@@ -655,6 +655,27 @@ def test_with_a_ledger_and_curves(dropped_package, notes_file, tmp_path):
 
 
 @pytest.mark.slow
+def test_with_curves_for_other_tools(dropped_package, notes_file, tmp_path):
+    pytest.importorskip("mlflow")
+    pytest.importorskip("tensorboard")
+    more = ["--report-to", "mlflow", "--report-to", "tensorboard"]
+    done = tuned(tmp_path, dropped_package, notes_file, "out/sealed", "--sealed-off", *more)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["sealed_off"]
+    assert (told["connections"], told["processes"], told["writes_elsewhere"]) == (0, 0, 0)
+    names = {"sealed", "sealed.log.jsonl", "sealed.run.json", "sealed.curves"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    curves = {path.name for path in (tmp_path / "out" / "sealed.curves").iterdir()}
+    assert curves == {"mlflow.db", "runs.json", "tensorboard"}
+
+
+def test_a_tool_that_needs_a_process_is_refused_at_once(dropped_package, notes_file, tmp_path, capsys):
+    words = ["tune", dropped_package.path, "--data", notes_file, "-o", tmp_path / "x", "--report-to", "wandb"]
+    assert cli.run([str(word) for word in [*words, "--sealed-off"]]) == 2
+    assert "--report-to wandb: it starts a process, which --sealed-off denies" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_several_runs_and_their_mean_stay_in_their_places(dropped_package, notes_file, tmp_path):
     pytest.importorskip("dp_accounting")
     more = ["--dp", "epsilon=8,delta=0.001,ledger=kept/ledger", "--batch-size", "2", "--runs", "2"]

@@ -570,8 +570,11 @@ def test_missing_files_and_too_long_rows(capsys, dropped_package, tmp_path, answ
     code, out, lines = transcript(capsys, *words, tmp_path / "nothing.jsonl")
     assert (code, out) == (2, "")
     assert lines == ["offsite: error: nothing.jsonl: no such file", "offsite: hint: check the path"]
-    code, out, lines = transcript(capsys, *words, tmp_path)
+    (tmp_path / "empty").mkdir()
+    code, out, lines = transcript(capsys, *words, tmp_path / "empty")
     assert (code, out, len(lines)) == (2, "", 2)
+    assert lines[0] == "offsite: error: empty: a folder without a file of text"
+    (tmp_path / "empty").rmdir()
     code, out, lines = transcript(capsys, *words, answers_file, "--on-long", "error")
     assert (code, out, len(lines)) == (2, "", 2)
     assert lines[0].startswith("offsite: error: answers.jsonl: line ")

@@ -20,6 +20,7 @@ from offsite.audits.record import Run, ScanFigures
 from offsite.digests import sha256_bytes
 from offsite.privacyreport import page as module
 from offsite.privacyreport.charts import MOST_STEMS, Bar, bars, exposure, recovery, roc, spent
+from offsite.privacyreport.data import attacks
 from offsite.privacyreport.page import page
 from offsite.privacyreport.record import JobFacts, Limits, audit_digest, parse_report, report_raw
 from offsite.report.charts import Curve
@@ -195,6 +196,14 @@ def test_the_facts_of_a_private_run():
         "New are 0",
     ):
         assert words in shown, words
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.1, "were held out of the same text"), (0.0, "in files of their own")])
+def test_rows_that_were_validated_on_are_said_to_come_from_where_they_did(share, told):
+    audit = s.bundle_audit(nonmembers="validation")
+    text = audit.run.text.model_copy(update={"validation": share})
+    audit = audit.model_copy(update={"run": audit.run.model_copy(update={"text": text})})
+    assert told in attacks(audit).source
 
 
 def test_what_was_not_measured_says_so():

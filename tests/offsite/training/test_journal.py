@@ -46,7 +46,7 @@ def test_a_full_disk_is_said(tmp_path):
 
 
 def test_without_the_tensorboard_package_it_is_refused_before_the_log_is_touched(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
     with pytest.raises(ConfigError, match="tensorboard is not installed") as caught:
         Journal(tmp_path / "log.jsonl", tensorboard=tmp_path / "board", step=0)
     assert "pip install tensorboard" in str(caught.value.hint)

@@ -12,12 +12,12 @@ from tiny_architectures import tiny
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from offsite.errors import RunFailed
+from offsite.generation.generate import Answer, next_tokens
+from offsite.generation.sampling import Settings
 from server.batching.batch import Batch, Queue, Row
 from server.batching.batches import cost_of
 from server.batching.cache import RowCache, padded
-from server.batching.generate import Answer, next_tokens
 from server.batching.rows import Rows
-from server.batching.sampling import Settings
 from server.plugging.fit import plugged
 
 ENDS = frozenset({2})

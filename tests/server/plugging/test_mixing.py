@@ -12,11 +12,11 @@ from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.digests import model_digest
 from offsite.errors import ConfigError
 from offsite.evaluation.measure import perplexity
+from offsite.generation.generate import next_tokens
+from offsite.generation.sampling import Settings
 from offsite.modelling.load import load_model
 from offsite.modelling.steps import Steps, cache_is_right
 from offsite.text.batches import Example
-from server.batching.generate import next_tokens
-from server.batching.sampling import Settings
 from server.evaluation.candidates import read_own
 from server.plugging.fit import fit, plug_mixed, plugged
 from server.plugging.mixing import mixture, stay_mixed

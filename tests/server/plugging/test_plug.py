@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from offsite import faults
+from offsite import cli, faults
 from offsite.artefacts.bundle import open_bundle
 from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.digests import model_digest
@@ -253,6 +253,22 @@ def test_merged_computes_what_unmerged_does(
     loaded, tokenizer = load_adapted(tmp_path / "merged")
     assert torch.equal(logits_of(loaded), logits_of(plain))
     assert tokenizer.eos_token == "</s>"
+
+
+def test_either_form_is_asked_by_generate(plug_in, make_bundle, llama_folder, dropped_package, tmp_path, capsys):
+    bundle = make_bundle(tmp_path / "bundle", dropped_package, kind="lora", rank=3)
+    texts = []
+    for name, whole in (("alone", False), ("merged", True)):
+        plug_in(llama_folder, bundle, tmp_path / name, package=dropped_package.path, merge=whole)
+        capsys.readouterr()
+        assert (
+            cli.run(["generate", str(tmp_path / name), "--prompt", "ward", "--max-tokens", "8", "--device", "cpu"]) == 0
+        )
+        texts.append(json.loads(capsys.readouterr().out)["answers"][0]["text"])
+    model, tokenizer = load_adapted(tmp_path / "alone")
+    ids = torch.tensor([tokenizer("ward")["input_ids"][:4]])
+    said = model.generate(ids, max_new_tokens=8, do_sample=False)[0, 4:]
+    assert texts == [tokenizer.decode(said, skip_special_tokens=True)] * 2
 
 
 def test_merging_keeps_the_models_dtype(plug_in, make_package, make_bundle, save_model, logits_of, tmp_path):

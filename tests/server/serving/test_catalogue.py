@@ -15,8 +15,8 @@ from offsite.artefacts.owner import owner_record_path, read_owner_record
 from offsite.artefacts.package import open_package
 from offsite.digests import model_digest
 from offsite.errors import ArtefactError, ConfigError
-from server.batching.generate import generate
-from server.batching.sampling import Settings
+from offsite.generation.generate import generate
+from offsite.generation.sampling import Settings
 from server.evaluation.candidates import read_own
 from server.plugging.fit import fit, plugged, scaled
 from server.plugging.ways import Way

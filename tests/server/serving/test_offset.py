@@ -16,11 +16,11 @@ from tiny_architectures import tiny
 
 import server.serving.serve
 from offsite.errors import ConfigError
+from offsite.generation.generate import Answer
+from offsite.generation.sampling import Settings
 from server.batching.batch import Batch, Row
 from server.batching.batches import beside, cost_of
-from server.batching.generate import Answer
 from server.batching.rows import Rows
-from server.batching.sampling import Settings
 from server.plugging.fit import plugged
 from server.plugging.offset import Offset
 from server.registry.registry import Registry

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.batching.generate import Piece
+from offsite.generation.generate import Piece
 from server.serving.protocol import _NEUTRAL, ApiError, ChatAsk, CompletionAsk, Reply, Usage, parse
 
 SECRET = "the patient's name"

@@ -16,8 +16,8 @@ import pytest
 from row_adapters import adapters_of
 from served import KEY, calling, serving, wait_for
 
-from server.batching.generate import generate
-from server.batching.sampling import Settings
+from offsite.generation.generate import generate
+from offsite.generation.sampling import Settings
 from server.plugging.fit import plugged
 from server.tenants.store import Tenants
 

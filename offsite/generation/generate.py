@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from offsite.errors import ConfigError, DataError
+from offsite.generation.sampling import Constraint, Likely, Sampler, Settings
 from offsite.modelling.context import context_of
 from offsite.modelling.steps import Steps
 from offsite.seq2seq.models import is_seq2seq
 from offsite.text.calls import quietly
-from server.batching.sampling import Constraint, Likely, Sampler, Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from offsite.errors import RunFailed
-from server.batching.generate import (
+from offsite.generation.generate import (
     Detokenizer,
     StopMatcher,
     context_length,
@@ -21,7 +21,7 @@ from server.batching.generate import (
     generate,
     next_tokens,
 )
-from server.batching.sampling import Sampler, Settings
+from offsite.generation.sampling import Sampler, Settings
 
 HARD = [
     "plain words",
