@@ -27,7 +27,7 @@ from client.tuning.ready import Ready, loop_settings
 from client.tuning.rounds import begin, grow, start_seed, with_proximal
 from offsite.artefacts.package import Package
 from offsite.artefacts.round import Round
-from offsite.audits.record import AveragedRun
+from offsite.audits.runs import AveragedRun
 from offsite.console import say
 from offsite.encoders.outputs import outputs_of
 from offsite.encoders.trunk import is_encoder
@@ -175,11 +175,12 @@ class Done:
     told: Mapping[str, object] = field(default_factory=dict)
 
 
-def train_run(ready: Ready, number: int = 1) -> Done | None:
+def train_run(ready: Ready, number: int = 1, *, label: str = "tune") -> Done | None:
     """Return what a run did, None in processes that are not the main one; one of several is kept in its folder.
 
     Args:
         number: of the run among several, from 1; each has a start and batches of its own, and the same text.
+        label: what the progress of a single run is shown as.
     """
     config, text, several = ready.config, ready.text, ready.config.runs > 1
     seed = config.seed + number - 1
@@ -235,7 +236,7 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
             # pairs and hidden states lie there before the first step
             resume=config.resume or config.compares_answers or kept is not None,
             binding=binding,
-            label=f"run {number} of {config.runs}" if several else "tune",
+            label=f"run {number} of {config.runs}" if several else label,
             sent_as=config.adapter_dtype,
             private=private,
             loss=with_proximal(learning.loss, attached, begun, ready.spec),

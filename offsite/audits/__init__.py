@@ -11,6 +11,8 @@ __all__ = [
     "membership",
     "noise",
     "record",
+    "retunings",
+    "runs",
     "scores",
     "statistics",
 ]

@@ -6,15 +6,13 @@ from offsite.audits.gates import bundle_gates, passed, plugged_gates
 from offsite.audits.record import (
     BundleAudit,
     CanaryAudit,
-    Claim,
     Membership,
     PackageAudit,
     PluggedAudit,
-    Run,
     Verbatim,
     read_audit,
-    read_run,
 )
+from offsite.audits.runs import Claim, Run, read_run
 from offsite.console import say
 from offsite.evaluation.results import ROWS, read_results
 from offsite.inspection.thing import Thing

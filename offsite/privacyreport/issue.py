@@ -8,7 +8,12 @@ from pathlib import Path
 from offsite import __version__
 from offsite.artefacts.job import read_job
 from offsite.audits.gates import Gate
-from offsite.audits.record import BundleAudit, PackageAudit, PluggedAudit, read_audit
+from offsite.audits.record import (
+    BundleAudit,
+    PackageAudit,
+    PluggedAudit,
+    read_audit,
+)
 from offsite.config import flag_name
 from offsite.console import say
 from offsite.digests import sha256_bytes

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from offsite.audits.gates import Gate
-from offsite.audits.record import Claim
+from offsite.audits.runs import Claim
 from offsite.privacyreport.charts import spent
 from offsite.privacyreport.data import attacks, plugged_in
 from offsite.privacyreport.model import package

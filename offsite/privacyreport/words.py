@@ -10,7 +10,13 @@ from collections.abc import Iterable
 from decimal import Decimal
 
 from offsite.audits.gates import WEAK_EPSILON, Gate, Release
-from offsite.audits.record import AnsweredRound, BundleAudit, CanaryAudit, Claim, PackageAudit, PluggedAudit
+from offsite.audits.record import (
+    BundleAudit,
+    CanaryAudit,
+    PackageAudit,
+    PluggedAudit,
+)
+from offsite.audits.runs import AnsweredRound, Claim
 
 NOT_PRIVATE = "NOT DIFFERENTIALLY PRIVATE"
 _ELSEWHERE = "on an audit that is not in this report"

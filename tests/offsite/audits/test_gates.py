@@ -8,11 +8,9 @@ from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.layout import Method
 from offsite.audits.gates import WEAK_EPSILON, bundle_gates, package_gates, passed, plugged_gates, unmeasured
 from offsite.audits.record import (
-    AveragedRun,
     BundleAudit,
     CanaryAudit,
     Capability,
-    Claim,
     EpsilonBound,
     Estimate,
     Exposure,
@@ -21,13 +19,17 @@ from offsite.audits.record import (
     PluggedAudit,
     Recovery,
     RecoveryPoint,
-    Run,
     ScanFigures,
     Similarity,
-    TextSettings,
     Union,
     Verbatim,
     Withheld,
+)
+from offsite.audits.runs import (
+    AveragedRun,
+    Claim,
+    Run,
+    TextSettings,
 )
 
 ONE, TWO = "sha256:" + "1" * 64, "sha256:" + "2" * 64

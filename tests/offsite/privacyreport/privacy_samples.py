@@ -15,7 +15,6 @@ from offsite.audits.record import (
     BundleAudit,
     CanaryAudit,
     Capability,
-    Claim,
     EpsilonBound,
     Estimate,
     Exposure,
@@ -23,14 +22,13 @@ from offsite.audits.record import (
     PluggedAudit,
     Recovery,
     RecoveryPoint,
-    Run,
     ScanFigures,
     Similarity,
-    TextSettings,
     Union,
     Verbatim,
     Withheld,
 )
+from offsite.audits.runs import Claim, Run, TextSettings
 from offsite.privacyreport.recompute import Recomputed, SpentPoint
 from offsite.privacyreport.record import Audits, Limits, conclude
 

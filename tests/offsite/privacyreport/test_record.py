@@ -17,7 +17,8 @@ from offsite import cli
 from offsite.artefacts.job import write_job
 from offsite.audits.gates import Release, bundle_gates, unmeasured
 from offsite.audits.membership import membership_of
-from offsite.audits.record import Objective, Rewarded, write_audit
+from offsite.audits.record import write_audit
+from offsite.audits.runs import Objective, Rewarded
 from offsite.digests import sha256_bytes
 from offsite.errors import ArtefactError, BadSchema, BadSignature, ConfigError, WrongBinding
 from offsite.keys.identity import Signatures
