@@ -5,9 +5,9 @@ row scores under such an adapter cannot hang on its coin unless the adapter tell
 guesses are right as coins are, whatever the rows are like, and however often a row stands out. Two kinds of guesses are
 counted: which of a pair, one row in and one not, was in; and that the rows which score highest were in.
 
-A bound is what Clopper and Pearson's exact upper limit leaves possible at `CONFIDENCE`. It takes the guesses for
-independent trials: exact where adapters tell nothing, an approximation where they do, because one adapter may tell of
-many rows at once.
+A bound is what Clopper and Pearson's exact upper limit leaves possible at `CONFIDENCE`. It is about these very rows and
+this way of tuning: chance comes in by the coins alone. It takes the guesses for independent trials: exact where adapters
+tell nothing, an approximation where they do, because one adapter may tell of many rows at once.
 
 Source: many rows with coins of their own in one training, arXiv:2305.08846; the limit, Clopper and Pearson 1934.
 """
@@ -39,6 +39,7 @@ FEWEST_RETUNINGS = 3
 MOST_BY_DEFAULT = 24
 
 _STEPS = 10_000
+_ROUNDING = 1e-9  # so that every machine finds the same where the two are equal
 
 
 def num_guessed(num_rows: int) -> int:
@@ -127,7 +128,7 @@ def upper_share(successes: int, trials: int, confidence: float = CONFIDENCE) -> 
     low, high = 0, _STEPS
     while high - low > 1:
         middle = (low + high) // 2
-        if _at_most(successes, trials, middle / _STEPS) <= 1 - confidence:
+        if _at_most(successes, trials, middle / _STEPS) <= 1 - confidence + _ROUNDING:
             high = middle
         else:
             low = middle

@@ -191,7 +191,7 @@ def _unmeasured(report: PrivacyReport) -> Iterator[str]:
     if bundle is not None:
         if not bundle.membership:
             yield "Membership of rows: no attack was run."
-        elif any(one.tpr_at_1 is None for one in bundle.membership):
+        elif bundle.retuned is None and any(one.tpr_at_1 is None for one in bundle.membership):
             yield "Hits at 1% false alarms: too few rows that were not trained on (1,000 are needed)."
         if bundle.canaries is None:
             yield "Canaries: none were planted, so no lower bound on epsilon and no exposure of made-up secrets."

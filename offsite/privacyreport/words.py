@@ -154,6 +154,7 @@ def _of_the_data(bundle: BundleAudit) -> list[str]:
     return [
         private,
         *_of_the_objective(bundle),
+        *([] if bundle.retuned is None else [_OF_RETUNINGS]),
         *([] if answered is None else [_of_a_round(answered)]),
         "Figures of the bundle are of the emulator, with and without the adapter. The full model with the same adapter "
         "may reveal more, or less.",
@@ -161,6 +162,11 @@ def _of_the_data(bundle: BundleAudit) -> list[str]:
     ]
 
 
+_OF_RETUNINGS = (
+    "Retunings are other adapters than the bundle's, tuned in the same way on halves of the same rows: what attacks "
+    "found of them is of the way of tuning on these rows. Their limits take guesses for independent, as they are of "
+    "adapters that tell nothing; of others they are not quite."
+)
 _OF_PAIRS = (
     "Rewards were of a reward model, which was tuned on preferences before. What the adapter may have taken over from "
     "those was not tried."

@@ -18,10 +18,12 @@ from offsite.audits.record import (
     EpsilonBound,
     Estimate,
     Exposure,
+    Guesses,
     PackageAudit,
     PluggedAudit,
     Recovery,
     RecoveryPoint,
+    Retuned,
     ScanFigures,
     Similarity,
     Union,
@@ -198,6 +200,15 @@ def bundle_audit(claim=None, power=0.8, **changes):
         "versions": {"offsite": "0.1.0", "torch": "2.13.0", "transformers": "5.10.0"},
     }
     return BundleAudit(**{**given, **changes})
+
+
+def retuned(**changes):
+    """Twelve retunings on halves of 270 rows, told of by one attack about as well as by coins."""
+    guessed = Guesses(
+        signal="reference", num_pairs=12 * 130, num_right=800, num_tied=3, num_guesses=60, num_correct=33
+    )  # fmt: skip
+    given = {"num_rows": 270, "num_asked": 12, "num_in": (130, 140) * 6, "steps": (20,) * 12, "attacks": (guessed,)}
+    return Retuned(**{**given, **changes})
 
 
 def plugged_audit(delta=5.01e-4, **changes):
