@@ -45,7 +45,7 @@ from offsite.vision.reader import Reader
 
 Score = Callable[[Any, list[Example], str], RowScores]
 """Gives what a model says of rows; progress is shown under the last."""
-_OBJECTIVES = (None, "dft", "dpo", "reward", "classify", "regress", "tag")
+_OBJECTIVES = ("next-token", "dft", "dpo", "reward", "classify", "regress", "tag")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def clear(output: Path) -> None:
 
 def why_never(run: KeptRun, *, is_causal: bool) -> str:
     """Return why runs of this kind cannot be retuned; empty where they can."""
-    loss = None if run.objective is None else run.objective.loss
+    loss = "next-token" if run.objective is None else run.objective.loss
     special = run.objective is not None and (run.objective.anchor_sha256 or run.objective.channel_dropout)
     reasons = {
         "a run with --dp would spend of its data's budget": run.claim is not None,
@@ -96,6 +96,14 @@ def why_never(run: KeptRun, *, is_causal: bool) -> str:
         "its record is of an earlier version, which does not say all settings": run.loop is None,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def num_coins(config: TuneConfig, rows: Sequence[Example], *, is_causal: bool) -> int:
+    """Return how many of these rows would have a coin of their own in retunings; 0 where runs as this have none."""
+    special = config.anchor is not None or config.channel_dropout or config.dp is not None or config.round is not None
+    if special or config.runs > 1 or config.objective not in _OBJECTIVES or not is_causal:
+        return 0
+    return sum(any(rows[row].num_loss_tokens for row in group) for group in sharing(rows))
 
 
 def retune(

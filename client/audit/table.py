@@ -63,8 +63,8 @@ def show(audit: BundleAudit, gates: Sequence[Gate], *, num_nonmembers: int) -> N
 def _show_retunings(found: Retuned) -> None:
     named = [(one.signal, area(one), hits(one)) for one in found.attacks]
     table(
-        f"attacks on {len(found.num_in)} retunings, each on a random half of {found.num_rows:,} rows, which are of the way "
-        "of tuning and not of this bundle; at most: what they leave possible, with 95% confidence",
+        f"attacks on {len(found.num_in)} retunings, each on a random half of {found.num_rows:,} rows: of the way of "
+        "tuning, not of this bundle (at most: what they leave possible, with 95% confidence)",
         ("attack", "area", "at most", "hits at 1%", "at most"),
         [
             (f"retunings: {name}", f"{of_all[0]:.3f}", f"{of_all[1]:.3f}", f"{first[0]:.1%}", f"{first[1]:.1%}")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
+from client.audit.config import RetuningSettings
 from client.exchange.config import VerdictSettings
 from client.tuning.config import PrivateTextSettings, TuneConfig
 from offsite.audits.config import LeakageSettings
@@ -35,6 +36,7 @@ class InvitedConfig(
     PrivateTextSettings,
     ColumnSettings,
     VerdictSettings,
+    RetuningSettings,
     DeviceSettings,
     SeedSettings,
 ):

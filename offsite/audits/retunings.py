@@ -6,8 +6,8 @@ guesses are right as coins are, whatever the rows are like, and however often a 
 counted: which of a pair, one row in and one not, was in; and that the rows which score highest were in.
 
 A bound is what Clopper and Pearson's exact upper limit leaves possible at `CONFIDENCE`. It is about these very rows and
-this way of tuning: chance comes in by the coins alone. It takes the guesses for independent trials: exact where adapters
-tell nothing, an approximation where they do, because one adapter may tell of many rows at once.
+this way of tuning: chance comes in by the coins alone. It takes the guesses for independent trials: exact where
+adapters tell nothing, an approximation where they do, because one adapter may tell of many rows at once.
 
 Source: many rows with coins of their own in one training, arXiv:2305.08846; the limit, Clopper and Pearson 1934.
 """

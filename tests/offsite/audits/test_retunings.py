@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from math import comb
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from offsite.audits import retunings
+from offsite.audits.gates import MAX_AUC, MAX_TPR_AT_1
 from offsite.audits.retunings import area, coins, enough_retunings, guesses, hits, upper_share
 from offsite.errors import ConfigError, RunFailed
 
@@ -115,3 +118,16 @@ def test_a_harmless_way_passes_and_a_leaking_one_does_not_at_300_rows():
     few = [simulated(draw, lambda d, n: np.where(d.random(n) < 0.06, 9.0, 0.0)) for _ in range(50)]
     assert sum(hits(one)[1] <= 0.03 for one in few) == 0
     assert np.mean([area(one)[0] for one in few]) < 0.55
+
+
+def test_the_examples_in_the_documentation_are_what_is_worked_out():
+    page = (Path(__file__).parents[3] / "docs" / "privacy.md").read_text()
+    found = re.findall(r"^\| (area|hits) \| ([\d,]+) of ([\d,]+)[a-z ]* \| ([\d.]+)%? \| \S+ \| (\w+)", page, re.M)
+    assert len(found) == 4
+    for kind, right, num, most, verdict in found:
+        limit = upper_share(int(right.replace(",", "")), int(num.replace(",", "")))
+        shown = f"{limit:.3f}" if kind == "area" else f"{100 * retunings.HITS_PER_RIGHT * limit:.1f}"
+        assert shown == most
+        assert (limit <= (MAX_AUC if kind == "area" else MAX_TPR_AT_1 / retunings.HITS_PER_RIGHT)) == (
+            verdict == "passed"
+        )
