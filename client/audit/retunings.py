@@ -189,14 +189,17 @@ class _Retunings:
         )
         say(f"  what is done is kept in {self._work.name!r}, and the same command goes on from there")
         done: list[_Attacked] = []
+        told = False
         for number in range(1, num + 1):
             elapsed = time.monotonic() - began
             if done and elapsed > 60 * minutes:
                 say(f"the time is over: {len(done)} of {num} retunings are taken; --retuning-minutes N gives more")
                 break
-            if number == 2:
-                say(f"the first took {elapsed:.0f} s: about {elapsed * (num - 1) / 60:.0f} minutes more")
-            done.append(self._kept(number) or self._made(number, num, reader))
+            kept = self._kept(number)
+            done.append(kept or self._made(number, num, reader))
+            if kept is None and not told:
+                seconds, told = time.monotonic() - began - elapsed, True
+                say(f"one took {seconds:.0f} s: about {seconds * (num - number) / 60:.0f} minutes more for the others")
         label = self._label(0)
         included = [self._of_scored(self._coins(number)) for number in range(1, len(done) + 1)]
         names = list(done[0].signals)
@@ -259,6 +262,7 @@ class _Retunings:
         stated = {"bound": self._bound(number), "steps": found.steps, "signals": found.signals}
         with staged_file(self._result(number), replace=True) as stage:
             stage.write_text(json.dumps(stated), encoding="ascii")
+        remove(ready.work)
         return found
 
     def _scored(self, tensors: dict[str, torch.Tensor] | None, label: str) -> RowScores:
@@ -283,8 +287,9 @@ class _Retunings:
         tune = self._settings(number, share)
         batches = Batches(examples, batch_size=run.batch_size, seed=tune.seed, pad_id=whole.pad_id)
         text = replace(whole, batches=batches, examples=examples, rows=rows, num_records=len(inside))
-        work = self._work / f"retuning-{number:02}"
-        digests = (sha256_bytes(self._bound(number).encode()),)
+        bound = self._bound(number).removeprefix("sha256:")
+        work = self._work / f"retuning-{number:02}-{bound[:12]}"  # checkpoints of other settings are not gone on from
+        digests = (sha256_bytes(bound.encode()),)
         return Ready(
             config=tune,
             package=self._given.package,

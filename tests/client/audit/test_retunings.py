@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -86,9 +87,10 @@ def test_a_killed_audit_goes_on_behind_the_last_retuning(whole, tuned, tmp_path,
 
     def killed(ready, *, label):
         made.append(label)
+        done = plain(ready, label=label)
         if label.startswith("retuning 2") and len(made) == 2:
             raise KeyboardInterrupt
-        return plain(ready, label=label)
+        return done
 
     monkeypatch.setattr(module, "train_run", killed)
     config = settings(tuned, tmp_path / "audit")
@@ -98,6 +100,15 @@ def test_a_killed_audit_goes_on_behind_the_last_retuning(whole, tuned, tmp_path,
     assert not config.output.exists()
     assert work.stat().st_mode & 0o777 == 0o700
     (work / "kept.txt").write_text("somebody's")
+    assert [path.is_dir() for path in sorted(work.glob("retuning-*"))] == [
+        False,
+        True,
+    ]  # checkpoints of the second alone
+    other = config.model_copy(update={"seed": 1, "output": tmp_path / "other", "retunings": 2})
+    shutil.copytree(work, work_of(other.output))
+    audit_run(other)  # which goes on from nothing of another seed
+    assert [label.split()[1] for label in made] == ["1", "2", "1", "2"]
+    made[:] = made[:2]
     audit_run(config)
     assert [label.split()[1] for label in made] == ["1", "2", "2", "3"]
     assert read_audit(config.output)[0].retuned == whole.audit.retuned
