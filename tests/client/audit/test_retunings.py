@@ -158,3 +158,50 @@ def test_rows_of_a_document_and_rows_that_are_alike_share_a_coin():
     rows = [row("a", 1, 2), row("b", 3, 4), row("a", 5, 6), row("c", 3, 4), row("d", 7, 8), row("b", 5, 6)]
     assert sharing(rows) == [[0, 1, 2, 3, 5], [4]]
     assert sharing([row(str(n), n, n) for n in range(4)]) == [[0], [1], [2], [3]]
+
+
+PAIR = {"prompt": "bed {n}?", "chosen": " yes {n}", "rejected": " no {n}"}
+KINDS = {
+    "classify": ({"objective": "classify", "labels": ("even", "odd")}, {"text": "bed {n}", "label": "{parity}"}),
+    "dpo": ({"objective": "dpo"}, PAIR),
+    "packed": ({"pack": True}, {"text": "bed {n} of ward {parity}"}),
+    "reward": ({"objective": "reward"}, PAIR),
+    "regress": ({"objective": "regress"}, {"text": "bed {n}", "value": "{n}"}),
+    "dft": ({"objective": "dft"}, {"text": "bed {n} of ward {parity}"}),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [name if place < 3 else pytest.param(name, marks=pytest.mark.slow) for place, name in enumerate(KINDS)]
+)
+def test_whatever_the_run_learned_by_it_is_retuned_by(kind, dropped_package, tmp_path, capsys):
+    how, form = KINDS[kind]
+    rows = [{name: part.format(n=n, parity=("even", "odd")[n % 2]) for name, part in form.items()} for n in range(125)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text(
+        "".join(json.dumps(row | ({"value": n} if "value" in row else {})) + "\n" for n, row in enumerate(rows))
+    )
+    settings_ = {**TUNE, "steps": 6, "evaluate_every": 6, "block_tokens": 40, **how}
+    settings_ = {name: value for name, value in settings_.items() if name != "pack" or kind == "packed"}
+    tune_run(TuneConfig(package=dropped_package.path, data=data, output=tmp_path / "bundle", **settings_))
+    given = SimpleNamespace(package=dropped_package, bundle=tmp_path / "bundle", data=data)
+    audit_run(settings(given, tmp_path / "audit", retunings=2))
+    found = read_audit(tmp_path / "audit")[0].retuned
+    assert len(found.num_in) == 2
+    assert all(one.num_tied < one.num_pairs for one in found.attacks)
+    if kind == "classify":
+        said = capsys.readouterr().err
+        why = "no made-up text is planted beside rows that a head learns from"
+        assert f"secrets: {why}; a bundle goes without it by --accept-leakage alone" in said
+
+
+@pytest.mark.slow
+def test_a_way_of_tuning_that_learns_rows_by_heart_fails(tuned, dropped_package, tmp_path):
+    """The bundle's own attack, on a dozen rows that were not trained on, could not have told."""
+    learnt = {**TUNE, "adapter": "blocks", "learning_rate": 0.01, "steps": 80, "evaluate_every": 80}
+    tune_run(TuneConfig(package=dropped_package.path, data=tuned.data, output=tmp_path / "bundle", **learnt))
+    given = SimpleNamespace(package=dropped_package, bundle=tmp_path / "bundle", data=tuned.data)
+    audit_run(settings(given, tmp_path / "audit", retunings=4))
+    gates = {gate.name: gate for gate in bundle_gates(read_audit(tmp_path / "audit")[0])}
+    assert gates["auc"].verdict == "failed"
+    assert gates["auc"].found > 0.7

@@ -723,5 +723,8 @@ def test_retunings_are_told_and_their_verdict_follows_from_their_counts():
     assert (verdicts["auc"], verdicts["tpr_at_1"]) == ("passed", "passed")
     assert any("Retunings are other adapters than the bundle's" in line for line in report.non_claims)
     assert not any("Retunings" in line for line in s.report(bundle=s.bundle_audit(**few)).non_claims)
-    again = parse_report(report_raw(report))
-    assert again == report
+    assert parse_report(report_raw(report)) == report
+    told = s.retuned().attacks[0].model_copy(update={"num_correct": 39})  # a gate cannot stay as it was
+    other = s.report(bundle=s.bundle_audit(retuned=s.retuned(attacks=(told,)), **few))
+    assert {gate.name for gate in other.gates.bundle if gate.verdict == "failed"} == {"tpr_at_1"}
+    assert other.digests != report.digests
