@@ -26,7 +26,8 @@ from offsite.audits.accounting import Mechanism, account, calibrate
 from offsite.audits.canaries import CanarySet, CanaryText
 from offsite.audits.canaryaudit import CanaryScores, audit_canaries
 from offsite.audits.gates import Gate, bundle_gates
-from offsite.audits.record import BundleAudit, CanaryAudit, Claim, Run, ScanFigures, TextSettings
+from offsite.audits.record import BundleAudit, CanaryAudit, ScanFigures
+from offsite.audits.runs import Claim, Run, TextSettings
 from offsite.audits.scores import RowScores, score_rows
 from offsite.text.batches import Example
 from offsite.training.config import LoopConfig

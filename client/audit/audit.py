@@ -21,42 +21,36 @@ import numpy as np
 
 from adapters.kinds import Attached, declared
 from client.audit.config import AuditBundleConfig
+from client.audit.given import Given, num_new, open_given
+from client.audit.retunings import clear, retune
 from client.audit.rows import Rows, choose_rows
 from client.audit.table import show
 from client.tuning.hidden import FOLDER, kept_states
-from client.tuning.rounds import answered
-from client.tuning.runrecord import read_as, versions
+from client.tuning.runrecord import versions
 from client.tuning.scan import losses_in, scan_bundle, texts_of
 from client.tuning.tune import attach_to_package
-from offsite.artefacts.bundle import Bundle, open_bundle
-from offsite.artefacts.package import Package, open_package
-from offsite.artefacts.round import Round, open_round
-from offsite.audits.canaries import CanarySet, read_canaries
 from offsite.audits.canaryaudit import CanaryScores, audit_canaries, canary_examples, read_out, score_canaries
 from offsite.audits.extraction import verbatim
-from offsite.audits.gates import bundle_gates, passed
+from offsite.audits.gates import bundle_gates, needs_retunings, passed
 from offsite.audits.keptscores import kept_scores
 from offsite.audits.membership import membership_of
 from offsite.audits.record import (
     BundleAudit,
     CanaryAudit,
-    KeptRun,
     Membership,
-    Run,
+    Retuned,
     ScanFigures,
     SignalName,
     Verbatim,
-    quoted,
-    read_run,
-    run_path,
     write_audit,
 )
+from offsite.audits.retunings import area
+from offsite.audits.runs import quoted
 from offsite.audits.scores import Floats, RowScores, beginning_of, score_heads, score_pairs, score_rows, signals
 from offsite.audits.statistics import require_extra
 from offsite.console import progress, say, say_next
-from offsite.digests import sha256_file
 from offsite.encoders.trunk import is_encoder
-from offsite.errors import ConfigError, DataError, WrongBinding
+from offsite.errors import RunFailed
 from offsite.evaluation.heads import SCORE
 from offsite.modelling.context import context_of
 from offsite.modelling.head import causal_lm
@@ -64,33 +58,19 @@ from offsite.privacyreport.record import audit_digest
 from offsite.seq2seq.models import is_seq2seq, start_token
 from offsite.staging import refuse_existing, scratch_folder
 from offsite.text.batches import IGNORED, Example, pad_id
-from offsite.text.records import answer_of, require_files
+from offsite.text.records import require_files
 from offsite.text.rows import files_in
 from offsite.training.devices import choose_device
 from offsite.vision.reader import ImageReader, Reader, tokenizer_in
 
 if TYPE_CHECKING:
-    from offsite.text.records import Record
+    pass
 
 NUM_VERBATIM = 200
 BEGINNINGS = (32, 16, 8)
 """Tokens of a row that are given, and that must come back; shorter ones where rows are short."""
 
 DELTA_WITHOUT_CLAIM = 1e-5
-
-
-@dataclass(frozen=True)
-class _Given:
-    """What the verb was given, opened and found to belong together."""
-
-    package: Package
-    bundle: Bundle
-    run: KeptRun
-    records: list[Record] = field(repr=False)
-    held_out: list[Record] | None = field(repr=False)
-    others: list[Record] | None = field(repr=False)
-    canaries: CanarySet | None = field(repr=False)
-    round: Round | None
 
 
 @dataclass(frozen=True)
@@ -108,7 +88,7 @@ class _Found:
 
 
 def run(config: AuditBundleConfig) -> dict[str, object]:
-    """Run the verb: read, score twice, scan, write the audit. It is written whatever it finds.
+    """Run the verb: read, score twice, scan, retune where that is of use, write the audit, whatever it finds.
 
     Raises:
         ConfigError, DataError, ArtefactError, RunFailed: as the steps it is made of; no audit then stands.
@@ -122,11 +102,13 @@ def run(config: AuditBundleConfig) -> dict[str, object]:
     for name in names:
         require_files(getattr(config, name))
     require_extra()
-    given = _open(config)
+    given = open_given(config)
     with scratch_folder(config.output) as scratch:
         audit, rows, attacks = _measure(config, given, scratch)
+    audit = audit.model_copy(update={"retuned": _retuned(config, given, audit)})
     with kept_scores(config.keep_scores, attacks, len(rows.members), audit=audit_digest(audit)):
         digest = write_audit(config.output, audit)
+    clear(config.output)
     gates = bundle_gates(audit)
     show(audit, gates, num_nonmembers=rows.num_available)
     say(f"audit: {config.output.name} is written; offsite seal asks its gates")
@@ -140,126 +122,8 @@ def run(config: AuditBundleConfig) -> dict[str, object]:
     }
 
 
-def _open(config: AuditBundleConfig) -> _Given:
-    """Return what belongs together.
-
-    Raises:
-        ConfigError: when the bundle answers a federation's round and none is given, or the other way round.
-        WrongBinding: when the record, the package, the round, the data or the canaries are not those of the bundle.
-    """
-    package, bundle = open_package(config.package), open_bundle(config.bundle)
-    bundle.bind(package_digest=package.digest, base_digest=package.manifest.base_digest)
-    round_ = _round(config, bundle)
-    record = read_run(run_path(config.bundle))
-    what = f"{run_path(config.bundle).name!r}"
-    for name, stated, found in (
-        ("bundle", record.bundle_digest, bundle.digest),
-        ("package", record.package_digest, package.digest),
-        ("adapter", record.adapter, bundle.manifest.adapter),
-        ("round", record.round, answered(round_)),
-    ):
-        if stated != found:
-            raise WrongBinding(f"{what} is the record of another {name}", hint="keep it beside its own bundle")
-    canaries = _canaries(config, record)
-    stated = run_path(config.bundle).name
-    _require_same("--data", config.data, record.data_files or (record.data_sha256,), stated)
-    _require_same("--eval", config.eval, record.eval_files, stated)
-    by_user = record.claim is not None and record.claim.unit == "user"
-    head = record.adapter.head
-    how: dict[str, Any] = {"share_documents": by_user, "pairs": learns_preferences(record)}
-    how |= {"questions": num_new(record) is not None, "labels": () if head is None else head.labels}
-    how |= {"of_head": "" if head is None else head.task}
-    how |= {"images": package.pixels is not None}
-    records = read_as(config.data, record.text, **how)
-    held_out = read_as(config.eval, record.text, **how) if config.eval else None
-    others = read_as(config.nonmembers, record.text, **how) if config.nonmembers else None
-    if num_new(record) is not None:
-        _require_answers([*records, *(held_out or ()), *(others or ())])
-    return _Given(package, bundle, record, records, held_out, others, canaries, round_)
-
-
-def learns_preferences(record: KeptRun) -> bool:
-    """Tell whether the run's rows are pairs of a chosen and a rejected answer."""
-    return record.objective is not None and record.objective.loss in ("dpo", "reward")
-
-
-def num_new(record: KeptRun) -> int | None:
-    """Return how many tokens at most followed a prompt, of a run that learned from rewards; None of others."""
-    rewarded = None if record.objective is None else record.objective.rloo
-    return None if rewarded is None else rewarded.max_new_tokens
-
-
-def _require_answers(records: Sequence[Record]) -> None:
-    """Return only if every row has an answer that can be scored.
-
-    Raises:
-        DataError: naming the first that has none.
-    """
-    missing = next((record for record in records if answer_of(record) is None), None)
-    if missing is not None:
-        raise DataError(
-            f"{missing.place}: no answer; of a run with --objective rloo an audit scores the rows' answers",
-            hint="such a bundle cannot be audited so: tune on rows with answers, or leave the audit out",
-        )
-
-
-def _require_same(flag: str, paths: Sequence[Path], stated: Sequence[str | None], record: str) -> None:
-    """Return only if the files are those that the run read, in its order.
-
-    Args:
-        record: name of the file that states their digests.
-
-    Raises:
-        WrongBinding: naming the first that is another.
-    """
-    what = "tuned" if flag == "--data" else "validated"
-    if len(stated) != len(paths):
-        raise WrongBinding(
-            f"{flag}: {len(paths)} file(s), this bundle was {what} on {len(stated)}",
-            hint="give the same files, in the same order",
-        )
-    for path, digest in zip(paths, stated, strict=True):
-        if sha256_file(path) != digest:
-            raise WrongBinding(
-                f"{path.name}: not the file that this bundle was {what} on", hint=f"{record!r} has its digest"
-            )
-
-
-def _round(config: AuditBundleConfig, bundle: Bundle) -> Round | None:
-    """Return the round that the bundle answers, on whose weights it was tuned; None where it answers none."""
-    stated = bundle.manifest.round_digest
-    if config.round is None:
-        if stated is None:
-            return None
-        raise ConfigError(
-            f"bundle {config.bundle.name!r} was tuned on a federation's round, not on the package alone",
-            hint="--round FOLDER names it: WORK/round-NNNN/round",
-        )
-    if stated is None:
-        raise ConfigError(f"--round: bundle {config.bundle.name!r} answers no round", hint="leave --round out")
-    found = open_round(config.round)
-    if found.digest != stated:
-        raise WrongBinding(
-            f"bundle {config.bundle.name!r} answers round {stated[:19]}, {config.round.name!r} is {found.digest[:19]}",
-            hint="give the round that was tuned on",
-        )
-    return found
-
-
-def _canaries(config: AuditBundleConfig, record: Run) -> CanarySet | None:
-    if config.canaries is None:
-        if record.canaries is None:
-            return None
-        raise ConfigError("--canaries is missing: the run trained on some", hint="give the folder that tune was given")
-    canaries, commitment = read_canaries(config.canaries)
-    if commitment != record.canaries:
-        stated = "trained on none" if record.canaries is None else f"trained on {record.canaries[:19]}"
-        raise WrongBinding(f"canaries {config.canaries.name!r} are {commitment[:19]}, the run {stated}")
-    return canaries
-
-
 def _measure(
-    config: AuditBundleConfig, given: _Given, scratch: Path
+    config: AuditBundleConfig, given: Given, scratch: Path
 ) -> tuple[BundleAudit, Rows, dict[SignalName, Floats]]:
     tokenizer = given.package.load_reader()
     device = choose_device(config.device)
@@ -333,10 +197,8 @@ def _score(
         "seed": config.seed,
     }
     with below():
-        scored = texts = _rows_scored(config, model, tokenizer, rows, label=label) if writes else None
-        if (compared := _compared(rows)) and hasattr(causal_lm(model), SCORE):
-            pad = pad_id(tokenizer)
-            scored = score_heads(model, texts, compared, labels, batch_size=config.batch_size, pad_id=pad)
+        compared = _compared(rows)
+        texts, scored = _said(config, model, tokenizer, compared, labels, label) if compared else (None, None)
         if rows.canaries is not None:
             canaries = score_canaries(model, tokenizer_in(tokenizer), rows.canaries, extract=False, **drawing)
     if not writes or is_seq2seq(causal_lm(model)):  # whose answers have no beginning of their own to go on from
@@ -360,7 +222,7 @@ def _score(
 
 def _below(
     config: AuditBundleConfig,
-    given: _Given,
+    given: Given,
     attached: Attached,
     tokenizer: Reader,
     rows: Rows,
@@ -400,13 +262,25 @@ def _compared(rows: Rows) -> list[Example]:
     return [*rows.members, *rows.nonmembers] if rows.members and rows.nonmembers else []
 
 
-def _rows_scored(
-    config: AuditBundleConfig, model: Any, tokenizer: Reader, rows: Rows, *, label: str
-) -> RowScores | None:
-    """Return what the model says of the rows, members first; None where one side has none."""
-    examples = _compared(rows)
-    if not examples:
-        return None
+def _said(
+    config: AuditBundleConfig,
+    model: Any,
+    tokenizer: Reader,
+    examples: list[Example],
+    labels: Sequence[str],
+    label: str,
+) -> tuple[RowScores | None, RowScores | None]:
+    """Return what the model says of the rows' texts, None of an encoder, and what attacks on them go by."""
+    texts = None if is_encoder(causal_lm(model)) else _of_texts(config, model, tokenizer, examples, label)
+    if not hasattr(causal_lm(model), SCORE):
+        return texts, texts
+    size, pad = config.batch_size, pad_id(tokenizer)
+    return texts, score_heads(model, texts, examples, labels, batch_size=size, pad_id=pad)
+
+
+def _of_texts(
+    config: AuditBundleConfig, model: Any, tokenizer: Reader, examples: list[Example], label: str
+) -> RowScores:
     score = score_rows if examples[0].rejected is None else score_pairs
     with _told(len(examples), f"{label}: rows") as bar:
         return score(
@@ -419,17 +293,32 @@ def _rows_scored(
         )
 
 
-def _of_the_package(config: AuditBundleConfig, given: _Given, tokenizer: Reader, rows: Rows) -> RowScores | None:
+def _of_the_package(config: AuditBundleConfig, given: Given, tokenizer: Reader, rows: Rows) -> RowScores | None:
     """Return what the package's own model says of the rows, where a round began with other weights; otherwise None.
 
     Whether rows are alike but for training is asked of a model that read none of them. The weights of a later round may
     know the client's rows from earlier ones: that is leakage, and no excuse.
     """
-    if given.round is None or given.round.is_first:
+    if given.round is None or given.round.is_first or not _compared(rows):
         return None
     model: Any = given.package.load_model(dtype="float32")
     model.to(choose_device(config.device)).eval()
-    return _rows_scored(config, model, tokenizer, rows, label="the package alone")
+    return _of_texts(config, model, tokenizer, _compared(rows), "the package alone")
+
+
+def _retuned(config: AuditBundleConfig, given: Given, audit: BundleAudit) -> Retuned | None:
+    """Return what attacks on retunings guess right, where rows are too few to attack the bundle itself."""
+    reader = given.package.load_reader()
+    head = given.run.adapter.head
+
+    def score(model: Any, examples: list[Example], label: str) -> RowScores:
+        _, found = _said(config, model, reader, examples, () if head is None else head.labels, label)
+        if found is None:
+            raise RunFailed("an encoder without a head was to be scored")
+        return found
+
+    is_causal = not given.package.is_encoder and not given.package.is_seq2seq
+    return retune(config, given, reader, score, is_causal=is_causal, is_needed=needs_retunings(audit))
 
 
 @contextmanager
@@ -457,7 +346,7 @@ def _membership(
     return found, membership_of("loss", untuned[:num_members], untuned[num_members:])
 
 
-def _canary_audit(given: _Given, rows: Rows, before: _Found, after: _Found) -> CanaryAudit | None:
+def _canary_audit(given: Given, rows: Rows, before: _Found, after: _Found) -> CanaryAudit | None:
     if rows.canaries is None or before.canaries is None or after.canaries is None:
         return None
     claim = given.run.claim
@@ -507,7 +396,7 @@ def _verbatim(before: _Found, after: _Found, tokens: int) -> Verbatim | None:
     )
 
 
-def _scan(config: AuditBundleConfig, given: _Given) -> ScanFigures:
+def _scan(config: AuditBundleConfig, given: Given) -> ScanFigures:
     log = config.bundle.parent / f"{config.bundle.name}.log.jsonl"
     scan = scan_bundle(
         config.bundle,
@@ -539,6 +428,10 @@ def _result(config: AuditBundleConfig, audit: BundleAudit, digest: str) -> dict[
         "nonmembers": audit.nonmembers,
         "auc": {one.signal: one.auc.value for one in audit.membership},
         "auc_before": None if audit.auc_before is None else audit.auc_before.value,
+        "retunings": 0 if audit.retuned is None else len(audit.retuned.num_in),
+        "retuned_auc": {}
+        if audit.retuned is None
+        else {one.signal: round(area(one)[0], 6) for one in audit.retuned.attacks},
         "canary_auc": {} if canaries is None else {one.signal: one.auc.value for one in canaries.membership},
         "epsilon_claimed": None if audit.run.claim is None else audit.run.claim.epsilon,
         "epsilon_shown": None if bound is None else bound.epsilon,

@@ -8,12 +8,29 @@ from typing import ClassVar
 from pydantic import Field
 
 from client.tuning.config import EvalSettings
-from offsite.config import MACHINE, MEASURING, OUTPUT, POSITIONAL, REPEATED, USUAL
+from offsite.audits.record import MAX_RETUNINGS
+from offsite.config import MACHINE, MEASURING, OUTPUT, POSITIONAL, PRIVACY, REPEATED, USUAL, VerbConfig
 from offsite.text.config import TextFiles
 from offsite.training.config import CacheSettings, DeviceSettings, SeedSettings
 
 
-class AuditBundleConfig(EvalSettings, CacheSettings, DeviceSettings, SeedSettings):
+class RetuningSettings(VerbConfig):
+    """Base of verbs that may do a run again, to attack what it gives away of few rows."""
+
+    retunings: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_RETUNINGS,
+        description="how often the run is done again on a random half of its rows, for attacks on small data; default: "
+        "as often as so many rows need, none where 1,000 rows were set aside; 0: never",
+        json_schema_extra=PRIVACY,
+    )
+    retuning_minutes: float = Field(
+        240.0, gt=0, description="minutes after which no other retuning is begun", json_schema_extra=PRIVACY
+    )
+
+
+class AuditBundleConfig(EvalSettings, RetuningSettings, CacheSettings, DeviceSettings, SeedSettings):
     """Settings of ``offsite audit bundle PACKAGE BUNDLE --data FILE -o AUDIT``."""
 
     verb: ClassVar[str] = "audit bundle"

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from client.privacy.dpsgd import units_of
-from client.tuning.data import prepare, rows_drawn, split_records
+from client.tuning.data import TrainingText, prepare, rows_drawn, split_records
 from offsite.audits.canaries import CanarySet, drawn_only, records_of
-from offsite.audits.record import Run
+from offsite.audits.runs import Run
 from offsite.errors import WrongBinding
 from offsite.text.batches import Encoded, Example, cut, encode, encode_questions
 from offsite.text.forms import encode_answers, encode_images
@@ -89,7 +89,7 @@ def choose_rows(
     inside, known_canaries = _trained(records, held_out, sides.train, run, tokenizer, planted, num_new, start)
     inside = _scorable(_distinct(inside))
     nonmembers = _scorable(_distinct(_encoded(unread, run, tokenizer, num_new, start).examples)) if unread else []
-    chosen = [_some(rows, limit, f"{seed}/{name}") for rows, name in ((inside, "members"), (nonmembers, "others"))]
+    chosen = [some(rows, limit, f"{seed}/{name}") for rows, name in ((inside, "members"), (nonmembers, "others"))]
     fitting = [[example if context is None else cut(example, context) for example in rows] for rows in chosen]
     kept, share = canaries, 1.0
     if canaries is not None and known_canaries is not None:
@@ -134,8 +134,24 @@ def _drawn(
 
     Of several runs whose mean was released, those that any of them drew.
     """
+    whole = text_of(records, run, tokenizer, planted, num_new, start, held_out=held_out)
+    found = rows_drawn(whole, run.draws, whole=True)
+    return None if len(found) == len(whole.rows) else found
+
+
+def text_of(
+    records: Sequence[Record],
+    run: Run,
+    tokenizer: Reader,
+    planted: Sequence[Record],
+    num_new: int | None = None,
+    start: int | None = None,
+    *,
+    held_out: Sequence[Record] | None = None,
+) -> TrainingText:
+    """Return the text as the run read and cut it, canaries behind the rest; `held_out` of files of their own."""
     text = run.text
-    whole = prepare(
+    return prepare(
         records,
         tokenizer,
         block_tokens=text.block_tokens,
@@ -152,8 +168,6 @@ def _drawn(
         start=start,
         held_out=held_out,
     )
-    found = rows_drawn(whole, run.draws, whole=True)
-    return None if len(found) == len(whole.rows) else found
 
 
 def _encoded(
@@ -181,7 +195,7 @@ def _scorable(examples: Sequence[Example]) -> list[Example]:
     return [example for example in examples if example.num_loss_tokens]
 
 
-def _some(rows: Sequence[Row], limit: int, label: str) -> list[Row]:
+def some(rows: Sequence[Row], limit: int, label: str) -> list[Row]:
     """Return at most `limit` of the rows, in their order, by a draw that the label decides."""
     if len(rows) <= limit:
         return list(rows)
@@ -193,8 +207,11 @@ def _distinct(examples: Sequence[Example]) -> list[Example]:
     """Return the examples in their order, of those that are alike the first."""
     found: dict[tuple[object, ...], Example] = {}
     for example in examples:
-        sides = example.sides
-        tokens = tuple(tuple(part) for side in sides for part in (side.input_ids, side.labels, side.source))
-        image = "" if example.image is None else example.image.digest
-        found.setdefault((example.target, example.value, image, tokens), example)
+        found.setdefault(content_of(example), example)
     return list(found.values())
+
+
+def content_of(example: Example) -> tuple[object, ...]:
+    """Return what two rows that are alike have in common."""
+    tokens = tuple(tuple(part) for side in example.sides for part in (side.input_ids, side.labels, side.source))
+    return (example.target, example.value, "" if example.image is None else example.image.digest, tokens)

@@ -6,14 +6,17 @@ import math
 from collections.abc import Sequence
 
 from offsite.audits.canaries import MAX_CANARIES
-from offsite.audits.gates import MIN_CANARIES, MIN_NONMEMBERS, Gate
+from offsite.audits.gates import MIN_CANARIES, MIN_MEMBERS, MIN_NONMEMBERS, Gate
 from offsite.audits.lowerbound import SHARES
-from offsite.audits.record import BundleAudit, Estimate, Membership
+from offsite.audits.record import BundleAudit, Estimate, Membership, Retuned
+from offsite.audits.retunings import area, hits
 from offsite.console import say, table
 
 _SOURCES = {"set aside": "set aside at random", "validation": "validated on", "file": "from a file"}
 _HOW = {
-    "auc": "tune with --audit-share so large that {rows} rows are set aside, or give --nonmembers FILE with as many",
+    "auc": "with {members} different rows or more offsite audit bundle retunes (--retunings); otherwise tune with "
+    "--audit-share so large that {rows} rows are set aside, or give --nonmembers FILE with as many",
+    "tpr_at_1": "more --retunings, or more rows",
     "epsilon": "offsite canaries --count {canaries} or more, then tune with --canaries",
     "secrets": "offsite canaries with --secrets, then tune with --canaries",
     "verbatim": "no row is long enough to be cut in a beginning and the rest",
@@ -35,6 +38,8 @@ def show(audit: BundleAudit, gates: Sequence[Gate], *, num_nonmembers: int) -> N
         [_row("rows", one) for one in audit.membership]
         + [_row("canaries", one) for one in (audit.canaries.membership if audit.canaries else ())],
     )
+    if audit.retuned is not None:
+        _show_retunings(audit.retuned)
     if audit.objective is not None:
         say(f"  the run's objective: {audit.objective.loss}")
     for line in _lines(audit):
@@ -48,11 +53,24 @@ def show(audit: BundleAudit, gates: Sequence[Gate], *, num_nonmembers: int) -> N
         if why := _never(audit, name):
             say(f"  {name}: {why}; a bundle goes without it by --accept-leakage alone")
         elif name in _HOW:
-            how = _HOW[name].format(rows=f"{MIN_NONMEMBERS:,}", canaries=MIN_CANARIES)
+            how = _HOW[name].format(rows=f"{MIN_NONMEMBERS:,}", members=MIN_MEMBERS, canaries=MIN_CANARIES)
             here = f"; there were {num_nonmembers:,}" if name == "auc" else ""
             say(f"  to measure {name}: {how}{here}")
     if more := _more_canaries(audit):
         say(f"  {more}")
+
+
+def _show_retunings(found: Retuned) -> None:
+    named = [(one.signal, area(one), hits(one)) for one in found.attacks]
+    table(
+        f"attacks on {len(found.num_in)} retunings, each on a random half of {found.num_rows:,} rows: of the way of "
+        "tuning, not of this bundle (at most: what they leave possible, with 95% confidence)",
+        ("attack", "area", "at most", "hits at 1%", "at most"),
+        [
+            (f"retunings: {name}", f"{of_all[0]:.3f}", f"{of_all[1]:.3f}", f"{first[0]:.1%}", f"{first[1]:.1%}")
+            for name, of_all, first in named
+        ],
+    )
 
 
 def _never(audit: BundleAudit, name: str) -> str:

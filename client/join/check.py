@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client.audit.audit import num_asked
+from client.audit.retunings import num_coins
 from client.join.outlook import Expected, Numbers
 from client.join.people import show_privately, show_verdicts
 from client.tuning.data import split_records
@@ -64,12 +65,16 @@ class Checked:
         return {name: getattr(self, name) for name in (*names, *more)}
 
 
-def check_data(config: TuneConfig, *, writes: bool, asks: bool) -> Checked:
+def check_data(
+    config: TuneConfig, *, writes: bool, asks: bool, is_causal: bool = True, retunings: int | None = None
+) -> Checked:
     """Return what these settings of ``offsite tune`` make of the data; it is read and cut as tuning reads and cuts it.
 
     Args:
         writes: whether what is tuned writes text, so that canaries go with it and secrets can be asked for.
         asks: whether the audit asks the model for the rest of rows, whatever it was tuned for.
+        is_causal: whether the package's model reads text from left to right.
+        retunings: how many the audit is to make; None for as many as the rows need.
 
     Raises:
         DataError: when a row cannot be read; on a terminal the columns that there are were shown.
@@ -109,6 +114,8 @@ def check_data(config: TuneConfig, *, writes: bool, asks: bool) -> Checked:
             num_drawn=max(1, min(drawn, train)),
             num_asked=num_asked([side for row in _distinct(text.rows) for side in row.sides]) if asks else 0,
             num_canaries=0,
+            num_coins=num_coins(ready.config, text.rows, is_causal=is_causal),
+            retunings=retunings,
             writes=writes,
             epsilon=None if dp is None else dp.epsilon or math.inf,
         ),

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
+from client.audit.config import RetuningSettings
 from client.exchange.config import VerdictSettings
 from client.tuning.config import EvalSettings, PrivateTextSettings, TuneConfig
 from offsite.audits.config import LeakageSettings
@@ -36,6 +37,7 @@ class InvitedConfig(
     EvalSettings,
     ColumnSettings,
     VerdictSettings,
+    RetuningSettings,
     DeviceSettings,
     SeedSettings,
 ):

@@ -5,11 +5,13 @@ What an audit will find nobody knows yet; whether it can find anything is known 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from offsite.audits.gates import (
+    MAX_TPR_AT_1,
     MIN_CANARIES,
     MIN_MEMBERS,
     MIN_NONMEMBERS,
@@ -19,10 +21,13 @@ from offsite.audits.gates import (
     MIN_VERBATIM,
     WEAK_EPSILON,
 )
+from offsite.audits.retunings import HITS_PER_RIGHT, enough_retunings, num_guessed, upper_share
 
 Outlook = Literal["measurable", "not measurable", "will fail"]
 MOST_ASIDE = 0.3
 NUM_SECRETS = 16
+MOST_ROWS = 2000
+"""Rows that an audit scores at most, by itself."""
 _SPARE = 1.2
 """More rows than are asked for, since documents fall by chance and some rows are alike."""
 
@@ -38,6 +43,8 @@ class Numbers:
         num_drawn: rows that these steps draw, at most.
         num_asked: rows that are long enough to be asked for the rest of.
         num_canaries: made-up texts that are planted; 0 for none, and no secrets.
+        num_coins: rows, or documents, that have a coin each in retunings; 0 where a run of this kind cannot be retuned.
+        retunings: how many there are to be; None for as many as so many rows need.
         writes: whether what is tuned writes text, so that canaries go with it and secrets can be asked for.
         epsilon: of a differentially private run.
     """
@@ -48,6 +55,8 @@ class Numbers:
     num_drawn: int
     num_asked: int
     num_canaries: int
+    num_coins: int = 0
+    retunings: int | None = None
     writes: bool = True
     epsilon: float | None = None
 
@@ -103,11 +112,43 @@ def _membership(numbers: Numbers) -> list[Expected]:
     found = _few("auc", numbers.num_aside, MIN_NONMEMBERS, "rows are set aside to compare with")
     if found.outlook == "measurable":
         found = _few("auc", numbers.num_train, MIN_MEMBERS, "rows are trained on")
-    elif not numbers.num_aside:
-        needed = round(_SPARE * MIN_NONMEMBERS / MOST_ASIDE)
-        told = f"{MIN_NONMEMBERS:,} rows set aside are needed; that takes about {needed:,} rows in all"
-        found = Expected("auc", "not measurable", told)
+    if found.outlook != "measurable":
+        found = _retuned(numbers)
+    if found.outlook == "measurable" or numbers.num_coins >= MIN_MEMBERS:
+        return [found, _enough_guesses(numbers, found)]
     return [found, Expected("tpr_at_1", found.outlook, found.told)]
+
+
+def _retuned(numbers: Numbers) -> Expected:
+    """Return whether retunings can stand in for rows set aside, and what they cost."""
+    needed = round(_SPARE * MIN_NONMEMBERS / MOST_ASIDE)
+    aside = f"{MIN_NONMEMBERS:,} rows set aside would be needed, of about {needed:,} in all"
+    if numbers.epsilon is not None or not numbers.num_coins:
+        return Expected("auc", "not measurable", f"a run of this kind is not retuned; {aside}")
+    if numbers.retunings == 0:
+        return Expected("auc", "not measurable", f"no retunings, as --retunings 0 says; {aside}")
+    if numbers.num_coins < MIN_MEMBERS:
+        return _few("auc", numbers.num_coins, MIN_MEMBERS, "different rows (documents) can be left out of retunings")
+    num = num_retunings(numbers)
+    cost = f"about {num / 2:g} times what tuning takes; none from about {needed:,} rows on"
+    return Expected("auc", "measurable", f"by {num} retunings on random halves of {numbers.num_coins:,} rows: {cost}")
+
+
+def num_retunings(numbers: Numbers) -> int:
+    """Return how many retunings an audit will make, if any."""
+    return enough_retunings(min(numbers.num_coins, MOST_ROWS)) if numbers.retunings is None else numbers.retunings
+
+
+def _enough_guesses(numbers: Numbers, found: Expected) -> Expected:
+    """Return whether so many guesses can keep the limit on hits at all: not where even coins would not."""
+    same = Expected("tpr_at_1", found.outlook, found.told)
+    if found.outlook != "measurable" or numbers.num_aside >= MIN_NONMEMBERS:
+        return same
+    num = num_retunings(numbers) * num_guessed(min(numbers.num_coins, MOST_ROWS))
+    if HITS_PER_RIGHT * upper_share(math.ceil(num / 2), num) <= MAX_TPR_AT_1:
+        return same
+    told = f"{num} guesses of these retunings are too few; --retunings {enough_retunings(numbers.num_coins)} are enough"
+    return Expected("tpr_at_1", "not measurable", told)
 
 
 def _secrets(numbers: Numbers) -> Expected:

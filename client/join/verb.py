@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from client.exchange.http import ExchangeClient
 from client.join.config import InvitedConfig
@@ -147,6 +148,7 @@ def _prepared(config: InvitedConfig, place: Place, opened: Opened) -> tuple[list
     apart = package.is_encoder or package.is_seq2seq
     asks = not apart and settings.objective != "rloo"
     writes = asks and not settings.has_head and settings.objective != "dpo"
+    how: dict[str, Any] = {"writes": writes, "asks": asks, "is_causal": not apart, "retunings": config.retunings}
     binding = {
         "data": digest,
         "job": opened.job.digest,
@@ -165,12 +167,12 @@ def _prepared(config: InvitedConfig, place: Place, opened: Opened) -> tuple[list
             + "or, if it was never handed over, give another --work",
         )
     say("reading the data, as tuning will read it")
-    checked = check_data(settings, writes=writes, asks=asks)
+    checked = check_data(settings, **how)
     asks_rows = checked.numbers.epsilon is None or checked.numbers.epsilon > WEAK_EPSILON
     more = {**more, "audit_share": audit_share(checked.num_rows) if asks_rows else 0.0}
     before, settings = settings.audit_share, config.tuning(*where, more)
     if settings.audit_share != before:
-        checked = check_data(settings, writes=writes, asks=asks)
+        checked = check_data(settings, **how)
     planted = config.canaries
     if planted is None:
         planted = num_canaries(checked.num_rows, is_private=config.is_private)

@@ -142,6 +142,9 @@ def compute(
     play([tuned], place.notes)
     stages["tune"] = tuned
     audit = ["audit", "bundle", str(folder / "package"), str(bundle), *texts, *planted]
+    audit += [] if config.retunings is None else ["--retunings", str(config.retunings)]
+    if "retuning_minutes" in config.model_fields_set:
+        audit += ["--retuning-minutes", str(config.retuning_minutes)]
     audit += ["--device", config.device, "--seed", str(config.seed), "-o", str(made / "audit")]
     inputs = {**tuned.inputs, "bundle": str(tuned.outcome["bundle_digest"])}
     stages["audit"] = Stage("audit", here, audit, made / "audit", inputs, **given)

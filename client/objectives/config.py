@@ -16,7 +16,7 @@ from pydantic import Field
 
 from adapters.settings import LabelSettings
 from offsite.artefacts.bundle import LABELLED, HeadTask
-from offsite.audits.record import Objective, Rewarded
+from offsite.audits.runs import Objective, Rewarded
 from offsite.config import TRAINING, flag_name
 from offsite.tasks.config import RuleSettings
 

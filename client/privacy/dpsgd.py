@@ -27,7 +27,7 @@ from client.privacy.clipping import Clipper, Unit, choose, zeros
 from client.privacy.config import DPSettings
 from offsite.audits.accounting import Mechanism, Spent, account, accountant, calibrate
 from offsite.audits.noise import gaussian, uniform, unknown_seed
-from offsite.audits.record import MAX_STEPS
+from offsite.audits.runs import MAX_STEPS
 from offsite.errors import ConfigError, DataError
 from offsite.text.batches import Example
 from offsite.training.config import LoopConfig

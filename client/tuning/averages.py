@@ -26,7 +26,7 @@ from typing import Final, Literal
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from offsite.audits.record import AveragedRun, Digest
+from offsite.audits.runs import AveragedRun, Digest
 from offsite.console import say, table
 from offsite.digests import sha256_file
 from offsite.errors import BadDigest, BadSchema, ConfigError, RunFailed, TooLarge

@@ -23,7 +23,7 @@ from adapters.kinds import Attached
 from adapters.norms import adapted_names, scale_of
 from adapters.updates import fold, from_tensors
 from offsite.artefacts.round import Round, open_round
-from offsite.audits.record import AnsweredRound
+from offsite.audits.runs import AnsweredRound
 from offsite.errors import ConfigError, PolicyError, WrongBinding, WrongNames
 from offsite.tensors import check_exact, spec_of
 from offsite.training.step import StepLoss

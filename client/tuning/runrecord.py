@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from client.tuning.data import rows_drawn
 from offsite import __version__
 from offsite.audits.canaries import CanarySet, mark_used, read_canaries, records_of, require_unmarked
-from offsite.audits.record import (
+from offsite.audits.runs import (
     AnsweredRound,
     AveragedRun,
     Claim,
     KeptRun,
+    Loop,
     Objective,
     Rewarded,
     TextSettings,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from offsite.artefacts.job import Job
     from offsite.artefacts.package import Package
     from offsite.tasks.task import Task
+    from offsite.training.config import LoopConfig
     from offsite.training.loop import Outcome
 
 
@@ -58,6 +60,7 @@ def record_of(
     reward: str | None = None,
     averaged: tuple[AveragedRun, ...] = (),
     task: Task | None = None,
+    loop: Loop | None = None,
 ) -> KeptRun:
     """Return the record of a run that ended so, of a bundle whose digest is not known yet: it has all zeros.
 
@@ -74,6 +77,7 @@ def record_of(
         reward: digest of the bundle that rewarded, if one did.
         averaged: the several runs whose mean the bundle is, if it is one; `outcome` is of all of them together.
         task: by which the data was read, if by one.
+        loop: how long and how exactly each run was to train.
     """
     claim = None if guarantee is None else {name: guarantee[name] for name in Claim.model_fields}
     draws = [(one.seed, one.steps) for one in averaged] or [(config.seed, outcome.best_step)]
@@ -101,8 +105,14 @@ def record_of(
         claim=None if claim is None else Claim.model_validate(claim),
         round=answered,
         averaged=averaged,
+        loop=loop,
         versions=versions(),
     )
+
+
+def loop_of(settings: LoopConfig) -> Loop:
+    """Return what the record says of a run's loop."""
+    return Loop.model_validate({name: getattr(settings, name) for name in Loop.model_fields})
 
 
 def _objective(config: TuneConfig, anchor: str | None, reward: str | None, ended: str | None) -> Objective | None:

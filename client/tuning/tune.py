@@ -28,7 +28,7 @@ from client.tuning.rounds import begin, grow, start_seed, with_proximal
 from offsite.artefacts.bundle import open_bundle
 from offsite.artefacts.package import Package, open_package
 from offsite.artefacts.round import Round
-from offsite.audits.record import AveragedRun
+from offsite.audits.runs import AveragedRun
 from offsite.console import say
 from offsite.digests import joined_digest
 from offsite.encoders.outputs import outputs_of
@@ -214,11 +214,12 @@ class Done:
     told: Mapping[str, object] = field(default_factory=dict)
 
 
-def train_run(ready: Ready, number: int = 1) -> Done | None:
+def train_run(ready: Ready, number: int = 1, *, label: str = "tune") -> Done | None:
     """Return what a run did, None in processes that are not the main one; one of several is kept in its folder.
 
     Args:
         number: of the run among several, from 1; each has a start and batches of its own, and the same text.
+        label: what the progress of a single run is shown as.
     """
     config, text, several = ready.config, ready.text, ready.config.runs > 1
     seed = config.seed + number - 1
@@ -278,7 +279,7 @@ def train_run(ready: Ready, number: int = 1) -> Done | None:
             # pairs and hidden states lie there before the first step
             resume=config.resume or config.compares_answers or kept is not None,
             binding=binding,
-            label=f"run {number} of {config.runs}" if several else "tune",
+            label=f"run {number} of {config.runs}" if several else label,
             sent_as=config.adapter_dtype,
             private=private,
             loss=with_proximal(learning.loss, attached, begun, ready.spec),

@@ -14,15 +14,15 @@ from adapters.heads import head_norm
 from adapters.kinds import declared
 from client.tuning import averages
 from client.tuning.config import TuneConfig
-from client.tuning.ready import Ready, make_ready
+from client.tuning.ready import Ready, loop_settings, make_ready
 from client.tuning.rounds import answered
-from client.tuning.runrecord import record_of
+from client.tuning.runrecord import loop_of, record_of
 from client.tuning.sandbox import require_quiet, sealing
 from client.tuning.scan import Scan, losses_in, require_clean, scan_bundle, texts_of
 from client.tuning.several import mean_run
 from client.tuning.tune import Done, train_run
 from offsite.artefacts.bundle import Bundle, write_bundle
-from offsite.audits.record import run_path, write_run
+from offsite.audits.runs import run_path, write_run
 from offsite.console import muted, say, say_next
 from offsite.staging import staged_file
 from offsite.tensors import TensorSpec
@@ -82,6 +82,7 @@ def _written(ready: Ready, done: Done, given: TuneConfig) -> dict[str, object]:
         reward=ready.reward_digest,
         averaged=done.averaged,
         task=ready.task,
+        loop=loop_of(loop_settings(config, text)),
     )
     figures = {
         "num_records": text.num_records,

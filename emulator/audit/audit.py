@@ -43,7 +43,15 @@ from emulator.distillation.public import PublicText
 from offsite import __version__
 from offsite.artefacts.owner import OwnerRecord
 from offsite.audits.gates import package_gates
-from offsite.audits.record import Capability, PackageAudit, Recovery, Similarity, Union, Withheld, write_audit
+from offsite.audits.record import (
+    Capability,
+    PackageAudit,
+    Recovery,
+    Similarity,
+    Union,
+    Withheld,
+    write_audit,
+)
 from offsite.blockwise import block_by_block
 from offsite.console import say
 from offsite.digests import model_digest, sha256_files

@@ -12,7 +12,12 @@ from collections.abc import Iterable, Sequence
 
 from emulator.audit.recovery import Run
 from offsite.artefacts.bundle import AdapterSpec
-from offsite.audits.record import Capability, Recovery, Way, Withheld
+from offsite.audits.record import (
+    Capability,
+    Recovery,
+    Way,
+    Withheld,
+)
 from offsite.console import say
 from offsite.evaluation import figures
 from offsite.evaluation.results import Results

@@ -12,6 +12,8 @@ __all__ = [
     "membership",
     "noise",
     "record",
+    "retunings",
+    "runs",
     "scores",
     "statistics",
 ]

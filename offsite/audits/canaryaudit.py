@@ -18,7 +18,12 @@ from offsite.audits.canaries import CanarySet, synthetic_records
 from offsite.audits.extraction import Extracted, exposures, extracted
 from offsite.audits.lowerbound import one_run_epsilon
 from offsite.audits.membership import membership_of
-from offsite.audits.record import DECLARED_SIGNAL, CanaryAudit, EpsilonBound, Exposure
+from offsite.audits.record import (
+    DECLARED_SIGNAL,
+    CanaryAudit,
+    EpsilonBound,
+    Exposure,
+)
 from offsite.audits.scores import Floats, RowScores, score_rows, signals
 from offsite.console import progress
 from offsite.errors import DataError

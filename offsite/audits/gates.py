@@ -6,10 +6,14 @@ bundle go without ``--accept-leakage``. Gates are worked out from an audit's fig
 A differentially private run is held against its own claim: an attack must not show more than the epsilon claimed, of
 this run, at the same delta. Any other is held against what attacks find: area under the curve at most 0.60 and hits at
 most 3% at 1% false alarms, no made-up secret and no row read back out, and enough steps and rows that the update is not
-a single row's gradient (arXiv:2405.15586 inverts those exactly). A claim above `WEAK_EPSILON` promises next to nothing,
-so such a run is held against both; and where so few canaries were tried that no attack could have refuted the claim,
-what attacks on the canaries find is asked too. A secret, a row or a model that was read back out fails however little
-was tried; only what would have passed can have been tried too little.
+a single row's gradient (arXiv:2405.15586 inverts those exactly). Where rows are too few to attack the bundle itself so,
+retunings (`offsite.audits.retunings`) are attacked in its place, and held to the same limits by the most that their
+guesses leave possible: a gate that fails says whether more than the limit was seen, or too little to rule it out.
+
+A claim above `WEAK_EPSILON` promises next to nothing, so such a run is held against both; and where so few canaries
+were tried that no attack could have refuted the claim, what attacks on the canaries find is asked too. A secret, a row
+or a model that was read back out fails however little was tried; only what would have passed can have been tried too
+little.
 """
 
 from __future__ import annotations
@@ -25,11 +29,13 @@ from offsite.audits.record import (
     DECLARED_SIGNAL,
     BundleAudit,
     CanaryAudit,
-    Count,
     EpsilonBound,
     PackageAudit,
     PluggedAudit,
+    Retuned,
 )
+from offsite.audits.retunings import CONFIDENCE, area, by_coins, hits
+from offsite.audits.runs import Count
 from offsite.strictjson import Strict
 
 MAX_AUC = 0.60
@@ -46,7 +52,6 @@ MIN_SAMPLES = 10
 """Draws for each secret; of a differentially private run one secret is enough, and none need be drawn."""
 MIN_VERBATIM = 100
 MIN_TOKENS_PER_ROW = 32
-CONFIDENCE = 0.95
 WEAK_EPSILON = 10.0
 
 Verdict = Literal["passed", "failed", "not measurable"]
@@ -97,6 +102,11 @@ def bundle_gates(audit: BundleAudit) -> tuple[Gate, ...]:
     if claim.epsilon <= WEAK_EPSILON:
         return (scanned, budget, *held)
     return (scanned, budget, *held, *_membership(audit), _verbatim(audit), _not_trivial(audit))
+
+
+def needs_retunings(audit: BundleAudit) -> bool:
+    """Tell whether attacks on the bundle's own rows are held against it, and tell nothing."""
+    return audit.run.claim is None and bool(_why_not(audit))
 
 
 def plugged_gates(
@@ -238,9 +248,14 @@ def _canaries_known(canaries: CanaryAudit | None) -> Gate:
 
 
 def _membership(audit: BundleAudit) -> list[Gate]:
-    """The best of the attacks on rows counts, by its upper limit nowhere and by its value everywhere."""
+    """The best of the attacks on rows counts, by its upper limit nowhere and by its value everywhere.
+
+    But of retunings, which are asked where rows are too few to attack the bundle itself: there the upper limit counts.
+    """
     if told := _why_not(audit):
-        return [Gate(name=name, verdict="not measurable", told=told) for name in ("auc", "tpr_at_1")]
+        if audit.retuned is None or not needs_retunings(audit) or audit.tokens_per_row < MIN_TOKENS_PER_ROW:
+            return [Gate(name=name, verdict="not measurable", told=told) for name in ("auc", "tpr_at_1")]
+        return _retuned(audit, audit.retuned)
     auc = max(audit.membership, key=lambda one: one.auc.value)
     hits = [one for one in audit.membership if one.tpr_at_1 is not None]
     gates = [
@@ -250,6 +265,50 @@ def _membership(audit: BundleAudit) -> list[Gate]:
     value = best.tpr_at_1.value if best is not None and best.tpr_at_1 is not None else None
     told = "no attack has a hit rate" if best is None else f"the best attack ({best.signal}) hits {value:.1%} at 1%"
     return [*gates, _at_most("tpr_at_1", value, MAX_TPR_AT_1, told)]
+
+
+def _retuned(audit: BundleAudit, found: Retuned) -> list[Gate]:
+    """No attack is left possible to be better than the limits, by the guesses about rows that coins put in."""
+    many = f"{len(found.num_in)} retunings on halves of {found.num_rows} rows"
+    one, other = max(found.attacks, key=lambda one: area(one)[1]), max(found.attacks, key=lambda one: hits(one)[1])
+    by_area, by_hits, (least_area, least_hits) = area(one), hits(other), by_coins(found)
+    apart = f"{many}: {one.signal} has an area of {by_area[0]:.3f}, at most {by_area[1]:.3f}"
+    right = f"{many}: {other.signal} hits {by_hits[0]:.1%} at 1%, at most {by_hits[1]:.1%}"
+    return [
+        _shown_by(audit, _left_possible("auc", apart, by_area, MAX_AUC, least_area, found)),
+        _left_possible("tpr_at_1", right, by_hits, MAX_TPR_AT_1, least_hits, found),
+    ]
+
+
+def _left_possible(
+    name: str, seen: str, found: tuple[float, float], limit: float, by_chance: float, retuned: Retuned
+) -> Gate:
+    """Return whether no more than the limit is left possible; nothing is told where not even coins would pass."""
+    value, most = found
+    told = f"{seen} ({CONFIDENCE:.0%} sure)"
+    verdict: Verdict = "passed" if most <= limit else "failed"
+    if retuned.num_rows < MIN_MEMBERS:
+        verdict, told = "not measurable", f"{told}; at least {MIN_MEMBERS} rows are needed"
+    elif by_chance > limit:
+        verdict, told = "not measurable", f"{told}; so few guesses would not pass if they were a coin's"
+    elif verdict == "failed":
+        told += "; more than the limit was seen" if value > limit else "; so few guesses do not rule more than it out"
+    return Gate(name=name, verdict=verdict, found=round(most, 6), limit=limit, told=told)
+
+
+def _shown_by(audit: BundleAudit, gate: Gate) -> Gate:
+    """Return the gate; failed where the bundle's own rows, few as they are, show more than the limit."""
+    best = max(audit.membership, key=lambda one: one.auc.low, default=None)
+    if best is None or best.auc.low <= MAX_AUC or _differ(audit):
+        return gate
+    told = f"by {best.signal} the bundle's own rows, few as they are, have an area of at least {best.auc.low:.3f}"
+    return Gate(name=gate.name, verdict="failed", found=best.auc.low, limit=gate.limit, told=told)
+
+
+def _differ(audit: BundleAudit) -> bool:
+    """Tell whether rows trained on and others differ before tuning already."""
+    before = audit.auc_before
+    return before is not None and abs(before.value - 0.5) > MAX_SHIFT and not before.low <= 0.5 <= before.high
 
 
 def _why_not(audit: BundleAudit) -> str:
@@ -264,9 +323,9 @@ def _why_not(audit: BundleAudit) -> str:
     fewest = min(one.num_members for one in audit.membership)
     if fewest < MIN_MEMBERS:
         return f"{fewest} rows that were trained on, at least {MIN_MEMBERS} are needed"
-    before = audit.auc_before
-    if before is not None and abs(before.value - 0.5) > MAX_SHIFT and not before.low <= 0.5 <= before.high:
-        return f"the rows differ before tuning already (area {before.value:.3f}), they must be alike but for training"
+    if audit.auc_before is not None and _differ(audit):
+        area_before = audit.auc_before.value
+        return f"the rows differ before tuning already (area {area_before:.3f}), they must be alike but for training"
     return ""
 
 

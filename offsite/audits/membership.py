@@ -5,7 +5,12 @@ from __future__ import annotations
 from numpy.typing import ArrayLike
 
 from offsite.audits import statistics as auditing
-from offsite.audits.record import MAX_POINTS, Estimate, Membership, SignalName
+from offsite.audits.record import (
+    MAX_POINTS,
+    Estimate,
+    Membership,
+    SignalName,
+)
 from offsite.audits.statistics import auc, balanced_accuracy, roc, thinned, tpr_at_fpr
 
 

@@ -6,15 +6,15 @@ from offsite.audits.gates import bundle_gates, passed, plugged_gates
 from offsite.audits.record import (
     BundleAudit,
     CanaryAudit,
-    Claim,
     Membership,
     PackageAudit,
     PluggedAudit,
-    Run,
+    Retuned,
     Verbatim,
     read_audit,
-    read_run,
 )
+from offsite.audits.retunings import area, hits
+from offsite.audits.runs import Claim, Run, read_run
 from offsite.console import say
 from offsite.evaluation.results import ROWS, read_results
 from offsite.inspection.thing import Thing
@@ -59,6 +59,7 @@ def _bundle_audit(audit: BundleAudit) -> dict[str, object]:
         }
     )
     _attacks("membership", audit.membership)
+    _retunings(audit.retuned)
     _canaries(audit.canaries)
     return {
         "bundle_digest": run.bundle_digest,
@@ -123,6 +124,18 @@ def _attacks(title: str, found: tuple[Membership, ...]) -> None:
             ]
             for one in found
         ])  # fmt: skip
+
+
+def _retunings(found: Retuned | None) -> None:
+    if found is None:
+        return
+    title = f"{len(found.num_in)} retunings on halves of {found.num_rows:,} rows: 0.5 is a guess, limits at 95%"
+    columns = ["attack", "AUC", "at most", "hits at 1%", "at most"]
+    told = [(one.signal, area(one), hits(one)) for one in found.attacks]
+    rows(title, columns, [
+        [name, f"{of_all[0]:.3f}", f"{of_all[1]:.3f}", f"{first[0]:.1%}", f"{first[1]:.1%}"]
+        for name, of_all, first in told
+    ])  # fmt: skip
 
 
 def _canaries(found: CanaryAudit | None) -> None:

@@ -1,8 +1,9 @@
 """Consistency of an audit's figures: those that follow from others are worked out again and must agree.
 
 Curves rise from nothing to all; areas, accuracies and hit rates lie within what the curves allow, which are thinned;
-intervals of hit rates, bounds on epsilon and kept capabilities are those of the counts and scores stated; no count is
-above its total. What a figure was measured on cannot be checked here: a made-up audit that agrees with itself passes.
+intervals of hit rates, bounds on epsilon and kept capabilities are those of the counts and scores stated; guesses about
+retunings are as many as their coins give; no count is above its total. What a figure was measured on cannot be checked
+here: a made-up audit that agrees with itself passes.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from offsite.audits.record import (
     Exposure,
     Membership,
     PackageAudit,
+    Retuned,
     Verbatim,
     Way,
 )
+from offsite.audits.retunings import num_guessed
 from offsite.audits.statistics import FEWEST_FALSE_POSITIVES, clopper_pearson
 from offsite.errors import ArtefactError, ConfigError
 
@@ -35,6 +38,10 @@ LARGEST = 1e15
 """No figure of an audit is larger: none measures anything of that size."""
 SAME = 1e-6
 """How far a figure may be from what it is worked out to be, as a share of it or, below one, as such."""
+
+
+_FAR_OFF = 6
+"""How many standard deviations the number of a retuning's rows may be from a half of them; coins reach 6 never."""
 
 
 class _Gap(NamedTuple):
@@ -70,6 +77,8 @@ def _unsound(audit: Audit) -> Iterator[str]:
     if isinstance(audit, BundleAudit):
         for one in audit.membership:
             yield from _attack(one)
+        if audit.retuned is not None:
+            yield from _retuned(audit.retuned)
         if audit.verbatim is not None:
             yield from _verbatim(audit.verbatim)
     if audit.canaries is not None:
@@ -182,6 +191,33 @@ def _within(what: str, stated: float, least: float, most: float) -> Iterator[str
 
 def _is_whole(number: float) -> bool:
     return abs(number - round(number)) <= SAME * max(1.0, abs(number))
+
+
+# --- retunings
+
+
+def _retuned(found: Retuned) -> Iterator[str]:
+    """Every number of guesses follows from the coins, and these can have been fair."""
+    num = found.num_rows
+    if len(found.steps) != len(found.num_in):
+        yield f"{len(found.num_in)} retunings have {len(found.steps)} numbers of steps"
+    yield from _beyond("the number of retunings", len(found.num_in), found.num_asked)
+    for num_in in found.num_in:
+        if not 0 < num_in < num or abs(num_in - num / 2) > _FAR_OFF * math.sqrt(num) / 2:
+            yield f"a retuning was on {num_in} of {num} rows, fair coins do not fall so"
+    signals = [one.signal for one in found.attacks]
+    if len(signals) != len(set(signals)):
+        yield "two attacks on retunings have one signal"
+    num_pairs = sum(min(num_in, num - num_in) for num_in in found.num_in)
+    num_guesses = num_guessed(num) * len(found.num_in)
+    for one in found.attacks:
+        if (one.num_pairs, one.num_guesses) != (num_pairs, num_guesses):
+            told = f"{one.num_pairs} pairs and {one.num_guesses} rows, the coins give {num_pairs} and {num_guesses}"
+            yield f"{one.signal!r} guessed of retunings about {told}"
+        yield from _beyond(
+            f"the number of pairs that {one.signal!r} told apart", one.num_right + one.num_tied, num_pairs
+        )
+        yield from _beyond(f"the number of right guesses by {one.signal!r}", one.num_correct, num_guesses)
 
 
 # --- canaries and rows

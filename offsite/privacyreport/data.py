@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offsite.audits.gates import MAX_TPR_AT_1, WEAK_EPSILON
-from offsite.audits.record import BundleAudit, CanaryAudit, EpsilonBound, Estimate, Exposure, Membership, PluggedAudit
+from offsite.audits.record import (
+    BundleAudit,
+    CanaryAudit,
+    EpsilonBound,
+    Estimate,
+    Exposure,
+    Membership,
+    PluggedAudit,
+)
 from offsite.privacyreport.charts import MOST_STEMS, exposure, roc
 from offsite.privacyreport.words import upper_delta
 from offsite.report.charts import Curve

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from offsite.audits.gates import Gate
-from offsite.audits.record import Claim
+from offsite.audits.runs import Claim
 from offsite.privacyreport.charts import spent
 from offsite.privacyreport.data import attacks, plugged_in
 from offsite.privacyreport.model import package
@@ -196,7 +196,7 @@ def unmeasured(report: PrivacyReport) -> Iterator[str]:
     if bundle is not None:
         if not bundle.membership:
             yield "Membership of rows: no attack was run."
-        elif any(one.tpr_at_1 is None for one in bundle.membership):
+        elif bundle.retuned is None and any(one.tpr_at_1 is None for one in bundle.membership):
             yield "Hits at 1% false alarms: too few rows that were not trained on (1,000 are needed)."
         if bundle.canaries is None:
             yield "Canaries: none were planted, so no lower bound on epsilon and no exposure of made-up secrets."

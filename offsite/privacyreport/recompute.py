@@ -11,7 +11,7 @@ from pydantic import Field
 
 from offsite.artefacts.layout import Line
 from offsite.audits.accounting import Mechanism, account, accountant, pld_epsilon, require_extra
-from offsite.audits.record import MAX_STEPS, Claim
+from offsite.audits.runs import MAX_STEPS, Claim
 from offsite.errors import ArtefactError, ConfigError
 from offsite.strictjson import Strict
 

@@ -23,11 +23,10 @@ from offsite.audits.record import (
     AUDIT_NAME,
     Audit,
     BundleAudit,
-    Claim,
-    Digest,
     PackageAudit,
     PluggedAudit,
 )
+from offsite.audits.runs import Claim, Digest
 from offsite.digests import sha256_bytes
 from offsite.errors import ArtefactError, BadSchema, BadSignature, WrongBinding
 from offsite.keys.identity import Signatures

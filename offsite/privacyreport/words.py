@@ -10,7 +10,13 @@ from collections.abc import Iterable
 from decimal import Decimal
 
 from offsite.audits.gates import WEAK_EPSILON, Gate, Release
-from offsite.audits.record import AnsweredRound, BundleAudit, CanaryAudit, Claim, PackageAudit, PluggedAudit
+from offsite.audits.record import (
+    BundleAudit,
+    CanaryAudit,
+    PackageAudit,
+    PluggedAudit,
+)
+from offsite.audits.runs import AnsweredRound, Claim
 
 NOT_PRIVATE = "NOT DIFFERENTIALLY PRIVATE"
 _ELSEWHERE = "on an audit that is not in this report"
@@ -162,6 +168,7 @@ def _of_the_data(bundle: BundleAudit) -> list[str]:
     return [
         private,
         *_of_the_objective(bundle),
+        *([] if bundle.retuned is None else [_OF_RETUNINGS]),
         *([] if answered is None else [_of_a_round(answered)]),
         "Figures of the bundle are of the emulator, with and without the adapter. The full model with the same adapter "
         "may reveal more, or less.",
@@ -169,6 +176,11 @@ def _of_the_data(bundle: BundleAudit) -> list[str]:
     ]
 
 
+_OF_RETUNINGS = (
+    "Retunings are other adapters than the bundle's, tuned in the same way on halves of the same rows: what attacks "
+    "found of them is of the way of tuning on these rows. Their limits take guesses for independent, as they are of "
+    "adapters that tell nothing; of others they are not quite."
+)
 _OF_PAIRS = (
     "Rewards were of a reward model, which was tuned on preferences before. What the adapter may have taken over from "
     "those was not tried."

@@ -32,6 +32,9 @@ PAUSE = "<!-- the client's walk-through happens here -->"
 SHORTER = {
     "--steps 300": "--steps 2 --batch-size 1 --block-tokens 64 --calibration-tokens 512 --evaluation-tokens 128",
     "--steps 200": "--steps 2 --batch-size 1 --block-tokens 64 --validation 0.002",
+    "--count 30 -o": "--count 8 --tokens 16 --secrets 2 --candidates 8 -o",
+    "--canaries canaries -o audit": "--canaries canaries --rows 40 --tokens-per-row 32 --secrets-samples 2 -o audit",
+    "--audit audit --keys": "--audit audit --accept-leakage --keys",  # after two steps; test_client.py plays it without
     "--limit-tokens 20000": "--limit-tokens 256 --block-tokens 64",
     "steps=200": "steps=2",
     "block_tokens=256, batch_size=4, validation=0.1": "block_tokens=64, batch_size=1, validation=0.002",

@@ -14,7 +14,7 @@ import pytest
 from client.audit.config import AuditBundleConfig
 from client.tuning.config import TuneConfig
 from offsite import cli
-from offsite.audits.record import read_run, run_path
+from offsite.audits.runs import read_run, run_path
 from offsite.config import build
 from offsite.digests import sha256_file, sha256_files
 from offsite.errors import ConfigError, DataError

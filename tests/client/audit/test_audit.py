@@ -23,7 +23,13 @@ from offsite.artefacts.bundle import AdapterSpec, write_bundle
 from offsite.audits.canaries import CanarySet, CanaryText, Secret, write_canaries
 from offsite.audits.gates import bundle_gates
 from offsite.audits.keptscores import read_scores
-from offsite.audits.record import AUDIT_NAME, quoted, read_audit, read_run, run_path, write_run
+from offsite.audits.record import AUDIT_NAME, read_audit
+from offsite.audits.runs import (
+    quoted,
+    read_run,
+    run_path,
+    write_run,
+)
 from offsite.audits.wordlist import WORDS
 from offsite.digests import sha256_file
 from offsite.text.records import read_records
@@ -195,7 +201,7 @@ def test_of_a_run_too_short_to_say_which_rows_it_drew_the_rest_is_measured(tuned
     )  # fmt: skip
     tune_run(config)
     words = ["audit", "bundle", str(tuned.package.path), str(config.output), "--data", str(tuned.data)]
-    assert cli.run([*words, "--device", "cpu", "-o", str(tmp_path / "audit")]) == 0
+    assert cli.run([*words, "--retunings", "0", "--device", "cpu", "-o", str(tmp_path / "audit")]) == 0
     audit, _ = read_audit(tmp_path / "audit")
     assert (audit.membership, audit.auc_before, audit.verbatim.num_rows) == ((), None, 0)
     assert audit.nonmembers == "validation"

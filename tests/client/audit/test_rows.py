@@ -12,7 +12,12 @@ from client.privacy.config import DPSettings
 from client.tuning.data import prepare, rows_drawn, split_records
 from client.tuning.runrecord import read_as, record_of, text_settings
 from offsite.audits.canaries import CanarySet, CanaryText, Secret, records_of
-from offsite.audits.record import AnsweredRound, AveragedRun, Claim, Run
+from offsite.audits.runs import (
+    AnsweredRound,
+    AveragedRun,
+    Claim,
+    Run,
+)
 from offsite.audits.wordlist import WORDS
 from offsite.errors import WrongBinding
 from offsite.text.batches import encode

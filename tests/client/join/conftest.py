@@ -65,6 +65,7 @@ class Players:
         self.data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         self.played: list[str] = []
         self.stop_before = ""
+        self.quick = dict(QUICK)
         patch.setattr(offsite.stages, "_start", self._start)
         patch.setattr("offsite.keys.files.SCRYPT_COST", 2**4)
         patch.setenv("OFFSITE_PASSPHRASE", PASSPHRASE)
@@ -77,7 +78,7 @@ class Players:
             raise KeyboardInterrupt
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            code = cli.run([*stage.words, *QUICK.get(stage.name, [])])
+            code = cli.run([*stage.words, *self.quick.get(stage.name, [])])
         (notes / f"{stage.name}.out").write_text(out.getvalue())
         self.played.append(stage.name)
         return Ended(code)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from client.join.outlook import Numbers, all_can_pass, audit_share, expected_gates, num_canaries
+from client.audit.config import AuditBundleConfig
+from client.join.outlook import MOST_ROWS, Numbers, all_can_pass, audit_share, expected_gates, num_canaries
 
 ENOUGH = {"num_train": 2800, "num_aside": 1200, "steps": 200, "num_drawn": 2800, "num_asked": 200, "num_canaries": 280}
 
@@ -38,6 +39,27 @@ SHORT = {
 def test_too_few(what):
     changes, expected = SHORT[what]
     assert {name: found for name, found in outlook(**changes).items() if found != "measurable"} == expected
+
+
+SMALL = {"num_train": 270, "num_aside": 0, "num_drawn": 270, "num_canaries": 30, "num_coins": 270}
+
+
+def test_with_300_rows_all_can_pass_by_retunings_and_their_cost_is_said():
+    assert all_can_pass(expected_gates(Numbers(**{**ENOUGH, **SMALL})))
+    told = {one.name: one.told for one in expected_gates(Numbers(**{**ENOUGH, **SMALL}))}
+    assert told["auc"].startswith("by 12 retunings on random halves of 270 rows: about 6 times what tuning takes")
+    for changes, few in (
+        ({"retunings": 0}, {"auc", "tpr_at_1"}),
+        ({"num_coins": 99}, {"auc", "tpr_at_1"}),
+        ({"num_coins": 0}, {"auc", "tpr_at_1"}),
+        ({"retunings": 2}, {"tpr_at_1"}),  # 10 guesses: not even coins would keep the limit
+    ):
+        assert {name for name, found in outlook(**{**SMALL, **changes}).items() if found != "measurable"} == few
+    assert outlook(**{**SMALL, "epsilon": 20.0})["auc"] == "not measurable"
+
+
+def test_rows_that_an_audit_scores_at_most():
+    assert AuditBundleConfig.model_fields["rows"].default == MOST_ROWS
 
 
 def test_a_private_run_is_held_to_its_claim():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from client.tuning.config import TuneConfig
-from offsite.audits.record import Objective
+from offsite.audits.runs import Objective
 from offsite.config import build
 from offsite.errors import ConfigError
 

@@ -16,7 +16,7 @@ from client.tuning.averages import folder_of
 from client.tuning.config import TuneConfig
 from client.tuning.ready import work_folder
 from client.tuning.verb import run
-from offsite.audits.record import read_run, run_path
+from offsite.audits.runs import read_run, run_path
 from offsite.digests import tensors_digest
 from offsite.errors import ConfigError, PolicyError
 from offsite.text.records import Record

@@ -22,7 +22,7 @@ from client.tuning.tune import attach_to_package
 from client.tuning.verb import run, train_one
 from offsite.artefacts.bundle import DISCLOSABLE, AdapterSpec, open_bundle
 from offsite.artefacts.job import Job, write_job
-from offsite.audits.record import read_run, run_path
+from offsite.audits.runs import read_run, run_path
 from offsite.digests import sha256_bytes
 from offsite.errors import (
     BadDigest,

@@ -17,7 +17,7 @@ from client.tuning.tune import attach_to_package
 from client.tuning.verb import run
 from offsite.artefacts.bundle import AdapterSpec, Head, open_bundle
 from offsite.artefacts.job import Job, write_job
-from offsite.audits.record import Objective, read_run, run_path
+from offsite.audits.runs import Objective, read_run, run_path
 from offsite.errors import ConfigError, DataError, RunFailed, UnsupportedModel
 from offsite.evaluation.byhead import measure_head
 from offsite.text.batches import Example

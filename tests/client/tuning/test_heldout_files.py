@@ -16,7 +16,7 @@ from client.tuning.tune import attach_to_package
 from client.tuning.verb import run
 from offsite import cli
 from offsite.artefacts.bundle import open_bundle
-from offsite.audits.record import quoted, read_run, run_path
+from offsite.audits.runs import quoted, read_run, run_path
 from offsite.digests import sha256_file
 from offsite.errors import ConfigError, DataError, RunFailed
 from offsite.evaluation.measure import perplexity

@@ -12,7 +12,7 @@ from client.privacy.config import DPSettings
 from client.tuning.learning import dft_loss
 from client.tuning.ready import work_folder
 from client.tuning.verb import run
-from offsite.audits.record import Objective, read_run, run_path
+from offsite.audits.runs import Objective, read_run, run_path
 from offsite.digests import sha256_file
 from offsite.errors import ConfigError, DataError, RunFailed
 

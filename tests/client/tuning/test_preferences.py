@@ -13,7 +13,7 @@ import client.tuning.tune as tuning
 from client.tuning.ready import work_folder
 from client.tuning.scan import texts_of
 from client.tuning.verb import run
-from offsite.audits.record import Objective, read_run, run_path
+from offsite.audits.runs import Objective, read_run, run_path
 from offsite.errors import ConfigError, DataError, RunFailed
 from offsite.text.records import read_records
 

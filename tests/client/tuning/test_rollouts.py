@@ -16,7 +16,13 @@ from client.objectives.rollouts import Rollouts
 from client.tuning.ready import work_folder
 from client.tuning.verb import run
 from offsite.artefacts.bundle import open_bundle
-from offsite.audits.record import Objective, Rewarded, read_audit, read_run, run_path
+from offsite.audits.record import read_audit
+from offsite.audits.runs import (
+    Objective,
+    Rewarded,
+    read_run,
+    run_path,
+)
 from offsite.errors import ArtefactError, ConfigError, DataError, NotFinite, RunFailed, WrongBinding, WrongShape
 from offsite.tasks.config import RuleSettings
 from offsite.tasks.rules import Rules

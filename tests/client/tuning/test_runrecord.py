@@ -14,7 +14,7 @@ from client.tuning.runrecord import read_as, require_unused
 from client.tuning.verb import run
 from offsite.artefacts.bundle import open_bundle
 from offsite.audits.canaries import CanarySet, CanaryText, Secret, read_canaries, records_of, write_canaries
-from offsite.audits.record import read_run, run_path, write_run
+from offsite.audits.runs import read_run, run_path, write_run
 from offsite.audits.wordlist import WORDS
 from offsite.digests import sha256_file
 from offsite.errors import ArtefactError, ConfigError, PolicyError, WrongBinding

@@ -11,7 +11,7 @@ from client.tuning.runrecord import read_as
 from client.tuning.verb import run
 from offsite.artefacts.bundle import AdapterSpec, open_bundle
 from offsite.artefacts.job import parse_job, task_at, write_job
-from offsite.audits.record import read_run, run_path
+from offsite.audits.runs import read_run, run_path
 from offsite.errors import ConfigError, DataError, WrongBinding
 
 LORA = {

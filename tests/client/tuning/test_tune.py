@@ -24,7 +24,7 @@ from offsite import cli
 from offsite.artefacts.bundle import DISCLOSABLE, AdapterSpec, open_bundle
 from offsite.artefacts.job import Job, write_job
 from offsite.artefacts.package import open_package
-from offsite.audits.record import read_run, run_path
+from offsite.audits.runs import read_run, run_path
 from offsite.errors import ConfigError, RunFailed, WrongBinding, WrongNames
 from offsite.text.records import read_records
 

@@ -8,26 +8,30 @@ from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.layout import Method
 from offsite.audits.gates import WEAK_EPSILON, bundle_gates, package_gates, passed, plugged_gates, unmeasured
 from offsite.audits.record import (
-    AveragedRun,
     BundleAudit,
     CanaryAudit,
     Capability,
-    Claim,
     EpsilonBound,
     Estimate,
     Exposure,
+    Guesses,
     Membership,
     PackageAudit,
     PluggedAudit,
     Recovery,
     RecoveryPoint,
-    Run,
+    Retuned,
     ScanFigures,
     Similarity,
-    TextSettings,
     Union,
     Verbatim,
     Withheld,
+)
+from offsite.audits.runs import (
+    AveragedRun,
+    Claim,
+    Run,
+    TextSettings,
 )
 
 ONE, TWO = "sha256:" + "1" * 64, "sha256:" + "2" * 64
@@ -107,6 +111,18 @@ def scan(num_bytes=10, **found):
     return ScanFigures(num_bytes=num_bytes, num_ngrams_compared=5, found=found)
 
 
+def retuned(right=550, correct=30, runs=12, rows=270, tied=0, **own):
+    """Retunings of so many rows, half of them in; the attack by loss finds nothing."""
+    pairs, tried = runs * (rows // 2), runs * (rows // 50)
+    given = {"num_pairs": pairs, "num_tied": tied, "num_guesses": tried}
+    attacks = (
+        Guesses(signal="reference", num_right=round(right * pairs / 1000), num_correct=correct, **given),
+        Guesses(signal="loss", num_right=pairs // 2, num_correct=tried // 2, **given),
+    )
+    found = Retuned(num_rows=rows, num_asked=runs, num_in=(rows // 2,) * runs, steps=(9,) * runs, attacks=attacks)
+    return {"retuned": found, "nonmembers": "validation", "membership": (attack(outside=30, hits=None),), **own}
+
+
 PRIVATE = {"private": claim()}
 HIDDEN = {"ceiling": 2.0}  # no attack on so few canaries could refute a claim of 2
 BUNDLE = [
@@ -126,6 +142,18 @@ BUNDLE = [
     ("auc", "passed", {"nonmembers": "file"}),
     ("auc", "passed", {"auc_before": shift(0.56, 0.08)}),
     ("auc", "passed", {"auc_before": shift(0.54, 0.01)}),
+    ("auc", "passed", retuned()),
+    ("auc", "failed", retuned(right=590)),  # the value is under the limit, the most that it leaves possible is not
+    ("auc", "failed", retuned(right=700)),
+    ("auc", "not measurable", retuned(tokens_per_row=31)),
+    ("auc", "not measurable", retuned(rows=99, runs=24, correct=12)),
+    ("auc", "passed", retuned(right=510, runs=1, correct=2)),
+    ("auc", "failed", retuned(membership=(attack(auc=0.63, outside=30, hits=None),))),  # the bundle's own rows show it
+    ("auc", "passed", {**retuned(right=900), "nonmembers": "file", "membership": (attack(),)}),  # rows enough: its own
+    ("tpr_at_1", "passed", retuned(correct=38)),
+    ("tpr_at_1", "failed", retuned(correct=39)),
+    ("tpr_at_1", "failed", retuned(correct=50)),
+    ("tpr_at_1", "not measurable", retuned(runs=2, correct=5)),
     ("tpr_at_1", "passed", {"membership": (attack(hits=0.03),)}),
     ("tpr_at_1", "failed", {"membership": (attack(hits=0.02), attack("loss", hits=0.031))}),
     ("tpr_at_1", "not measurable", {"membership": (attack(hits=None),)}),
@@ -190,6 +218,23 @@ def test_a_change_moves_its_own_gate_only():
 
 
 WEAK = claim(epsilon=WEAK_EPSILON + 0.1, epsilon_total=20.0, budget=20.0)
+
+
+def test_a_retuned_gate_says_why_it_failed_in_a_line_that_fits():
+    whys = {}
+    for right, correct in ((550, 39), (700, 50)):
+        whys[right] = [
+            gate.told for gate in bundle_gates(audit(**retuned(right, correct))) if gate.limit in (0.60, 0.03)
+        ]
+    assert "do not rule more than it out" in whys[550][1]
+    assert all("more than the limit was seen" in told for told in whys[700])
+    longest = retuned(runs=9, rows=20_000, correct=1800, right=999)["retuned"]
+    huge = longest.model_copy(update={"attacks": (longest.attacks[0].model_copy(update={"signal": "min-k++"}),)})
+    assert all(len(gate.told) <= 200 for gate in bundle_gates(audit(**{**retuned(), "retuned": huge})))
+
+
+def test_a_private_run_is_held_to_no_retuning():
+    assert passed(bundle_gates(audit(**PRIVATE, **retuned(right=900))))
 
 
 def test_too_few_canaries_for_a_weak_claim_cannot_tell():

@@ -9,26 +9,28 @@ import pytest
 from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.layout import Method
 from offsite.audits.record import (
-    AUDIT_LIMIT_BYTES,
     AUDIT_NAME,
     BundleAudit,
     CanaryAudit,
     Capability,
-    Claim,
     Estimate,
     Membership,
     PackageAudit,
     PluggedAudit,
-    Run,
     ScanFigures,
     Similarity,
-    TextSettings,
     Withheld,
-    quoted,
     read_audit,
+    write_audit,
+)
+from offsite.audits.runs import (
+    RECORD_LIMIT_BYTES,
+    Claim,
+    Run,
+    TextSettings,
+    quoted,
     read_run,
     run_path,
-    write_audit,
     write_run,
 )
 from offsite.digests import sha256_file
@@ -298,11 +300,11 @@ def test_the_folder_holds_an_audit_and_nothing_else(audits, tmp_path):
 def test_limits_on_size(audits, record, tmp_path):
     write_audit(tmp_path / "audit", audits["bundle"])
     with (tmp_path / "audit" / AUDIT_NAME).open("ab") as handle:
-        handle.write(b" " * AUDIT_LIMIT_BYTES)
+        handle.write(b" " * RECORD_LIMIT_BYTES)
     with pytest.raises(TooLarge):
         read_audit(tmp_path / "audit")
     path = tmp_path / "bundle.run.json"
-    path.write_bytes(b" " * (AUDIT_LIMIT_BYTES + 1))
+    path.write_bytes(b" " * (RECORD_LIMIT_BYTES + 1))
     with pytest.raises(TooLarge):
         read_run(path)
 

@@ -15,22 +15,22 @@ from offsite.audits.record import (
     BundleAudit,
     CanaryAudit,
     Capability,
-    Claim,
     EpsilonBound,
     Estimate,
     Exposure,
+    Guesses,
     PackageAudit,
     PluggedAudit,
     Recovery,
     RecoveryPoint,
-    Run,
+    Retuned,
     ScanFigures,
     Similarity,
-    TextSettings,
     Union,
     Verbatim,
     Withheld,
 )
+from offsite.audits.runs import Claim, Run, TextSettings
 from offsite.privacyreport.recompute import Recomputed, SpentPoint
 from offsite.privacyreport.record import Audits, Limits, conclude
 
@@ -200,6 +200,15 @@ def bundle_audit(claim=None, power=0.8, **changes):
         "versions": {"offsite": "0.1.0", "torch": "2.13.0", "transformers": "5.10.0"},
     }
     return BundleAudit(**{**given, **changes})
+
+
+def retuned(**changes):
+    """Twelve retunings on halves of 270 rows, told of by one attack about as well as by coins."""
+    guessed = Guesses(
+        signal="reference", num_pairs=12 * 130, num_right=800, num_tied=3, num_guesses=60, num_correct=33
+    )  # fmt: skip
+    given = {"num_rows": 270, "num_asked": 12, "num_in": (130, 140) * 6, "steps": (20,) * 12, "attacks": (guessed,)}
+    return Retuned(**{**given, **changes})
 
 
 def plugged_audit(delta=5.01e-4, **changes):

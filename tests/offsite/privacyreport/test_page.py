@@ -16,7 +16,8 @@ from page_lab import EVIL, Outline, given, hostile
 
 from offsite.artefacts.layout import Method
 from offsite.audits.gates import Release, bundle_gates, unmeasured
-from offsite.audits.record import Run, ScanFigures
+from offsite.audits.record import ScanFigures
+from offsite.audits.runs import Run
 from offsite.digests import sha256_bytes
 from offsite.privacyreport import page as module
 from offsite.privacyreport.charts import MOST_STEMS, Bar, bars, exposure, recovery, roc, spent

@@ -17,7 +17,8 @@ from offsite import cli
 from offsite.artefacts.job import write_job
 from offsite.audits.gates import Release, bundle_gates, unmeasured
 from offsite.audits.membership import membership_of
-from offsite.audits.record import Objective, Rewarded, write_audit
+from offsite.audits.record import write_audit
+from offsite.audits.runs import Objective, Rewarded
 from offsite.digests import sha256_bytes
 from offsite.errors import ArtefactError, BadSchema, BadSignature, ConfigError, WrongBinding
 from offsite.keys.identity import Signatures
@@ -280,7 +281,25 @@ def left(*ways, **changes):
 
 WAYS = s.ways()
 UNTUNED = s.package_audit().capabilities[0].model_copy(update={"emulator_tuned": None})
+
+
+def halves(guesses=None, **changes):
+    """A report of few rows whose retunings were changed so."""
+    found = s.retuned(**changes)
+    if guesses:
+        found = found.model_copy(update={"attacks": (found.attacks[0].model_copy(update=guesses),)})
+    return {"bundle": s.bundle_audit(retuned=found)}
+
+
 UNSOUND = {
+    "guesses that coins do not give": (halves({"num_guesses": 61}), "about 1560 pairs and 61 rows, the coins give"),
+    "pairs that coins do not give": (halves({"num_pairs": 1561}), "about 1561 pairs and 60 rows"),
+    "more pairs told apart than there are": (halves({"num_right": 1558}), "pairs that 'reference' told apart is 1561"),
+    "more right guesses than guesses": (halves({"num_correct": 61}), "right guesses by 'reference' is 61"),
+    "coins that are not fair": (halves(num_in=(70,) * 12), "on 70 of 270 rows, fair coins do not fall so"),
+    "retunings without steps": (halves(steps=(20,) * 11), "12 retunings have 11 numbers of steps"),
+    "more retunings than were asked for": (halves(num_asked=11), "number of retunings is 12, above the 11"),
+    "an attack on retunings twice": (halves(attacks=s.retuned().attacks * 2), "two attacks on retunings"),
     "two points": (curve((0, 0), (1, 1)), "the area of 'loss'"),
     "a point between rows": (curve((0, 0), (0.5, 0.87654321), (1, 1)), "no share of 1200 rows"),
     "an area above the curve": (within(ATTACK, auc=estimate(FIRST.auc, 0.01)), "the area of 'loss'"),
@@ -695,3 +714,17 @@ def test_a_page_that_fails_leaves_no_report(world, desk, parties, monkeypatch):
     monkeypatch.setattr("offsite.privacyreport.issue.page", broken)
     desk("report", "privacy", "--audit", "plain", "-o", "report", *parties[1].flags, code=5)
     assert not [path for path in world.iterdir() if "report" in path.name]
+
+
+def test_retunings_are_told_and_their_verdict_follows_from_their_counts():
+    few = {"nonmembers": "validation", "run": s.run_record(num_records=270, num_drawn=270)}
+    report = s.report(bundle=s.bundle_audit(retuned=s.retuned(), **few))
+    verdicts = {gate.name: gate.verdict for gate in report.gates.bundle}
+    assert (verdicts["auc"], verdicts["tpr_at_1"]) == ("passed", "passed")
+    assert any("Retunings are other adapters than the bundle's" in line for line in report.non_claims)
+    assert not any("Retunings" in line for line in s.report(bundle=s.bundle_audit(**few)).non_claims)
+    assert parse_report(report_raw(report)) == report
+    told = s.retuned().attacks[0].model_copy(update={"num_correct": 39})  # a gate cannot stay as it was
+    other = s.report(bundle=s.bundle_audit(retuned=s.retuned(attacks=(told,)), **few))
+    assert {gate.name for gate in other.gates.bundle if gate.verdict == "failed"} == {"tpr_at_1"}
+    assert other.digests != report.digests

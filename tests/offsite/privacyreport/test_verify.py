@@ -457,6 +457,16 @@ FIELDS = {
         WrongBinding,
         "another audit than the one quoted",
     ),
+    "retunings added": (
+        at("audits", "bundle", "retuned", value=s.retuned().model_dump(mode="json")),
+        WrongBinding,
+        "another audit than the one quoted",
+    ),
+    "retunings with other guesses": (
+        at("audits", "bundle", "retuned", value={**s.retuned().model_dump(mode="json"), "num_rows": 400}),
+        ArtefactError,
+        "fair coins do not fall so|the coins give",
+    ),
     "another audit's bundle": (
         at("audits", "bundle", "run", "bundle_digest", value=s.OTHER),
         WrongBinding,

@@ -19,15 +19,14 @@ from offsite.audits.record import (
     PackageAudit,
     Recovery,
     RecoveryPoint,
-    Run,
     ScanFigures,
     Similarity,
-    TextSettings,
     Union,
     Verbatim,
     Withheld,
     write_audit,
 )
+from offsite.audits.runs import Run, TextSettings
 from offsite.errors import BadSchema, ConfigError, PolicyError, TooLarge, WrongBinding
 from offsite.sealed.config import SealConfig
 from offsite.sealed.release import RELEASE_LIMIT_BYTES, read_release, release_path, require_gates, write_release
