@@ -124,7 +124,7 @@ def test_a_bundle_that_knows_its_text_by_heart_is_found_out(words, tmp_path, cap
     assert gates["auc"] == "not measurable"  # a few dozen rows were set aside, a thousand are needed
     assert not told["passed"]
     assert "which is what the client has" in err
-    assert "to measure auc: tune with --audit-share" in err
+    assert "to measure auc: with 100 different rows or more offsite audit bundle retunes (--retunings)" in err
     assert "auc    " in err
     written = (tmp_path / "audit" / AUDIT_NAME).read_text()
     said = "\n".join(line for line in err.splitlines() if not line.startswith("next: "))  # that repeats what was typed
