@@ -87,10 +87,10 @@ def load_writer(
         ArtefactError: when package or bundle is not as it has to be.
     """
     package = open_package(folder)
-    package.require_text("generate")
+    package.require_text("generate", seq2seq=True)
     tokenizer = package.load_tokenizer()
     if bundle is None:
-        return package.load_model(device=str(device)), tokenizer, package.digest
+        return package.load_model(device=str(device), seq2seq=True), tokenizer, package.digest
     found = open_bundle(bundle)
     found.bind(package_digest=package.digest, base_digest=package.manifest.base_digest)
     spec = found.manifest.adapter

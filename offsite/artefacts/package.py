@@ -115,13 +115,16 @@ class Package:
         """Whether the model is an encoder, which has no next tokens to learn."""
         return states_encoder(read_json(self.path / "config.json"))
 
-    def require_text(self, what: str) -> None:
+    def require_text(self, what: str, *, seq2seq: bool = False) -> None:
         """Return only if the model writes text, as `what` needs.
 
+        Args:
+            seq2seq: an encoder-decoder is taken too.
+
         Raises:
-            UnsupportedModel: when it is an encoder, or an encoder-decoder, with which nothing is written yet.
+            UnsupportedModel: when it is an encoder, or an encoder-decoder that is not taken.
         """
-        if self.is_seq2seq:
+        if self.is_seq2seq and not seq2seq:
             raise not_taken(f"package {self.path.name!r}")
         if self.is_encoder:
             raise UnsupportedModel(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite.errors import ConfigError, DataError
-from offsite.text.calls import quietly
+from offsite.text.calls import encoded, quietly
 from offsite.text.prompts import prompt_ids
 from offsite.text.records import read_files
 from offsite.text.rows import Messages
@@ -52,15 +52,18 @@ def in_files(paths: Sequence[Path], fields: dict[str, str], *, chat: bool) -> li
     return found
 
 
-def ids_of(asked: Asked, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def ids_of(asked: Asked, tokenizer: PreTrainedTokenizerBase, *, is_read: bool = False) -> list[int]:
     """Return the prompt's tokens, at least one: text closed by nothing, messages with the template's call for more.
+
+    Args:
+        is_read: by an encoder, which reads text as its tokenizer closes it.
 
     Raises:
         ConfigError: when there are messages, and the tokenizer has no chat template.
         DataError: when the template refuses the messages, or the tokenizer a text; nothing of it is told.
     """
     if not asked.messages:
-        ids = prompt_ids(tokenizer, asked.text)
+        ids = encoded(tokenizer, asked.text, what=asked.place) if is_read else prompt_ids(tokenizer, asked.text)
         if not ids:
             raise DataError(f"{asked.place}: no token is left of it")
         return ids

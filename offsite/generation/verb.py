@@ -22,8 +22,9 @@ from offsite.generation.config import GenerateConfig
 from offsite.generation.generate import Piece, context_length, end_of_turn_tokens, end_tokens, generate
 from offsite.generation.kept import Kept
 from offsite.generation.sampling import Settings
-from offsite.modelling.load import load_model, load_tokenizer, refuse_encoder, require_weights
+from offsite.modelling.load import is_seq2seq_name, load_model, load_tokenizer, refuse_encoder, require_weights
 from offsite.modelling.steps import cache_is_right
+from offsite.seq2seq.models import is_seq2seq
 from offsite.staging import refuse_existing
 from offsite.training.devices import choose_device
 
@@ -41,6 +42,11 @@ class Writer:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     digest: str
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether it is an encoder-decoder, whose answer is a text of its own."""
+        return is_seq2seq(self.model)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def run(config: GenerateConfig) -> dict[str, object]:
     else:
         asked = in_files(config.file, config.fields, chat=config.chat)
     writer = _opened(config)
-    prompts = [ids_of(one, writer.tokenizer) for one in asked]
+    prompts = [ids_of(one, writer.tokenizer, is_read=writer.is_pair) for one in asked]
     settings = _settings(config, writer, asked, prompts)
     answering = _Answering(writer, any(one.messages for one in asked))
     began = time.monotonic()
@@ -109,7 +115,8 @@ class _Answering:
         """Yield an answer as it is written."""
         ends = self._ends | self._turns if is_chat else self._ends
         model, tokenizer = self._writer.model, self._writer.tokenizer
-        return generate(model, tokenizer, prompt, settings, end_ids=ends, continues=not is_chat, cached=self._cached)
+        continues = not is_chat and not self._writer.is_pair
+        return generate(model, tokenizer, prompt, settings, end_ids=ends, continues=continues, cached=self._cached)
 
 
 def _rows(
@@ -176,9 +183,13 @@ def _settings(
     context = context_length(writer.model, writer.tokenizer)
     found = []
     for number, (one, ids) in enumerate(zip(asked, prompts, strict=True)):
-        room = context - len(ids)
+        room, told = context - len(ids), f"the model's context is {context}"
+        if writer.is_pair:  # either text has a context of its own
+            room = context if len(ids) <= context else 0
         if room < 1:
-            raise ConfigError(f"{one.place}: {len(ids)} tokens, the model's context is {context}, an answer included")
+            raise ConfigError(
+                f"{one.place}: {len(ids)} tokens, {told}{'' if writer.is_pair else ', an answer included'}"
+            )
         found.append(
             Settings(
                 limit_tokens=min(config.max_tokens, room),
@@ -217,9 +228,10 @@ def _opened(config: GenerateConfig) -> Writer:
             if kind == "a bundle"
             else None,
         )
-    refuse_encoder(config.model)
+    if not is_seq2seq_name(config.model):
+        refuse_encoder(config.model)
     require_weights(config.model)
-    model = load_model(config.model, device=device.type)
+    model = load_model(config.model, device=device.type, seq2seq=True)
     return Writer(model, load_tokenizer(config.model), "")
 
 

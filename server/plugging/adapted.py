@@ -196,7 +196,7 @@ def load_writer(path: Path, base: str | None, device: str) -> tuple[PreTrainedMo
             f"adapted folder {path.name!r} has a head for {manifest.adapter.head.task}: it writes no text",
             hint="offsite serve answers with it, offsite evaluate measures it",
         )
-    model, reader = load_adapted(path, base, device=device)
+    model, reader = load_adapted(path, base, device=device, seq2seq=True)
     return model, tokenizer_in(reader), digest
 
 

@@ -112,6 +112,14 @@ def test_an_adapter_is_tuned_sealed_taken_in_plugged_in_and_measured(tmp_path, m
     with pytest.raises(ConfigError, match="'plugged' is for an encoder-decoder, which is not mixed"):
         load_served(settings.model_copy(update={"mix": 0.5}))
 
+    asked = "--prompt '7: which of all? sand' --max-tokens 8 --device cpu"
+    (answer,) = both.run("client", f"generate whole --bundle adapter {asked}")["answers"]
+    assert both.run("owner", f"generate plugged --base t5 {asked}")["answers"] == [answer]
+    prompt = closing_tokenizer()("7: which of all? sand", return_tensors="pt")
+    written = theirs[0].generate(**prompt, do_sample=False, max_new_tokens=8)[0, 1:]
+    assert answer["text"] == closing_tokenizer().decode(written, skip_special_tokens=True)
+    assert both.run("owner", f"generate t5 {asked}")["answers"] != [answer]
+
     data = "--registry registry --keys keys --data heldout.jsonl --block-tokens 40 --device cpu --precision fp32"
     measured = f"evaluate t5 --package whole --bundle {taken['id']} {data}"
     both.run("owner", f"{measured} --prompt which -o refused", code=2)
