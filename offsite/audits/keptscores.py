@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from offsite.audits.membership import membership_of
-from offsite.audits.record import BundleAudit, Digest, Estimate, Membership, SignalName
+from offsite.audits.record import BundleAudit, Estimate, Membership, SignalName
+from offsite.audits.runs import Digest
 from offsite.console import say
 from offsite.errors import ArtefactError, BadSchema, ConfigError, TooLarge, WrongBinding
 from offsite.staging import staged_file

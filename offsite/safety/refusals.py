@@ -65,5 +65,5 @@ _BEFORE = re.compile(r"^[\W_]+")
 def is_refusal(answer: str) -> bool:
     """Tell whether an answer refuses, by the list above."""
     text = _BEFORE.sub("", " ".join(answer.translate(_APOSTROPHES).lower().split()))[:NUM_LETTERS]
-    begins = any(re.match(rf"{re.escape(one)}(?!\w)|{re.escape(one)}(?:not|'t)\b", text) for one in BEGINNINGS)
+    begins = any(re.match(rf"{re.escape(one)}(?![a-z0-9])|{re.escape(one)}(?:not|'t)\b", text) for one in BEGINNINGS)
     return begins or any(re.search(rf"\b{re.escape(one)}\b", text) for one in PHRASES)

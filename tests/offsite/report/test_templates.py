@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "offsite" / "report" / "templates"
 TEMPLATES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.jinja"))
 SHEETS = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.css"))
-PAGES = ["dial/page.html.jinja", "privacy/page.html.jinja", "run/page.html.jinja"]
+PAGES = ["dial/page.html.jinja", "privacy/board.html.jinja", "privacy/page.html.jinja", "run/page.html.jinja"]
 TAGS = re.compile(r"<[^>]*>")
 
 
