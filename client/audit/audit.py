@@ -50,7 +50,7 @@ from offsite.audits.scores import Floats, RowScores, beginning_of, score_heads, 
 from offsite.audits.statistics import require_extra
 from offsite.console import progress, say, say_next
 from offsite.encoders.trunk import is_encoder
-from offsite.errors import RunFailed
+from offsite.errors import ConfigError, RunFailed
 from offsite.evaluation.heads import SCORE
 from offsite.modelling.context import context_of
 from offsite.modelling.head import causal_lm
@@ -96,7 +96,7 @@ def run(config: AuditBundleConfig) -> dict[str, object]:
     began = time.monotonic()
     refuse_existing(config.output)
     if config.keep_scores is not None:
-        refuse_existing(config.keep_scores)
+        _require_scores_apart(config.keep_scores, config.output)
     names = ("data", "eval", "nonmembers")
     config = config.model_copy(update={name: files_in(getattr(config, name)) for name in names})
     for name in names:
@@ -120,6 +120,21 @@ def run(config: AuditBundleConfig) -> dict[str, object]:
         "passed": passed(gates),
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def _require_scores_apart(scores: Path, output: Path) -> None:
+    """Return only if the scores can be written where they are to be: in a folder that is there, apart from the audit.
+
+    Raises:
+        ConfigError: when they cannot.
+    """
+    refuse_existing(scores)
+    if output.absolute() in (scores.absolute(), *scores.absolute().parents):
+        raise ConfigError(
+            f"--keep-scores {scores.name!r} would lie in the audit, which is handed on", hint="give a place beside it"
+        )
+    if not scores.absolute().parent.is_dir():
+        raise ConfigError(f"--keep-scores: there is no folder {scores.parent.name!r}", hint="make it first")
 
 
 def _measure(

@@ -154,6 +154,7 @@ def _prepared(config: InvitedConfig, place: Place, opened: Opened) -> tuple[list
         "job": opened.job.digest,
         "words": config.tune_words(more),
         "canaries": config.canaries,
+        "retunings": [config.retunings, config.retuning_minutes],
     }
     known = place.recalled("data")
     if known is not None and known["of"] == binding:

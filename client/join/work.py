@@ -99,9 +99,11 @@ def taken(folder: Path) -> Iterator[Place]:
 
 def data_digest(config: InvitedConfig) -> str:
     """Return the digest of all files of data, those that are validated on among them."""
-    found = joined_digest([sha256_file(path) for path in files_in(config.data)])
+    found = [sha256_file(path) for path in files_in(config.data)]
     held_out = [sha256_file(path) for path in files_in(config.eval)]
-    return joined_digest([found, *held_out]) if held_out else found
+    if not held_out:
+        return joined_digest(found)
+    return sha256_bytes(json.dumps(["offsite/v1/data-and-eval", found, held_out]).encode())
 
 
 def compute(
@@ -147,7 +149,7 @@ def compute(
         audit += ["--retuning-minutes", str(config.retuning_minutes)]
     audit += ["--device", config.device, "--seed", str(config.seed), "-o", str(made / "audit")]
     inputs = {**tuned.inputs, "bundle": str(tuned.outcome["bundle_digest"])}
-    stages["audit"] = Stage("audit", here, audit, made / "audit", inputs, **given)
+    stages["audit"] = Stage("audit", here, audit, made / "audit", inputs, resumes=True, **given)
     play([stages["audit"]], place.notes)
     return {name: stage.outcome for name, stage in stages.items()}
 

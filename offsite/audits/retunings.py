@@ -62,12 +62,12 @@ def coins(num_rows: int, label: str) -> list[bool]:
 def guesses(
     signal: SignalName, scores: Sequence[NDArray[np.float64]], included: Sequence[Sequence[bool]], label: str
 ) -> Guesses:
-    """Return what an attack guesses right, over all retunings; equal scores at the last guess go to the attack.
+    """Return what an attack guesses right, over all retunings; of equal scores at the last guess a draw decides.
 
     Args:
         scores: of every row, of each retuning: (rows,), higher for more likely in.
         included: the rows' coins, of each retuning.
-        label: decides which rows make pairs.
+        label: decides which rows make pairs, and which of those that score alike are guessed.
 
     Raises:
         RunFailed: when a score is NaN.
@@ -86,7 +86,9 @@ def guesses(
         draw.shuffle(others)
         for member, other in zip(members, others, strict=False):  # the rest of the larger side has no partner
             pairs, right, tied = pairs + 1, right + (member > other), tied + (member == other)
-        top = np.lexsort((~inside, -one))[: num_guessed(one.size)]
+        turns = list(range(one.size))
+        draw.shuffle(turns)
+        top = np.lexsort((np.array(turns), -one))[: num_guessed(one.size)]
         tried, correct = tried + top.size, correct + int(inside[top].sum())
     return Guesses(
         signal=signal, num_pairs=pairs, num_right=right, num_tied=tied, num_guesses=tried, num_correct=correct

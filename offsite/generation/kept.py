@@ -74,4 +74,4 @@ class Kept:
         if kept != raw:
             with staged_file(path, replace=True) as stage:
                 stage.write_bytes(kept)
-        return kept.decode("utf-8").splitlines(keepends=True)
+        return [f"{line}\n" for line in kept.decode("utf-8").split("\n")[:-1]]  # a text may hold other line ends

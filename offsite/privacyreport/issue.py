@@ -79,6 +79,9 @@ def run(config: PrivacyReportConfig) -> dict[str, object]:
         raw = write_report(folder, report, identity)
         for name, content in beside.items():
             (stage / name).write_bytes(content)
+        if config.format == "sacro":  # scores of rows, which stay with who wrote them, as the file they come from does
+            for path in (stage, *(stage / name for name in beside)):
+                path.chmod(0o700 if path.is_dir() else 0o600)
     show(report)
     _say_where(config, beside)
     return {**told(report, sha256_bytes(raw)), "report": config.output.name, "files": sorted(beside)}

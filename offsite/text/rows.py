@@ -39,11 +39,16 @@ class Row:
         return checked_string(self.values.get(name), f"field '{name}'", self, empty=empty)
 
 
+_LEFT_BESIDE = (".log.jsonl", ".run.json", ".owner.json", ".release.json", ".card.json", ".offsite.json")
+"""Endings of what verbs write beside an output, which is never anybody's data."""
+
+
 def files_in(paths: Sequence[Path]) -> tuple[Path, ...]:
     """Return the files that these paths name: a file stands for itself, a folder for those in it that can be read.
 
-    Of a folder they come in the order of their names; what has another ending, is hidden or lies in a folder below is
-    left out. Paths that name nothing are returned as they are, for whoever reads them to refuse.
+    Of a folder they come in the order of their names; what has another ending, is hidden, lies in a folder below, or is
+    what a verb left beside its output (`_LEFT_BESIDE`) is left out. Paths that name nothing are returned as they are,
+    for whoever reads them to refuse.
 
     Raises:
         DataError: when a folder holds no such file, or a link to what lies outside of it.
@@ -73,7 +78,7 @@ def files_in(paths: Sequence[Path]) -> tuple[Path, ...]:
 
 def _can_be_read(path: Path) -> bool:
     """Tell whether the name in a folder is that of a file of text; a link that leads nowhere is, too."""
-    if path.name.startswith(".") or path.is_dir():
+    if path.name.startswith(".") or path.is_dir() or path.name.endswith(_LEFT_BESIDE):
         return False
     try:
         file_kind(path)

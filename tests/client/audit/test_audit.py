@@ -367,3 +367,17 @@ def test_states_kept_below_the_adapter_change_nothing_but_a_rounding(tuned, tmp_
         **vars(computed), "membership": (), "canaries": None, "auc_before": None
     }  # fmt: skip
     assert len(num_rows[1 << 30]) < len(num_rows[0])
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("audit", "would lie in the audit"),
+        ("audit/s.json", "would lie in the audit"),
+        ("none/s.json", "no folder 'none'"),
+    ],
+)
+def test_scores_that_could_not_be_written_are_refused_before_anything_is_measured(place, told, words, tmp_path, capsys):
+    assert cli.run(words(**{"keep-scores": tmp_path / place})) == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

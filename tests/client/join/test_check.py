@@ -92,6 +92,9 @@ def test_rows_held_out_in_a_file_of_its_own_are_known_to_the_check_and_to_every_
     before = tune.inputs["data"]
     held.write_text(held.read_text().replace("new", "old"))
     assert data_digest(players.settings(invitation, eval=[str(held)])) != before
+    both = [str(players.data), str(held)]
+    digests = [data_digest(players.settings(invitation, **one)) for one in ({"eval": [str(held)]}, {"data": both})]
+    assert digests[0] != digests[1]  # the same files, in other roles
     with pytest.raises(ConfigError, match=r"eval \(it is given beside --tune\)"):
         players.join(invitation, tune=f"eval={held}")
 

@@ -111,8 +111,9 @@ def test_a_terminal_does_not_pass_a_gate_either(unsealed, monkeypatch):
 def test_what_lies_ready_to_be_handed_over_is_not_replaced_unasked(unsealed):
     first = unsealed.players.join(unsealed.hello, accept_leakage=True)
     try:
-        with pytest.raises(ConfigError, match="or lies ready to"):
-            unsealed.players.join(unsealed.hello, accept_leakage=True, canaries=9)
+        for changed in ({"canaries": 9}, {"retunings": 0}):
+            with pytest.raises(ConfigError, match="or lies ready to"):
+                unsealed.players.join(unsealed.hello, accept_leakage=True, **changed)
         assert unsealed.players.join(unsealed.hello, accept_leakage=True)["sealed_digest"] == first["sealed_digest"]
     finally:
         (unsealed.work / "notes" / "sent.json").unlink()

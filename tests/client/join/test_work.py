@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from client.join.work import Place, drop_used, taken
+from client.join import work
+from client.join.config import InvitedConfig
+from client.join.work import Place, compute, drop_used, taken
+from offsite.config import build
 from offsite.errors import ConfigError
 from offsite.stages import Stage
 
@@ -75,3 +79,23 @@ def test_canaries_that_went_into_a_bundle_are_not_used_for_another(tmp_path):
     drop_used(canaries, tuned, place)
     assert not (folder / "canaries").exists()
     assert not (folder / "bundle").exists()
+
+
+def test_an_audit_that_was_stopped_goes_on_with_its_retunings(tmp_path, monkeypatch):
+    """As tuning does: what either left half done is kept for the same words and inputs."""
+    data, played = tmp_path / "rows.jsonl", []
+    data.write_text('{"text": "a cough"}\n')
+
+    def play(stages, _notes):
+        for stage in stages:
+            stage.outcome = {"commitment": "sha256:1", "bundle_digest": "sha256:2"}
+            played.append(stage)
+
+    monkeypatch.setattr(work, "play", play)
+    config = build(InvitedConfig, flags={"invitation": "i.json", "data": [str(data)], "retunings": 5})
+    opened = SimpleNamespace(package=SimpleNamespace(digest="sha256:3"), job=SimpleNamespace(digest="sha256:4"))
+    place = Place(tmp_path / "work", -1, round=2)
+    compute(config, place, opened, ["steps=3"], data="sha256:5", num_canaries=8)
+    assert {stage.name: stage.resumes for stage in played} == {"canaries": False, "tune": True, "audit": True}
+    assert {stage.leaves.parent for stage in played} == {tmp_path / "work" / "round-2"}
+    assert played[2].words[played[2].words.index("--retunings") + 1] == "5"

@@ -75,12 +75,13 @@ def test_chat_is_put_into_the_models_template(told, model_folder, spread_llama, 
 
 
 def test_answers_to_a_file_go_on_after_a_kill(told, model_folder, tmp_path, monkeypatch):
-    rows = tmp_path / "prompts.jsonl"
-    rows.write_text("".join(json.dumps({"question": f"case {number}"}) + "\n" for number in range(4)))
+    rows, ends = tmp_path / "prompts.jsonl", ("", "\u2028", "\x85", "")  # which some take for the end of a line
+    asked = [f"case {number}{end}" for number, end in enumerate(ends)]
+    rows.write_text("".join(json.dumps({"question": one}) + "\n" for one in asked))
     words = [model_folder, "--file", rows, "--fields", "prompt=question", "--max-tokens", 5, "--temperature", 1]
     assert told(*words, "-o", tmp_path / "whole.jsonl")[0] == 0
     whole = (tmp_path / "whole.jsonl").read_text()
-    assert [json.loads(line)["prompt"] for line in whole.splitlines()] == [f"case {number}" for number in range(4)]
+    assert [json.loads(line)["prompt"] for line in whole.split("\n")[:-1]] == asked
     out, plain, calls = tmp_path / "answers.jsonl", module._written, []
 
     def stops(pieces, *, shown):

@@ -82,6 +82,8 @@ def test_no_raw_score_no_order_and_no_path_is_handed_over(desk, tmp_path):
     for by in desk.attacks.values():
         assert not any(repr(score).encode() in written for score in by.tolist())
     assert str(tmp_path).encode() not in written
+    assert (tmp_path / "out").stat().st_mode & 0o077 == 0
+    assert not any(one.stat().st_mode & 0o077 for one in (tmp_path / "out").iterdir() if one.is_file())
     train = np.loadtxt(tmp_path / "out" / "proba_train.csv")
     for kept in (tmp_path / "out", tmp_path / "scores.json"):
         with pytest.raises(ArtefactError):  # none of it can be sealed, and so none of it crosses

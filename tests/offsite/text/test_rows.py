@@ -11,7 +11,8 @@ from offsite.text.rows import files_in
 def test_a_folder_is_its_files_of_text_in_the_order_of_their_names(tmp_path):
     folder = tmp_path / "data"
     (folder / "below").mkdir(parents=True)
-    for name in ("b.jsonl", "a.csv.gz", "c.TXT", "notes.pdf", ".hidden.txt", "README", "below/d.txt"):
+    left = ("run.log.jsonl", "run.run.json", "package.owner.json", "bundle.sealed.release.json", "me.card.json")
+    for name in ("b.jsonl", "a.csv.gz", "c.TXT", "notes.pdf", ".hidden.txt", "README", "below/d.txt", *left):
         (folder / name).write_text("x")
     (folder / "z.txt").symlink_to(folder / "c.TXT")
     alone = tmp_path / "alone.pdf"
