@@ -27,7 +27,7 @@ from server.dashboard.measured import (
     gate_fact,
     gives_away,
     membership_table,
-    results_table,
+    results_tables,
     update_figures,
 )
 from server.dashboard.shapes import (
@@ -239,7 +239,8 @@ class Views:
     def _measured(self, entry: Entry) -> list[Measured]:
         if entry.bundle_digest is None:
             return []
-        return [results_table(name, found) for name, found in self._shelf.results(entry.bundle_digest)]
+        found = self._shelf.results(entry.bundle_digest)
+        return [table for name, results in found for table in results_tables(name, results)]
 
     def _report_of(self, entry: Entry, now: int) -> tuple[PrivacyReport | None, str]:
         """Return the verified privacy report of this very bundle, if one is here, and whose it is."""
