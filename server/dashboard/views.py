@@ -76,6 +76,16 @@ CHECKS = (
 )
 """What intake has checked of whatever is verified, in its order (``server/registry/verify.py``)."""
 
+ATTESTATIONS = {
+    "none": ("none", "Signatures show whose keys were used, not on which machine, nor by which program."),
+    "tpm2-quote": (
+        "a TPM's quote, not verified here",
+        "It is about this very report. It counts once you hold it against a policy: "
+        "offsite report verify REPORT --attestation-policy FILE",
+    ),
+}
+"""What a report states of the machine that issued it, by kind, and what that means."""
+
 
 class Views:
     """Makes what pages show, of an open registry and the project's folders; changes nothing."""
@@ -400,6 +410,7 @@ class Views:
                  "Signed by these keys; signatures, verdicts and figures were worked out again here."),
             Fact("of", utc(report.created)),
             Fact("about bundle", about or "none that is here"),
+            Fact("attestation", *ATTESTATIONS["none" if report.attestation is None else report.attestation.kind]),
             Fact("gates", f"{len(report.gates.every)}: {len(failed)} failed, {len(open_)} could not be measured",
                  "Each gate is a limit; the page of the bundle lists them."),
         ]  # fmt: skip
