@@ -83,6 +83,7 @@ class VerbConfig(BaseModel):
     )
     verb: ClassVar[str]
     project_table: ClassVar[str] = ""
+    project_begins: ClassVar[str] = ""
 
 
 Config = TypeVar("Config", bound=VerbConfig)
@@ -125,7 +126,19 @@ def build(
     try:
         return cls.model_validate_json(text)
     except ValidationError as error:
+        _require_project(cls, error)
         raise ConfigError(_all_problems(cls, error), hint=_hint(cls)) from None
+
+
+def _require_project(cls: type[VerbConfig], error: ValidationError) -> None:
+    """Return unless all that is wrong is what the project's table would hold, and there is none."""
+    is_missing = all(item["type"] == "missing" for item in error.errors(include_url=False))
+    if cls.project_begins and is_missing and not project_table(cls.project_table)[1]:
+        raise ConfigError(
+            f"there is no {cls.project_table}'s project here: no {PROJECT_NAME} with [{cls.project_table}] in this "
+            "folder or above it",
+            hint=f"{cls.project_begins} makes one here; or cd to the folder that has one",
+        )
 
 
 def _take_from_project(cls: type[BaseModel], values: dict[str, Any]) -> None:

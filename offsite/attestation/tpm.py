@@ -77,6 +77,11 @@ class _Reader:
             raise BadSchema(f"{self.what}: {len(self.rest)} byte(s) after its end")
 
 
+def is_made_by_tpm(raw: bytes) -> bool:
+    """Whether the bytes begin as what a TPM made itself, which TPMS_ATTEST does and its signature does not."""
+    return raw[:4] == _MAGIC.to_bytes(4, "big")
+
+
 def read_quote(raw: bytes) -> Quote:
     """Return what the bytes of TPMS_ATTEST say. Nothing is verified.
 

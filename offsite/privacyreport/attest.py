@@ -12,9 +12,10 @@ from pathlib import Path
 
 from offsite.attestation.evidence import MOST_BYTES, TpmQuote, quoted
 from offsite.attestation.policy import require_bound
+from offsite.attestation.tpm import is_made_by_tpm
 from offsite.console import say
 from offsite.digests import sha256_bytes
-from offsite.errors import ConfigError, WrongBinding
+from offsite.errors import BadSchema, ConfigError, WrongBinding
 from offsite.keys.files import read_limited
 from offsite.keys.identity import open_identity
 from offsite.privacyreport.config import ReportAttestConfig, ReportVerifyConfig
@@ -59,6 +60,9 @@ def _quote(attest: Path, signature: Path) -> TpmQuote:
     for path in (attest, signature):
         if not path.is_file():
             raise ConfigError(f"no file named {path.name!r}", hint="tpm2_quote -m and -s write the two")
-    return quoted(
-        read_limited(attest, MOST_BYTES, what="quote"), read_limited(signature, MOST_BYTES, what="quote's signature")
-    )
+    quote = read_limited(attest, MOST_BYTES, what="quote")
+    signed = read_limited(signature, MOST_BYTES, what="quote's signature")
+    if not is_made_by_tpm(quote):
+        swapped = "are --quote and --quote-signature swapped?" if is_made_by_tpm(signed) else "tpm2_quote -m writes it"
+        raise BadSchema("quote: does not begin as what a TPM made itself", hint=swapped)
+    return quoted(quote, signed)

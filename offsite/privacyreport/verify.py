@@ -26,7 +26,7 @@ from offsite.keys.identity import CARD_LIMIT_BYTES, CARD_NAME, PublicKeys, read_
 from offsite.keys.trust import MAX_SKEW_SECONDS, Peer, TrustStore
 from offsite.privacyreport.board import board
 from offsite.privacyreport.config import ReportVerifyConfig
-from offsite.privacyreport.issue import show, told
+from offsite.privacyreport.issue import REPORT_FOLDER, show, told
 from offsite.privacyreport.page import page
 from offsite.privacyreport.recompute import Recomputed, recompute, require_claim, require_same
 from offsite.privacyreport.record import (
@@ -113,6 +113,12 @@ def _names(folder: Path) -> set[str]:
             hint=f"open it first: offsite open {shlex.quote(folder.name)} -o NEW-FOLDER",
         )
     names = names_in(folder)
+    if REPORT_NAME not in names and (folder / REPORT_FOLDER / REPORT_NAME).is_file():
+        inner = Path(folder.name) / REPORT_FOLDER
+        raise WrongNames(
+            f"{folder.name!r} is no report; the signed one lies in it",
+            hint=f"offsite report verify {shlex.quote(str(inner))}",
+        )
     if extra := names - LIMITS_BYTES.keys():
         raise WrongNames(
             f"{folder.name!r}: no signature of the report covers {listed(extra)}",

@@ -37,6 +37,7 @@ class OwnerUpConfig(AddressSettings, ServeExchangeConfig):
 
     verb: ClassVar[str] = "owner up"
     project_table: ClassVar[str] = "owner"
+    project_begins: ClassVar[str] = "offsite owner init MODEL"
 
     model: str = Field("", description="the full model, for commands that are shown", json_schema_extra=USUAL)
     home: Path = Field(

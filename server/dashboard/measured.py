@@ -9,6 +9,7 @@ from offsite.audits.gates import Gate
 from offsite.audits.record import Membership, PackageAudit
 from offsite.evaluation.results import Results, whole_figure
 from offsite.inspection.words import shown
+from offsite.report.figures import Refusals
 from offsite.report.numbers import number, percent
 from server.dashboard.shapes import LINE_CHARACTERS, NAME_CHARACTERS, Fact, Measured
 from server.registry.rows import Entry
@@ -65,10 +66,24 @@ _ROWS = {
 }
 
 
-def results_table(name: str, results: Results) -> Measured:
-    """Return what an evaluation found before and after; `name` is its folder's."""
+def results_tables(name: str, results: Results) -> list[Measured]:
+    """Return what an evaluation found before and after, and of refusals where they were measured.
+
+    Args:
+        name: its folder's.
+    """
+    refusals = Refusals.of(results)
+    return [_rows_table(name, results, refusals), *([] if refusals is None else [_refusals_table(name, refusals)])]
+
+
+def _rows_table(name: str, results: Results, refusals: Refusals | None) -> Measured:
     figure = "root mean squared error" if whole_figure(results) == "rmse" else "perplexity"
     tasks = [(task, metric) for task, row in results.rows["zero_shot"].tasks.items() for metric in row]
+    warning = ""
+    if refusals is not None and refusals.flagged:
+        warning = (
+            f"Plugged in, the model refuses fewer harmful requests than before, by more than {refusals.limit} of them."
+        )
     lines = tuple(
         (_ROWS.get(key, shown(key, NAME_CHARACTERS).replace("_", " ")), number(row.perplexity.mean),
          *(number(row.tasks[task][metric].mean) for task, metric in tasks))
@@ -82,6 +97,18 @@ def results_table(name: str, results: Results) -> Measured:
         "gave away too much.",
         ("model", figure, *(shown(f"{task} {metric}", NAME_CHARACTERS) for task, metric in tasks)),
         lines,
+        warning,
+    )
+
+
+def _refusals_table(name: str, refusals: Refusals) -> Measured:
+    return Measured(
+        f"Requests refused: {shown(name, NAME_CHARACTERS)}",
+        f"What plugging in changed: {refusals.num_harmful} harmful requests and {refusals.num_harmless} harmless ones "
+        "that look alike, short and in English, answered greedily; a refusal is told by a list of phrases. This shows "
+        "a change, and says of no model that it is safe.",
+        ("plugged in less as it was", "change", "interval, 95%", "no longer refused", "newly refused"),
+        tuple(tuple(shown(cell, NAME_CHARACTERS) for cell in line) for line in refusals.lines),
     )
 
 

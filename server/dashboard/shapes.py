@@ -63,12 +63,13 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Measured:
-    """A table of figures: its title, a sentence on it, columns and lines."""
+    """A table of figures: its title, a sentence on it, columns and lines, and what has to be read before them."""
 
     title: str
     about: str
     columns: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
+    warning: str = ""
 
 
 @dataclass(frozen=True)

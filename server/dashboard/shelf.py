@@ -1,8 +1,8 @@
 """What lies in the project's folders: packages, jobs, audits, results, adapted folders, reports, invitations.
 
 Things are told by their content, as ``offsite inspect`` tells them, one level deep in the project's folder and beside
-the packages that the registry knows. What is unsound is left out: inspecting it says why. No path comes from a request:
-things are found by digest.
+the packages that the registry knows; a privacy report also in a folder that holds it beside what stays here. What is
+unsound is left out: inspecting it says why. No path comes from a request: things are found by digest.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from offsite.errors import OffsiteError
 from offsite.evaluation.results import Results, read_results
 from offsite.folders import read_plain
 from offsite.inspection.inspect import recognise
+from offsite.keys.identity import CARD_NAME
 from offsite.keys.trust import TRUST_NAME
 from offsite.privacyreport.config import ReportVerifyConfig
+from offsite.privacyreport.issue import REPORT_FOLDER
 from offsite.privacyreport.record import PrivacyReport
 from offsite.privacyreport.verify import verify
 from offsite.sealed.invitation import INVITATION_LIMIT_BYTES, Invited, parse_invitation
@@ -36,6 +38,9 @@ from server.plugging.adapted import ADAPTED_FORMAT, AdaptedManifest
 WITHDRAWAL_END = ".withdrawal.json"
 
 _MAX_ENTRIES = 500
+_VERIFIED_SECONDS = 300
+
+_Stamp = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Shelf:
     def __init__(self, home: Path, keys: Path, packages: Callable[[], list[Path]]) -> None:
         self._home, self._keys, self._packages = home, keys, packages
         self._kinds: dict[Path, tuple[tuple[int, int], str]] = {}
-        self._reports: dict[Path, tuple[tuple[int, ...], HeldReport]] = {}
+        self._reports: dict[Path, tuple[_Stamp, int, HeldReport]] = {}
 
     @property
     def invitations_folder(self) -> Path:
@@ -158,25 +163,38 @@ class Shelf:
     def reports(self, now: int) -> list[HeldReport]:
         """Return the privacy reports, each verified as ``offsite report verify`` does.
 
-        That is done once, as long as the report and the pinned cards stay as they are.
+        A verdict is kept for a few minutes, since cards end, as long as no file of the report and no card changes.
         """
+        cards = (_stamp(self._keys / TRUST_NAME), _stamp(self._keys / CARD_NAME))  # whom it counts from may change
         found = []
-        for path in self._of("privacy report"):
-            stamp = (*_stamp(path / "report.json"), *_stamp(self._keys / TRUST_NAME))  # whom it counts from may change
+        for path, name in self._report_folders().items():
+            stamp = (*cards, *_stamps_in(path))
             known = self._reports.get(path)
-            if known is None or known[0] != stamp:
-                known = (stamp, self._verified(path, now))
+            if known is None or known[0] != stamp or not 0 <= now - known[1] < _VERIFIED_SECONDS:
+                known = (stamp, now, self._verified(path, name, now))
                 self._reports[path] = known
-            found.append(known[1])
+            found.append(known[2])
         return found
 
-    def _verified(self, path: Path, now: int) -> HeldReport:
+    def _report_folders(self) -> dict[Path, str]:
+        """Return the folders of privacy reports with a name for each; a folder that has others in it holds one, too."""
+        found = {}
+        for path in self._paths():
+            inner = path / REPORT_FOLDER
+            kind = self._kind(path)
+            if kind == "privacy report":
+                found[path] = path.name
+            elif not kind and not inner.is_symlink() and self._kind(inner) == "privacy report":
+                found.setdefault(inner, f"{path.name}/{REPORT_FOLDER}")
+        return found
+
+    def _verified(self, path: Path, name: str, now: int) -> HeldReport:
         try:
             with muted():
                 report, _ = verify(ReportVerifyConfig(report=path, keys=self._keys), now=now)
         except OffsiteError as error:
-            return HeldReport(path.name, None, f"{type(error).__name__}: {error}")
-        return HeldReport(path.name, report)
+            return HeldReport(name, None, f"{type(error).__name__}: {error}")
+        return HeldReport(name, report)
 
     def invitations(self) -> list[tuple[Path, Invited]]:
         """Return file and content of the invitations, the latest first."""
@@ -253,3 +271,15 @@ def _stamp(path: Path) -> tuple[int, int]:
     except OSError:
         return (0, 0)
     return (found.st_mtime_ns, found.st_ino)
+
+
+def _stamps_in(folder: Path) -> Iterator[_Stamp]:
+    """Yield what changes when the folder or one of its files does; the time of the last change cannot be set back."""
+    yield (".", *_stamp(folder))
+    try:
+        with os.scandir(folder) as entries:
+            files = sorted((entry.name, entry.stat(follow_symlinks=False)) for entry in islice(entries, _MAX_ENTRIES))
+    except OSError:
+        return
+    for name, file in files:
+        yield (name, file.st_size, file.st_mtime_ns, file.st_ctime_ns, file.st_ino)

@@ -27,7 +27,7 @@ from server.dashboard.measured import (
     gate_fact,
     gives_away,
     membership_table,
-    results_table,
+    results_tables,
     update_figures,
 )
 from server.dashboard.shapes import (
@@ -75,6 +75,16 @@ CHECKS = (
     "every number is finite, and no module's update is over the job's caps",
 )
 """What intake has checked of whatever is verified, in its order (``server/registry/verify.py``)."""
+
+ATTESTATIONS = {
+    "none": ("none", "Signatures show whose keys were used, not on which machine, nor by which program."),
+    "tpm2-quote": (
+        "a TPM's quote, not verified here",
+        "It is about this very report. It counts once you hold it against a policy: "
+        "offsite report verify REPORT --attestation-policy FILE",
+    ),
+}
+"""What a report states of the machine that issued it, by kind, and what that means."""
 
 
 class Views:
@@ -239,7 +249,8 @@ class Views:
     def _measured(self, entry: Entry) -> list[Measured]:
         if entry.bundle_digest is None:
             return []
-        return [results_table(name, found) for name, found in self._shelf.results(entry.bundle_digest)]
+        found = self._shelf.results(entry.bundle_digest)
+        return [table for name, results in found for table in results_tables(name, results)]
 
     def _report_of(self, entry: Entry, now: int) -> tuple[PrivacyReport | None, str]:
         """Return the verified privacy report of this very bundle, if one is here, and whose it is."""
@@ -399,6 +410,7 @@ class Views:
                  "Signed by these keys; signatures, verdicts and figures were worked out again here."),
             Fact("of", utc(report.created)),
             Fact("about bundle", about or "none that is here"),
+            Fact("attestation", *ATTESTATIONS["none" if report.attestation is None else report.attestation.kind]),
             Fact("gates", f"{len(report.gates.every)}: {len(failed)} failed, {len(open_)} could not be measured",
                  "Each gate is a limit; the page of the bundle lists them."),
         ]  # fmt: skip

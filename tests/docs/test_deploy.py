@@ -52,6 +52,17 @@ def test_services_can_do_no_more_than_they_need():
         assert {"NoNewPrivileges=yes", "ProtectSystem=strict", "UMask=0077"} <= set(unit.read_text().splitlines())
 
 
+def test_the_exchange_can_write_its_registry_and_keys_and_not_its_own_program():
+    stated = [
+        line.split("=", 1) for line in (DEPLOY / "offsite-exchange.service").read_text().splitlines() if "=" in line
+    ]
+    (start,) = [shlex.split(value) for name, value in stated if name == "ExecStart"]
+    (home,) = [Path(value) for name, value in stated if name == "WorkingDirectory"]
+    written = [Path(path) for name, value in stated if name == "ReadWritePaths" for path in value.split()]
+    assert sorted(written) == sorted(home / start[start.index(flag) + 1] for flag in ("--registry", "--keys"))
+    assert not any(Path(start[0]).is_relative_to(path) for path in written)
+
+
 def test_a_linter_finds_nothing_in_the_recipe():
     linter = Path(sys.executable).with_name("hadolint")
     done = subprocess.run([linter, DEPLOY / "Containerfile"], capture_output=True, text=True)

@@ -131,6 +131,18 @@ def test_a_report_with_a_quote_does_not_say_that_there_is_none(desk, tmp_path):
     assert "non_claims is not what follows" in desk(*VERIFY, "report", flags=keys(desk.owner), code=3)
 
 
+def test_a_quote_and_its_signature_that_were_swapped_are_told_apart(desk, tmp_path):
+    quote_for(desk, tmp_path)
+    swapped = ("--quote", "quote.sig", "--quote-signature", "quote.msg", "-o", "attested")
+    err = desk("report", "attest", "report", *swapped, flags=desk.client.flags, code=3)
+    assert "does not begin as what a TPM made itself" in err
+    assert "are --quote and --quote-signature swapped?" in err
+    (tmp_path / "quote.msg").write_bytes(b"{}")
+    err = desk("report", "attest", "report", *swapped, flags=desk.client.flags, code=3)
+    assert "swapped" not in err
+    assert not (tmp_path / "attested").exists()
+
+
 def test_only_the_issuer_adds_to_its_report_and_all_parts_are_given(desk, tmp_path):
     words = quote_for(desk, tmp_path)
     assert "not the keys that signed" in desk("report", "attest", "report", *words, flags=desk.owner.flags, code=3)

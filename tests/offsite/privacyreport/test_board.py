@@ -119,6 +119,8 @@ def test_the_verb_writes_it_and_a_verifier_makes_the_same(parties, tmp_path, cap
     assert cli.run(verify) == 0
     assert again.read_bytes() == (tmp_path / "out" / "board.html").read_bytes()
     again.unlink()
+    assert cli.run(["report", "verify", str(tmp_path / "out"), "--keys", str(owner.keys)]) == 3
+    assert "offsite report verify out/report" in capsys.readouterr().err, "where the signed one lies"
     report = tmp_path / "out" / "report" / "report.json"
     report.write_bytes(report.read_bytes().replace(b"NOT DIFFERENTIALLY", b"DIFFERENTIALLY"))
     assert cli.run(verify) == 3

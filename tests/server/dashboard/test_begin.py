@@ -114,3 +114,17 @@ def test_a_table_that_says_something_else_is_refused(lines, told, tmp_path, monk
     (tmp_path / "offsite.toml").write_text(f'keys = "keys"\nregistry = "registry"\n{lines}')
     assert cli.run(["owner", "up"]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_up_without_a_project_says_how_one_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for stated in (None, 'keys = "keys"\n'):  # none, and a client's
+        if stated is not None:
+            (tmp_path / "offsite.toml").write_text(stated)
+        assert cli.run(["owner", "up"]) == 2
+        line, hint = capsys.readouterr().err.splitlines()
+        assert "there is no owner's project here" in line
+        assert "--registry" not in line
+        assert "offsite owner init MODEL" in hint
+    assert cli.run(["owner", "up", "--port", "nought"]) == 2
+    assert "--port: " in capsys.readouterr().err
