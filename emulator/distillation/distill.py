@@ -76,12 +76,12 @@ def run(config: DistillConfig) -> dict[str, object]:
     require_files(() if config.writes_itself else config.public)
     require_files(config.field_text)
     require_trackers(config.report_to)
+    say(f"loading {Path(config.model).name!r}")
     if is_encoder_name(config.model):
         require_no_text(config)
     _require_stacks(config)
     if config.launch > 1 and not is_launched():
         return in_processes(config)
-    say(f"loading {Path(config.model).name!r}")
     began, terms = time.monotonic(), read_terms(config.terms)
     processes = replace(world(), device=choose_device(config.device))
     if processes.is_main:  # before it writes anything there itself

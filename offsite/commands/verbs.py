@@ -367,7 +367,7 @@ HEAVY = frozenset(
             "evaluate",
         ),
         *("task baseline", "audit plugged-in", "serve", "realign", "canaries", "tune", "audit bundle"),
-        *("exchange certificate", "exchange serve", "generate", "owner init", "owner up", "withdraw"),
+        *("exchange certificate", "exchange serve", "generate", "owner up", "withdraw"),
         *("federate simulate", "federate serve", "federate join", "federate node"),
     )
 )

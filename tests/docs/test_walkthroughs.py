@@ -31,6 +31,9 @@ CARDS = "<!-- cards cross here -->"
 PAUSE = "<!-- the client's walk-through happens here -->"
 SHORTER = {
     "--steps 300": "--steps 2 --batch-size 1 --block-tokens 64 --calibration-tokens 512 --evaluation-tokens 128",
+    # of few sampled answers all may earn the same; weights of a later step than the first are looked at, too
+    "--rloo-samples 8 --steps 200": "--rloo-samples 8 --steps 4 --evaluate-every 4 --batch-size 1 --block-tokens 64 "
+    "--validation 0.002",
     "--steps 200": "--steps 2 --batch-size 1 --block-tokens 64 --validation 0.002",
     "--count 30 -o": "--count 8 --tokens 16 --secrets 2 --candidates 8 -o",
     "--canaries canaries -o audit": "--canaries canaries --rows 40 --tokens-per-row 32 --secrets-samples 2 -o audit",
