@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -62,9 +62,6 @@ from offsite.text.records import require_files
 from offsite.text.rows import files_in
 from offsite.training.devices import choose_device
 from offsite.vision.reader import ImageReader, Reader, tokenizer_in
-
-if TYPE_CHECKING:
-    pass
 
 NUM_VERBATIM = 200
 BEGINNINGS = (32, 16, 8)

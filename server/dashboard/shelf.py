@@ -17,7 +17,7 @@ from offsite.artefacts.job import OpenedJob, read_job
 from offsite.artefacts.layout import PackageManifest
 from offsite.artefacts.manifest import read_manifest
 from offsite.artefacts.package import PACKAGE_FORMAT
-from offsite.audits.record import PackageAudit, PluggedAudit, read_audit
+from offsite.audits.record import Audit, PackageAudit, PluggedAudit, read_audit
 from offsite.console import muted
 from offsite.digests import sha256_bytes
 from offsite.errors import OffsiteError
@@ -111,27 +111,27 @@ class Shelf:
 
     def audits(self, package_digest: str) -> list[tuple[str, PackageAudit]]:
         """Return name and content of the audits of that package."""
-        found = []
-        for path in self._of("audit"):
-            try:
-                audit, _ = read_audit(path)
-            except OffsiteError:
-                continue
-            if isinstance(audit, PackageAudit) and audit.package_digest == package_digest:
-                found.append((path.name, audit))
-        return found
+        return [
+            (name, audit)
+            for name, audit in self._audits()
+            if isinstance(audit, PackageAudit) and audit.package_digest == package_digest
+        ]
 
     def plugged_audits(self, bundle_digest: str) -> list[tuple[str, PluggedAudit]]:
         """Return name and content of the audits of that bundle in the full model."""
-        found = []
+        return [
+            (name, audit)
+            for name, audit in self._audits()
+            if isinstance(audit, PluggedAudit) and audit.bundle_digest == bundle_digest
+        ]
+
+    def _audits(self) -> Iterator[tuple[str, Audit]]:
         for path in self._of("audit"):
             try:
                 audit, _ = read_audit(path)
             except OffsiteError:
                 continue
-            if isinstance(audit, PluggedAudit) and audit.bundle_digest == bundle_digest:
-                found.append((path.name, audit))
-        return found
+            yield path.name, audit
 
     def results(self, bundle_digest: str) -> list[tuple[str, Results]]:
         """Return name and content of what ``offsite evaluate`` measured with that bundle."""
