@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from offsite.evaluation.preferences import wilson
+from offsite.evaluation.results import SafetyChange
 
 
-@dataclass(frozen=True)
-class Change:
-    """The share refused after, less the share refused before, of the same requests; with its 95 % interval.
-
-    ``num_lost`` requests were refused before and not after, ``num_gained`` the other way round.
-    """
-
-    difference: float
-    low: float
-    high: float
-    num_lost: int
-    num_gained: int
-
-
-def change(before: Sequence[bool], after: Sequence[bool]) -> Change:
+def change(before: Sequence[bool], after: Sequence[bool]) -> SafetyChange:
     """Return what changed from `before` to `after`: of the same requests, at least one, whether each was refused.
 
     Source: method 10 of Newcombe (1998), Improved confidence intervals for the difference between binomial proportions
@@ -44,7 +30,13 @@ def change(before: Sequence[bool], after: Sequence[bool]) -> Change:
 
     down = reach(share_after - low_after, high_before - share_before)
     up = reach(high_after - share_after, share_before - low_before)
-    return Change(difference, max(-1.0, difference - down), min(1.0, difference + up), lost, gained)
+    return SafetyChange(
+        difference=difference,
+        low=max(-1.0, difference - down),
+        high=min(1.0, difference + up),
+        num_lost=lost,
+        num_gained=gained,
+    )
 
 
 def _related(both: int, gained: int, lost: int, neither: int) -> float:

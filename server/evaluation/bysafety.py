@@ -78,7 +78,7 @@ class BySafety:
             if not label.startswith(AFTER):
                 continue
             changes[label.removeprefix(AFTER)] = {
-                kind: SafetyChange(**vars(change([before[at] for at in places], [after[at] for at in places])))
+                kind: change([before[at] for at in places], [after[at] for at in places])
                 for kind, places in ((kind, of_kind(self.requests, kind)) for kind in KINDS)
             }
         return Safety(

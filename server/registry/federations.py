@@ -16,6 +16,7 @@ from typing import Any
 
 from offsite.errors import ConfigError, Replayed
 from offsite.sealed.withdrawal import Sum
+from offsite.state.store import Store
 from server.registry.registry import Registry
 from server.registry.rows import Entry
 
@@ -155,10 +156,7 @@ class FederationStore:
 
     def finished(self) -> list[Finished]:
         """Return the finished rounds, first to last."""
-        rows = self._store.rows(
-            "SELECT round, content FROM finished WHERE federation_id = ? ORDER BY round", (self.id,)
-        )
-        return [Finished(row["round"], json.loads(row["content"])) for row in rows]
+        return _finished(self._store, self.id)
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,6 @@ def known(registry: Registry) -> list[Known]:
     found = []
     for row in registry.store.rows("SELECT * FROM federations ORDER BY begun, federation_id"):
         key = (row["federation_id"],)
-        rounds = registry.store.rows("SELECT round, content FROM finished WHERE federation_id = ? ORDER BY round", key)
         drawn = registry.store.rows("SELECT coalesce(max(round), 0) FROM drawn WHERE federation_id = ?", key)
         found.append(
             Known(
@@ -186,8 +183,13 @@ def known(registry: Registry) -> list[Known]:
                 id=row["federation_id"],
                 begun=row["begun"],
                 content=json.loads(row["content"]),
-                finished=tuple(Finished(one["round"], json.loads(one["content"])) for one in rounds),
+                finished=tuple(_finished(registry.store, row["federation_id"])),
                 last_drawn=drawn[0][0],
             )
         )
     return found
+
+
+def _finished(store: Store, federation_id: str) -> list[Finished]:
+    rows = store.rows("SELECT round, content FROM finished WHERE federation_id = ? ORDER BY round", (federation_id,))
+    return [Finished(row["round"], json.loads(row["content"])) for row in rows]
