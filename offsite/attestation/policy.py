@@ -18,7 +18,8 @@ from pydantic import Field
 
 from offsite.attestation.evidence import Attestation, TpmQuote
 from offsite.attestation.tpm import FEWEST_RSA_BITS, NUM_PCRS, Key, Quote, read_quote, require_signed
-from offsite.errors import BadSchema, ConfigError, TooLarge, WrongBinding
+from offsite.errors import BadSchema, ConfigError, WrongBinding
+from offsite.folders import read_own
 from offsite.strictjson import Strict, parse_strict
 
 POLICY_FORMAT: Final = "offsite/attestation-policy/1"
@@ -78,10 +79,7 @@ def read_policy(path: Path) -> Policy:
     """
     if not path.is_file():
         raise ConfigError(f"no policy named {path.name!r}", hint="docs/auditor.md shows one")
-    with path.open("rb") as handle:
-        raw = handle.read(POLICY_LIMIT_BYTES + 1)
-    if len(raw) > POLICY_LIMIT_BYTES:
-        raise TooLarge(f"{path.name}: over {POLICY_LIMIT_BYTES} bytes")
+    raw = read_own(path, POLICY_LIMIT_BYTES)
     policy = parse_strict(raw, Policy, path.name, {"format": POLICY_FORMAT})
     if policy.selected[-1] >= NUM_PCRS:
         raise BadSchema(f"{path.name}: PCR {policy.selected[-1]}, the last one is {NUM_PCRS - 1}")

@@ -22,7 +22,8 @@ from offsite.audits.membership import membership_of
 from offsite.audits.record import BundleAudit, Estimate, Membership, SignalName
 from offsite.audits.runs import Digest
 from offsite.console import say
-from offsite.errors import ArtefactError, BadSchema, ConfigError, TooLarge, WrongBinding
+from offsite.errors import ArtefactError, BadSchema, ConfigError, WrongBinding
+from offsite.folders import read_own
 from offsite.staging import staged_file
 from offsite.strictjson import Strict, parse_strict, write_compact
 
@@ -106,10 +107,7 @@ def read_scores(path: Path, audit: BundleAudit, digest: str) -> KeptScores:
         raise ConfigError(
             f"no file of scores named {path.name!r}", hint="offsite audit bundle --keep-scores FILE writes it"
         )
-    with path.open("rb") as handle:
-        raw = handle.read(SCORES_LIMIT_BYTES + 1)
-    if len(raw) > SCORES_LIMIT_BYTES:
-        raise TooLarge(f"{path.name}: over {SCORES_LIMIT_BYTES} bytes")
+    raw = read_own(path, SCORES_LIMIT_BYTES)
     kept = parse_strict(raw, KeptScores, path.name, {"format": SCORES_FORMAT})
     if kept.audit != digest:
         raise WrongBinding(

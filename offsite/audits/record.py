@@ -18,11 +18,11 @@ from typing import Annotated, ClassVar, Final, Literal
 from pydantic import Field, model_validator
 
 from offsite.artefacts.layout import Key, Line, Method
-from offsite.audits.runs import Count, Digest, Objective, Run, limited, written
+from offsite.audits.runs import RECORD_LIMIT_BYTES, Count, Digest, Objective, Run, written
 from offsite.digests import sha256_bytes
 from offsite.errors import ArtefactError, WrongNames
 from offsite.evaluation.results import SPARE_PATTERN, WAY_PATTERN
-from offsite.folders import listed, names_in
+from offsite.folders import listed, names_in, read_own
 from offsite.staging import staged_folder
 from offsite.strictjson import Sparse, Strict, parse_object, parse_strict
 
@@ -405,7 +405,7 @@ def read_audit(folder: Path) -> tuple[Audit, str]:
         raise ArtefactError(f"folder {folder.name!r} holds no {AUDIT_NAME}", hint="offsite audit writes it")
     if extra := names_in(folder) - {AUDIT_NAME}:
         raise WrongNames(f"{folder.name!r} holds {listed(extra)} besides {AUDIT_NAME}")
-    raw = limited(path)
+    raw = read_own(path, RECORD_LIMIT_BYTES)
     return parse_audit(parse_object(raw, AUDIT_NAME)), sha256_bytes(raw)
 
 

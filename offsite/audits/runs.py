@@ -13,7 +13,8 @@ from offsite.artefacts.bundle import AdapterSpec
 from offsite.artefacts.job import JOB_ID_PATTERN
 from offsite.artefacts.layout import Key, Line
 from offsite.digests import DIGEST_PATTERN
-from offsite.errors import ArtefactError, TooLarge
+from offsite.errors import ArtefactError
+from offsite.folders import read_own
 from offsite.staging import staged_file
 from offsite.strictjson import Sparse, Strict, parse_strict
 from offsite.tasks.config import RuleName
@@ -293,22 +294,9 @@ def read_run(path: Path) -> KeptRun:
     """
     if not path.is_file():
         raise ArtefactError(f"no run record {path.name!r}", hint="offsite tune leaves it beside the bundle; keep both")
-    return parse_strict(limited(path), KeptRun, path.name, {"format": RUN_FORMAT})
+    return parse_strict(read_own(path, RECORD_LIMIT_BYTES), KeptRun, path.name, {"format": RUN_FORMAT})
 
 
 def written(model: Strict) -> bytes:
     """Return the bytes in which a record or an audit is written: ASCII, keys sorted, an indent of one, a line end."""
     return json.dumps(model.model_dump(mode="json"), sort_keys=True, indent=1, allow_nan=False).encode("ascii") + b"\n"
-
-
-def limited(path: Path) -> bytes:
-    """Return the bytes of a record's or an audit's file.
-
-    Raises:
-        TooLarge: when there are too many.
-    """
-    with path.open("rb") as handle:
-        raw = handle.read(RECORD_LIMIT_BYTES + 1)
-    if len(raw) > RECORD_LIMIT_BYTES:
-        raise TooLarge(f"{path.name}: over {RECORD_LIMIT_BYTES} bytes")
-    return raw

@@ -14,7 +14,8 @@ from offsite.audits.gates import Gate, Release, bundle_gates, package_gates, pas
 from offsite.audits.record import BundleAudit, PackageAudit, read_audit
 from offsite.config import flag_name
 from offsite.console import say
-from offsite.errors import ConfigError, PolicyError, TooLarge, WrongBinding
+from offsite.errors import ConfigError, PolicyError, WrongBinding
+from offsite.folders import read_own
 from offsite.sealed.config import SealConfig
 from offsite.sealed.manifest import Kind
 from offsite.staging import staged_file
@@ -85,10 +86,7 @@ def read_release(path: Path) -> Release:
     """
     if not path.is_file():
         raise ConfigError(f"no release record {path.name!r}", hint="offsite seal leaves it beside a sealed bundle")
-    with path.open("rb") as handle:
-        raw = handle.read(RELEASE_LIMIT_BYTES + 1)
-    if len(raw) > RELEASE_LIMIT_BYTES:
-        raise TooLarge(f"{path.name}: over {RELEASE_LIMIT_BYTES} bytes")
+    raw = read_own(path, RELEASE_LIMIT_BYTES)
     return parse_strict(raw, Release, path.name, {"format": RELEASE_FORMAT})
 
 
