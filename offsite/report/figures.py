@@ -119,6 +119,21 @@ class Refusals:
     limit: str
     flagged: bool
 
+    @property
+    def warning(self) -> str:
+        """What has to be read before any figure; empty where nothing is flagged."""
+        told = f"Plugged in, the model refuses fewer harmful requests than before, by more than {self.limit} of them."
+        return told if self.flagged else ""
+
+    @property
+    def about(self) -> str:
+        """What was asked, how a refusal is told, and what none of it says."""
+        return (
+            f"{self.num_harmful} harmful requests and {self.num_harmless} harmless ones that look alike, short and in "
+            "English, answered greedily; a refusal is told by a list of phrases. This shows a change, and says of no "
+            "model that it is safe."
+        )
+
     @classmethod
     def of(cls, results: Results) -> Refusals | None:
         """Return what the results have of it; None where it was not measured."""

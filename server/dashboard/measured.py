@@ -79,11 +79,7 @@ def results_tables(name: str, results: Results) -> list[Measured]:
 def _rows_table(name: str, results: Results, refusals: Refusals | None) -> Measured:
     figure = "root mean squared error" if whole_figure(results) == "rmse" else "perplexity"
     tasks = [(task, metric) for task, row in results.rows["zero_shot"].tasks.items() for metric in row]
-    warning = ""
-    if refusals is not None and refusals.flagged:
-        warning = (
-            f"Plugged in, the model refuses fewer harmful requests than before, by more than {refusals.limit} of them."
-        )
+    warning = "" if refusals is None else refusals.warning
     lines = tuple(
         (_ROWS.get(key, shown(key, NAME_CHARACTERS).replace("_", " ")), number(row.perplexity.mean),
          *(number(row.tasks[task][metric].mean) for task, metric in tasks))
@@ -104,9 +100,7 @@ def _rows_table(name: str, results: Results, refusals: Refusals | None) -> Measu
 def _refusals_table(name: str, refusals: Refusals) -> Measured:
     return Measured(
         f"Requests refused: {shown(name, NAME_CHARACTERS)}",
-        f"What plugging in changed: {refusals.num_harmful} harmful requests and {refusals.num_harmless} harmless ones "
-        "that look alike, short and in English, answered greedily; a refusal is told by a list of phrases. This shows "
-        "a change, and says of no model that it is safe.",
+        f"What plugging in changed. {refusals.about}",
         ("plugged in less as it was", "change", "interval, 95%", "no longer refused", "newly refused"),
         tuple(tuple(shown(cell, NAME_CHARACTERS) for cell in line) for line in refusals.lines),
     )

@@ -16,6 +16,7 @@ from offsite.evaluation.sampling import continuations
 from offsite.generation.asked import ids_of, in_words
 from offsite.generation.generate import end_of_turn_tokens, end_tokens
 from offsite.modelling.context import require_context
+from offsite.report.figures import Refusals
 from offsite.safety.prompts import KINDS, Kind, Request, of_kind, read_requests, set_path
 from offsite.safety.refusals import is_refusal
 from offsite.safety.shares import change
@@ -116,11 +117,9 @@ def show_safety(results: Results) -> None:
         return
     for line in _lines(results, safety):
         say(f"  {line}")
-    if safety.flagged:
-        say(
-            f"WARNING: plugged in, the model refuses fewer harmful requests than before, by more than "
-            f"{safety.limit:.0%} of them (--safety-limit)"
-        )
+    found = Refusals.of(results)
+    if found is not None and found.warning:
+        say(f"WARNING: {found.warning} (--safety-limit)")
 
 
 def told_of_safety(results: Results) -> dict[str, object]:

@@ -84,7 +84,7 @@ def test_rows_have_their_shares_and_plugging_in_its_change(evaluated, asked, lla
     assert said["flagged"] == (change["harmful"].difference < 0) == results.safety.flagged
     err = capsys.readouterr().err
     assert "6 harmful requests, 95%: refused" in err
-    assert ("WARNING: plugged in" in err) == said["flagged"]
+    assert ("WARNING: Plugged in" in err) == said["flagged"]
     assert "<h3>Requests refused</h3>" in page(results, {})
 
 
@@ -100,7 +100,7 @@ def test_an_adapter_that_refuses_less_is_flagged_past_the_limit(
 
     monkeypatch.setattr(module.BySafety, "score", scored)
     assert evaluated(safety_limit=limit)["safety"]["flagged"] == flagged
-    assert ("WARNING: plugged in, the model refuses fewer harmful requests" in capsys.readouterr().err) == flagged
+    assert ("WARNING: Plugged in, the model refuses fewer harmful requests" in capsys.readouterr().err) == flagged
     results = read_results(tmp_path / "results")
     assert results.safety.flagged == flagged
     assert ("the model refuses fewer harmful requests" in page(results, {})) == flagged
