@@ -1,4 +1,4 @@
-"""``OUTPUT.work`` of answers to a file of prompts: those that are there, so that a kill loses one."""
+"""``OUTPUT.work`` of answers that are being written: those that there are already, so that a kill loses one."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _BINDING, _ANSWERS = "binding.json", "answers.jsonl"
 
 
 class Kept:
-    """Answers in the order of their prompts, a line each.
+    """Answers in the order in which they were given, a line of JSON each.
 
     Args:
         binding: what an earlier run must share with this one for its answers to be taken.
+        of: what they follow from, in words for whoever gives something else.
 
     Raises:
         ConfigError: when the folder holds answers of another run.
     """
 
-    def __init__(self, folder: Path, binding: Mapping[str, object]) -> None:
+    def __init__(self, folder: Path, binding: Mapping[str, object], *, of: str) -> None:
         self._folder, stated = folder, folder / _BINDING
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -33,16 +34,15 @@ class Kept:
                     stage.write_text(json.dumps(binding), encoding="ascii")
             if json.loads(stated.read_bytes()) != json.loads(json.dumps(binding)):
                 raise ConfigError(
-                    f"work folder {folder.name!r} holds answers of other prompts, another model or other settings",
+                    f"work folder {folder.name!r} holds answers of {of}",
                     hint="name another output with -o, or delete the folder",
                 )
             self.lines = self._whole_lines()
         except (OSError, ValueError) as error:
-            why = (error.strerror or "i/o error").lower() if isinstance(error, OSError) else "its files are damaged"
-            raise ConfigError(f"work folder {folder.name!r} cannot be used: {why}", hint="delete it") from None
+            raise ConfigError(f"work folder {folder.name!r} cannot be used: {_why(error)}", hint="delete it") from None
 
     def add(self, answer: Mapping[str, object]) -> None:
-        """One more answer is on disk.
+        """One more answer is on disk; a kill no longer loses it.
 
         Raises:
             RunFailed: when the disk is full.
@@ -54,8 +54,9 @@ class Kept:
                 out.flush()
                 os.fsync(out.fileno())
         except OSError as error:
-            why = (error.strerror or "i/o error").lower()
-            raise RunFailed(f"cannot write in {self._folder.name!r}: {why}", hint="free space, then again") from None
+            raise RunFailed(
+                f"cannot write in {self._folder.name!r}: {_why(error)}", hint="free space, then again"
+            ) from None
         self.lines.append(line)
 
     def finish(self, output: Path) -> None:
@@ -63,6 +64,10 @@ class Kept:
         with staged_file(output) as stage:
             stage.touch(mode=0o600)
             stage.write_text("".join(self.lines), encoding="utf-8")
+        self.remove()
+
+    def remove(self) -> None:
+        """Nothing of it is left."""
         shutil.rmtree(self._folder)
 
     def _whole_lines(self) -> list[str]:
@@ -75,3 +80,7 @@ class Kept:
             with staged_file(path, replace=True) as stage:
                 stage.write_bytes(kept)
         return [f"{line}\n" for line in kept.decode("utf-8").split("\n")[:-1]]  # a text may hold other line ends
+
+
+def _why(error: Exception) -> str:
+    return ((error.strerror or "i/o error") if isinstance(error, OSError) else "its files are damaged").lower()

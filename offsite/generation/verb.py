@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PACKAGE, _ADAPTED = "client.tuning.tune:load_writer", "server.plugging.adapted:load_writer"
+_OTHERS = "other prompts, another model or other settings"
 _SETTINGS = ("chat", "max_tokens", "temperature", "top_p", "stop", "seed", "fields")
 
 
@@ -156,7 +157,11 @@ def _kept(
     """Return what is told of answers that stand at `output`, and how many tokens were written just now."""
     digest = writer.digest or model_digest(writer.model)
     bound = {"model": digest, "data": sha256_files(config.file), "device": choose_device(config.device).type}
-    kept = Kept(output.with_name(f"{output.name}.work"), bound | config.model_dump(mode="json", include={*_SETTINGS}))
+    kept = Kept(
+        output.with_name(f"{output.name}.work"),
+        bound | config.model_dump(mode="json", include={*_SETTINGS}),
+        of=_OTHERS,
+    )
     first, num_tokens = len(kept.lines), 0
     if first:
         say(f"going on after {first} of {len(asked)} answers")
