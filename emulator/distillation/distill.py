@@ -28,23 +28,22 @@ from emulator.distillation.config import DistillConfig
 from emulator.distillation.elevate import elevate
 from emulator.distillation.imitation import Distilled, distill
 from emulator.distillation.launched import in_processes
-from emulator.distillation.masked import Masks, masks_for, require_no_text, scored
+from emulator.distillation.masked import Masks, masks_for, scored
 from emulator.distillation.objective import Pair, Weights, measure
 from emulator.distillation.public import PublicText, prepare
 from emulator.distillation.publish import publish, read_terms, try_out
+from emulator.distillation.refusals import require_fitting
 from emulator.distillation.selfwritten import forget, own_text
 from offsite.artefacts.package import Package
 from offsite.blockwise import block_by_block
 from offsite.console import say
 from offsite.digests import model_digest, sha256_bytes
 from offsite.encoders.trunk import is_encoder
-from offsite.errors import ConfigError
 from offsite.modelling.causal import refuse_uncausal
 from offsite.modelling.dtypes import main_dtype, stored_in
-from offsite.modelling.load import is_encoder_name, is_seq2seq_name, load_model, load_reader
+from offsite.modelling.load import load_model, load_reader
 from offsite.modelling.split import Plan, make_plan
 from offsite.seq2seq.models import is_seq2seq, require_start
-from offsite.seq2seq.refusals import refuse_settings
 from offsite.staging import refuse_existing
 from offsite.text.records import Record, read_files, require_files
 from offsite.training.checkpoints import require_work
@@ -77,9 +76,7 @@ def run(config: DistillConfig) -> dict[str, object]:
     require_files(config.field_text)
     require_trackers(config.report_to)
     say(f"loading {Path(config.model).name!r}")
-    if is_encoder_name(config.model):
-        require_no_text(config)
-    _require_stacks(config)
+    require_fitting(config)
     if config.launch > 1 and not is_launched():
         return in_processes(config)
     began, terms = time.monotonic(), read_terms(config.terms)
@@ -124,35 +121,6 @@ def run(config: DistillConfig) -> dict[str, object]:
         **compressed.figures,
         "seconds": round(time.monotonic() - began, 3),
     }
-
-
-def _require_stacks(config: DistillConfig) -> None:
-    """Return only if the settings go with the model's one stack of blocks, or with an encoder-decoder's two.
-
-    Raises:
-        ConfigError: naming those that do not.
-    """
-    if not is_seq2seq_name(config.model):
-        if "stacks" in config.model_fields_set:
-            raise ConfigError(f"--stacks: model {Path(config.model).name!r} has no encoder beside its decoder")
-        return
-    needs = {
-        "--elevate": config.elevate > 0,
-        "--launch": config.launch > 1,
-        "--public self": config.writes_itself,
-        "--field-text": bool(config.field_text),
-        f"--method {config.method}": config.method not in ("keep-all", "drop", "width"),
-        "--pack": config.pack is not None and config.method != "packed",
-        "--refit-jacobian": config.method == "width" and config.refit_jacobian > 0,
-        "--channels gradot": config.method == "width" and config.channels == "gradot",
-        "--wider": bool(config.wider),
-        f"--choice {config.choice}": config.method == "drop" and config.choice != "uniform",
-    }
-    refuse_settings(
-        f"model {Path(config.model).name!r}",
-        needs,
-        "make its package by --method width, drop or keep-all; --steps N goes on from there, in one process",
-    )
 
 
 @dataclass(frozen=True)

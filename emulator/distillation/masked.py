@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +28,6 @@ from emulator.distillation.config import DistillConfig
 from offsite.console import say
 from offsite.encoders.outputs import outputs_of
 from offsite.encoders.trunk import is_encoder
-from offsite.errors import ConfigError
 from offsite.modelling.head import Before
 from offsite.modelling.load import load_masked_head
 from offsite.text.batches import Batches, Example
@@ -158,30 +156,6 @@ def masks_for(config: DistillConfig, full: PreTrainedModel, tokenizer: Reader) -
         say(f"distill: hidden states alone are matched: the {what}")
         return None
     return Masks(masking, MaskedHead(model))
-
-
-def require_no_text(config: DistillConfig) -> None:
-    """Return only if nothing is asked of an encoder that needs scores of next tokens: it has none.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
-    needs = {
-        "--public self": config.writes_itself,
-        "--field-text": bool(config.field_text),
-        "--refit-jacobian": config.method == "width" and config.refit_jacobian > 0,
-        "--channels gradot": config.method == "width" and config.channels == "gradot",
-        "--elevate": config.elevate > 0,
-    }
-    if found := [flag for flag, is_asked in needs.items() if is_asked]:
-        raise ConfigError(
-            f"model {Path(config.model).name!r} is an encoder: {' and '.join(found)} would need scores of next tokens",
-            hint="leave it out; --steps N matches hidden states, and masked tokens where the checkpoint has their head",
-        )
-    if config.launch > 1:
-        raise ConfigError("--launch: an encoder is distilled in one process", hint="leave it out")
-    if "kl_share" in config.model_fields_set:
-        raise ConfigError("--kl-share: of an encoder KL is taken at the masked tokens", hint="leave it out")
 
 
 class _Given(nn.Module):
