@@ -7,22 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from offsite.console import progress, say
+from offsite.console import say
 from offsite.errors import ConfigError
 from offsite.evaluation.results import RULES
-from offsite.evaluation.sampling import continuations
-from offsite.modelling.context import require_context
 from offsite.tasks.rules import Rules, read_rules, require_answers
 from offsite.text.batches import Example, encode_questions
-from offsite.text.calls import decoded
 from offsite.text.records import read_files
 from offsite.vision.reader import Reader, tokenizer_in
+from server.evaluation.answers import greedy_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from offsite.artefacts.bundle import Head
-    from offsite.tasks.config import RuleName
     from server.evaluation.config import EvaluateConfig
 
 
@@ -43,28 +40,23 @@ class ByRules:
             ConfigError: when a prompt and its answer are longer than the model's context.
             RunFailed: when the model's output is not finite.
         """
-        prompts = [one.prompt for one in self.questions]
-        require_context(model, max(map(len, prompts)) + self.num_new, "a prompt and its answer")
-        end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-        with progress(len(prompts), f"{label}: answers by rules") as bar:
-            answers = continuations(
-                model,
-                prompts,
-                num_tokens=self.num_new,
-                batch_size=batch_size,
-                precision="bf16" if bf16 else "fp32",
-                progress=lambda done, _: bar.update(done),
-                end=end,
-            )
-        rewards: list[float] = []
-        met: list[dict[RuleName, bool]] = []
-        for one, ids in zip(self.questions, answers, strict=True):
-            said = ids[:-1] if ids[-1:] == [end] else ids
-            text = decoded(tokenizer, said, what="an answer", skip_special=True)
-            met.append(self.rules.met(text, num_tokens=len(said), answer=one.answer))
-            rewards.append(self.rules.worth(met[-1]))
-        num = len(prompts)
-        found: dict[str, float] = {"num_rows": float(num), "reward": math.fsum(rewards) / num}
+        answers = greedy_answers(
+            model,
+            tokenizer,
+            [one.prompt for one in self.questions],
+            f"{label}: answers by rules",
+            asked="a prompt",
+            num_new=self.num_new,
+            batch_size=batch_size,
+            bf16=bf16,
+            end=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
+        )
+        met = [
+            self.rules.met(said.text, num_tokens=said.num_tokens, answer=one.answer)
+            for one, said in zip(self.questions, answers, strict=True)
+        ]
+        num = len(met)
+        found: dict[str, float] = {"num_rows": float(num), "reward": math.fsum(map(self.rules.worth, met)) / num}
         found |= {name: sum(one[name] for one in met) / num for name in self.rules.settings.names}
         return {f"{RULES}/{name}": value for name, value in found.items()}
 

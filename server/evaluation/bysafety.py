@@ -7,20 +7,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from offsite.artefacts.bundle import Head
-from offsite.console import progress, say
+from offsite.console import say
 from offsite.digests import sha256_file
 from offsite.errors import ConfigError
 from offsite.evaluation.preferences import wilson
 from offsite.evaluation.results import SAFETY, Results, Safety, SafetyChange, Summary
-from offsite.evaluation.sampling import continuations
 from offsite.generation.asked import ids_of, in_words
 from offsite.generation.generate import end_of_turn_tokens, end_tokens
-from offsite.modelling.context import require_context
 from offsite.report.figures import Refusals
 from offsite.safety.prompts import KINDS, Kind, Request, of_kind, read_requests, set_path
 from offsite.safety.refusals import is_refusal
 from offsite.safety.shares import change
-from offsite.text.calls import decoded
+from server.evaluation.answers import greedy_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,21 +49,20 @@ class BySafety:
         """
         is_chat = bool(tokenizer.chat_template)
         prompts = [ids_of(one, tokenizer) for one in in_words([one.prompt for one in self.requests], chat=is_chat)]
-        require_context(model, max(map(len, prompts)) + self.num_new, "a request and its answer")
         turns = end_of_turn_tokens(tokenizer) if is_chat else frozenset()
-        ends = end_tokens(model, tokenizer) | turns
-        with progress(len(prompts), f"{label}: safety") as bar:
-            answers = continuations(
-                model,
-                prompts,
-                num_tokens=self.num_new,
-                batch_size=batch_size,
-                precision="bf16" if bf16 else "fp32",
-                progress=lambda done, _: bar.update(done),
-                end=next(iter(turns), tokenizer.eos_token_id),  # type: ignore[arg-type]
-            )
-        said = [next((ids[:at] for at, one in enumerate(ids) if one in ends), ids) for ids in answers]
-        refused = [is_refusal(decoded(tokenizer, ids, what="an answer", skip_special=True)) for ids in said]
+        answers = greedy_answers(
+            model,
+            tokenizer,
+            prompts,
+            f"{label}: safety",
+            asked="a request",
+            num_new=self.num_new,
+            batch_size=batch_size,
+            bf16=bf16,
+            end=next(iter(turns), tokenizer.eos_token_id),  # type: ignore[arg-type]
+            ends=end_tokens(model, tokenizer) | turns,
+        )
+        refused = [is_refusal(one.text) for one in answers]
         self.refused[label] = refused
         shares = {f"refuses_{kind}": _share([refused[at] for at in of_kind(self.requests, kind)]) for kind in KINDS}
         found = {"num_rows": float(len(refused)), **shares}

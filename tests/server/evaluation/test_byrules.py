@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offsite.errors import DataError
 from offsite.evaluation.results import read_results
@@ -22,24 +20,11 @@ def write(path, rows):
     return path
 
 
-def greedy(folder, prompts):
-    """The texts that transformers itself goes on with, and how many tokens each has but for its end."""
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
-        AutoTokenizer.from_pretrained(folder),
-    )
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
-        made = model.generate(input_ids=ids, max_new_tokens=NUM_NEW, do_sample=False)[0, ids.shape[1] :].tolist()
-        ids = made[: made.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in made else made
-        found.append((tokenizer.decode(ids, skip_special_tokens=True), len(ids)))
-    return found
-
-
-def test_every_row_answers_and_is_held_to_the_rules(llama_folder, dropped_package, make_bundle, tmp_path, capsys):
+def test_every_row_answers_and_is_held_to_the_rules(
+    llama_folder, dropped_package, make_bundle, tmp_path, capsys, greedy
+):
     prompts = [f"ward {number}?" for number in range(8)]
-    own, emulated = greedy(llama_folder, prompts), greedy(dropped_package.path, prompts)
+    own, emulated = (greedy(folder, prompts, NUM_NEW) for folder in (llama_folder, dropped_package.path))
     # the right answer of every other row is what the full model says
     rows = [
         {"prompt": prompt, "completion": f" {text} " if number % 2 and text.strip() else "rash"}

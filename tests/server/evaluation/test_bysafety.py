@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import server.evaluation.bysafety as module
 from offsite.errors import BadSchema, ConfigError
@@ -34,21 +32,6 @@ def by_letters(text):
     return sum(map(ord, "".join(text.split()))) % 2 == 0
 
 
-def greedy(folder, prompts):
-    """Whether what transformers goes on with meets the rule."""
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
-        AutoTokenizer.from_pretrained(folder),
-    )
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
-        made = model.generate(input_ids=ids, max_new_tokens=NUM_NEW, do_sample=False)[0, ids.shape[1] :].tolist()
-        ids = made[: made.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in made else made
-        found.append(by_letters(tokenizer.decode(ids, skip_special_tokens=True)))
-    return found
-
-
 @pytest.fixture
 def evaluated(llama_folder, dropped_package, make_bundle, tmp_path, asked):
     """Evaluate a shaken adapter with refusals; keywords change the settings."""
@@ -64,10 +47,10 @@ def evaluated(llama_folder, dropped_package, make_bundle, tmp_path, asked):
     return make
 
 
-def test_rows_have_their_shares_and_plugging_in_its_change(evaluated, asked, llama_folder, tmp_path, capsys):
+def test_rows_have_their_shares_and_plugging_in_its_change(evaluated, asked, llama_folder, tmp_path, capsys, greedy):
     told = evaluated(safety_limit=0.0)
     results = read_results(tmp_path / "results")
-    before = greedy(llama_folder, [one.prompt for one in asked])
+    before = [by_letters(text) for text, _ in greedy(llama_folder, [one.prompt for one in asked], NUM_NEW)]
     row = results.rows["zero_shot"].tasks["safety"]
     assert row["refuses_harmful"].mean == pytest.approx(sum(before[:6]) / 6)
     assert row["refuses_harmless"].mean == pytest.approx(sum(before[6:]) / 6)
